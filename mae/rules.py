@@ -1,0 +1,193 @@
+"""What values may be: intervals, and contradictions between keys. Checked before anything is built or queued."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# Interval of each number, in mathematical notation; `a|b` is the same rule for several keys.
+INTERVALS = {
+    "seed": "[0, 4294967295]",
+    "task.mask_ratio": "(0, 1)",
+    "task.epochs": "(0, inf)",
+    "task.max_steps": "[1, inf)",
+    "task.warmup_epochs": "[0, inf)",
+    "task.batch_size": "[1, inf)",
+    "task.micro_batch_size": "[1, inf)",
+    "task.clip_grad": "(0, inf)",
+    "task.log_every_steps": "[1, inf)",
+    "task.eval_every_epochs": "(0, inf)",
+    "task.max_bad_steps": "[1, inf)",
+    "task.num_images": "[1, inf)",
+    "task.label_smoothing": "[0, 1)",
+    "task.drop_path": "[0, 1)",
+    "task.mixup": "[0, inf)",
+    "task.cutmix": "[0, inf)",
+    "task.mixup_prob": "[0, 1]",
+    "task.mixup_switch_prob": "[0, 1]",
+    "task.ema_decay": "(0, 1)",
+    "task.temperature": "(0, inf)",
+    "model.patch_size": "[1, inf)",
+    "model.img_size": "[1, inf)",
+    "model.in_chans": "[1, inf)",
+    "model.embed_dim": "[1, inf)",
+    "model.depth": "[1, inf)",
+    "model.num_heads": "[1, inf)",
+    "model.mlp_ratio": "(0, inf)",
+    "model.decoder_embed_dim": "[1, inf)",
+    "model.decoder_depth": "[1, inf)",
+    "model.decoder_num_heads": "[1, inf)",
+    "optimizer.base_lr": "(0, inf)",
+    "optimizer.min_lr": "[0, inf)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.layer_decay": "(0, 1]",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.momentum": "[0, 1)",
+    "data.num_workers": "[0, inf)",
+    "data.val_fraction": "[0, 1)",
+    "data.fraction": "(0, 1]",
+    "data.per_class": "[1, inf)",
+    "data.repeats": "[1, inf)",
+    "data.max_bad_fraction": "[0, 1]",
+    "data.std": "(0, inf)",
+    "augmentation.scale": "(0, 1]",
+    "augmentation.ratio": "(0, inf)",
+    "checkpoint.every_epochs": "(0, inf)",
+    "checkpoint.every_minutes": "(0, inf)",
+    "checkpoint.keep": "[1, inf)",
+    "checkpoint.keep_every_epochs": "(0, inf)",
+    "launcher.processes": "[1, inf)",
+    "launcher.nodes": "[1, inf)",
+    "launcher.tasks_per_node": "[1, inf)",
+    "launcher.gpus_per_node": "[0, inf)",
+    "launcher.timeout_min": "[1, inf)",
+}
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(part) for part in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    return above and below and not math.isnan(value)
+
+
+def in_words(interval: str) -> str:
+    """'(0, inf)' -> 'be greater than 0'; bounded intervals stay as they are."""
+    low, high = (part.strip() for part in interval[1:-1].split(","))
+    if high == "inf":
+        return f"be greater than {low}" if interval[0] == "(" else f"be {low} or more"
+    return f"lie in {interval}"
+
+
+def ranges(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each number outside its interval."""
+    for key, interval in INTERVALS.items():
+        value: Any = cfg
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not _inside(number, interval):
+                yield f"{key} must {in_words(interval)}, got {number}."
+
+
+def pair(size: int | list[int]) -> tuple[int, int]:
+    """A side or [height, width] as (height, width)."""
+    return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, in words."""
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below and below != above else str(above)
+
+
+def contradictions(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each pair of values that cannot both hold."""
+    for rule in RULES:
+        yield from rule(cfg)
+
+
+def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
+    model = cfg["model"]
+    for key in ("img_size", "patch_size"):
+        if isinstance(model[key], list) and len(model[key]) != 2:
+            yield f"model.{key} must be one number or [height, width], got {model[key]}."
+            return
+    image, patch = pair(model["img_size"]), pair(model["patch_size"])
+    for side, unit in zip(image, patch, strict=True):
+        if side % unit:
+            near = nearest_multiples(side, unit)
+            yield f"model.img_size={side} is not a multiple of model.patch_size={unit}: the nearest that are: {near}."
+            return
+    for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+        if model[width] % model[heads]:
+            yield f"model.{width}={model[width]} is not a multiple of model.{heads}={model[heads]}."
+        elif model[width] % 4:
+            yield f"model.{width}={model[width]} is not a multiple of 4, which the sine-cosine positions need."
+    ratio = cfg["task"].get("mask_ratio")
+    patches = (image[0] // patch[0]) * (image[1] // patch[1])
+    if isinstance(ratio, float) and not 0 < int(patches * (1 - ratio)) < patches:
+        kept = int(patches * (1 - ratio))
+        yield (
+            f"task.mask_ratio={ratio} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
+            f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
+        )
+
+
+def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
+    task, optimizer = cfg["task"], cfg["optimizer"]
+    if "warmup_epochs" not in task:
+        return
+    if task["warmup_epochs"] > task["epochs"]:
+        yield f"task.warmup_epochs={task['warmup_epochs']:g} is longer than task.epochs={task['epochs']:g}."
+    peak = optimizer["base_lr"] * task["batch_size"] / 256
+    if optimizer["min_lr"] > peak:
+        yield f"optimizer.min_lr={optimizer['min_lr']:g} is above the peak learning rate {peak:g} (base_lr x batch / 256)."
+
+
+def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
+    task = cfg["task"]
+    if "micro_batch_size" not in task:
+        return
+    world = devices(cfg)
+    micro = task["micro_batch_size"]
+    unit = world * micro if isinstance(micro, int) else world
+    if task["batch_size"] % unit:
+        what = f"{world} device{'s' * (world > 1)}"
+        if isinstance(micro, int):
+            what += f" x task.micro_batch_size={micro}"
+        near = nearest_multiples(task["batch_size"], unit)
+        yield f"task.batch_size={task['batch_size']} does not divide by {what}: the nearest that do: {near}."
+
+
+def _statistics(cfg: Mapping[str, Any]) -> Iterator[str]:
+    data = cfg["data"]
+    for key in ("mean", "std"):
+        count = len(data[key])
+        if count not in (1, data["in_chans"]):
+            yield f"data.{key} has {count} values for data.in_chans={data['in_chans']}: give one, or one a channel."
+    for key in ("scale", "ratio"):
+        values = cfg["augmentation"].get(key)
+        if isinstance(values, list) and (len(values) != 2 or values[0] > values[1]):
+            yield f"augmentation.{key} must be [low, high] with low <= high, got {values}."
+
+
+def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
+    launcher = cfg["launcher"]
+    if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
+        yield "device=mps is one device: launcher.processes must be 1."
+    if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
+        yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
+
+
+RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_model, _schedule, _batch, _statistics, _devices]
+
+
+def devices(cfg: Mapping[str, Any]) -> int:
+    """Devices that take part: as torchrun or the cluster says where they started us, else as the launcher is set."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    launcher = cfg["launcher"]
+    if launcher["name"] == "slurm":
+        return launcher["nodes"] * (launcher["gpus_per_node"] or launcher["tasks_per_node"])
+    return launcher.get("processes", 1)

@@ -1,0 +1,1 @@
+"""One small file a task; `TASKS` names them."""
