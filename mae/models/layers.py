@@ -1,0 +1,125 @@
+"""What every model shares: the transformer block, the choice of its attention kernel, position embeddings."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+Kernel = Literal["plain", "fused"]
+LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default is 1e-5
+
+
+def attention_kernel(q: Tensor) -> Kernel:
+    """The faster kernel for queries like `q`: the one place where device, dtype and shape decide.
+
+    Off the CPU it is PyTorch's fused attention (flash on CUDA). On the CPU the fused kernel has no fast
+    path for half precision, where plain batched products win by 2 to 5 times forward and backward.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        return "plain"
+    return "fused"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """Softmax attention of queries (B, H, M, d) over keys and values (B, H, N, d), gives (B, H, M, d).
+
+    `kernel` overrides `attention_kernel`'s choice. Both kernels compute the same function.
+    """
+    if (kernel or attention_kernel(q)) == "fused":
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.softmax(-1) @ v
+
+
+class Block(TimmBlock):
+    """timm's transformer block (same arguments and state dict) with our attention and fewer queries."""
+
+    kernel: Kernel | None = None  # None: `attention_kernel` chooses
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
+        """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""
+        y = self._attend(self.norm1(x), first)
+        x = x[:, first:] + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _attend(self, x: Tensor, first: int) -> Tensor:
+        attn: Any = self.attn
+        weight, bias, dim = attn.qkv.weight, attn.qkv.bias, x.shape[-1]
+        if first:
+            q = F.linear(x[:, first:], weight[:dim], bias[:dim])
+            k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, -1)
+        else:
+            q, k, v = attn.qkv(x).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return attn.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
+
+
+def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
+    """Make every block of `model` use `kernel`, whatever its inputs; None gives the choice back."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.kernel = kernel
+
+
+def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """Fixed position embedding (1 + h * w, dim) in float64 of a grid of (h, w) patches, row by row.
+
+    A row is [sin(col) | cos(col) | sin(row) | cos(row)]: the first half encodes the column (released weights
+    depend on it). Row 0 is the class token's and zero. Raises ValueError unless dim is a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"A 2-D sine-cosine position embedding needs a width that 4 divides, got {dim}.")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, col = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid_size)  # (h | w, dim / 4)
+    row, col = torch.broadcast_tensors(row[:, None], col[None])  # (h, w, dim / 4)
+    grid = torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), grid])
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embedding (1, 1 + h * w, D) of `old_grid` for `new_grid`: bicubic, the class row untouched.
+
+    As the reference does it for fine-tuning at another resolution. Raises ValueError where `pos_embed` does
+    not belong to `old_grid`.
+    """
+    if pos_embed.shape[1] != 1 + old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"The position embedding has {pos_embed.shape[1]} rows, "
+            f"but a grid of {old_grid[0]} x {old_grid[1]} patches and a class token need "
+            f"{1 + old_grid[0] * old_grid[1]}."
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def pair(value: int | list[int] | tuple[int, int], key: str) -> tuple[int, int]:
+    """(height, width) from a size given once for both or as [height, width]."""
+    sizes = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"{key} must be a positive whole number or [height, width], got {value}.")
+    return sizes[0], sizes[1]
+
+
+def check_sizes(
+    img_size: int | list[int], patch_size: int | list[int], **widths: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Image and patch size as (height, width), once they fit each other and heads divide widths.
+
+    `widths` are `embed_dim=(width, heads)` and the like. Raises ValueError in plain words.
+    """
+    img, patch = pair(img_size, "model.img_size"), pair(patch_size, "model.patch_size")
+    if img[0] % patch[0] or img[1] % patch[1]:
+        raise ValueError(
+            f"model.patch_size {patch[0]} x {patch[1]} does not divide model.img_size {img[0]} x {img[1]}. "
+            "Choose a patch size that does."
+        )
+    for key, (width, heads) in widths.items():
+        heads_key = key.replace("embed_dim", "num_heads")
+        if heads < 1 or width % heads:
+            raise ValueError(f"model.{heads_key} {heads} does not divide model.{key} {width}.")
+    return img, patch

@@ -1,0 +1,236 @@
+"""What models are made of: masking, patches, position embeddings, attention, classifiers, plain errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mae.models.layers import attention, resize_pos_embed, set_attention_kernel, sincos_pos_embed
+from mae.models.mae import MaskedAutoencoder
+from mae.models.vit import classifier
+
+MODEL = dict(
+    img_size=[16, 24],
+    patch_size=[4, 8],
+    in_chans=5,
+    embed_dim=32,
+    depth=2,
+    num_heads=4,
+    mlp_ratio=4.0,
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    norm_pix_loss=True,
+)
+CLASSIFIER = dict(
+    img_size=32,
+    patch_size=8,
+    in_chans=3,
+    embed_dim=32,
+    depth=4,
+    num_heads=4,
+    mlp_ratio=4.0,
+    num_classes=7,
+    drop_path=0.3,
+    global_pool="avg",
+)
+
+
+def test_position_embedding_is_the_reference_s():
+    rows, large = sincos_pos_embed(32, (4, 4)), sincos_pos_embed(768, (14, 14))
+    figure = json.loads((Path(__file__).parent / "golden" / "pos_embed.json").read_text())
+    assert rows[1, :8].tolist() == pytest.approx(figure["grid4_dim32_row1_first8"], rel=1e-9)
+    assert rows[2].tolist() == pytest.approx(figure["grid4_dim32_row2"], rel=1e-9)
+    assert rows[5].tolist() == pytest.approx(figure["grid4_dim32_row5"], rel=1e-9)
+    assert large.sum().item() == pytest.approx(figure["grid14_dim768_sum"], rel=1e-9)
+    assert large[100, :6].tolist() == pytest.approx(figure["grid14_dim768_row100_first6"], rel=1e-9)
+    assert not rows[0].any()
+
+
+def test_position_embedding_of_a_rectangle_is_a_cut_of_the_square_s():
+    square = sincos_pos_embed(32, (5, 5))[1:].view(5, 5, 32)
+    assert torch.equal(sincos_pos_embed(32, (2, 5))[1:].view(2, 5, 32), square[:2])
+    assert torch.equal(sincos_pos_embed(32, (5, 3))[1:].view(5, 3, 32), square[:, :3])
+
+
+def test_position_embedding_is_resized_but_for_the_class_row():
+    embed = torch.randn(1, 1 + 4 * 6, 8)
+    assert torch.equal(resize_pos_embed(embed, (4, 6), (4, 6)), embed)
+    larger = resize_pos_embed(embed, (4, 6), (8, 6))
+    assert larger.shape == (1, 1 + 8 * 6, 8) and torch.equal(larger[:, 0], embed[:, 0])
+    assert torch.allclose(resize_pos_embed(torch.ones(1, 5, 4), (2, 2), (5, 3)), torch.ones(1, 16, 4))
+    with pytest.raises(ValueError, match="25 rows"):
+        resize_pos_embed(embed, (5, 5), (8, 6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_masking_takes_each_patch_exactly_once(data):
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 64))
+    keep = data.draw(st.integers(1, length))
+    value = (
+        st.sampled_from([0.0, 0.25, 0.5]) if data.draw(st.booleans()) else st.floats(0, 1, width=32)
+    )  # ties
+    noise = torch.tensor(data.draw(st.lists(st.lists(value, min_size=length, max_size=length),
+                                            min_size=batch, max_size=batch)))  # fmt: skip
+    order, mask = MaskedAutoencoder.random_mask(noise, keep)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(length).expand(batch, -1))
+    assert mask.sum(1).tolist() == [length - keep] * batch
+    assert not mask.gather(1, order[:, :keep]).any() and mask.gather(1, order[:, keep:]).all()
+    sorted_noise = noise.gather(1, order)
+    assert (sorted_noise[:, 1:] >= sorted_noise[:, :-1]).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    p=st.integers(1, 4),
+    q=st.integers(1, 4),
+    channels=st.integers(1, 5),
+)
+def test_patches_go_back_to_the_image(h, w, p, q, channels):
+    sizes = dict(img_size=[h * p, w * q], patch_size=[p, q], in_chans=channels, norm_pix_loss=False)
+    model = MaskedAutoencoder(**{**MODEL, **sizes, "depth": 1, "decoder_depth": 1})
+    images = torch.randn(2, channels, h * p, w * q)
+    patches = model.patchify(images)
+    assert patches.shape == (2, h * w, p * q * channels)
+    assert torch.equal(model.unpatchify(patches), images)
+    assert torch.equal(patches[0, -1].view(p, q, channels).permute(2, 0, 1), images[0, :, -p:, -q:])
+
+
+def test_rectangles_of_five_channels_train_and_predict():
+    model = MaskedAutoencoder(**MODEL)
+    images = torch.randn(2, 5, 16, 24)
+    assert model.grid_size == (4, 3) and model.num_patches == 12
+    loss, mask = model(images, 0.75)
+    loss.backward()
+    assert mask.shape == (2, 12) and mask.sum(1).tolist() == [9, 9]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.predict(images, 0.0).pred.shape == model.target(images).shape == (2, 12, 4 * 8 * 5)
+    assert model.forward_features(images).shape == (2, 13, 32)
+
+
+def test_encoder_of_whole_images_is_timm_s():
+    model = MaskedAutoencoder(**MODEL).eval()
+    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+    theirs = VisionTransformer(**{key: MODEL[key] for key in names}, num_classes=0, global_pool="").eval()
+    theirs.load_state_dict({k: v for k, v in model.state_dict().items() if k in theirs.state_dict()})
+    images = torch.randn(2, 5, 16, 24)
+    torch.testing.assert_close(model.forward_features(images), theirs(images))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_kernels_compute_the_same(queries):
+    q, k, v = torch.randn(2, 3, queries, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    torch.testing.assert_close(attention(q, k, v, "plain"), attention(q, k, v, "fused"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_stays_near_float32(dtype):
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**{**MODEL, "in_chans": 3})
+    images, noise = torch.randn(4, 3, 16, 24), torch.rand(4, 12)
+    expected = model(images, 0.75, noise).loss
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = model(images, 0.75, noise).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_classifier_is_timm_s(pool):
+    torch.manual_seed(0)
+    ours = classifier(**{**CLASSIFIER, "global_pool": pool, "drop_path": 0.0})
+    names = {key: value for key, value in CLASSIFIER.items() if key not in ("drop_path", "global_pool")}
+    theirs = VisionTransformer(**names, global_pool=pool)
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    a, b = ours(images), theirs(images)
+    torch.testing.assert_close(a, b)
+    for x, y in zip(grads(a, ours), grads(b, theirs), strict=True):
+        torch.testing.assert_close(x, y)
+    set_attention_kernel(ours, "plain")
+    torch.testing.assert_close(ours(images), b)
+
+
+def grads(output, model):
+    return torch.autograd.grad(output.square().sum(), [*model.parameters()])
+
+
+def test_classifier_starts_as_the_reference_s():
+    model = classifier(**{**CLASSIFIER, "num_classes": 5000})
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05) and not model.head.bias.any()
+    drops = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert drops == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+    assert torch.isfinite(model.train()(torch.randn(3, 3, 32, 32))).all()
+
+
+def test_autoencoder_starts_as_the_reference_s():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**{**MODEL, "embed_dim": 256, "decoder_embed_dim": 128})
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            bound = (6 / sum(module.weight.shape)) ** 0.5
+            assert module.weight.abs().max().item() == pytest.approx(bound, rel=0.01), name
+            assert not module.bias.any()
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-6 and (module.weight == 1).all() and not module.bias.any()
+    proj = model.patch_embed.proj
+    bound = (6 / (256 + proj.weight[0].numel())) ** 0.5
+    assert proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01) and proj.bias.any()
+    for token in (model.cls_token, model.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert not model.pos_embed.requires_grad and not model.decoder_pos_embed.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_size": 5}, "model.patch_size 5 x 5 does not divide model.img_size 16 x 24"),
+        ({"img_size": [16]}, r"model.img_size must be .* got \[16\]"),
+        ({"patch_size": 0}, "model.patch_size must be"),
+        ({"num_heads": 5}, "model.num_heads 5 does not divide model.embed_dim 32"),
+        ({"decoder_num_heads": 0}, "model.decoder_num_heads 0 does not divide model.decoder_embed_dim 16"),
+        ({"embed_dim": 30, "num_heads": 3}, "4 divides, got 30"),
+        ({"decoder_depth": 0}, "model.decoder_depth must be at least 1"),
+        ({"patch_size": 1, "in_chans": 1}, "more than one value"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        MaskedAutoencoder(**{**MODEL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "words"),
+    [
+        ((2, 3, 16, 24), 0.75, "model.in_chans"),
+        ((2, 5, 24, 16), 0.75, "5 x 24 x 16"),
+        ((2, 5, 16, 24), 0.99, "keeps 0 of 12"),
+        ((2, 5, 16, 24), 0.0, "removes none"),
+    ],
+)
+def test_images_and_ratios_that_do_not_fit_are_refused(shape, ratio, words):
+    with pytest.raises(ValueError, match=words):
+        MaskedAutoencoder(**MODEL)(torch.randn(shape), ratio)
+
+
+def test_no_host_sync_on_cuda():
+    """A fake device raises where the program would wait for the GPU or mix devices."""
+    model, head = MaskedAutoencoder(**MODEL), classifier(**CLASSIFIER)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to("cuda"), head.to("cuda")
+        images, squares = torch.empty(2, 5, 16, 24, device="cuda"), torch.empty(2, 3, 32, 32, device="cuda")
+        loss, mask = model(images, 0.75)
+        logits = head.train()(squares)
+    assert loss.device.type == mask.device.type == logits.device.type == "cuda"
