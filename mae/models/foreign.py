@@ -1,0 +1,171 @@
+"""Checkpoints of any origin, read into one form: the reference's names (timm's, for the encoder).
+
+`read(path)` recognises this project's runs, facebookresearch/mae, timm, Hugging Face ViT and ViTMAE,
+shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `foreign_fit.fit` puts what was read into a model.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from mae.models.foreign_files import Opened, open_checkpoint
+from mae.models.foreign_layouts import SINUSOID, Layout, State, convert, sinusoid, with_class_row
+
+DECODER = ("mask_token", "decoder_")
+
+
+class Head(NamedTuple):
+    """The classifier in a checkpoint: what it reads and how many classes it knows."""
+
+    classes: int
+    pool: Literal["avg", "token"]  # mean of patch tokens after `fc_norm`, or the class token after `norm`
+    batch_norm: bool  # the reference's linear probe: BatchNorm without affine before the matrix
+
+
+@dataclass
+class Foreign:
+    """A checkpoint under the reference's names."""
+
+    path: str
+    kind: str  # a fragment of a sentence: "reference, pretrained (encoder only)"
+    state: State
+    notes: list[str]  # sentences on what was converted or left out
+    meta: dict[str, Any] = field(default_factory=dict)  # config, args, epoch or step, as the file had them
+    position: str = ""  # SINUSOID: the position tables are computed, not stored
+
+    @property
+    def has_decoder(self) -> bool:
+        return {"mask_token", "decoder_embed.weight", "decoder_pred.weight"} <= self.state.keys()
+
+    @property
+    def has_class_token(self) -> bool:
+        return "cls_token" in self.state
+
+    @property
+    def head(self) -> Head | None:
+        return _head(self.state)
+
+    @property
+    def encoder(self) -> State:
+        """Tensors of the encoder alone: neither decoder nor classifier."""
+        return {k: v for k, v in self.state.items() if not k.startswith((*DECODER, "head.", "fc_norm."))}
+
+    @property
+    def arch(self) -> dict[str, Any]:
+        """Sizes under the names of `model.*`, as far as the tensors or the files beside them tell."""
+        return architecture(self.state) | {k: v for k, v in _told(self.meta).items() if v is not None}
+
+    def grid(self, rows: int, guess: tuple[int, int]) -> tuple[int, int] | None:
+        """(height, width) in patches of a position table of so many patches; None where nothing tells.
+
+        `guess` is taken where it fits and neither the files nor a square say otherwise.
+        """
+        size, patch = self.arch.get("img_size"), self.arch["patch_size"]
+        if size is not None:
+            h, w = (size, size) if isinstance(size, int) else size
+            if (h // patch[0]) * (w // patch[1]) == rows:
+                return h // patch[0], w // patch[1]
+        side = math.isqrt(rows)
+        if side**2 == rows:
+            return side, side
+        return guess if guess[0] * guess[1] == rows else None
+
+    def position_table(self, name: str, rows: int) -> Tensor | None:
+        """Position embedding `name` with a class row: stored, or computed for `rows` patches, or None."""
+        width = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_embed_dim"}[name]
+        if name in self.state:
+            table = self.state[name].float()
+        elif self.position == SINUSOID and self.arch.get(width):
+            table = sinusoid(rows, self.arch[width])
+        else:
+            return None
+        return table if self.has_class_token and name in self.state else with_class_row(table)
+
+
+def read(path: str) -> Foreign:
+    """Reads a checkpoint without running code: see `open_checkpoint` for what `path` may be.
+
+    Raises ValueError in one or two plain sentences: nothing there, truncated, damaged, holding code, or a
+    network that is unknown here.
+    """
+    opened = open_checkpoint(path)
+    layout = convert(opened.tensors, opened.args, path)
+    kind = f"{_family(opened, layout)}, {_contents(layout.state)}"
+    meta = {"config": opened.config, "args": opened.args, **opened.counters}
+    return Foreign(path, kind, layout.state, opened.notes + layout.notes, meta, layout.position)
+
+
+def architecture(state: State) -> dict[str, Any]:
+    """Sizes that a state dict under the reference's names tells: widths, depths, patch and channels."""
+    patch = state["patch_embed.proj.weight"]
+    sizes: dict[str, Any] = {
+        "patch_size": list(patch.shape[2:]),
+        "in_chans": patch.shape[1],
+        "embed_dim": patch.shape[0],
+        "depth": _depth(state, "blocks"),
+    }
+    if "blocks.0.mlp.fc1.weight" in state:
+        sizes["mlp_ratio"] = state["blocks.0.mlp.fc1.weight"].shape[0] / sizes["embed_dim"]
+    if "decoder_embed.weight" in state:
+        sizes["decoder_embed_dim"] = state["decoder_embed.weight"].shape[0]
+        sizes["decoder_depth"] = _depth(state, "decoder_blocks")
+    return sizes
+
+
+def _depth(state: State, blocks: str) -> int:
+    return 1 + max((int(m[1]) for name in state if (m := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+
+
+def _told(meta: dict[str, Any]) -> dict[str, Any]:
+    """Image size and heads, which no tensor tells: from config.yaml, config.json or the saved arguments."""
+    config, args = meta.get("config", {}), meta.get("args", {})
+    model = config.get("model") if isinstance(config.get("model"), dict) else {}
+    extra = config.get("model_args") or {}
+    cfg = config.get("pretrained_cfg") or {}
+    sizes = (
+        model.get("img_size"),
+        config.get("image_size"),
+        extra.get("img_size"),
+        (cfg.get("input_size") or [])[1:],
+        args.get("input_size"),  # the reference's, MAE-pytorch's
+        args.get("input_resolution"),  # the seed's
+    )
+    return {
+        "img_size": next((size for size in sizes if size), None),
+        "num_heads": model.get("num_heads") or config.get("num_attention_heads") or extra.get("num_heads"),
+        "decoder_num_heads": model.get("decoder_num_heads") or config.get("decoder_num_attention_heads"),
+        "layer_norm_eps": config.get("layer_norm_eps"),
+    }
+
+
+def _family(opened: Opened, layout: Layout) -> str:
+    """Who wrote it. Names tell most; ours, the reference's and timm's are told by what holds them."""
+    if layout.family != "timm":
+        return layout.family
+    if opened.origin in ("ours", "timm"):
+        return opened.origin
+    if opened.wrapper == "model" or "mask_token" in layout.state or "head.1.weight" in layout.state:
+        return "reference"
+    return "timm"
+
+
+def _contents(state: State) -> str:
+    if "decoder_pred.weight" in state:
+        text = "pretrained (encoder and decoder)"
+    elif head := _head(state):
+        where = "mean of the patch tokens" if head.pool == "avg" else "class token"
+        text = f"{'linear probe' if head.batch_norm else 'classifier'} of {head.classes} classes ({where})"
+    else:
+        text = "pretrained (encoder only)"
+    return text if "cls_token" in state else f"{text}, no class token"
+
+
+def _head(state: State) -> Head | None:
+    weight = state.get("head.weight", state.get("head.1.weight"))
+    if weight is None:
+        return None
+    pool: Literal["avg", "token"] = "avg" if "fc_norm.weight" in state else "token"
+    return Head(weight.shape[0], pool, "head.0.running_var" in state)

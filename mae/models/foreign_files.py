@@ -1,0 +1,214 @@
+"""Opening checkpoints of any origin without running code: files, folders, and timm's hub."""
+
+import argparse
+import hashlib
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
+PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+
+
+@dataclass
+class Opened:
+    """Tensors under the names of whoever wrote them, and what else lay beside them."""
+
+    tensors: dict[str, Tensor]
+    origin: str  # "ours", "timm", "torch" or "safetensors"
+    wrapper: str = ""  # the key that held the tensors, "" for a bare state dict
+    config: dict[str, Any] = field(default_factory=dict)  # config.json or a run's config.yaml
+    args: dict[str, Any] = field(default_factory=dict)  # the command line that a training script saved
+    counters: dict[str, Any] = field(default_factory=dict)  # epoch or step
+    notes: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(path: str) -> Opened:
+    """Opens a run directory, a checkpoint folder or file, or `timm:NAME`. Raises ValueError if it cannot."""
+    if path.startswith("timm:"):
+        return _open_timm(path.removeprefix("timm:"))
+    if re.match(r"https?://", path):
+        raise ValueError(f"init={path} is an address: download the file first, then name the file.")
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ValueError(
+            f"init={path} does not exist. Name a run directory, a checkpoint folder or file, or timm:NAME."
+        )
+    return _open_folder(place) if place.is_dir() else _open_file(place)
+
+
+def _open_folder(folder: Path) -> Opened:
+    if (folder / "checkpoints").is_dir():
+        return _open_run(folder)
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return _open_file(folder / name)
+    raise ValueError(
+        f"init={folder} holds no checkpoint: a run has checkpoints/, other folders have "
+        f"one of {', '.join(WEIGHTS)}."
+    )
+
+
+def _open_run(run: Path) -> Opened:
+    notes = []
+    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+        if reason := _damage(folder):
+            notes.append(f"{folder.name} was passed over: {reason}.")
+            log.warning("init=%s: passing over %s: %s", run, folder.name, reason)
+            continue
+        opened = _open_file(folder / "model.safetensors")
+        opened.notes[:0] = notes
+        return opened
+    raise ValueError(" ".join([f"init={run} is a run without a whole checkpoint.", *notes]))
+
+
+def _damage(folder: Path) -> str:
+    """Why the weights of one of our checkpoints are not what was written, or ""."""
+    weights = folder / "model.safetensors"
+    try:
+        stored = json.loads((folder / "manifest.json").read_text())["files"][weights.name]
+        if weights.stat().st_size != stored["bytes"]:
+            return "its weights are truncated"
+        digest = hashlib.sha256()
+        with weights.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return "" if digest.hexdigest() == stored["sha256"] else "the checksum of its weights differs"
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        return f"it is not whole ({type(error).__name__})"
+
+
+def _open_file(path: Path) -> Opened:
+    if path.name.endswith(".index.json"):
+        opened = _open_shards(path)
+    elif path.suffix == ".safetensors":
+        opened = Opened(_load_safetensors(path), "safetensors")
+    else:
+        opened = _unwrap(_load_torch(path), path)
+    if path.parent.name.startswith("step_") and (path.parent / "manifest.json").is_file():
+        if reason := _damage(path.parent):
+            raise ValueError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
+        opened.origin = "ours"
+        opened.counters = {"step": json.loads((path.parent / "manifest.json").read_text()).get("step")}
+        opened.config = _read_config(path.parent.parent.parent / "config.yaml")
+    else:
+        opened.config = _read_config(path.parent / "config.json")
+        if "architecture" in opened.config:  # timm's hub format
+            opened.origin = "timm"
+    opened.tensors = _strip(opened.tensors)
+    return opened
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}, which describes a checkpoint, cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _open_shards(index: Path) -> Opened:
+    """A Hugging Face folder whose weights are cut into several files."""
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        part = index.parent / Path(name).name
+        if not part.is_file():
+            raise ValueError(f"init={index.parent} lacks {name}: copy the whole folder.")
+        tensors |= _open_file(part).tensors
+    return Opened(tensors, "safetensors")
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"init={path} is truncated or not a safetensors file ({error}).") from error
+
+
+def _load_torch(path: Path) -> Any:
+    """What `torch.save` wrote: tensors, numbers, and one class, `argparse.Namespace`. Code is refused."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"init={path} is refused: it carries code ({found[1]}), which is never run. Only tensors, "
+                "numbers, text and an argparse.Namespace are read: save the weights on their own."
+            ) from error
+        raise ValueError(f"init={path} is truncated or was not written by torch.save.") from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"init={path} is truncated or not a checkpoint ({type(error).__name__}).") from error
+
+
+def _unwrap(content: Any, path: Path) -> Opened:
+    """The state dict inside what a training script saved."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"init={path} is not a checkpoint: it holds a {type(content).__name__}.")
+    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), "")
+    state = content[wrapper] if wrapper else content
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"init={path} is not a checkpoint: it holds no tensors under names.")
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return Opened(
+        tensors,
+        "torch",
+        wrapper=wrapper,
+        args=dict(args) if isinstance(args, Mapping) else {},
+        counters={"epoch": content["epoch"]} if wrapper and "epoch" in content else {},
+    )
+
+
+def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _open_timm(name: str) -> Opened:
+    """Pretrained weights of timm's collection, fetched through its hub and kept in its cache."""
+    if ":" not in name and not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(pretrained=True), 1)
+        raise ValueError(
+            f"init=timm:{name} is no model of timm {timm.__version__}."
+            + (f" Did you mean timm:{near[0]}?" if near else "")
+        )
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"init=timm:{name} could not be fetched ({type(error).__name__}). Where there is no network, "
+            "download its model.safetensors and config.json and name the folder."
+        ) from error
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    blocks = getattr(model, "blocks", None)
+    heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
+    config = {"model_args": {"img_size": list(size) if size else None, "num_heads": heads}}
+    return Opened(model.state_dict(), "timm", config=config)

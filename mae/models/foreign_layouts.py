@@ -1,0 +1,219 @@
+"""State dicts of other libraries, told apart by their names and brought to the reference's."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+SINUSOID = "sinusoid"  # a position table that is computed from the row's number, not stored
+
+
+class Layout(NamedTuple):
+    """A state dict under the reference's names, and who wrote it."""
+
+    family: str
+    state: State
+    notes: list[str]
+    position: str = ""  # SINUSOID where the position embedding is not stored
+
+
+def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
+    """Recognises a layout and converts it. Raises ValueError naming `path` where nothing known is found."""
+    for recognised, layout in LAYOUTS:
+        if any(re.search(recognised, name) for name in tensors):
+            found = layout(dict(tensors), args)
+            return found._replace(state=_bare(found.state))
+    shown = ", ".join(list(tensors)[:4])
+    raise ValueError(
+        f"init={path} holds no vision transformer that is known here: its tensors begin with {shown}. "
+        "Known are the names of this project, facebookresearch/mae, timm, Hugging Face ViT and ViTMAE, "
+        "shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch."
+    )
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _bare(state: State) -> State:
+    """LayerScale folded into the matrix before it and absent qkv biases made zeros: the same function."""
+    for name in [n for n in state if re.search(r"\.(ls|gamma_)[12](\.gamma)?$", n)]:
+        gamma, (block, _, kind) = state.pop(name).float(), re.split(r"\.(ls|gamma_)", name)
+        matrix = f"{block}.attn.proj" if kind[0] == "1" else f"{block}.mlp.fc2"
+        state[f"{matrix}.weight"] = gamma[:, None] * state[f"{matrix}.weight"].float()
+        state[f"{matrix}.bias"] = gamma * state[f"{matrix}.bias"].float()
+    weights = [n for n in state if n.endswith("attn.qkv.weight")]
+    if not any(n.endswith("attn.qkv.bias") for n in state):
+        for name in weights:
+            state[name.replace("weight", "bias")] = state[name].new_zeros(state[name].shape[0])
+    return state
+
+
+def _rename(state: State, rules: Iterable[tuple[str, str]]) -> State:
+    """Each name with the first rule that matches it applied."""
+    compiled = [(re.compile(pattern), new) for pattern, new in rules]
+    renamed = {}
+    for name, tensor in state.items():
+        renamed[next((p.sub(new, name, count=1) for p, new in compiled if p.search(name)), name)] = tensor
+    return renamed
+
+
+def _fuse_qkv(state: State) -> State:
+    """Separate `attn.q.* attn.k.* attn.v.*` joined into `attn.qkv.*`."""
+    for name in [n for n in state if re.search(r"attn\.q\.(weight|bias)$", n)]:
+        parts = [re.sub(r"attn\.q\.", f"attn.{part}.", name) for part in "qkv"]
+        if lacking := [part for part in parts if part not in state]:
+            raise ValueError(f"The checkpoint is incomplete: it has {name} but not {', '.join(lacking)}.")
+        state[name.replace("attn.q.", "attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+    return state
+
+
+def with_class_row(table: Tensor) -> Tensor:
+    """Position embedding (1, L, D) with a row of zeros put first: adding nothing to the class token."""
+    table = table.reshape(1, -1, table.shape[-1])
+    return torch.cat([table.new_zeros(1, 1, table.shape[-1]), table], dim=1)
+
+
+def sinusoid(rows: int, dim: int) -> Tensor:
+    """Position table (1, rows, dim) of the first Transformer, sine and cosine in turn (MAE-pytorch's)."""
+    angle = torch.arange(rows, dtype=torch.float64)[:, None]
+    angle = angle / 10000.0 ** (2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
+    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
+    return table.float()[None]
+
+
+# ---------------------------------------------------------------- the layouts
+
+
+def _native(state: State, args: dict[str, Any]) -> Layout:
+    """This project's, the reference's and timm's: the names are ours already."""
+    rows = state["pos_embed"].shape[1] if state.get("pos_embed") is not None else 0
+    if "cls_token" in state and rows > 1 and math.isqrt(rows) ** 2 == rows:  # timm's no_embed_class
+        state["pos_embed"] = with_class_row(state["pos_embed"])
+    return Layout("timm", state, [])
+
+
+_HF_BLOCK = (
+    (r"attention\.attention\.query\.|attention\.q_proj\.", "attn.q."),
+    (r"attention\.attention\.key\.|attention\.k_proj\.", "attn.k."),
+    (r"attention\.attention\.value\.|attention\.v_proj\.", "attn.v."),
+    (r"attention\.output\.dense\.|attention\.o_proj\.", "attn.proj."),
+    (r"layernorm_before\.", "norm1."),
+    (r"layernorm_after\.", "norm2."),
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"(?<!attention\.)output\.dense\.", "mlp.fc2."),
+)
+_HF_REST = (
+    (r"^(vit\.)?embeddings\.cls_token$", "cls_token"),
+    (r"^(vit\.)?embeddings\.position_embeddings$", "pos_embed"),
+    (r"^(vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(vit\.)?(encoder\.layer|layers)\.", "blocks."),
+    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
+    (r"^(vit\.)?layernorm\.", "norm."),
+    (r"^decoder\.", ""),
+    (r"^classifier\.", "head."),
+)
+
+
+def _huggingface(state: State, args: dict[str, Any]) -> Layout:
+    """transformers' ViT and ViTMAE, old (4.x, as on the hub) and new (5.x) names."""
+    notes = []
+    for name in [n for n in state if re.search(r"(^|\.)pooler\.|embeddings\.mask_token$", n)]:
+        state.pop(name)
+        notes.append(f"{name} is left out: no model here has it.")
+    mae = any(name.startswith("decoder.") for name in state)
+    state = _fuse_qkv(_rename(_rename(state, _HF_BLOCK), _HF_REST))
+    return Layout("Hugging Face ViTMAE" if mae else "Hugging Face ViT", state, notes)
+
+
+_SEED = (
+    (r"^decoder\.encoder_list\.", "decoder_blocks."),
+    (r"^encode_norm\.", "norm."),
+    (r"^decoder_pred\.0\.", "decoder_norm."),
+    (r"^decoder_pred\.1\.", "decoder_pred."),
+    (r"^decoder_mask_token$", "mask_token"),
+    (r"^mlp_head\.", "head."),
+)
+_SEED_BLOCK = (
+    (r"enc_self_attn\.W_Q\.", "attn.q."),
+    (r"enc_self_attn\.W_K\.", "attn.k."),
+    (r"enc_self_attn\.W_V\.", "attn.v."),
+    (r"enc_self_attn\.proj\.", "attn.proj."),
+    (r"enc_ffn\.fc\.0\.", "mlp.fc1."),
+    (r"enc_ffn\.fc\.2\.", "mlp.fc2."),
+    (r"layernorm1\.", "norm1."),
+    (r"layernorm2\.", "norm2."),
+)
+
+
+def _seed(state: State, args: dict[str, Any]) -> Layout:
+    """shiyuwuCASIA/MAE-repo: separate q, k, v, a linear patch projection, no class row in its tables.
+
+    Its tables are row first and sine and cosine in turn. A table is added to the same channels that the
+    weights around it were trained with, so its channels stay in their order: moving them alone would compute
+    another function. The projection (D, p * p * C) in (row, column, channel) order becomes a convolution's.
+    """
+    state = _fuse_qkv(_rename(_rename(state, _SEED_BLOCK), _SEED))
+    weight = state["patch_embed.proj.weight"]
+    if weight.ndim == 2:
+        patch, chans = _seed_patch(weight.shape[1], args)
+        weight = weight.reshape(-1, patch, patch, chans).permute(0, 3, 1, 2).contiguous()
+        state["patch_embed.proj.weight"] = weight
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in state:
+            state[name] = with_class_row(state[name])
+    notes = [
+        "Its linear patch projection became a convolution. Its position tables got a class row of zeros and "
+        "keep their channel order (row first, sine and cosine in turn), which its weights belong to.",
+        "Its last LayerNorms had eps 1e-5 where all of ours have 1e-6.",
+    ]
+    return Layout("MAE-repo (shiyuwuCASIA)", state, notes)
+
+
+def _seed_patch(values: int, args: dict[str, Any]) -> tuple[int, int]:
+    """Patch side and channels of a flat projection of so many values a patch; 3 channels if nothing tells."""
+    for chans in (args.get("channel"), 3, 1, 4, 2):
+        if chans and values % chans == 0 and math.isqrt(values // chans) ** 2 == values // chans:
+            return math.isqrt(values // chans), chans
+    raise ValueError(
+        f"The checkpoint's patch projection takes {values} values: no square patch of 1 to 4 channels."
+    )
+
+
+_PENG = (
+    (r"^encoder\.", ""),
+    (r"^decoder\.blocks\.", "decoder_blocks."),
+    (r"^decoder\.norm\.", "decoder_norm."),
+    (r"^decoder\.head\.", "decoder_pred."),
+    (r"^encoder_to_decoder\.", "decoder_embed."),
+)
+
+
+def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
+    """pengzhiliang/MAE-pytorch: no class token, computed 1-D position tables, biases of q and v alone."""
+    if any("relative_position" in name for name in state):
+        raise ValueError("The checkpoint is a BEiT with relative positions, which no model here has.")
+    state = _rename(state, _PENG)
+    for name in [n for n in state if n.endswith(".attn.q_bias")]:
+        q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
+        state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    notes = []
+    if "decoder_embed.weight" in state:
+        state["decoder_embed.bias"] = state["decoder_embed.weight"].new_zeros(
+            state["decoder_embed.weight"].shape[0]
+        )
+        notes.append("Its decoder predicts pixels normalised by patch and channel, not by patch.")
+    position = "" if "pos_embed" in state else SINUSOID
+    return Layout("MAE-pytorch (pengzhiliang)", state, notes, position)
+
+
+LAYOUTS: tuple[tuple[str, Callable[[State, dict[str, Any]], Layout]], ...] = (
+    (r"embeddings\.patch_embeddings\.projection\.", _huggingface),
+    (r"enc_self_attn\.W_Q\.", _seed),
+    (r"^encoder\.patch_embed\.|^encoder_to_decoder\.|^blocks\.0\.attn\.q_bias$", _mae_pytorch),
+    (r"^patch_embed\.proj\.weight$", _native),
+)
