@@ -1,0 +1,312 @@
+"""Augmentation: a host half on integer images, drawn from (seed, epoch, index) alone, and a device half.
+
+A transform takes an image (C, H, W) and a `Draw` and gives an image (C, h, w) of the same type. It reads no
+generator, so what a sample looks like hangs neither on workers, nor ranks, nor on where a run was resumed.
+The flip is drawn with the sample but done on the device, after the transfer, with the normalisation.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), the position, jitter
+
+
+# ---------------------------------------------------------------- randomness by counting
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), elementwise on uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> np.ndarray:
+    """A 64-bit key for each index (n,); `stream` parts the uses of one sample (crop, masking, repeats)."""
+    key = np.array([seed], np.uint64)
+    for word in (np.array([epoch], np.uint64), np.array([stream], np.uint64), index.astype(np.uint64)):
+        key = _mix(_mix(key + GOLDEN) ^ word)
+    return key
+
+
+def uniform(key: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) float64 in [0, 1), the first numbers of the splitmix64 sequence of each key."""
+    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    return (_mix(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+
+
+class Draw(NamedTuple):
+    """All the chance a transform may use for one sample."""
+
+    numbers: list[float]  # DRAWS uniform numbers in [0, 1)
+    key: int  # 64 bits, to seed what brings its own generator
+
+
+@contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """python's, numpy's and torch's host generators seeded by `key` inside, and as they were afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key % 2**63)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def pair(size: int | list[int]) -> tuple[int, int]:
+    """A side or [height, width] as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, H, W) -> (C, *size), bicubic with antialias. 8 bit stays 8 bit throughout, as in Pillow;
+    other integers go through float32 and are rounded and clipped."""
+    if image.shape[1:] == size:
+        return image
+    if image.dtype == torch.uint8 or image.is_floating_point():
+        return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    info = torch.iinfo(image.dtype)
+    return resize(image.to(torch.float32), size).round_().clamp_(info.min, info.max).to(image.dtype)
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: list[float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random resized crop: up to ten tries at an area and an aspect ratio,
+    then the largest centred box within `ratio` (torchvision's RandomResizedCrop; uses 22 numbers)."""
+    area, low, high = height * width, math.log(ratio[0]), math.log(ratio[1])
+    for k in range(0, 20, 2):
+        target = area * (scale[0] + (scale[1] - scale[0]) * numbers[k])
+        aspect = math.exp(low + (high - low) * numbers[k + 1])
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(numbers[20] * (height - h + 1)), int(numbers[21] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = min(height, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resized, its aspect ratio kept, so that it just covers `size`."""
+    height, width = image.shape[1:]
+    if height * size[1] <= width * size[0]:  # the height is the tight side
+        return resize(image, (size[0], max(size[1], int(width * size[0] / height))))
+    return resize(image, (max(size[0], int(height * size[1] / width)), size[1]))
+
+
+# ---------------------------------------------------------------- host transforms
+
+
+class RandomResizedCrop:
+    """A random box of the image, resized: the paper's augmentation in pretraining and probing."""
+
+    def __init__(self, size: tuple[int, int], scale: list[float], ratio: list[float], hflip: bool):
+        self.size, self.hflip = size, hflip
+        self.scale, self.ratio = (scale[0], scale[1]), (ratio[0], ratio[1])
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        top, left, h, w = crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, draw.numbers)
+        return resize(image[:, top : top + h, left : left + w], self.size)
+
+
+class Crop:
+    """Resize to cover size / fraction, then crop `size`: from the centre, or anywhere if `jitter`."""
+
+    def __init__(self, size: tuple[int, int], fraction: float | None, jitter: bool, hflip: bool):
+        if fraction is None:  # the reference's rule: 224 / 256 up to 224 pixels, the whole image above
+            fraction = 224 / 256 if max(size) <= 224 else 1.0
+        self.size, self.jitter, self.hflip = size, jitter, hflip
+        self.covered = int(size[0] / fraction), int(size[1] / fraction)
+
+    def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
+        image = cover(image, self.covered)
+        rest = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
+        if self.jitter:
+            assert draw is not None
+            top, left = int(draw.numbers[20] * (rest[0] + 1)), int(draw.numbers[21] * (rest[1] + 1))
+        else:
+            top, left = round(rest[0] / 2), round(rest[1] / 2)
+        return image[:, top : top + self.size[0], left : left + self.size[1]]
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation, hue by factors around 1 (hue: turns around 0), in a drawn order."""
+
+    def __init__(self, crop: RandomResizedCrop, strengths: list[float]):
+        self.crop, self.hflip, self.strengths = crop, crop.hflip, strengths
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        from torchvision.transforms.v2 import functional as TF  # slow to import, and only needed here
+
+        _need_rgb(image, "color_jitter")
+        image = self.crop(image, draw)
+        steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+        for k in np.argsort(draw.numbers[26:30]):
+            shift = self.strengths[k] * (2 * draw.numbers[22 + k] - 1)
+            image = steps[k](image, shift if k == 3 else max(0.0, 1 + shift))
+        return image
+
+
+class RandAugment:
+    """Random resized crop, RandAugment and random erasing, the last two as timm has them.
+
+    Erased pixels are N(0, 1) after normalisation, as timm's `pixel` mode has them, but clipped to what
+    8 bits hold (2 % of the draws), since batches travel as uint8.
+    """
+
+    def __init__(
+        self, crop: RandomResizedCrop, policy: str, erase: float, mean: list[float], std: list[float]
+    ):
+        from PIL import Image
+        from timm.data.auto_augment import rand_augment_transform  # timm imports all its models
+        from timm.data.random_erasing import RandomErasing
+
+        self.crop, self.hflip, self.erase = crop, crop.hflip, erase
+        fill = tuple(min(255, round(255 * m)) for m in (mean * 3)[:3])
+        bicubic = Image.Resampling.BICUBIC
+        hints = {"translate_const": int(min(crop.size) * 0.45), "img_mean": fill, "interpolation": bicubic}
+        self.policy = rand_augment_transform(policy, hints)
+        for op in self.policy.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+        self.erasing = RandomErasing(probability=1.0, mode="pixel", max_count=1, device="cpu")
+        self.mean = torch.tensor((mean * 3)[:3]).view(3, 1, 1)
+        self.std = torch.tensor((std * 3)[:3]).view(3, 1, 1)
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        from PIL import Image
+
+        _need_rgb(image, "rand_augment")
+        pixels = self.crop(image, draw).permute(1, 2, 0).contiguous().numpy()
+        with seeded(draw.key):
+            image = torch.from_numpy(np.array(self.policy(Image.fromarray(pixels)))).permute(2, 0, 1)
+            if draw.numbers[22] >= self.erase:
+                return image
+            normal = self.erasing((image / 255 - self.mean) / self.std)
+        return ((normal * self.std + self.mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _posterize(image: Any, bits: int, **unused: Any) -> Any:
+    """timm's, but black for 0 bits, to which strengths of 10 and more come: current Pillow raises there."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.posterize(image, min(8, bits)) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _need_rgb(image: Tensor, name: str) -> None:
+    if image.shape[0] != 3 or image.dtype != torch.uint8:
+        raise ValueError(
+            f"augmentation.name={name} works on 8-bit images of 3 channels, and these have {image.shape[0]} "
+            f"of {image.dtype}: choose augmentation=pretrain or linprobe, which only crop and flip."
+        )
+
+
+# ---------------------------------------------------------------- builders
+
+
+def random_resized_crop(
+    *, img_size: int | list[int], scale: list[float], ratio: list[float], hflip: bool
+) -> RandomResizedCrop:
+    """Random box of `scale` of the area and `ratio` of width to height, resized to `img_size`."""
+    return RandomResizedCrop(pair(img_size), scale, ratio, hflip)
+
+
+def rand_augment(
+    *,
+    img_size: int | list[int],
+    scale: list[float],
+    ratio: list[float],
+    hflip: bool,
+    policy: str,
+    erase_prob: float,
+    mean: list[float],
+    std: list[float],
+) -> RandAugment:
+    """Random resized crop, timm's RandAugment `policy`, random erasing with probability `erase_prob`."""
+    return RandAugment(RandomResizedCrop(pair(img_size), scale, ratio, hflip), policy, erase_prob, mean, std)
+
+
+def color_jitter(
+    *,
+    img_size: int | list[int],
+    scale: list[float],
+    ratio: list[float],
+    hflip: bool,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> ColorJitter:
+    """Random resized crop and colour jitter (an ablation of the paper, table 1e)."""
+    crop = RandomResizedCrop(pair(img_size), scale, ratio, hflip)
+    return ColorJitter(crop, [brightness, contrast, saturation, hue])
+
+
+def fixed_crop(*, img_size: int | list[int], crop_fraction: float | None, hflip: bool) -> Crop:
+    """Resize, then a crop of fixed size anywhere (an ablation of the paper, table 1e)."""
+    return Crop(pair(img_size), crop_fraction, jitter=True, hflip=hflip)
+
+
+def center_crop(*, img_size: int | list[int], crop_fraction: float | None) -> Crop:
+    """Resize to `img_size / crop_fraction`, centre crop: evaluation, and "none" of the paper's table 1e."""
+    return Crop(pair(img_size), crop_fraction, jitter=False, hflip=False)
+
+
+AUGMENTATIONS = {
+    "random_resized_crop": random_resized_crop,
+    "rand_augment": rand_augment,
+    "color_jitter": color_jitter,
+    "fixed_crop": fixed_crop,
+    "center_crop": center_crop,
+}
+
+
+# ---------------------------------------------------------------- device half
+
+
+class Prepare(nn.Module):
+    """Flip and normalise on the device, without waiting for it.
+
+    `mean` and `std`, one value or one a channel, are of images in [0, 1] where the host type is an integer
+    (divided by the type's largest value), and in the images' own units where it is floating.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, mean: list[float], std: list[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor, flip: Tensor | None = None) -> Tensor:
+        """image (B, C, H, W) of any type, flip (B,) bool -> float32 (B, C, H, W)."""
+        top = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        if image.dtype != torch.uint8:  # flipped as bytes where it can be: a quarter of the traffic
+            image = image.to(torch.float32)
+        if flip is not None:
+            image = torch.where(flip.view(-1, 1, 1, 1), image.flip(-1), image)
+        return (image / top).sub_(self.mean).div_(self.std)
+
+    def undo(self, image: Tensor) -> Tensor:
+        """Normalised (..., C, H, W) -> values in [0, 1] (integer images) or the images' own units."""
+        return image * self.std + self.mean

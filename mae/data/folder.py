@@ -1,0 +1,100 @@
+"""Any tree of images: labelled by sub-folder, or flat or nested and unlabelled."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from mae.data.decode import Decoder
+from mae.data.known import given_root
+from mae.data.listing import SUFFIXES, Listing, cached_scan
+from mae.data.source import BadImage, Source, Subset, split_indices
+
+VAL_NAMES = ("val", "validation", "valid", "test")
+
+
+class Files:
+    """The image files of a listing."""
+
+    def __init__(self, listing: Listing, decoder: Decoder):
+        self.listing, self.decoder, self.classes = listing, decoder, listing.classes
+        self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            data = read(self.listing.path(index))
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        return self.decoder(data), -1 if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return self.listing.name(index)
+
+
+def read(path: str) -> bytearray:
+    """A file's bytes, writable so that torch can look at them without a copy."""
+    with open(path, "rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        count = file.readinto(data)
+    assert count is not None
+    return data if count == len(data) else data[:count]
+
+
+def folder(
+    split: Literal["train", "val"],
+    *,
+    root: str | None,
+    in_chans: int,
+    val_fraction: float,
+    exif_orientation: bool,
+    max_pixels: int,
+    follow_links: bool,
+    cache_dir: str | None,
+) -> Source:
+    """Images under `root`, at any depth.
+
+    `root/train` and `root/val` are the two parts where both are there; else `val_fraction` of the images is
+    held out, always the same ones. The first-level folders are the classes where no image lies beside them.
+    Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small.
+    """
+    top = given_root(root)
+    decoder = Decoder(in_chans, exif_orientation, max_pixels)
+    train = top / "train" if (top / "train").is_dir() else top
+    classes = first_level(train)
+    val = next((top / name for name in VAL_NAMES if train != top and (top / name).is_dir()), None)
+    where = val if val is not None and split == "val" else train
+    if classes is not None and where == val:
+        strangers = set(first_level(where) or []) - set(classes)
+        if strangers:
+            raise ValueError(f"{where} has a class that {train} lacks: {sorted(strangers)[0]} (data.root).")
+    listing = cached_scan(where, classes, follow_links, cache_dir)
+    if not len(listing):
+        raise ValueError(f"data.root: no image lies under {where} (looked for {' '.join(SUFFIXES)}).")
+    files = Files(listing, decoder)
+    if val is not None:
+        return files
+    if len(files) < 2:
+        raise ValueError(f"data.root={root} holds one image only: two are needed, to train and to validate.")
+    return Subset(files, split_indices(files.labels, len(files), val_fraction, split))
+
+
+def first_level(path: Path) -> list[str] | None:
+    """The class names: sorted sub-folders; None where images lie beside them or there is but one folder."""
+    names = []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    names.append(entry.name)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    return None
+    except OSError as error:
+        raise ValueError(f"data.root: the folder {path} cannot be read: {error.strerror}.") from error
+    return sorted(names) if len(names) > 1 else None

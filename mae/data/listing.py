@@ -1,0 +1,186 @@
+"""The paths of a tree of images, in flat buffers and cached.
+
+Ten million paths as Python strings are a gigabyte that every worker copies by counting references; here
+they are three arrays, mapped from the cache file and shared by all workers.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+)
+MAGIC = "mae-listing-2"
+RACY = 2.0  # seconds: a folder changed this shortly before the scan could change again within its time stamp
+
+
+class Listing:
+    """Paths relative to `root`, with labels from the first folder of each (-1: none)."""
+
+    def __init__(self, root: str, text: np.ndarray, ends: np.ndarray, labels: np.ndarray, classes: list[str]):
+        self.root, self.text, self.ends, self.labels, self.classes = root, text, ends, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def name(self, index: int) -> str:
+        """Path of an image relative to the root."""
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.name(index))
+
+
+class Builder:
+    """Paths gathered one by one without a Python object for each."""
+
+    def __init__(self) -> None:
+        self.text, self.ends, self.labels = bytearray(), array("q", [0]), array("i")
+
+    def add(self, path: str, label: int) -> None:
+        self.text += os.fsencode(path)
+        self.ends.append(len(self.text))
+        self.labels.append(label)
+
+    def listing(self, root: str, classes: list[str]) -> Listing:
+        text, labels = np.array(self.text, "u1"), np.array(self.labels, "i4")
+        return Listing(root, text, np.array(self.ends, "i8"), labels, classes)
+
+
+def scan(root: Path, classes: list[str] | None, follow_links: bool) -> tuple[Listing, dict[str, int]]:
+    """All images under `root`, folder by folder in sorted order, and the time stamp of each folder.
+
+    classes: names of the first-level folders that are labels, or None for no labels. Links that lead out of
+    `root` are passed over unless `follow_links`. Raises ValueError for a folder that cannot be read.
+    """
+    found, stamps, skipped = Builder(), {}, 0
+    real_root, seen = os.path.realpath(root), set()
+    number = {name: k for k, name in enumerate(classes or [])}
+    todo = [""]
+    while todo:
+        folder = todo.pop()
+        label = number.get(folder.split("/", 1)[0], -1)
+        try:
+            status = os.stat(os.path.join(root, folder))
+            with os.scandir(os.path.join(root, folder)) as entries:
+                entries = sorted(entries, key=lambda e: e.name)
+        except OSError as error:
+            raise ValueError(
+                f"the folder {os.path.join(root, folder)} of data.root cannot be read: {error.strerror}."
+            ) from error
+        if (status.st_dev, status.st_ino) in seen:  # a link back to a parent
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        stamps[folder] = status.st_mtime_ns
+        deeper = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not follow_links and not inside(real_root, entry.path):
+                skipped += 1
+                continue
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                deeper.append(name)
+            elif entry.name.lower().endswith(SUFFIXES):
+                found.add(name, label)
+        todo.extend(reversed(deeper))
+    if skipped:
+        log.warning("%d links lead out of data.root=%s and were left out (data.follow_links)", skipped, root)
+    return found.listing(str(root), classes or []), stamps
+
+
+def inside(real_root: str, path: str) -> bool:
+    """Whether what `path` leads to lies under `real_root`."""
+    return os.path.realpath(path).startswith(real_root.rstrip("/") + "/")
+
+
+# ---------------------------------------------------------------- cache
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`data.cache_dir`, or the user's own cache folder (never inside a data set)."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae"
+
+
+def cached_scan(root: Path, classes: list[str] | None, follow_links: bool, cache_dir: str | None) -> Listing:
+    """`scan`, from the cache where no folder of the tree has changed since."""
+    wanted = json.dumps([MAGIC, os.path.realpath(root), classes, follow_links, SUFFIXES])
+    path = cache_folder(cache_dir) / f"listing-{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.bin"
+    cached = load(path, str(root), wanted)
+    if cached is not None:
+        return cached
+    started = time.time()
+    listing, stamps = scan(root, classes, follow_links)
+    if len(listing) and max(stamps.values()) / 1e9 < started - RACY:
+        try:
+            save(path, listing, stamps, wanted)
+        except OSError as error:
+            log.warning("the listing of %s is not cached: %s (data.cache_dir)", root, error)
+    return listing
+
+
+def save(path: Path, listing: Listing, stamps: dict[str, int], wanted: str) -> None:
+    """One file: a line of JSON, then the arrays, each at a multiple of 64 bytes; renamed into place."""
+    arrays = {"text": listing.text, "ends": listing.ends, "labels": listing.labels}
+    shapes = {name: [a.dtype.str, len(a)] for name, a in arrays.items()}
+    head = json.dumps({"wanted": wanted, "classes": listing.classes, "stamps": stamps, "arrays": shapes})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(head.encode() + b"\n")
+            for values in arrays.values():
+                file.write(bytes(-file.tell() % 64))
+                values.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def load(path: Path, root: str, wanted: str) -> Listing | None:
+    """The cached listing, mapped, or None where there is none or a folder has changed since."""
+    try:
+        with open(path, "rb") as file:
+            head = json.loads(file.readline())
+            at = file.tell()
+        if head["wanted"] != wanted:
+            return None
+        for folder, stamp in head["stamps"].items():
+            if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
+                return None
+        arrays = []
+        for kind, count in head["arrays"].values():
+            at += -at % 64
+            arrays.append(np.memmap(path, kind, "r", at, (count,)))
+            at += arrays[-1].nbytes
+        text, ends, labels = arrays
+        return Listing(root, text, ends, labels, head["classes"])
+    except (OSError, ValueError, KeyError):  # absent, damaged or of another version: scanned anew
+        return None

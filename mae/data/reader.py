@@ -1,0 +1,141 @@
+"""One micro-batch from its ticket: reading, replacing what cannot be read, and all that is random."""
+
+import csv
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from mae import augment
+from mae.data.sampler import Ticket
+from mae.data.source import BadImage, Source
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+STREAM_SAMPLE, STREAM_NOISE, STREAM_REPLACE = 0, 1, 2  # uses of chance; repeats shift by 16 each
+MAX_REPLACEMENTS = 100  # tries at a readable image before the data set is given up
+MIN_JUDGED = 10_000  # images over which the share of bad ones is judged at least, or all if fewer
+
+
+class Bad(NamedTuple):
+    """An image that was replaced."""
+
+    index: int
+    name: str
+    reason: str
+
+
+class Failure(NamedTuple):
+    """A user's error in a worker, sent home whole instead of as a traceback in a traceback."""
+
+    message: str
+
+
+class Reader(Dataset):
+    """A ticket to a batch: runs in the workers and holds all that is random."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Tensor, augment.Draw], Tensor],
+        seed: int,
+        num_patches: int | None,
+        repeats: int = 1,
+    ):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.num_patches, self.repeats = num_patches, repeats
+
+    def __getitem__(self, ticket: Ticket) -> dict[str, Any] | Failure:
+        try:
+            return self._batch(ticket)
+        except ValueError as error:
+            if get_worker_info() is None:
+                raise
+            return Failure(str(error))
+
+    def _batch(self, ticket: Ticket) -> dict[str, Any]:
+        wanted = ticket.indices.tolist()
+        taken, labels, images, bad = [], [], [[] for _ in range(self.repeats)], []
+        keys = [augment.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
+        numbers = [augment.uniform(key, augment.DRAWS + 1) for key in keys]
+        draws = [n[:, 1:].tolist() for n in numbers]
+        for k, index in enumerate(wanted):
+            index, image, label = self._readable(index, bad)
+            taken.append(index)
+            labels.append(label)
+            for r in range(self.repeats):
+                images[r].append(self.transform(image, augment.Draw(draws[r][k], int(keys[r][k]))))
+        hflip = getattr(self.transform, "hflip", False)
+        batch: dict[str, Any] = {
+            "image": default_collate([image for part in images for image in part]),
+            "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & hflip),
+            "label": torch.tensor(labels * self.repeats),
+            "index": torch.tensor(taken * self.repeats),
+            "weight": torch.tensor(ticket.weight, dtype=torch.float32),
+            "bad": bad,
+        }
+        if self.num_patches is not None:
+            streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
+            noise = [augment.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
+            noise = augment.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
+            batch["noise"] = torch.from_numpy(noise)
+        return batch
+
+    def _readable(self, index: int, bad: list[Bad]) -> tuple[int, Tensor, int]:
+        """The image, or the first readable one of a sequence that hangs on its index alone."""
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                return index, *self.source[index]
+            except (BadImage, OSError) as error:
+                bad.append(Bad(index, self.source.name(index), str(error)))
+            key = augment.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
+            index = int(key[0] % np.uint64(len(self.source)))
+        raise ValueError(
+            f"{MAX_REPLACEMENTS} images in a row cannot be used, "
+            f"the first of them {bad[0].name}: {bad[0].reason}."
+        )
+
+
+class Record:
+    """Bad images seen so far: each written once to `bad_files.csv`, and an error when they are too many."""
+
+    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None):
+        self.count, self.limit, self.path = count, max_bad_fraction, path
+        self.bad: dict[int, Bad] = {}
+        self.seen = 0
+
+    def receive(self, batch: Any) -> Batch:
+        """The batch without its note of bad images. Raises ValueError."""
+        if isinstance(batch, Failure):
+            raise ValueError(batch.message)
+        for one in batch.pop("bad"):
+            if one[0] not in self.bad:
+                self.bad[one[0]] = Bad(*one)
+                log.warning("passed over %s: %s", one[1], one[2])
+                self._write(Bad(*one))
+        self.seen = min(self.count, self.seen + len(batch["index"]))
+        share = len(self.bad) / max(1, self.seen)
+        if share > self.limit and len(self.bad) > self.limit * min(self.count, MIN_JUDGED):
+            names = ", ".join(f"{b.name} ({b.reason})" for b in list(self.bad.values())[:3])
+            raise ValueError(
+                f"{len(self.bad)} of the {self.seen} images read so far cannot be used, more than "
+                f"data.max_bad_fraction={self.limit:g} allows; the first: {names}."
+            )
+        return batch
+
+    def _write(self, one: Bad) -> None:
+        if self.path is None:
+            return
+        new = not os.path.exists(self.path)
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(("index", "name", "reason"))
+            writer.writerow(one)

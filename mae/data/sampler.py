@@ -1,0 +1,103 @@
+"""Which image goes where: a pure function of (seed, epoch, step, rank).
+
+The global order of an epoch is a permutation by (seed, epoch). Step s takes the s-th `batch_size` of it,
+rank r every `world`-th of those from r on, cut into micro-batches. So the images of a step are the same on
+any number of ranks, and a run goes on in the middle of an epoch by starting at that step.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+Order = Callable[[int, int], np.ndarray]  # (seed, epoch) -> a permutation of all indices
+
+
+class Ticket(NamedTuple):
+    """What a worker needs to make one micro-batch."""
+
+    epoch: int
+    indices: np.ndarray  # (b,) int64
+    weight: float  # of this micro-batch's mean in the step's; see `Sampler`
+
+
+def shuffled(count: int) -> Order:
+    """The plain order: every image anywhere."""
+    return lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class Sampler:
+    """Batches of an epoch of `count` images.
+
+    A micro-batch's `weight` is its images x world / images in the step (over all ranks), so that the mean
+    over ranks of the sum of weight x mean loss is the mean over the step's images, however they divide. A
+    short last step is kept unless `drop_last`; a rank that has none of its images gets one with weight 0,
+    for all ranks must take the same number of micro-steps.
+
+    With `repeats` an image is decoded once and stands `repeats` times in its batch, each time cropped and
+    masked anew (He et al. 2205.09113, section 3). An epoch then goes through 1 / repeats of the images, so
+    that it still is `count` samples; a pass over all images takes `repeats` epochs and drops its short step.
+    Raises ValueError where batch sizes and counts do not fit.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        repeats: int = 1,
+        order: Order | None = None,
+    ):
+        for key, value in (("task.batch_size", batch_size), ("task.micro_batch_size", micro_batch_size)):
+            if value % repeats:
+                raise ValueError(f"{key}={value} is not a multiple of data.repeats={repeats}.")
+        self.count, self.seed, self.rank, self.world, self.repeats = count, seed, rank, world, repeats
+        self.batch, self.micro = batch_size // repeats, micro_batch_size // repeats  # in different images
+        self.order = order or shuffled(count)
+        self._cached: tuple[int, np.ndarray] | None = None
+        if repeats > 1 or drop_last:
+            self.steps_per_epoch = count // batch_size
+            if not self.steps_per_epoch:
+                raise ValueError(
+                    f"task.batch_size={batch_size} is more than the {count} images of the data set."
+                )
+        else:
+            self.steps_per_epoch = -(-count // batch_size)
+
+    def step_indices(self, epoch: int, step: int) -> np.ndarray:
+        """The images of a step over all ranks, in global order."""
+        assert 0 <= step < self.steps_per_epoch
+        turn, part = divmod(epoch, self.repeats)
+        if self._cached is None or self._cached[0] != turn:
+            self._cached = turn, self.order(self.seed, turn)
+        start = (part * self.steps_per_epoch + step) * self.batch
+        return self._cached[1][start : start + self.batch]
+
+    def micro_batches(self, epoch: int, step: int) -> list[Ticket]:
+        """This rank's micro-batches of a step; as many on every rank."""
+        images = self.step_indices(epoch, step)
+        own = images[self.rank :: self.world]
+        tickets = []
+        for start in range(0, -(-len(images) // self.world), self.micro):
+            part = own[start : start + self.micro]
+            weight = len(part) * self.world / len(images)
+            tickets.append(Ticket(epoch, part if len(part) else images[:1], weight))
+        return tickets
+
+    def micro_steps(self, step: int) -> int:
+        """Micro-batches of a step: the same in all epochs, and on all ranks."""
+        left = self.count - step * self.batch if self.repeats == 1 else self.batch
+        largest = math.ceil(min(self.batch, left) / self.world)  # rank 0's part
+        return math.ceil(largest / self.micro)
+
+    def tickets(self, epoch: int, step: int) -> Iterator[Ticket]:
+        """All micro-batches from a step on, epoch after epoch without end."""
+        while True:
+            for later in range(step, self.steps_per_epoch):
+                yield from self.micro_batches(epoch, later)
+            epoch, step = epoch + 1, 0

@@ -1,0 +1,117 @@
+"""What a source of images is, and the plain ones: tensors in memory, a part of another source."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNLABELLED = -1
+
+
+class BadImage(ValueError):
+    """One image that cannot be used; the loader counts it and takes another in its place."""
+
+
+class Source(Protocol):
+    """Images by number. `source[i]` is (image (C, H, W), label or -1); the image is uint8, or uint16 or
+    float32 for scientific data. Raises BadImage or OSError where that one image cannot be read."""
+
+    classes: list[str]  # empty where unlabelled
+    labels: np.ndarray | None  # (N,) int64, or None where unlabelled
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def name(self, index: int) -> str: ...
+
+
+class Arrays:
+    """Images that fit in memory."""
+
+    def __init__(self, images: Tensor, labels: np.ndarray | None, classes: list[str], label: str):
+        self.images, self.classes, self.label = images, classes, label  # (N, C, H, W)
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], UNLABELLED if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.label}/{index}"
+
+
+class Subset:
+    """Some images of a source, in the given order."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices, self.classes = source, indices, source.classes
+        self.labels = None if source.labels is None else source.labels[indices]
+        if hasattr(source, "order"):  # a source that wants its images read in an order of its own
+            self.order = self._order
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        where = np.full(len(self.source), -1, np.int64)
+        where[self.indices] = np.arange(len(self.indices))
+        places = where[self.source.order(seed, epoch)]  # type: ignore[attr-defined]
+        return places[places >= 0]
+
+
+def split_indices(labels: np.ndarray | None, count: int, fraction: float, split: str) -> np.ndarray:
+    """Sorted indices of the "train" or "val" part: `fraction` of each class is held out, always the same.
+
+    The draw hangs on nothing but the listing, so that runs of all seeds and stages hold out the same images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"data.val_fraction must lie in (0, 1) where there is no val/ folder, got {fraction}."
+        )
+    chance = np.random.default_rng(2111_06377).random(count)
+    order = np.lexsort((chance, labels)) if labels is not None else np.argsort(chance)
+    ranks = np.arange(count)
+    if labels is not None:  # rank within the class
+        starts = np.searchsorted(labels[order], labels[order], side="left")
+        sizes = np.searchsorted(labels[order], labels[order], side="right") - starts
+        ranks = ranks - starts
+        held = ranks < np.round(sizes * fraction)
+    else:
+        held = ranks < max(1, round(count * fraction))
+    return np.sort(order[held if split == "val" else ~held])
+
+
+def reduced(source: Source, fraction: float, per_class: int | None, seed: int) -> Source:
+    """A part of the training images by seed: `fraction` of them, then at most `per_class` of each class.
+    A larger fraction or count of the same seed contains the smaller one."""
+    count = len(source)
+    if fraction >= 1 and per_class is None:
+        return source
+    if per_class is not None and source.labels is None:
+        raise ValueError("data.per_class needs labels, and these images have none: use data.fraction.")
+    order = np.random.default_rng([seed, 0x5B5E7]).permutation(count)
+    order = order[: max(1, round(count * fraction))]
+    if per_class is not None:
+        assert source.labels is not None
+        by_class = np.argsort(source.labels[order], kind="stable")
+        sorted_labels = source.labels[order][by_class]
+        ranks = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels, side="left")
+        order = order[by_class[ranks < per_class]]
+    return Subset(source, np.sort(order))
+
+
+def replicate(images: Tensor, in_chans: int, name: str) -> Tensor:
+    """Grey images (..., 1, H, W) on `in_chans` equal channels, RGB as it is; else raises ValueError."""
+    if images.shape[-3] == in_chans:
+        return images
+    if images.shape[-3] == 1:
+        return torch.repeat_interleave(images, in_chans, dim=-3)
+    raise ValueError(f"data.in_chans={in_chans}, but the images of {name} have {images.shape[-3]} channels.")
