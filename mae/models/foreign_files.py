@@ -66,8 +66,7 @@ def _open_folder(folder: Path) -> Opened:
         if (folder / name).is_file():
             return _open_file(folder / name)
     raise ValueError(
-        f"init={folder} holds no checkpoint: a run has checkpoints/, other folders have "
-        f"one of {', '.join(WEIGHTS)}."
+        f"init={folder} holds no checkpoint: a run has checkpoints/, other folders have one of {', '.join(WEIGHTS)}."
     )
 
 
@@ -101,15 +100,16 @@ def _damage(folder: Path) -> str:
 
 
 def _open_file(path: Path) -> Opened:
+    ours = path.parent.name.startswith("step_") and (path.parent / "manifest.json").is_file()
+    if ours and (reason := _damage(path.parent)):
+        raise ValueError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
     if path.name.endswith(".index.json"):
         opened = _open_shards(path)
     elif path.suffix == ".safetensors":
         opened = Opened(_load_safetensors(path), "safetensors")
     else:
         opened = _unwrap(_load_torch(path), path)
-    if path.parent.name.startswith("step_") and (path.parent / "manifest.json").is_file():
-        if reason := _damage(path.parent):
-            raise ValueError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
+    if ours:
         opened.origin = "ours"
         opened.counters = {"step": json.loads((path.parent / "manifest.json").read_text()).get("step")}
         opened.config = _read_config(path.parent.parent.parent / "config.yaml")

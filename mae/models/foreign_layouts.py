@@ -179,9 +179,7 @@ def _seed_patch(values: int, args: dict[str, Any]) -> tuple[int, int]:
     for chans in (args.get("channel"), 3, 1, 4, 2):
         if chans and values % chans == 0 and math.isqrt(values // chans) ** 2 == values // chans:
             return math.isqrt(values // chans), chans
-    raise ValueError(
-        f"The checkpoint's patch projection takes {values} values: no square patch of 1 to 4 channels."
-    )
+    raise ValueError(f"The checkpoint's patch projection takes {values} values: no square patch of 1 to 4 channels.")
 
 
 _PENG = (
@@ -203,9 +201,7 @@ def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
         state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     notes = []
     if "decoder_embed.weight" in state:
-        state["decoder_embed.bias"] = state["decoder_embed.weight"].new_zeros(
-            state["decoder_embed.weight"].shape[0]
-        )
+        state["decoder_embed.bias"] = state["decoder_embed.weight"].new_zeros(state["decoder_embed.weight"].shape[0])
         notes.append("Its decoder predicts pixels normalised by patch and channel, not by patch.")
     position = "" if "pos_embed" in state else SINUSOID
     return Layout("MAE-pytorch (pengzhiliang)", state, notes, position)
