@@ -38,11 +38,7 @@ def jpeg_header(data: bytearray) -> JpegHeader | None:
             at += 1
         elif marker in FRAMES:
             height, width = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
-            return (
-                JpegHeader(height, width, data[at + 9], exif)
-                if data[at + 4] == 8 and height and width
-                else None
-            )
+            return JpegHeader(height, width, data[at + 9], exif) if data[at + 4] == 8 and height and width else None
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless or arithmetic: Pillow's to judge
         else:

@@ -17,9 +17,7 @@ def digits(split: Split, *, in_chans: int, val_fraction: float) -> Source:
 
     bunch: Any = load_digits()
     pixels = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]  # 0..16 -> 8 bit
-    whole = Arrays(
-        replicate(pixels, in_chans, "digits"), bunch.target, [str(d) for d in bunch.target_names], "digits"
-    )
+    whole = Arrays(replicate(pixels, in_chans, "digits"), bunch.target, [str(d) for d in bunch.target_names], "digits")
     assert whole.labels is not None
     kept = split_indices(whole.labels, len(whole), val_fraction, split)
     return Arrays(whole.images[kept], whole.labels[kept], whole.classes, f"digits/{split}")
@@ -30,18 +28,13 @@ def cifar10(split: Split, *, root: str | None, in_chans: int, download: bool) ->
     from torchvision.datasets import CIFAR10
 
     try:
-        found = CIFAR10(
-            str(given_root(root, must_exist=not download)), train=split == "train", download=download
-        )
+        found = CIFAR10(str(given_root(root, must_exist=not download)), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"CIFAR-10 was not found in data.root={root} ({error}): "
-            "set data.download=true or another data.root."
+            f"CIFAR-10 was not found in data.root={root} ({error}): set data.download=true or another data.root."
         ) from error
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-    return Arrays(
-        replicate(images, in_chans, "cifar10"), np.array(found.targets), found.classes, f"cifar10/{split}"
-    )
+    return Arrays(replicate(images, in_chans, "cifar10"), np.array(found.targets), found.classes, f"cifar10/{split}")
 
 
 def given_root(root: str | None, must_exist: bool = True) -> Path:

@@ -112,8 +112,8 @@ def scan(root: Path, classes: list[str] | None, follow_links: bool) -> tuple[Lis
 
 
 def inside(real_root: str, path: str) -> bool:
-    """Whether what `path` leads to lies under `real_root`."""
-    return os.path.realpath(path).startswith(real_root.rstrip("/") + "/")
+    """Whether what `path` leads to is `real_root` or lies under it."""
+    return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
 
 
 # ---------------------------------------------------------------- cache

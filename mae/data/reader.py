@@ -98,8 +98,7 @@ class Reader(Dataset):
             key = augment.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         raise ValueError(
-            f"{MAX_REPLACEMENTS} images in a row cannot be used, "
-            f"the first of them {bad[0].name}: {bad[0].reason}."
+            f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
         )
 
 

@@ -63,9 +63,7 @@ class Sampler:
         if repeats > 1 or drop_last:
             self.steps_per_epoch = count // batch_size
             if not self.steps_per_epoch:
-                raise ValueError(
-                    f"task.batch_size={batch_size} is more than the {count} images of the data set."
-                )
+                raise ValueError(f"task.batch_size={batch_size} is more than the {count} images of the data set.")
         else:
             self.steps_per_epoch = -(-count // batch_size)
 

@@ -73,9 +73,7 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
     The draw hangs on nothing but the listing, so that runs of all seeds and stages hold out the same images.
     """
     if not 0 < fraction < 1:
-        raise ValueError(
-            f"data.val_fraction must lie in (0, 1) where there is no val/ folder, got {fraction}."
-        )
+        raise ValueError(f"data.val_fraction must lie in (0, 1) where there is no val/ folder, got {fraction}.")
     chance = np.random.default_rng(2111_06377).random(count)
     order = np.lexsort((chance, labels)) if labels is not None else np.argsort(chance)
     ranks = np.arange(count)

@@ -1,0 +1,273 @@
+"""Sampling and loading: every image once, weights that sum to one, the same bits however they were made."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae import augment
+from mae.data.known import digits
+from mae.data.loader import EvalLoader, Loader
+from mae.data.sampler import Sampler
+from mae.data.source import Arrays, reduced, split_indices
+
+# three workers on two cores is what is tested
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "max_bad_fraction": 0.01}
+TRAINING = OPTIONS | {"repeats": 1, "fraction": 1.0, "per_class": None}
+
+
+@pytest.fixture(scope="module")
+def source():
+    whole = digits("train", in_chans=3, val_fraction=0.2)
+    return Arrays(whole.images[:90], whole.labels[:90], whole.classes, "digits")
+
+
+def crop():
+    return augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+
+
+def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **changes):
+    runtime = {"num_patches": 16, "rank": 0, "world": 1, "drop_last": False}
+    runtime |= {k: changes.pop(k) for k in list(changes) if k in runtime}
+    options = TRAINING | {"num_workers": num_workers} | changes
+    transform = options.pop("transform", None) or crop()
+    return Loader(source, transform, batch_size, micro_batch_size, seed, **runtime, **options)
+
+
+def stream(loader, epochs=(0, 1), start=0):
+    """All batches of some epochs, the first from a step on."""
+    found = []
+    for epoch in epochs:
+        for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
+            found.append(list(step))
+            assert len(found[-1]) == len(step)
+    loader.close()
+    return found
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for one, two in zip(a, b, strict=True):
+        assert len(one) == len(two)
+        for x, y in zip(one, two, strict=True):
+            assert x.keys() == y.keys()
+            assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+# ---------------------------------------------------------------- sampler
+
+SIZES = {
+    "count": st.integers(1, 200),
+    "micro": st.integers(1, 12),
+    "accumulation": st.integers(1, 4),
+    "world": st.integers(1, 5),
+    "epoch": st.integers(0, 4),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+@given(**SIZES)
+@settings(max_examples=200, deadline=None)
+def test_each_image_once_and_weights_sum(count, micro, accumulation, world, epoch, seed):
+    batch = micro * accumulation * world
+    ranks = [Sampler(count, batch, micro, seed, r, world) for r in range(world)]
+    seen = []
+    for step in range(ranks[0].steps_per_epoch):
+        tickets = [rank.micro_batches(epoch, step) for rank in ranks]
+        assert {len(t) for t in tickets} == {ranks[0].micro_steps(step)}
+        counted = [t for rank in tickets for t in rank if t.weight > 0]
+        assert all(0 < len(t.indices) <= micro for rank in tickets for t in rank)
+        # the mean over ranks of the weighted sum of means is the mean over the step's images
+        total = sum(t.weight * t.indices.mean() for t in counted) / world
+        images = np.concatenate([t.indices for t in counted])
+        assert total == pytest.approx(images.mean())
+        assert sum(t.weight for t in counted) == pytest.approx(world)
+        seen.extend(images.tolist())
+    assert sorted(seen) == list(range(count))
+
+
+@given(**SIZES)
+@settings(max_examples=50, deadline=None)
+def test_a_step_holds_the_same_images_on_any_number_of_ranks(count, micro, accumulation, world, epoch, seed):
+    batch = micro * accumulation * world
+    one = Sampler(count, batch, micro, seed)
+    ranks = [Sampler(count, batch, micro, seed, r, world) for r in range(world)]
+    for step in range(one.steps_per_epoch):
+        alone = np.concatenate([t.indices for t in one.micro_batches(epoch, step) if t.weight])
+        shared = [t.indices for r in ranks for t in r.micro_batches(epoch, step) if t.weight]
+        assert sorted(alone) == sorted(np.concatenate(shared))
+
+
+@given(seed=st.integers(0, 2**32 - 1), repeats=st.integers(2, 4), steps=st.integers(1, 5), rest=st.integers(0, 7))
+@settings(max_examples=50, deadline=None)
+def test_repeats_go_through_all_images_in_as_many_epochs(seed, repeats, steps, rest):
+    batch = 4 * repeats
+    sampler = Sampler(batch * steps + rest % batch, batch, batch, seed, repeats=repeats)
+    images = [sampler.step_indices(e, s) for e in range(repeats) for s in range(sampler.steps_per_epoch)]
+    assert all(len(i) == 4 for i in images)
+    images = np.concatenate(images)
+    assert len(set(images.tolist())) == len(images) == steps * batch
+
+
+def test_orders_differ_by_epoch_and_seed():
+    orders = [Sampler(100, 100, 100, seed).step_indices(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(o) for o in orders}) == 4
+
+
+def test_tickets_go_on_where_they_are_told():
+    sampler = Sampler(20, 6, 2, 1)
+    tickets = sampler.tickets(0, 0)
+    whole = [next(tickets) for _ in range(25)]
+    skipped = sum(sampler.micro_steps(s) for s in range(2))
+    tail = sampler.tickets(0, 2)
+    for ticket in whole[skipped:]:
+        assert (ticket.indices == next(tail).indices).all()
+
+
+@pytest.mark.parametrize("key", ["task.batch_size", "task.micro_batch_size"])
+def test_repeats_must_divide(key):
+    sizes = (9, 4) if key == "task.batch_size" else (12, 6)
+    with pytest.raises(ValueError, match=f"{key}.*data.repeats"):
+        Sampler(100, *sizes, 0, repeats=4)
+
+
+def test_drop_last_refuses_a_batch_larger_than_the_data():
+    assert Sampler(10, 4, 4, 0, drop_last=True).steps_per_epoch == 2
+    with pytest.raises(ValueError, match="task.batch_size=20 is more than the 10 images"):
+        Sampler(10, 20, 20, 0, drop_last=True)
+
+
+# ---------------------------------------------------------------- loader
+
+
+def test_batches_do_not_depend_on_workers(source):
+    alone = stream(make(source))
+    assert alone[0][0]["image"].shape == (8, 3, 16, 16)
+    assert alone[0][0]["noise"].shape == (8, 16)
+    assert alone[0][0]["flip"].dtype == torch.bool
+    for workers in (1, 3):
+        same(alone, stream(make(source, workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_restart_in_the_middle_of_an_epoch_gives_the_tail(source, workers):
+    whole = stream(make(source))
+    same(whole[2:], stream(make(source, workers), start=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_left_midway_starts_anew(source, workers):
+    whole = stream(make(source))
+    loader = make(source, workers)
+    for step in loader.steps(0):
+        next(iter(step))
+        break  # in the middle of a step, with batches on their way
+    same(whole, stream(loader))
+
+
+def test_a_step_not_read_to_its_end_does_not_shift_the_next(source):
+    whole = stream(make(source), epochs=(0,))
+    loader = make(source, 1)
+    first = [next(iter(step)) for step in loader.steps(0)]
+    loader.close()
+    same([w[:1] for w in whole], [[f] for f in first])
+
+
+def test_ranks_together_make_the_batches_of_one(source):
+    alone = stream(make(source), epochs=(0,))
+    ranks = [stream(make(source, rank=r, world=3), epochs=(0,)) for r in range(3)]
+    for step, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        whole = {int(i): image for b in step for i, image in zip(b["index"], b["image"], strict=True)}
+        for batch in (b for part in parts for b in part if b["weight"] > 0):
+            for i, image in zip(batch["index"], batch["image"], strict=True):
+                assert torch.equal(image, whole.pop(int(i)))
+        assert not whole
+
+
+def test_the_main_process_generators_are_left_alone(source):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    transform = augment.rand_augment(
+        img_size=16,
+        scale=[0.2, 1.0],
+        ratio=[0.75, 1.33],
+        hflip=True,
+        policy="rand-m9-mstd0.5-inc1",
+        erase_prob=1.0,
+        mean=[0.5],
+        std=[0.25],
+    )
+    a = stream(make(source, transform=transform))
+    assert states() == before
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    same(a, stream(make(source, 2, transform=transform)))
+
+
+def test_repeats_decode_once_and_crop_anew(source):
+    batch = stream(make(source, repeats=4), epochs=(0,))[0][0]
+    assert batch["index"].tolist() == batch["index"][:2].tolist() * 4
+    crops = batch["image"][::2]
+    assert len({c.numpy().tobytes() for c in crops}) == 4
+    assert len({n.numpy().tobytes() for n in batch["noise"]}) == 8
+
+
+def test_evaluation_sees_each_image_once_without_padding(source):
+    whole = augment.center_crop(img_size=16, crop_fraction=1.0)
+    for world in (1, 4, 100):
+        seen = []
+        for rank in range(world):
+            loader = EvalLoader(source, whole, 7, 0, rank, world, num_workers=0, **OPTIONS)
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            seen += [i for b in batches for i in b["index"].tolist()]
+        assert sorted(seen) == list(range(len(source)))
+
+
+def test_evaluation_repeats_itself(source):
+    whole = augment.center_crop(img_size=16, crop_fraction=1.0)
+    loader = EvalLoader(source, whole, 32, 5, num_patches=9, num_workers=2, **OPTIONS)
+    next(iter(loader))  # left midway
+    same([list(loader)], [list(loader)])
+    loader.close()
+
+
+# ---------------------------------------------------------------- subsets and splits
+
+
+def test_digits_are_split_by_class_without_overlap():
+    parts = [digits(split, in_chans=1, val_fraction=0.2) for split in ("train", "val")]
+    assert len(parts[0]) + len(parts[1]) == 1797
+    assert abs(len(parts[1]) - 359.4) < 5
+    counts = [np.bincount(p.labels) for p in parts]
+    assert np.allclose(counts[1] / (counts[0] + counts[1]), 0.2, atol=0.005)
+    assert parts[0][0][0].shape == (1, 8, 8)
+    image, label = parts[0][5]
+    assert image.dtype == torch.uint8 and image.max() == 255 and label in range(10)
+
+
+@given(count=st.integers(2, 300), fraction=st.floats(0.01, 0.99), classes=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_split_parts_are_complements(count, fraction, classes):
+    for labels in (None, np.arange(count) % classes):
+        train, val = (split_indices(labels, count, fraction, s) for s in ("train", "val"))
+        assert sorted([*train, *val]) == list(range(count))
+
+
+def test_reduced_sets_are_nested(source):
+    small, large = (reduced(source, f, None, 0) for f in (0.2, 0.5))
+    assert len(small) == 18 and len(large) == 45
+    assert set(small.indices) < set(large.indices)
+    few = reduced(source, 1.0, 2, 0)
+    assert np.bincount(few.labels).tolist() == [2] * 10
+    assert set(few.indices) < set(reduced(source, 1.0, 3, 0).indices)
+    assert few.name(0).startswith("digits/")
+    unlabelled = Arrays(source.images, None, [], "x")
+    with pytest.raises(ValueError, match="data.per_class needs labels"):
+        reduced(unlabelled, 1.0, 2, 0)

@@ -1,0 +1,397 @@
+"""Image files: decoding as Pillow does, listings, folders, bad files."""
+
+import csv
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from PIL import Image
+
+from mae import augment
+from mae.data import decode, listing
+from mae.data.decode import Decoder, jpeg_header, oriented
+from mae.data.folder import folder
+from mae.data.known import cifar10, given_root
+from mae.data.loader import Loader
+from mae.data.source import BadImage
+
+PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg
+FOLDER = {
+    "in_chans": 3,
+    "val_fraction": 0.25,
+    "exif_orientation": False,
+    "max_pixels": 10**7,
+    "follow_links": False,
+}
+
+
+def decoder(in_chans=3, exif=False, max_pixels=10**7):
+    return Decoder(in_chans, exif, max_pixels)
+
+
+def encoded(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return bytearray(out.getvalue())
+
+
+def pillow(data, mode="RGB"):
+    pixels = np.array(Image.open(io.BytesIO(data)).convert(mode))
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+
+
+def photo(size=None):
+    image = Image.open(PHOTOS / "flower.jpg").convert("RGB")
+    return image.resize(size) if size else image
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes of six images, and a hidden folder."""
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name / "deep").mkdir(parents=True)
+        for k in range(6):
+            place = tmp_path / "set" / name / ("deep" if k % 2 else "")
+            photo((40 + k, 30)).save(place / f"{k}.jpg")
+    (tmp_path / "set" / ".hidden").mkdir()
+    (tmp_path / "set" / "cat" / "notes.txt").write_text("not an image")
+    for path in [tmp_path / "set", *(tmp_path / "set").rglob("*")]:
+        os.utime(path, (1e9, 1e9))  # not so new that the cache mistrusts it
+    return tmp_path / "set"
+
+
+def opened(root, split="train", **changes):
+    return folder(split, root=str(root), cache_dir=str(Path(root).parent / "cache"), **(FOLDER | changes))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30, "subsampling": 0}, {"optimize": True}])
+def test_jpegs_are_decoded_as_pillow_does(options):
+    data = encoded(photo(), "JPEG", **options)
+    assert jpeg_header(data) is not None
+    assert torch.equal(decoder()(data), pillow(data))
+
+
+@pytest.mark.parametrize("path", sorted(PHOTOS.glob("*.jpg")), ids=lambda p: p.name)
+def test_real_photos_are_decoded_as_pillow_does(path):
+    data = bytearray(path.read_bytes())
+    assert torch.equal(decoder()(data), pillow(data))
+    assert torch.equal(decoder(1)(data), pillow(data, "L"))
+    assert torch.equal(decoder(4)(data), pillow(data, "RGBA"))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_jpegs_are_decoded_as_pillow_does(mode):
+    data = encoded(photo().convert(mode), "JPEG")
+    assert torch.equal(decoder()(data), pillow(data))
+    assert torch.equal(decoder(1)(data), pillow(data, "L"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"])
+def test_other_kinds_go_through_pillow(kind):
+    data = encoded(photo((50, 40)), kind)
+    assert torch.equal(decoder()(data), pillow(data))
+
+
+def test_palettes_and_sixteen_bits():
+    data = encoded(photo((50, 40)).convert("P"), "PNG")
+    assert torch.equal(decoder()(data), pillow(data))
+    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    image = decoder()(encoded(Image.fromarray(deep), "PNG"))
+    assert image.shape == (3, 30, 40) and torch.equal(image[0], torch.from_numpy((deep >> 8).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_is_an_option(orientation, kind):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[decode.EXIF_ORIENTATION] = orientation
+    data = encoded(photo((48, 32)), kind, exif=exif)
+    plain = Image.open(io.BytesIO(data))
+    turned = torch.from_numpy(np.array(ImageOps.exif_transpose(plain))).permute(2, 0, 1)
+    assert torch.equal(decoder(exif=True)(data), turned)
+    assert torch.equal(decoder()(data), pillow(data))
+    assert torch.equal(oriented(decoder()(data), orientation), turned)
+
+
+def bad_files():
+    """Name -> bytes of files that cannot be used."""
+    jpeg, png = encoded(photo(), "JPEG"), encoded(photo((60, 50)), "PNG")
+    header = jpeg_header(jpeg)
+    assert header is not None
+    size = header.height.to_bytes(2, "big") + header.width.to_bytes(2, "big")
+    return {
+        "empty.jpg": b"",
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "one_byte_short.png": png[: len(png) // 2],
+        "head_only.jpg": jpeg[:20],
+        "text.jpg": b"<html>404 not found</html>",
+        "zeros.png": bytes(1000),
+        "noise.jpg": np.random.default_rng(0).bytes(5000),
+        "cut_after_header.jpg": jpeg[:700],
+        "bomb.png": encoded(Image.new("1", (4000, 4000)), "PNG"),
+        "bomb.jpg": encoded(Image.new("L", (4000, 4000)), "JPEG"),
+        "lies_about_size.jpg": jpeg.replace(size, b"\xff\xff\xff\xff", 1),
+        "corrupt.png": png[:60] + bytes(200) + png[260:],
+    }
+
+
+@pytest.mark.parametrize("name", bad_files())
+def test_bad_files_are_told_apart(name):
+    with pytest.raises(BadImage) as error:
+        decoder()(bytearray(bad_files()[name]))
+    assert str(error.value) and "\n" not in str(error.value)
+
+
+def test_channels_that_files_cannot_have():
+    with pytest.raises(ValueError, match="data.in_chans=5"):
+        decoder(5)
+
+
+# ---------------------------------------------------------------- listing
+
+
+def test_a_listing_is_sorted_labelled_and_cached(tree, monkeypatch):
+    cache = str(tree.parent / "cache")
+    first = listing.cached_scan(tree, ["cat", "dog"], False, cache)
+    names = [first.name(i) for i in range(len(first))]
+    assert names[:6] == [f"cat/{k}.jpg" for k in (0, 2, 4)] + [f"cat/deep/{k}.jpg" for k in (1, 3, 5)]
+    assert first.labels.tolist() == [0] * 6 + [1] * 6
+    assert not list(tree.rglob("*.bin"))
+
+    monkeypatch.setattr(listing, "scan", None)  # not called again
+    again = listing.cached_scan(tree, ["cat", "dog"], False, cache)
+    assert isinstance(again.text, np.memmap)
+    assert [again.path(i) for i in range(12)] == [first.path(i) for i in range(12)]
+    assert again.labels.tolist() == first.labels.tolist() and again.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "damage"])
+def test_a_stale_or_damaged_cache_is_not_used(tree, change):
+    cache = tree.parent / "cache"
+    assert len(listing.cached_scan(tree, None, False, str(cache))) == 12
+    if change == "add":
+        photo((9, 9)).save(tree / "dog" / "deep" / "new.PNG")
+    elif change == "remove":
+        (tree / "dog" / "deep" / "1.jpg").unlink()
+    else:
+        (path,) = cache.glob("*.bin")
+        path.write_bytes(path.read_bytes()[:-300])
+    assert len(listing.cached_scan(tree, None, False, str(cache))) == {"add": 13, "remove": 11}.get(change, 12)
+
+
+def test_a_cache_that_cannot_be_written_is_no_harm(tree, caplog):
+    (tree.parent / "file").write_text("")
+    assert len(listing.cached_scan(tree, None, False, str(tree.parent / "file"))) == 12
+    assert "is not cached" in caplog.text
+
+
+def test_links_do_not_lead_out_of_the_root(tree, caplog):
+    outside = tree.parent / "outside"
+    outside.mkdir()
+    photo((9, 9)).save(outside / "secret.jpg")
+    (tree / "cat" / "link").symlink_to(outside)
+    (tree / "cat" / "link.jpg").symlink_to(outside / "secret.jpg")
+    (tree / "cat" / "loop").symlink_to(tree)
+    (tree / "cat" / "inside.jpg").symlink_to(tree / "dog" / "0.jpg")
+    names = [listing.scan(tree, None, follow)[0] for follow in (False, True)]
+    names = [[one.name(i) for i in range(len(one))] for one in names]
+    assert len(names[0]) == 13 and "cat/inside.jpg" in names[0]
+    assert "2 links lead out" in caplog.text
+    assert len(names[1]) == 15
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_labelled_folder_is_split_by_class(tree):
+    train, val = opened(tree), opened(tree, "val")
+    assert train.classes == val.classes == ["cat", "dog"]
+    assert np.bincount(val.labels).tolist() == [2, 2] and np.bincount(train.labels).tolist() == [4, 4]
+    assert not {train.name(i) for i in range(8)} & {val.name(i) for i in range(4)}
+    image, label = train[7]
+    assert label == 1 and torch.equal(image, pillow((tree / train.name(7)).read_bytes()))
+
+
+def test_train_and_val_folders_are_recognised(tree):
+    for split in ("train", "val"):
+        shutil.copytree(tree, tree.parent / "parted" / split)
+    shutil.rmtree(tree.parent / "parted" / "val" / "cat")
+    train, val = (opened(tree.parent / "parted", split) for split in ("train", "val"))
+    assert len(train) == 12 and len(val) == 6 and val.labels.tolist() == [1] * 6
+    (tree.parent / "parted" / "val" / "eel").mkdir()
+    with pytest.raises(ValueError, match="has a class that .* lacks: eel"):
+        opened(tree.parent / "parted", "val")
+
+
+def test_flat_and_nested_folders_are_unlabelled(tree):
+    photo((20, 20)).save(tree / "top.jpg")
+    source = opened(tree)
+    assert source.classes == [] and source.labels is None and source[0][1] == -1
+    assert len(source) + len(opened(tree, "val")) == 13
+
+
+def test_faults_of_a_folder_are_named(tree, monkeypatch):
+    with pytest.raises(ValueError, match="data.root=.*nowhere does not exist"):
+        opened(tree / "nowhere")
+    with pytest.raises(ValueError, match="data.root is not set"):
+        given_root(None)
+    with pytest.raises(ValueError, match="is a file, not a directory"):
+        opened(tree / "cat" / "0.jpg")
+    (tree / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image lies under"):
+        opened(tree / "empty")
+    photo((20, 20)).save(tree / "empty" / "one.jpg")
+    with pytest.raises(ValueError, match="holds one image only"):
+        opened(tree / "empty")
+    with pytest.raises(ValueError, match="data.val_fraction"):
+        opened(tree, val_fraction=0.0)
+    with pytest.raises(ValueError, match="CIFAR-10 was not found in data.root"):
+        cifar10("train", root=str(tree), in_chans=3, download=False)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match="data.root.*cannot be read: Permission denied"):
+        opened(tree)
+
+
+# ---------------------------------------------------------------- bad files in a run
+
+
+def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
+    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+    options = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
+    return Loader(
+        source,
+        transform,
+        8,
+        8,
+        0,
+        bad_csv=tmp_path / "bad_files.csv",
+        num_workers=workers,
+        max_bad_fraction=max_bad_fraction,
+        **options,
+    )
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Some good images and every kind of bad one."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for k in range(30):
+        photo((30, 30 + k)).save(root / f"good_{k:02}.jpg")
+    for name, data in bad_files().items():
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_replaced_and_reported_once(spoilt, tmp_path, workers):
+    source = opened(spoilt, val_fraction=0.03)
+    (spoilt / "good_05.jpg").unlink()  # vanishes after the listing
+    loader = load(source, tmp_path, workers, max_bad_fraction=0.5)
+    for epoch in range(2):
+        for batch in (b for step in loader.steps(epoch) for b in step):
+            assert batch["image"].shape[1:] == (3, 16, 16)
+            names = [source.name(int(i)) for i in batch["index"]]
+            assert all(n.startswith("good_") and n != "good_05.jpg" for n in names)
+    loader.close()
+    with open(tmp_path / "bad_files.csv") as file:
+        rows = list(csv.DictReader(file))
+    expected = [source.name(i) for i in range(len(source))]
+    expected = [n for n in expected if not n.startswith("good_") or n == "good_05.jpg"]
+    assert sorted(r["name"] for r in rows) == sorted(expected)
+    assert all(r["reason"] for r in rows)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
+    loader = load(opened(spoilt), tmp_path, workers)
+    with pytest.raises(ValueError, match=r"data.max_bad_fraction=0.01 allows; the first: \S+ \(.*\)"):
+        for step in loader.steps(0):
+            list(step)
+    loader.close()
+
+
+def test_replacements_hang_on_the_seed_alone(spoilt, tmp_path):
+    def indices(workers):
+        loader = load(opened(spoilt), tmp_path, workers, max_bad_fraction=1.0)
+        found = [b["index"].tolist() for step in loader.steps(0) for b in step]
+        loader.close()
+        return found
+
+    assert indices(0) == indices(2)
+
+
+class Troubled:
+    """A source whose images do something unpleasant."""
+
+    classes, labels = [], None
+
+    def __init__(self, deed):
+        self.deed = deed
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return self.deed(index)
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def die(index):
+    os._exit(7)
+
+
+def hang(index):
+    import time
+
+    time.sleep(30)
+
+
+def unreadable(index):
+    raise OSError("gone")
+
+
+@pytest.mark.parametrize(
+    ("deed", "says"),
+    [
+        (die, "a data worker was killed.*data.num_workers"),
+        (hang, "no batch came within data.timeout_s=2 s.*data.root"),
+        (unreadable, r"100 images in a row cannot be used, the first of them image \d+: gone"),
+    ],
+)
+def test_trouble_in_a_worker_is_said_in_a_sentence(deed, says, tmp_path):
+    loader = Loader(
+        Troubled(deed),
+        augment.center_crop(img_size=16, crop_fraction=1.0),
+        8,
+        8,
+        0,
+        num_workers=1,
+        prefetch=1,
+        timeout_s=2.0,
+        repeats=1,
+        fraction=1.0,
+        per_class=None,
+        max_bad_fraction=1.0,
+    )
+    with pytest.raises(ValueError, match=says) as error:
+        for step in loader.steps(0):
+            list(step)
+    assert "\n" not in str(error.value)
+    loader.close()
