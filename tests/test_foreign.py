@@ -662,6 +662,24 @@ def test_no_checkpoint(tmp_path):
     assert read(whole).meta["args"]["input_size"] == 16
 
 
+@pytest.mark.parametrize(
+    ("state", "lacking"),
+    [
+        (lambda: seed_state(), "patch_embed.proj.weight"),
+        (lambda: seed_state(), "blocks.1.enc_self_attn.W_K.weight"),
+        (lambda: peng_state(), "encoder.patch_embed.proj.weight"),
+        (lambda: peng_state(), "encoder.blocks.0.attn.v_bias"),
+        (lambda: seed_state() | {"patch_embed.proj.weight": torch.zeros(24, 47)}, "decoder_mask_token"),
+    ],
+)
+def test_an_incomplete_foreign_file(tmp_path, state, lacking):
+    tensors = state()
+    del tensors[lacking]
+    torch.save({"model": tensors}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth( is incomplete|: it is incomplete|: its patches have 47 values)"):
+        read(str(tmp_path / "file.pth"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files(tmp_path, dtype):
     model = scramble(autoencoder())

@@ -204,8 +204,8 @@ def _open_timm(name: str) -> Opened:
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"init=timm:{name} could not be fetched ({type(error).__name__}). Where there is no network, "
-            "download its model.safetensors and config.json and name the folder."
+            f"init=timm:{name} could not be fetched ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            "Where there is no network, download its model.safetensors and config.json and name the folder."
         ) from error
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     blocks = getattr(model, "blocks", None)

@@ -24,16 +24,23 @@ class Layout(NamedTuple):
 
 def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
     """Recognises a layout and converts it. Raises ValueError naming `path` where nothing known is found."""
-    for recognised, layout in LAYOUTS:
-        if any(re.search(recognised, name) for name in tensors):
-            found = layout(dict(tensors), args)
-            return found._replace(state=_bare(found.state))
-    shown = ", ".join(list(tensors)[:4])
-    raise ValueError(
-        f"init={path} holds no vision transformer that is known here: its tensors begin with {shown}. "
-        "Known are the names of this project, facebookresearch/mae, timm, Hugging Face ViT and ViTMAE, "
-        "shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch."
-    )
+    layout = next((make for sign, make in LAYOUTS if any(re.search(sign, name) for name in tensors)), None)
+    if layout is None:
+        raise ValueError(
+            f"init={path} holds no vision transformer that is known here: its tensors begin with "
+            f"{', '.join(list(tensors)[:4])}. Known are the names of this project, facebookresearch/mae, timm, "
+            "Hugging Face ViT and ViTMAE, shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch."
+        )
+    try:
+        found = layout(dict(tensors), args)
+        state = _bare(found.state)
+        if "patch_embed.proj.weight" not in state:
+            raise KeyError("the patch projection's weight")
+    except KeyError as error:
+        raise ValueError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
+    except ValueError as error:
+        raise ValueError(f"init={path}: {error}") from error
+    return found._replace(state=state)
 
 
 # ---------------------------------------------------------------- helpers
@@ -67,7 +74,7 @@ def _fuse_qkv(state: State) -> State:
     for name in [n for n in state if re.search(r"attn\.q\.(weight|bias)$", n)]:
         parts = [re.sub(r"attn\.q\.", f"attn.{part}.", name) for part in "qkv"]
         if lacking := [part for part in parts if part not in state]:
-            raise ValueError(f"The checkpoint is incomplete: it has {name} but not {', '.join(lacking)}.")
+            raise ValueError(f"it is incomplete, having {name} but not {', '.join(lacking)}.")
         state[name.replace("attn.q.", "attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
     return state
 
@@ -168,7 +175,7 @@ def _seed(state: State, args: dict[str, Any]) -> Layout:
             state[name] = with_class_row(state[name])
     notes = [
         "Its linear patch projection became a convolution. Its position tables got a class row of zeros and "
-        "keep their channel order (row first, sine and cosine in turn), which its weights belong to.",
+        "keep their own channel order, which its weights belong to.",
         "Its last LayerNorms had eps 1e-5 where all of ours have 1e-6.",
     ]
     return Layout("MAE-repo (shiyuwuCASIA)", state, notes)
@@ -179,7 +186,7 @@ def _seed_patch(values: int, args: dict[str, Any]) -> tuple[int, int]:
     for chans in (args.get("channel"), 3, 1, 4, 2):
         if chans and values % chans == 0 and math.isqrt(values // chans) ** 2 == values // chans:
             return math.isqrt(values // chans), chans
-    raise ValueError(f"The checkpoint's patch projection takes {values} values: no square patch of 1 to 4 channels.")
+    raise ValueError(f"its patches have {values} values, which no square of 1 to 4 channels has.")
 
 
 _PENG = (
@@ -194,7 +201,7 @@ _PENG = (
 def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
     """pengzhiliang/MAE-pytorch: no class token, computed 1-D position tables, biases of q and v alone."""
     if any("relative_position" in name for name in state):
-        raise ValueError("The checkpoint is a BEiT with relative positions, which no model here has.")
+        raise ValueError("it is a BEiT with relative positions, which no model here has.")
     state = _rename(state, _PENG)
     for name in [n for n in state if n.endswith(".attn.q_bias")]:
         q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))

@@ -1,0 +1,93 @@
+"""The model card that goes with every exported file: recipe, data and results of the run it comes from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
+SHOWN = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the exported weights besides the weights."""
+
+    name: str  # of the model, as in model.name
+    source: str  # what they were read from, in words
+    mean: list[float]  # of a channel, values in [0, 1]: what inputs are normalised by
+    std: list[float]
+    classes: list[str] = field(default_factory=list)  # names in the order of the logits
+    config: dict[str, Any] = field(default_factory=dict)  # the run's config.yaml
+    summary: dict[str, Any] = field(default_factory=dict)  # the run's summary.json
+
+
+def run_facts(path: str) -> dict[str, Any]:
+    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) lies in, or {}."""
+    for folder in (Path(path), *Path(path).parents[:3]):
+        if (folder / "config.yaml").is_file():
+            summary = folder / "summary.json"
+            return {
+                "config": yaml.safe_load((folder / "config.yaml").read_text()),
+                "summary": json.loads(summary.read_text()) if summary.is_file() else {},
+            }
+    return {}
+
+
+def card(facts: Facts, *, library: str, usage: str, classifier: bool) -> str:
+    """The model card in Markdown, with the header that model hubs read. Holds no date: same facts, same card."""
+    kind = "image-classification" if classifier else "image-feature-extraction"
+    what = "image classifier" if classifier else "masked autoencoder (self-supervised)"
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: {kind}\ntags:\n- vision\n- vit\n- mae\n---",
+        f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.",
+        f"## Use\n\nInputs are RGB values in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}."
+        if len(facts.mean) == 3
+        else f"## Use\n\nInputs are in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}.",
+        f"```python\n{usage.strip()}\n```",
+        _results(facts),
+        _recipe(facts),
+    ]
+    if facts.classes:
+        shown = ", ".join(facts.classes[:20]) + (", ..." if len(facts.classes) > 20 else "")
+        parts.insert(4, f"{len(facts.classes)} classes: {shown}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _list(values: list[float]) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+def _results(facts: Facts) -> str:
+    if not facts.summary:
+        return "## Results\n\nNot known: these weights do not come from a finished run."
+    rows = [f"| {key} | {_value(value)} |" for key, value in facts.summary.items() if not _is_place(key, value)]
+    return "\n".join(["## Results", "", "| figure | value |", "|---|---|", *rows])
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Whether a value is a place on the machine that trained, which tells a reader nothing."""
+    return key in ("checkpoint", "root", "path") or (isinstance(value, str) and value.startswith(("/", "~", ".")))
+
+
+def _recipe(facts: Facts) -> str:
+    rows = [
+        f"| {section}.{key} | {_value(value)} |"
+        for section in SHOWN
+        if isinstance(facts.config.get(section), dict)
+        for key, value in facts.config[section].items()
+        if value is not None and not _is_place(key, value)
+    ]
+    if not rows:
+        return "## Recipe\n\nNot known: these weights do not come from a run of this project."
+    return "\n".join(["## Recipe and data", "", "| setting | value |", "|---|---|", *rows])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
+    return str(value).replace("|", "\\|")

@@ -1,0 +1,49 @@
+"""Files of an export: written aside, compared with what is there, and put in place whole."""
+
+import filecmp
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into; what it holds in the end is moved into `folder`, or nothing is.
+
+    Raises ValueError if one of the files is in `folder` already and differs: nothing is overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"task.path={folder} is a file where a folder is needed: choose another path.")
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        yield stage
+        files = sorted(stage.iterdir())
+        there = [f.name for f in files if (folder / f.name).exists()]
+        differing = [name for name in there if not filecmp.cmp(stage / name, folder / name, shallow=False)]
+        if differing:
+            raise ValueError(
+                f"task.path={folder} already holds another {', '.join(differing)}, which is not overwritten: "
+                "choose another path or remove it."
+            )
+        for file in files:
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def place(path: str, default: str) -> tuple[Path, str, str]:
+    """Folder, file name and model card's name for an export of one file.
+
+    `path` is a file if it ends as `default` does, and the card is then named after it; otherwise a folder.
+    """
+    target = Path(path).expanduser()
+    if target.suffix == Path(default).suffix:
+        return target.parent, target.name, f"{target.stem}.md"
+    return target, default, "README.md"

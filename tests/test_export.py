@@ -1,0 +1,332 @@
+"""Every exported file is loaded by the other library and computes the same."""
+
+import json
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from mae.models.export import FORMATS, export, timm_model
+from mae.models.export_card import Facts, run_facts
+from mae.models.export_state import sizes
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
+from mae.models.mae import MaskedAutoencoder
+from mae.models.vit import classifier
+
+SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
+FACTS = Facts(
+    name="vit_nano",
+    source="a test",
+    mean=[0.485, 0.456, 0.406],
+    std=[0.229, 0.224, 0.225],
+    classes=["ant", "bee", "cat", "dog", "elk"],
+    config={"task": {"name": "finetune", "epochs": 3, "mask_ratio": 0.5}, "data": {"name": "digits", "root": "/x"}},
+    summary={"top1": 91.25, "checkpoint": "runs/x/checkpoints/step_00000010"},
+)
+UNLABELLED = Facts(name="mae", source="a test", mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def autoencoder(**changes) -> MaskedAutoencoder:
+    return scramble(MaskedAutoencoder(**(SIZES | DECODER | changes)))
+
+
+def vit(**changes):
+    return scramble(classifier(**(SIZES | dict(num_classes=5, drop_path=0.1, global_pool="avg") | changes)))
+
+
+def probe():
+    model = vit(global_pool="token")
+    model.head = nn.Sequential(nn.BatchNorm1d(24, affine=False, eps=1e-6), model.head)
+    norm = model.head[0]
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def scramble(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "pos_embed" not in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + ("norm" in name and "weight" in name))
+    return model.eval()
+
+
+def images(size=(16, 16), chans=3, n=2):
+    return torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(7))
+
+
+def same(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def same_bits(model, state):
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+
+
+# ---------------------------------------------------------------- timm
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "chans"),
+    [
+        ({}, (16, 16), 3),
+        ({"global_pool": "token"}, (16, 16), 3),
+        ({"img_size": [16, 24], "in_chans": 1, "mlp_ratio": 2.0, "patch_size": [4, 8]}, (16, 24), 1),
+    ],
+)
+def test_timm_classifier(tmp_path, changes, size, chans):
+    model = vit(**changes)
+    facts = Facts("vit", "a test", [0.5] * chans, [0.2] * chans, FACTS.classes)
+    export(model, format="timm", path=str(tmp_path / "net"), facts=facts)
+    config = json.loads((tmp_path / "net/config.json").read_text())
+    assert config["label_names"] == FACTS.classes and config["num_classes"] == 5
+    assert config["pretrained_cfg"]["input_size"] == [chans, *size] and config["pretrained_cfg"]["std"] == facts.std
+    whole = timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True).eval()
+    assert whole.pretrained_cfg["mean"] == [0.5] * chans
+    named = timm.create_model(
+        config["architecture"],
+        num_classes=5,
+        checkpoint_path=str(tmp_path / "net/model.safetensors"),
+        **config["model_args"],
+    ).eval()
+    for other in (whole, named):
+        same(other(images(size, chans)), model(images(size, chans)))
+        same_bits(model, other.state_dict())
+
+
+def test_timm_encoder_of_an_autoencoder(tmp_path):
+    model = autoencoder()
+    export(model, format="timm", path=str(tmp_path), facts=UNLABELLED)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    same(other.forward_features(images()), model.forward_features(images()))
+    assert other.num_classes == 0
+    found = read(str(tmp_path))
+    assert found.kind == "timm, pretrained (encoder only)" and found.arch["num_heads"] == 3
+    same_bits(model, found.state)
+
+
+def test_timm_names_of_the_papers_models():
+    """ViT-B, -L and -H are timm's own: nothing but the pooling needs to be said."""
+    for name, (width, depth, heads, patch) in {
+        "vit_base_patch16_224": (768, 12, 12, 16),
+        "vit_large_patch16_224": (1024, 24, 16, 16),
+        "vit_huge_patch14_224": (1280, 32, 16, 14),
+    }.items():
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=10, global_pool="avg")
+        size = sizes(model)
+        assert (size["embed_dim"], size["depth"], size["num_heads"], size["patch_size"][0]) == (
+            width,
+            depth,
+            heads,
+            patch,
+        )
+        assert timm_model(size) == (name, {"global_pool": "avg"})
+
+
+def test_timm_linear_probe_is_folded(tmp_path):
+    model = probe()
+    export(model, format="timm", path=str(tmp_path), facts=FACTS)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    same(other(images()), model(images()), 1e-5)
+
+
+def test_timm_folder_is_read_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = vit()
+    export(model, format="timm", path=str(tmp_path), facts=FACTS)
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert other.config.id2label[1] == "bee"
+    same(other(images()).logits, model(images()))
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def load(kind, folder):
+    """The model, once transformers has found every tensor and no other."""
+    transformers = pytest.importorskip("transformers")
+    model, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    return model.eval()
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_hugging_face_vitmae(tmp_path, norm_pix_loss):
+    model = autoencoder(norm_pix_loss=norm_pix_loss)
+    facts = Facts("mae", "a test", [0.5] * 3, [0.5] * 3, config={"task": {"mask_ratio": 0.5}})
+    export(model, format="huggingface", path=str(tmp_path), facts=facts)
+    other = load("ViTMAEForPreTraining", tmp_path)
+    noise = torch.rand(2, 16)
+    same(other(images(), noise=noise).loss, model(images(), 0.5, noise).loss)
+    same(other.vit(images(), noise=noise).last_hidden_state.shape[1], 9)
+    back = autoencoder()
+    fit(back, read(str(tmp_path)), need_decoder=True)
+    same_bits(back, model.state_dict())
+
+
+@pytest.mark.parametrize("make", [lambda: vit(global_pool="token"), probe])
+def test_hugging_face_classifier(tmp_path, make):
+    model = make()
+    export(model, format="huggingface", path=str(tmp_path), facts=FACTS)
+    other = load("ViTForImageClassification", tmp_path)
+    assert other.config.id2label[0] == "ant"
+    same(other(images()).logits, model(images()), 1e-5 if isinstance(model.head, nn.Sequential) else 1e-6)
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == FACTS.mean and processor["size"] == {"height": 16, "width": 16}
+
+
+def test_hugging_face_classifier_that_is_no_square(tmp_path):
+    model = vit(global_pool="token", img_size=[16, 24])
+    export(model, format="huggingface", path=str(tmp_path), facts=FACTS)
+    same(load("ViTForImageClassification", tmp_path)(images((16, 24))).logits, model(images((16, 24))))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (vit, "mean of the patch tokens. Export to timm"),
+        (lambda: autoencoder(img_size=[16, 24]), "square images"),
+    ],
+)
+def test_what_hugging_face_has_no_network_for(tmp_path, make, message):
+    facts = UNLABELLED
+    with pytest.raises(ValueError, match=message):
+        export(make(), format="huggingface", path=str(tmp_path / "net"), facts=facts)
+    assert not (tmp_path / "net").exists()
+
+
+# ---------------------------------------------------------------- plain files
+
+
+@pytest.mark.parametrize("make", [autoencoder, vit, probe])
+def test_reference_and_safetensors_keep_every_bit(tmp_path, make):
+    model = make()
+    facts = UNLABELLED if isinstance(model, MaskedAutoencoder) else FACTS
+    export(model, format="reference", path=str(tmp_path / "mae.pth"), facts=facts)
+    export(model, format="safetensors", path=str(tmp_path / "net"), facts=facts)
+    states = (
+        torch.load(tmp_path / "mae.pth", weights_only=True)["model"],
+        safetensors.torch.load_file(tmp_path / "net/model.safetensors"),
+    )
+    for state in states:
+        assert state.keys() == model.state_dict().keys()
+        same_bits(model, state)
+    for path in (tmp_path / "mae.pth", tmp_path / "net"):
+        back = make()
+        assert not fit(back, read(str(path))).fresh
+    assert (tmp_path / "mae.md").exists() and (tmp_path / "net/README.md").exists()
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("make", [vit, autoencoder])
+def test_onnx(tmp_path, make):
+    runtime = pytest.importorskip("onnxruntime")
+    model = make()
+    mae = isinstance(model, MaskedAutoencoder)
+    export(model, format="onnx", path=str(tmp_path / "net.onnx"), facts=UNLABELLED if mae else FACTS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.md", "net.onnx"]
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    for n in (1, 4):
+        found = torch.from_numpy(session.run(None, {"image": images(n=n).numpy()})[0])
+        with torch.no_grad():
+            expected = model.forward_features(images(n=n)) if mae else model(images(n=n))
+        same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("make", [vit, autoencoder])
+def test_torch_export(tmp_path, make):
+    model = make()
+    mae = isinstance(model, MaskedAutoencoder)
+    export(model, format="torch_export", path=str(tmp_path), facts=UNLABELLED if mae else FACTS)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for n in (1, 4):
+        expected = model.forward_features(images(n=n)) if mae else model(images(n=n))
+        same(program(images(n=n)), expected)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"package {package}: pip install 'mae-experiments\[export\]'"):
+        export(vit(), format="onnx", path=str(tmp_path / "net"), facts=FACTS)
+    assert not (tmp_path / "net").exists()
+
+
+# ---------------------------------------------------------------- files and cards
+
+
+def test_nothing_is_overwritten_and_the_same_export_is_no_error(tmp_path):
+    model = vit()
+    for format in ("timm", "reference", "safetensors"):
+        for _ in range(2):
+            export(model, format=format, path=str(tmp_path / format), facts=FACTS)
+    with torch.no_grad():
+        model.head.bias += 1
+    before = (tmp_path / "timm/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds another model.safetensors, which is not overwritten"):
+        export(model, format="timm", path=str(tmp_path / "timm"), facts=FACTS)
+    assert (tmp_path / "timm/model.safetensors").read_bytes() == before
+    assert sorted(file.name for file in (tmp_path / "timm").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        export(vit(), format="timm", path=str(tmp_path / "net"), facts=FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="task.format=tim is not known: choose one of timm, huggingface"):
+        export(vit(), format="tim", path=str(tmp_path), facts=FACTS)
+    with pytest.raises(ValueError, match="5 class names for 7 logits"):
+        export(vit(num_classes=7), format="timm", path=str(tmp_path), facts=FACTS)
+    with pytest.raises(ValueError, match="not a Linear"):
+        export(nn.Linear(2, 2), format="timm", path=str(tmp_path), facts=FACTS)
+    (tmp_path / "file").write_text("here first")
+    with pytest.raises(ValueError, match="is a file where a folder is needed"):
+        export(vit(), format="timm", path=str(tmp_path / "file"), facts=FACTS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_card(tmp_path, format):
+    model = vit(global_pool="token", depth=1)
+    paths = export(model, format=format, path=str(tmp_path / "net"), facts=FACTS)
+    assert all(path.is_file() for path in paths) and len(paths) == len(list((tmp_path / "net").iterdir()))
+    text = (tmp_path / "net/README.md").read_text()
+    for line in (
+        "| top1 | 91.25 |",
+        "| task.epochs | 3 |",
+        "| data.name | digits |",
+        "5 classes: ant, bee",
+        "mean [0.485",
+    ):
+        assert line in text
+    assert "/x" not in text and "step_00000010" not in text  # places of the machine that trained
+
+
+def test_facts_of_a_run(tmp_path):
+    folder = tmp_path / "checkpoints/step_00000010"
+    folder.mkdir(parents=True)
+    assert run_facts(str(folder)) == {}
+    (tmp_path / "config.yaml").write_text("task: {name: pretrain}\n")
+    (tmp_path / "summary.json").write_text('{"val_loss": 0.5}')
+    for path in (tmp_path, folder, folder / "model.safetensors"):
+        assert run_facts(str(path)) == {"config": {"task": {"name": "pretrain"}}, "summary": {"val_loss": 0.5}}
