@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ SCHEMA = {
     "checkpoint": ["checkpoint:Checkpoints"],
 }
 TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.train
-TRAIN_SCHEMA = ["plan:make_plan", "engine:train"]
+TRAIN_SCHEMA = ["plan:make_plan", "setup:set_up", "engine:train"]
 TOP = ast.parse(
     "def top(*, seed: int, output_dir: str | None, init: str | None, resume: str | None,"
     " dry_run: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
@@ -75,8 +76,10 @@ def _find(module: str, name: str) -> tuple[str, ast.AST]:
     for node in _module(module).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return module, node
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return module, node.value
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return module, node.value
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mae"):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -234,9 +237,7 @@ def check(cfg: DictConfig) -> DictConfig:
         tables = [p.removesuffix("[name]") for p in SCHEMA[group] if p.endswith("[name]")]
         if tables and name not in table(tables[0]):
             known = sorted(table(tables[0]))
-            problems.append(
-                f"{group}.name must be one of {', '.join(known)}, got {name!r}.{near(str(name), known)}"
-            )
+            problems.append(f"{group}.name must be one of {', '.join(known)}, got {name!r}.{near(str(name), known)}")
             continue
         out[group] = {}
         _check_keys(group, section, schema(group, name), out[group], problems)
@@ -247,6 +248,30 @@ def check(cfg: DictConfig) -> DictConfig:
     made = OmegaConf.create(out)
     OmegaConf.set_readonly(made, True)
     return made
+
+
+def read(run: Path) -> DictConfig:
+    """The saved config of a run, checked. Raises ConfigError where there is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not the directory of a run: it holds no config.yaml.")
+    try:
+        stored = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(f"{path} does not hold a configuration.")
+    return check(stored)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises ConfigError where the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 # ---------------------------------------------------------------- build

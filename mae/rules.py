@@ -142,7 +142,8 @@ def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"task.warmup_epochs={task['warmup_epochs']:g} is longer than task.epochs={task['epochs']:g}."
     peak = optimizer["base_lr"] * task["batch_size"] / 256
     if optimizer["min_lr"] > peak:
-        yield f"optimizer.min_lr={optimizer['min_lr']:g} is above the peak learning rate {peak:g} (base_lr x batch / 256)."
+        min_lr = optimizer["min_lr"]
+        yield f"optimizer.min_lr={min_lr:g} is above the peak learning rate {peak:g} (base_lr x batch / 256)."
 
 
 def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:

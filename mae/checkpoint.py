@@ -1,0 +1,274 @@
+"""Checkpoints: written whole or not at all, verified when read, free of code.
+
+A checkpoint is a folder `checkpoints/step_00000100/` with `model.safetensors` (weights under the
+reference's names), `trainer.pt` (optimizer, counters, random states) and `manifest.json` (sizes and
+SHA-256 of both). It is written under a temporary name, flushed, and renamed.
+
+`python -m mae.checkpoint RUN` lists a run's checkpoints.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete, altered, or holds code."""
+
+
+# ---------------------------------------------------------------- one checkpoint
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest310(file)
+
+
+def _digest310(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that `path` exists whole or not at all. Raises OSError, leaving nothing behind."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        safetensors.torch.save_file(dict(weights), temporary / WEIGHTS)
+        torch.save(dict(trainer), temporary / TRAINER)
+        files = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)}
+            for name in (WEIGHTS, TRAINER)
+        }
+        (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
+        for name in (WEIGHTS, TRAINER, MANIFEST):
+            _flush(temporary / name)
+        if path.exists():  # a damaged one of the same step
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose bytes are what was written. Raises DamagedCheckpoint."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, stored in manifest["files"].items():
+            if (path / name).stat().st_size != stored["bytes"] or _digest(path / name) != stored["sha256"]:
+                raise DamagedCheckpoint(f"{path / name} is not what was written there: its checksum differs.")
+        if path.name != step_name(manifest["step"]):
+            raise DamagedCheckpoint(f"{path} says it is of step {manifest['step']}.")
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from error
+    return manifest
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a verified checkpoint."""
+    return safetensors.torch.load_file(path / WEIGHTS)
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """Training state of a checkpoint; never runs code. Raises DamagedCheckpoint."""
+    try:
+        return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DamagedCheckpoint(
+            f"{path / TRAINER} is refused: it is damaged, or holds code where only numbers belong."
+        ) from error
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the sorted names and the bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- random states
+
+
+def random_state() -> dict[str, Any]:
+    """States of python's, numpy's and torch's generators (the device's too), as plain numbers and tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts back what `random_state` gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---------------------------------------------------------------- the checkpoints of a run
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, valid or not."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+
+def newest_valid(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; each damaged one on the way is reported and passed over."""
+    for path in reversed(checkpoints_of(run)):
+        try:
+            verify(path)
+            return path
+        except DamagedCheckpoint as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+class Checkpoints:
+    """Saves a run's checkpoints in the background and keeps those that the config asks for."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        every_epochs: float,
+        every_minutes: float | None,
+        keep: int,
+        keep_every_epochs: float | None,
+    ):
+        self.run, self.keep, self.keep_every = run, keep, keep_every_epochs
+        self.every_epochs, self.every_seconds = every_epochs, (every_minutes or float("inf")) * 60
+        self.saved_at = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._staged: dict[str, Tensor] = {}
+        for left in (run / "checkpoints").glob(".step_*"):  # of a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+
+    def late(self) -> bool:
+        """Whether `every_minutes` have passed (the clock of one rank: the others must be told)."""
+        return time.monotonic() - self.saved_at > self.every_seconds
+
+    def save(self, step: int, epoch: float, weights: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> None:
+        """Copies the state aside and writes it in the background. Raises the error of an earlier write."""
+        self.wait()
+        self.saved_at = time.monotonic()
+        staged = {name: self._stage(f"weights/{name}", tensor) for name, tensor in weights.items()}
+        rest = self._stage_tree("trainer", trainer)
+        self._thread = threading.Thread(target=self._write, args=(step, epoch, staged, rest), daemon=False)
+        self._thread.start()
+
+    def _stage(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy of a tensor in a host buffer that is kept for the next time."""
+        kept = self._staged.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            pin = tensor.device.type == "cuda"
+            kept = self._staged[key] = torch.empty_like(tensor, device="cpu", pin_memory=pin).contiguous()
+        return kept.copy_(tensor)
+
+    def _stage_tree(self, key: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._stage(key, value)
+        if isinstance(value, Mapping):
+            return {k: self._stage_tree(f"{key}/{k}", v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._stage_tree(f"{key}/{i}", v) for i, v in enumerate(value))
+        return value
+
+    def _write(self, step: int, epoch: float, weights: dict[str, Tensor], trainer: dict[str, Any]) -> None:
+        try:
+            path = self.run / "checkpoints" / step_name(step)
+            write(path, weights, trainer, {"step": step, "epoch": epoch, "saved": time.time()})
+            self._remove_old()
+        except BaseException as error:  # raised in the main thread by the next wait()
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits for the write under way. Raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _remove_old(self) -> None:
+        kept_forever: dict[int, Path] = {}
+        paths = checkpoints_of(self.run)
+        if self.keep_every:
+            for path in paths:  # the first one of each period
+                epoch = json.loads((path / MANIFEST).read_text()).get("epoch", 0.0)
+                kept_forever.setdefault(int(epoch / self.keep_every + 1e-9), path)
+            kept_forever.pop(0, None)
+        for path in paths[: -self.keep]:
+            if path not in kept_forever.values():
+                shutil.rmtree(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Lists the checkpoints of a run: step, epoch, size, valid or not, SHA-256 of the weights."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        sys.stderr.write("usage: python -m mae.checkpoint RUN, where RUN is a run's directory.\n")
+        return 2
+    rows = [f"{'step':>10} {'epoch':>9} {'MB':>9}  {'valid':<5}  sha256 of the weights"]
+    for path in checkpoints_of(Path(arguments[0])):
+        size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
+        try:
+            manifest = verify(path)
+            epoch, valid, digest = f"{manifest['epoch']:.2f}", "yes", weights_digest(read_weights(path))
+        except DamagedCheckpoint as error:
+            epoch, valid, digest = "?", "no", str(error)
+        rows.append(f"{int(path.name[5:]):>10} {epoch:>9} {size:>9.1f}  {valid:<5}  {digest}")
+    sys.stdout.write("\n".join(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Everything that depends on the device: which one, its number formats, its memory, transfers to it."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+def pick(name: str, local_rank: int = 0) -> torch.device:
+    """The device `name` asks for, or the best there is for `auto`. Raises ValueError where it is absent."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= count:
+            raise ValueError(
+                f"device=cuda: process {local_rank} of this machine finds {count} GPUs. Use device=cpu, or fewer "
+                "processes (launcher.processes, launcher.gpus_per_node)."
+            )
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: this machine has none. Use device=cpu.")
+    return torch.device(name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself (and does not merely emulate it)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def number_format(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass: `auto` is bf16 where the device has it and float32 elsewhere."""
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    return formats[precision]
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> Any:
+    """Mixed precision for the two half formats, nothing for the others."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
+
+
+def send(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device; from pinned memory without waiting."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def sent(batches: Iterable[tuple[Batch, bool]], device: torch.device) -> Iterator[tuple[Batch, bool]]:
+    """(batch, last of its step) with the batch on the device, the next one under way while one is worked on."""
+    ahead: tuple[Batch, bool] | None = None
+    for batch, last_of_step in batches:
+        arriving = send(batch, device), last_of_step
+        if ahead is not None:
+            yield ahead
+        ahead = arriving
+    if ahead is not None:
+        yield ahead
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on the GPU by tensors, on the CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,140 @@
+"""Ranks: start-up, reductions, decisions all ranks share, and signals that ask a run to stop."""
+
+import datetime
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae import device as devices
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Ranks:
+    """This process among the others of its run."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    control: Any = None  # a group on the CPU for decisions, beside the one that carries gradients
+    _pending: tuple[Tensor, Any] | None = field(default=None, repr=False)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over ranks at the end of each backward pass."""
+        if self.world == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    @staticmethod
+    def accumulating(module: nn.Module, more: bool) -> Any:
+        """Leaves gradients local while more micro-batches of the same step follow."""
+        return module.no_sync() if more and isinstance(module, DistributedDataParallel) else nullcontext()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """Whether any rank had each wish, one call ago: the exchange runs while the step computes.
+
+        Every rank gets the same answer at the same step, so that none branches alone; a wish is
+        answered at the next call. With one rank, at once.
+        """
+        if self.world == 1:
+            return list(wishes)
+        mine = torch.tensor(wishes, dtype=torch.int32)
+        previous, self._pending = (
+            self._pending,
+            (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, self.control, True)),
+        )
+        if previous is None:
+            return [False] * len(wishes)
+        agreed, work = previous
+        work.wait()
+        return [bool(flag) for flag in agreed.tolist()]
+
+    def close(self) -> None:
+        if self.world > 1:
+            if self._pending is not None:
+                self._pending[1].wait()
+            dist.destroy_process_group()
+
+
+def start(device: str, timeout_s: float = 600.0) -> Ranks:
+    """Joins the other ranks, as torchrun's environment variables name them. Raises ValueError where it cannot."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    here = devices.pick(device, local)
+    if world == 1:
+        return Ranks(here)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    return Ranks(here, rank, world, local, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def assert_same(ranks: Ranks, digest: str, what: str) -> None:
+    """Raises RuntimeError where ranks hold different things that must be equal, such as initial weights."""
+    digests = ranks.gather(digest)
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"ranks start from different {what}: {digests}")
+
+
+class Interruption:
+    """Turns SIGTERM, SIGUSR2 and Ctrl-C into a flag that the train loop reads between steps.
+
+    A second Ctrl-C interrupts at once. Earlier handlers (submitit's) are kept in `previous`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler if isinstance(handler, Callable | int) else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: Any) -> None:
+        again = self.received is signal.SIGINT and number == signal.SIGINT
+        self.received = signal.Signals(number)
+        if again:
+            raise KeyboardInterrupt

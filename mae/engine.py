@@ -1,0 +1,202 @@
+"""The train loop. Everything it calls is one import away; a line belongs here only if it says what a step is."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae import checkpoint, device, track
+from mae.config import call, read, write_text
+from mae.distributed import Interruption, Ranks, start
+from mae.setup import Training, set_up
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved a checkpoint, and can go on from it."""
+
+
+class Diverged(Exception):
+    """Too many non-finite steps in a row."""
+
+
+class Clock:
+    """Seconds since the last reading, and how many of them went into waiting for data."""
+
+    def __init__(self, step: int):
+        self.begun = time.perf_counter()
+        self.restart(step)
+
+    def restart(self, step: int) -> tuple[float, float]:
+        """Seconds and seconds waited since the last restart."""
+        now = time.perf_counter()
+        read = now - getattr(self, "since", now), getattr(self, "waited", 0.0)
+        self.since, self.waited, self.step = now, 0.0, step
+        return read
+
+    def lap(self) -> float:
+        """Seconds since the last lap: the run's own time, over all its attempts."""
+        now = time.perf_counter()
+        lap, self.begun = now - self.begun, now
+        return lap
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, with the waiting for each counted."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+def train(
+    t: Training,
+    *,
+    clip_grad: float | None,
+    log_every_steps: int,
+    eval_every_epochs: float,
+    max_bad_steps: int,
+) -> dict[str, Any]:
+    """Trains to the end of the plan and returns the last validation's metrics.
+
+    Raises Interrupted on a signal to any rank and Diverged after `max_bad_steps` bad steps, both with a
+    checkpoint saved.
+    """
+    p, plan, ranks = t.progress, t.plan, t.ranks
+    metrics: dict[str, Any] = {}
+    clock = Clock(p.step)
+    with Interruption() as interruption:
+        for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
+            with ranks.accumulating(t.model, more=not last_of_step):
+                with t.autocast():
+                    loss = t.model(batch)["loss"] * batch["weight"]
+                t.scaler.scale(poisoned(loss)).backward()
+            p.loss_sum += loss.detach()
+            if not last_of_step:
+                continue
+
+            lr = t.schedule.set(t.optimizer, p.step / plan.steps_per_epoch)
+            grad_norm = take_step(t, clip_grad)
+            p.step += 1
+            last = p.step == plan.steps
+
+            logged = last or p.step % log_every_steps == 0
+            if logged:
+                t.tracker.log(t.where() | {"lr": lr, "grad_norm": float(grad_norm)} | measure(t, clock))
+            if last or plan.crosses(eval_every_epochs, p.step):
+                metrics = t.evaluate()
+                clock.restart(p.step)
+
+            stop, late = ranks.agree(interruption.received is not None, ranks.main and t.saver.late())
+            diverged = logged and int(p.bad_run) >= max_bad_steps
+            if last or late or stop or diverged or plan.crosses(t.saver.every_epochs, p.step):
+                p.seconds += clock.lap()
+                t.save()
+            if diverged or (stop and not last):
+                t.saver.wait()
+                raise Diverged if diverged else Interrupted
+    t.saver.wait()
+    return metrics
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, with NaN gradients where it is not finite: every rank then sees it in the shared gradient."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def take_step(t: Training, clip_grad: float | None) -> Tensor:
+    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns the norm."""
+    t.scaler.unscale_(t.optimizer)
+    parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    bad = (~norm.isfinite()).to(torch.float32)
+    if t.scaler.is_enabled():
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+    elif t.optimizer.defaults.get("fused"):
+        t.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
+        t.optimizer.step()
+    elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
+        t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    t.task.after_step(bad)
+    t.progress.bad_steps += bad
+    t.progress.bad_run = (t.progress.bad_run + bad) * bad
+    return norm
+
+
+def measure(t: Training, clock: Clock) -> dict[str, Any]:
+    """Figures since the last log point, over all ranks. The one place where the host waits for the device."""
+    p = t.progress
+    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / (p.step - p.logged_at)
+    p.loss_sum.zero_()
+    p.logged_at = p.step
+    if (skipped := int(p.bad_steps)) > p.skips_told:
+        t.tracker.event(f"skipped {skipped - p.skips_told} steps whose loss or gradient was not finite", p.step)
+        p.skips_told = skipped
+    images = t.plan.images_seen(p.step) - t.plan.images_seen(clock.step)
+    seconds, waited = clock.restart(p.step)
+    return {
+        "loss": float(loss),
+        "images_per_second": round(images / seconds, 1),
+        "data_wait": round(waited / seconds, 4),
+        "memory_mb": device.peak_memory(t.ranks.device) // 2**20,
+    }
+
+
+def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
+    """A trained task from start to summary."""
+    t = call(set_up, cfg.task, run, cfg, ranks, tracker)
+    tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
+    metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
+    t.loader.close()
+    seen, seconds = t.plan.images_seen(t.plan.steps), t.progress.seconds
+    return {
+        "task": cfg.task.name,
+        "steps": t.plan.steps,
+        "epochs": t.plan.steps / t.plan.steps_per_epoch,
+        "images_seen": seen,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(seen / seconds, 1) if seconds else None,
+        "checkpoint": str(Path("checkpoints") / checkpoint.step_name(t.plan.steps)),
+    } | t.task.summary(metrics)
+
+
+def work(run: Path) -> int:
+    """One process of a run, from joining the others to the summary; returns the exit code.
+
+    An error of this rank is logged and raised, so that whoever started it ends the other ranks.
+    """
+    cfg = read(run)
+    ranks = start(cfg.device)
+    track.set_up_logging(run, ranks.rank)
+    tracker = track.trackers(run, cfg) if ranks.main else track.Tracker()
+    code, summary = 1, {}
+    try:
+        summary = run_training(run, cfg, ranks, tracker)
+        if ranks.main:
+            write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+        code = 0
+    except Interrupted:
+        code = 130
+    except Diverged:
+        code = 3
+    except Exception:
+        log.debug("this rank failed", exc_info=True)
+        raise
+    finally:
+        tracker.finish(summary, failed=code != 0)
+        ranks.close()
+    return code

@@ -1,0 +1,165 @@
+"""Where a run runs: in this process, in several of this machine, or on a cluster."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mae import config
+from mae.config import ConfigError, build, difference, run_directory, write_text
+
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- the run's directory
+
+
+def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
+    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
+
+    Raises ConfigError where it cannot be written to, or holds a run of another config.
+    """
+    run = run_directory(cfg).absolute()
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as probe:
+            probe.write(b"a full disk shows here")
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run} cannot be written to ({error.strerror}).") from error
+    stored = run / "config.yaml"
+    if stored.exists():
+        changed = difference(config.read(run), cfg)
+        if changed:
+            listed = "".join(f"\n  {line}" for line in changed)
+            raise ConfigError(
+                f"{run} holds a run of another config, which differs in:{listed}\n"
+                "Choose another output_dir, or take these overrides back."
+            )
+    write_text(stored, OmegaConf.to_yaml(cfg))
+    write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    return run
+
+
+def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The saved config of `resume=RUN`, with what may change between two starts taken from the command line."""
+    run = Path(cfg.resume)
+    stored = config.read(run)
+    given = {o.split("=", 1)[0].lstrip("+~") for o in overrides} - {"resume"}
+    free = tuple(".".join(path) for path in config.NEUTRAL)
+    for key in sorted(given):
+        if not key.startswith(free):
+            raise ConfigError(
+                f"{key} cannot be changed together with resume={cfg.resume}: a run goes on with its own config. "
+                "Leave it out, or start a new run with init=RUN."
+            )
+    merged = OmegaConf.create(OmegaConf.to_container(stored))
+    for key in given:
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+    merged.output_dir, merged.resume = str(run), None
+    return config.check(merged)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def launch(cfg: DictConfig, overrides: list[str]) -> int:
+    """Runs the config where its launcher says; returns the exit code."""
+    run = prepare(cfg, overrides)
+    summary = run / "summary.json"
+    if not summary.exists():
+        code = build(LAUNCHERS, cfg.launcher, run)
+        if code or not summary.exists():
+            return code
+    else:
+        sys.stderr.write("This run is finished already; another seed= or output_dir= starts a new one.\n")
+    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+        sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
+    return 0
+
+
+def work(run: str) -> int:
+    """What every process of a run does: the engine is imported here and not before."""
+    from mae import engine
+
+    return engine.work(Path(run))
+
+
+def inline(run: Path) -> int:
+    """In this very process."""
+    return work(str(run))
+
+
+def local(run: Path, *, processes: int) -> int:
+    """In `processes` processes of this machine; where torchrun started us, as one of its."""
+    if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return work(str(run))
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        return max(elastic_launch(settings, record(work))(str(run)).values())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RankFailed(rank, failure) from error
+    except SignalException as error:
+        return 128 + error.sigval
+
+
+class RankFailed(RuntimeError):
+    """One of several processes failed; `sentence` says which, and why."""
+
+    def __init__(self, rank: int, failure: Any):
+        message = (
+            failure.message.get("message", failure.message) if isinstance(failure.message, dict) else failure.message
+        )
+        why = str(message)
+        if failure.exitcode < 0:
+            why = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        super().__init__(
+            f"Process {rank} of the run {why}" if failure.exitcode < 0 else f"Process {rank} of the run failed: {why}"
+        )
+        self.user_error = str(message).startswith(("ValueError", "ConfigError"))
+
+
+LAUNCHERS = {"local": local, "inline": inline}
+
+
+def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
+    """What to do next, and on the last line the main result and the run's directory."""
+    shown = os.path.relpath(run)
+    shown = str(run) if shown.startswith("..") else shown
+    name, value = next(
+        ((k, summary[k]) for k in ("val_loss", "top1", "knn") if k in summary),
+        ("steps", summary.get("steps")),
+    )
+    result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {json.dumps(value)}"
+    lines = [f"  {line.replace('RUN', shown)}" for line in NEXT.get(summary["task"], [])]
+    return "\n".join(["Next:", *lines] if lines else []) + f"\n{result}  {shown}\n"
+
+
+NEXT = {
+    "pretrain": [
+        "python run.py task=finetune init=RUN     # or linprobe, knn, visualize, export",
+        "python run.py task.mask_ratio=0.5        # the same with one number changed",
+    ],
+    "finetune": ["python run.py task=evaluate init=RUN", "python run.py task=export init=RUN"],
+    "linprobe": ["python run.py task=evaluate init=RUN"],
+}

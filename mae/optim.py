@@ -1,0 +1,133 @@
+"""Parameter groups with layer decay, the learning-rate schedule, and the optimizers."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import timm.optim
+import torch
+from torch import Tensor, nn
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Layer of a parameter for layer decay (arXiv 2111.06377, A.1, after BEiT).
+
+    0: class token, position and patch embedding; k + 1: block k; depth + 1: all that follows.
+    """
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1
+
+
+def param_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None, no_decay: list[str]
+) -> list[dict[str, Any]]:
+    """Trained parameters as optimizer groups of one learning-rate scale and one weight decay each.
+
+    Tensors of one dimension or none (biases, norms) are never decayed, nor are those that `no_decay` names.
+    With `layer_decay`, layer i of a model with n + 1 layers is scaled by `layer_decay ** (n - i)`.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    depth = len({n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("blocks.")})
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        layer = depth + 1 if layer_decay is None else layer_id(name, depth)
+        decayed = parameter.ndim > 1 and name not in no_decay
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr_scale": 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer),
+                "layer": layer,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+class Schedule:
+    """Linear warm-up from 0, then half a cosine to `min_lr` (arXiv 2111.06377, table 8).
+
+    A function of the fractional epoch. The peak is `base_lr * batch_size / 256` (Goyal et al., 2017).
+    """
+
+    def __init__(self, batch_size: int, epochs: float, warmup_epochs: float, *, base_lr: float, min_lr: float):
+        self.peak = base_lr * batch_size / 256
+        self.min_lr, self.epochs, self.warmup_epochs = min_lr, epochs, warmup_epochs
+
+    def lr(self, epoch: float) -> float:
+        """Learning rate at `epoch`, before a group's own scale."""
+        if epoch < self.warmup_epochs:
+            return self.peak * epoch / self.warmup_epochs
+        done = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-12)
+        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def set(self, optimizer: torch.optim.Optimizer, epoch: float) -> float:
+        """Gives each group its rate for the step at `epoch`; returns the unscaled rate."""
+        lr = self.lr(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        return lr
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., 2017) as MoCo v3 and the MAE paper use it (table 10).
+
+    Tensors of one dimension or none are neither decayed nor scaled.
+    """
+
+    def __init__(self, params: Iterable, lr: float, momentum: float, trust_coefficient: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust_coefficient, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        update = p.grad
+        assert update is not None
+        if p.ndim > 1:
+            update = update.add(p, alpha=group["weight_decay"])
+            size, change = p.norm(), update.norm()
+            ratio = group["trust"] * size / change
+            update = update * torch.where((size > 0) & (change > 0), ratio, torch.ones_like(ratio))
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+        p.add_(state["momentum_buffer"], alpha=-group["lr"])
+
+
+def adamw(groups: list[dict], *, betas: list[float], eps: float, fused: bool) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019); `fused` makes one pass over each tensor."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
+    """SGD with momentum."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
+
+
+def lars(groups: list[dict], *, momentum: float, trust_coefficient: float) -> torch.optim.Optimizer:
+    """LARS, the linear probe's optimizer."""
+    return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust_coefficient)
+
+
+def lion(groups: list[dict], *, betas: list[float]) -> torch.optim.Optimizer:
+    """Lion (Chen et al., 2023), timm's."""
+    return timm.optim.Lion(groups, lr=1e-4, betas=(betas[0], betas[1]))
+
+
+def muon(groups: list[dict], *, betas: list[float], momentum: float) -> torch.optim.Optimizer:
+    """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's."""
+    return timm.optim.Muon(groups, lr=0.02, betas=(betas[0], betas[1]), momentum=momentum)  # type: ignore[attr-defined]
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lars": lars, "lion": lion, "muon": muon}

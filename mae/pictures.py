@@ -1,0 +1,60 @@
+"""Pictures of what a model sees and makes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def reconstruction_columns(model: Any, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Normalised images (B, C, H, W) with predictions (B, L, p * p * C) and mask (B, L) as four columns.
+
+    With norm_pix_loss a prediction has no brightness or contrast of its own: each patch gets those of the
+    original, as the paper's figures do.
+    """
+    patches = model.patchify(images)
+    if model.norm_pix_loss:
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    removed = mask[..., None].bool()
+    grey = torch.zeros_like(patches)  # the data's mean colour
+    return {
+        "original": images,
+        "masked": model.unpatchify(torch.where(removed, grey, patches)),
+        "reconstruction": model.unpatchify(pred.to(patches.dtype)),
+        "with visible": model.unpatchify(torch.where(removed, pred.to(patches.dtype), patches)),
+    }
+
+
+def to_image(values: Tensor) -> Image.Image:
+    """Values (C, H, W) in [0, 1] as a picture: three channels as RGB, any other number as the mean's grey."""
+    if values.shape[0] != 3:
+        values = values.mean(0, keepdim=True).expand(3, -1, -1)
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels)
+
+
+def save_columns(columns: Mapping[str, Tensor], path: Path, smallest: int = 112) -> None:
+    """Writes columns of images (B, C, H, W) in [0, 1] side by side as a PNG, a title above each.
+
+    Small images are enlarged by a whole factor to `smallest` pixels or more, without blurring.
+    """
+    first = next(iter(columns.values()))
+    count, _, height, width = first.shape
+    zoom = max(1, -(-smallest // max(height, width)))
+    cell_w, cell_h, gap, head = width * zoom, height * zoom, 4, 22
+    sheet = Image.new("RGB", (len(columns) * (cell_w + gap) + gap, head + count * (cell_h + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, (title, images) in enumerate(columns.items()):
+        left = gap + column * (cell_w + gap)
+        pen.text((left + 2, 3), title, fill="black", font=font)
+        for row in range(count):
+            cell = to_image(images[row]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            sheet.paste(cell, (left, head + row * (cell_h + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(path)

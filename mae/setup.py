@@ -1,0 +1,223 @@
+"""The objects of a training run: built from the config, saved in a checkpoint, taken up from one."""
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from mae import checkpoint, data, device, optim, track
+from mae.augment import AUGMENTATIONS, center_crop
+from mae.config import build, call
+from mae.data.loader import EvalLoader, Loader
+from mae.distributed import Ranks, assert_same
+from mae.plan import Plan, make_plan, micro_batch
+from mae.tasks import TASKS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved with it. The tensors stay on the device between log points."""
+
+    loss_sum: Tensor  # (): this rank's losses since the last log point
+    bad_steps: Tensor  # (): steps skipped so far
+    bad_run: Tensor  # (): of these, the last ones in a row
+    step: int = 0
+    logged_at: int = 0  # step of the last log point
+    skips_told: int = 0
+    seconds: float = 0.0  # spent by all attempts together, up to this checkpoint
+
+    @classmethod
+    def new(cls, where: torch.device) -> "Progress":
+        return cls(*(torch.zeros((), device=where) for _ in range(3)))
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for field in fields(self):
+            old, new = getattr(self, field.name), state[field.name]
+            setattr(self, field.name, new.to(old.device) if isinstance(old, Tensor) else new)
+
+
+@dataclass
+class Training:
+    """The objects of a run."""
+
+    run: Path
+    cfg: DictConfig
+    ranks: Ranks
+    tracker: track.Tracker
+    plan: Plan
+    task: Any
+    model: nn.Module  # the task, wrapped for several ranks
+    optimizer: torch.optim.Optimizer
+    schedule: optim.Schedule
+    scaler: Any
+    saver: checkpoint.Checkpoints
+    progress: Progress
+    loader: Loader
+    val_loader: EvalLoader
+    dtype: torch.dtype
+
+    def where(self) -> dict[str, Any]:
+        """What every line of metrics begins with."""
+        step = self.progress.step
+        return {
+            "step": step,
+            "images_seen": self.plan.images_seen(step),
+            "epoch": round(step / self.plan.steps_per_epoch, 6),
+        }
+
+    def batches(self) -> Iterator[tuple[device.Batch, bool]]:
+        """The rest of the run's micro-batches on the host, with whether each is the last of its step."""
+        epoch, step = divmod(self.progress.step, self.plan.steps_per_epoch)
+        left = self.plan.steps - self.progress.step
+        while left:
+            for micro_batches in self.loader.steps(epoch, step):
+                for number, batch in enumerate(micro_batches, start=1):
+                    yield batch, number == len(micro_batches)
+                left -= 1
+                if not left:
+                    return
+            epoch, step = epoch + 1, 0
+
+    def autocast(self) -> Any:
+        """The forward pass's number format."""
+        return device.autocast(self.dtype, self.ranks.device)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics of the validation set, told to the tracker together with pictures."""
+        batches = (device.send(batch, self.ranks.device) for batch in self.val_loader)
+        metrics = self.task.evaluate(batches, self.ranks, self.autocast)
+        self.tracker.log(self.where() | metrics)
+        if self.ranks.main:
+            self.task.draw(self.run, self.where(), self.tracker, self.autocast)
+        return metrics
+
+    def save(self) -> None:
+        """A checkpoint of this moment; all ranks must call."""
+        states = self.ranks.gather(checkpoint.random_state())
+        if self.ranks.main:
+            trainer = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": vars(self.progress),
+                "task": self.task.extra_state(),
+                "random": states,
+                "config": OmegaConf.to_yaml(self.cfg),
+            }
+            epoch = self.progress.step / self.plan.steps_per_epoch
+            self.saver.save(self.progress.step, epoch, self.task.model.state_dict(), trainer)
+
+    def restore(self) -> None:
+        """Takes up the newest valid checkpoint, where there is one."""
+        path = checkpoint.newest_valid(self.run)
+        if path is None:
+            return
+        trainer = checkpoint.read_trainer(path)
+        self.task.model.load_state_dict(checkpoint.read_weights(path))
+        self.optimizer.load_state_dict(trainer["optimizer"])
+        self.scaler.load_state_dict(trainer["scaler"])
+        self.task.load_extra_state(trainer["task"])
+        self.progress.load(trainer["progress"])
+        if self.ranks.rank < len(trainer["random"]):
+            checkpoint.set_random_state(trainer["random"][self.ranks.rank])
+        log.info("goes on from %s", path)
+
+
+def load(run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int | None) -> tuple[Loader, Plan]:
+    """The training batches, and the plan that follows from how many there are."""
+    micro = micro_batch(cfg.task.batch_size, ranks.world, cfg.task.micro_batch_size)
+    loader = call(
+        Loader,
+        cfg.data,
+        source,
+        build(AUGMENTATIONS, cfg.augmentation),
+        cfg.task.batch_size,
+        micro,
+        cfg.seed,
+        ranks.rank,
+        ranks.world,
+        num_patches,
+        cfg.task.drop_last,
+        ranks.device.type == "cuda",
+        run / ("bad_files.csv" if ranks.main else f"bad_files_{ranks.rank}.csv"),
+    )
+    plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world)
+    return loader, plan
+
+
+def load_val(cfg: DictConfig, ranks: Ranks, source: Any, batch_size: int, num_patches: int | None) -> EvalLoader:
+    """The validation images of this rank, each once over all ranks."""
+    transform = call(center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    pin = ranks.device.type == "cuda"
+    return call(
+        EvalLoader,
+        cfg.data,
+        source,
+        transform,
+        batch_size,
+        cfg.seed,
+        ranks.rank,
+        ranks.world,
+        num_patches,
+        pin,
+    )
+
+
+def set_up(
+    run: Path,
+    cfg: DictConfig,
+    ranks: Ranks,
+    tracker: track.Tracker,
+    *,
+    warmup_epochs: float,
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
+) -> Training:
+    """Builds the objects of a run, the same on every rank, and takes up its newest checkpoint."""
+    torch.manual_seed(cfg.seed)  # the same initial weights everywhere
+    train_set = build(data.SOURCES, cfg.data, "train")
+    val_set = build(data.SOURCES, cfg.data, "val")
+    dtype = device.number_format(precision, ranks.device)
+    task = build(TASKS, cfg.task, cfg, val_set)
+    task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
+    loader, plan = load(run, cfg, ranks, train_set, task.num_patches)
+    groups = call(optim.param_groups, cfg.optimizer, task.trained)
+    schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, warmup_epochs)
+    t = Training(
+        run=run,
+        cfg=cfg,
+        ranks=ranks,
+        tracker=tracker,
+        plan=plan,
+        task=task,
+        model=task,
+        optimizer=build(optim.OPTIMIZERS, cfg.optimizer, groups),
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16),  # type: ignore[attr-defined]
+        saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
+        progress=Progress.new(ranks.device),
+        loader=loader,
+        val_loader=load_val(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches),
+        dtype=dtype,
+    )
+    seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks
+    t.restore()
+    assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
+    t.model = ranks.wrap(task)
+    tracker.start(t.progress.step, plan.steps)
+    log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
+    return t
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

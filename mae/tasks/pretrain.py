@@ -1,0 +1,96 @@
+"""Masked-autoencoder pretraining (arXiv 2111.06377, section 3)."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae import pictures
+from mae.augment import Prepare
+from mae.config import call
+from mae.models.mae import MaskedAutoencoder
+
+
+class Pretrain(nn.Module):
+    """Predict the pixels of the patches that were removed."""
+
+    def __init__(self, cfg: DictConfig, val_set: Any, *, mask_ratio: float, norm_pix_loss: bool, num_images: int):
+        super().__init__()
+        self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
+        self.prepare = call(Prepare, cfg.data)
+        self.mask_ratio, self.num_images = mask_ratio, num_images
+        self.samples: dict[str, Tensor] = {}  # the first validation images, with their masks: those in the pictures
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer works on."""
+        return self.model
+
+    @property
+    def num_patches(self) -> int:
+        """How many numbers of masking noise a sample needs."""
+        return self.model.num_patches
+
+    def images(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The batch as the model takes it: flipped, normalised, in the weights' type."""
+        return self.prepare(batch["image"], batch.get("flip")).to(self.model.pos_embed.dtype)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean loss over removed patches; `noise` (B, L) decides which those are."""
+        return {"loss": self.model(self.images(batch), self.mask_ratio, batch["noise"]).loss}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
+        """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean."""
+        self.eval()
+        total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, loss of the mean, images
+        for batch in batches:
+            if ranks.main and not self.samples:
+                self.samples = {k: batch[k][: self.num_images].clone() for k in ("image", "noise")}
+            images = self.images(batch)
+            with autocast():
+                loss, mask = self.model(images, self.mask_ratio, batch["noise"])
+            flat = ((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum()
+            total += torch.stack([loss.double(), flat.double(), torch.ones_like(loss).double()]) * len(images)
+        self.train()
+        loss, flat, count = ranks.sum(total).tolist()
+        return {"val/loss": loss / count, "val/loss_of_patch_mean": flat / count} if count else {}
+
+    def _centred(self, images: Tensor) -> Tensor:
+        target = self.model.target(images)
+        return target - target.mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def draw(self, run: Path, where: Mapping[str, Any], tracker: Any, autocast: Any) -> None:
+        """original | masked | reconstruction | reconstruction with the visible patches, a row an image."""
+        if not self.samples:
+            return
+        self.eval()
+        images = self.images(self.samples)
+        with autocast():
+            pred, mask = self.model.predict(images, self.mask_ratio, self.samples["noise"])
+        self.train()
+        columns = pictures.reconstruction_columns(self.model, images, pred, mask)
+        shown = {title: self.prepare.undo(column.float()) for title, column in columns.items()}
+        path = run / "images" / f"reconstruction_{where['step']:08d}.png"
+        pictures.save_columns(shown, path)
+        caption = f"mask ratio {self.mask_ratio:g}, epoch {where['epoch']:g}"
+        tracker.picture("reconstruction", path, where["step"], caption)
+
+    def after_step(self, skipped: Tensor) -> None:
+        """Nothing to do between steps."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """Nothing beside the weights."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing beside the weights."""
+
+    @staticmethod
+    def summary(metrics: Mapping[str, float]) -> dict[str, float]:
+        """The main result."""
+        return {"val_loss": metrics["val/loss"]} if metrics else {}
