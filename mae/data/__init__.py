@@ -2,13 +2,19 @@
 
 from typing import NamedTuple
 
-from mae.data.folder import folder
-from mae.data.known import cifar10, digits
+from mae.data.folder import classes_of, folder
+from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
+from mae.data.lists import table
 
 SOURCES = {
     "digits": digits,
     "cifar10": cifar10,
+    "cifar100": cifar100,
+    "stl10": stl10,
+    "fashion_mnist": fashion_mnist,
     "folder": folder,
+    "classes": classes_of,
+    "table": table,
 }
 
 

@@ -67,20 +67,72 @@ def folder(
     train = top / "train" if (top / "train").is_dir() else top
     classes = first_level(train)
     val = next((top / name for name in VAL_NAMES if train != top and (top / name).is_dir()), None)
-    where = val if val is not None and split == "val" else train
-    if classes is not None and where == val:
-        strangers = set(first_level(where) or []) - set(classes)
-        if strangers:
-            raise ValueError(f"{where} has a class that {train} lacks: {sorted(strangers)[0]} (data.root).")
-    listing = cached_scan(where, classes, follow_links, cache_dir)
-    if not len(listing):
-        raise ValueError(f"data.root: no image lies under {where} (looked for {' '.join(SUFFIXES)}).")
-    files = Files(listing, decoder)
     if val is not None:
-        return files
-    if len(files) < 2:
-        raise ValueError(f"data.root={root} holds one image only: two are needed, to train and to validate.")
-    return Subset(files, split_indices(files.labels, len(files), val_fraction, split))
+        return Files(listed(train if split == "train" else val, classes, follow_links, cache_dir), decoder)
+    files = Files(listed(train, classes, follow_links, cache_dir), decoder)
+    return held_out(files, val_fraction, split)
+
+
+def classes_of(
+    split: Literal["train", "val"],
+    *,
+    root: str | None,
+    in_chans: int,
+    exif_orientation: bool,
+    max_pixels: int,
+    follow_links: bool,
+    cache_dir: str | None,
+    parts: list[str],
+    classes: str | None,
+) -> Source:
+    """A published data set in folders of classes: `parts` are those of training and validation under `root`.
+
+    `classes` is a text file that names, one a line, the classes to take (as ImageNet-100 does), or null for
+    all. Raises ValueError where a part or a class is missing.
+    """
+    top = given_root(root)
+    for part in parts:
+        if not (top / part).is_dir():
+            raise ValueError(f"data.root={root} has no folder {part}: it must hold {' and '.join(parts)} (data.parts).")
+    names = first_level(top / parts[0])
+    if names is None:
+        raise ValueError(f"{top / parts[0]} holds no folders of classes: is data.root={root} the right one?")
+    if classes is not None:
+        try:
+            wanted = Path(classes).expanduser().read_text().split()
+        except OSError as error:
+            raise ValueError(f"data.classes={classes} cannot be read: {error.strerror}.") from error
+        missing = sorted(set(wanted) - set(names))
+        if missing or not wanted:
+            what = f"names {missing[0]}, which is no class of {top / parts[0]}" if missing else "is empty"
+            raise ValueError(f"data.classes={classes} {what}.")
+        names = sorted(set(wanted))
+    place = top / parts[split == "val"]
+    listing = listed(place, names, follow_links, cache_dir, strangers=classes is not None)
+    files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
+    return files if classes is None else Subset(files, np.flatnonzero(listing.labels >= 0))
+
+
+def listed(
+    path: Path, classes: list[str] | None, follow_links: bool, cache_dir: str | None, strangers: bool = False
+) -> Listing:
+    """The images under `path`. Raises ValueError where there are none or, unless `strangers` may be there,
+    where a class is not one of those to train on."""
+    if classes is not None and not strangers:
+        unknown = set(first_level(path) or []) - set(classes)
+        if unknown:
+            raise ValueError(f"{path} has a class that the training images lack: {sorted(unknown)[0]} (data.root).")
+    listing = cached_scan(path, classes, follow_links, cache_dir)
+    if not len(listing):
+        raise ValueError(f"data.root: no image lies under {path} (looked for {' '.join(SUFFIXES)}).")
+    return listing
+
+
+def held_out(source: Source, fraction: float, split: str) -> Source:
+    """The training or validation part of a source that has none of its own."""
+    if len(source) < 2:
+        raise ValueError("data.root holds one image only: two are needed, to train and to validate.")
+    return Subset(source, split_indices(source.labels, len(source), fraction, split))
 
 
 def first_level(path: Path) -> list[str] | None:

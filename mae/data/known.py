@@ -1,5 +1,6 @@
-"""Data sets that are known by name: embedded ones and those of torchvision."""
+"""Data sets that fit in memory and are known by name: embedded ones and torchvision's."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,24 +18,61 @@ def digits(split: Split, *, in_chans: int, val_fraction: float) -> Source:
 
     bunch: Any = load_digits()
     pixels = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]  # 0..16 -> 8 bit
-    whole = Arrays(replicate(pixels, in_chans, "digits"), bunch.target, [str(d) for d in bunch.target_names], "digits")
-    assert whole.labels is not None
-    kept = split_indices(whole.labels, len(whole), val_fraction, split)
-    return Arrays(whole.images[kept], whole.labels[kept], whole.classes, f"digits/{split}")
+    labels, classes = np.asarray(bunch.target, np.int64), [str(d) for d in bunch.target_names]
+    kept = split_indices(labels, len(labels), val_fraction, split)
+    return Arrays(replicate(pixels[kept], in_chans, "digits"), labels[kept], classes, f"digits/{split}")
 
 
 def cifar10(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
     """CIFAR-10 through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR10
 
+    found = fetched(CIFAR10, "CIFAR-10", root, download, train=split == "train")
+    return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar10/{split}")
+
+
+def cifar100(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
+    """CIFAR-100 (fine labels) through torchvision, which checks the files' MD5 sums before it opens them."""
+    from torchvision.datasets import CIFAR100
+
+    found = fetched(CIFAR100, "CIFAR-100", root, download, train=split == "train")
+    return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar100/{split}")
+
+
+def stl10(split: Split, *, root: str | None, in_chans: int, download: bool, unlabelled: bool) -> Source:
+    """STL-10: 5000 labelled images of 96 x 96 to train on or, with `unlabelled`, 100000 more without labels."""
+    from torchvision.datasets import STL10
+
+    part = "test" if split == "val" else "train+unlabeled" if unlabelled else "train"
+    found = fetched(STL10, "STL-10", root, download, split=part)
+    labels = None if unlabelled and split == "train" else found.labels
+    return arrays(found.data, labels, found.classes, in_chans, f"stl10/{split}")
+
+
+def fashion_mnist(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
+    """Fashion-MNIST: 60000 + 10000 grey images of 28 x 28."""
+    from torchvision.datasets import FashionMNIST
+
+    found = fetched(FashionMNIST, "Fashion-MNIST", root, download, train=split == "train")
+    return arrays(found.data[:, None], found.targets, found.classes, in_chans, f"fashion_mnist/{split}")
+
+
+def fetched(kind: Callable, title: str, root: str | None, download: bool, **options: Any) -> Any:
+    """A data set of torchvision. Raises ValueError where it is not in `data.root`."""
     try:
-        found = CIFAR10(str(given_root(root, must_exist=not download)), train=split == "train", download=download)
+        return kind(str(given_root(root, must_exist=not download)), download=download, **options)
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"CIFAR-10 was not found in data.root={root} ({error}): set data.download=true or another data.root."
+            f"{title} was not found in data.root={root} ({str(error).splitlines()[0]}): "
+            "set data.download=true or another data.root."
         ) from error
-    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-    return Arrays(replicate(images, in_chans, "cifar10"), np.array(found.targets), found.classes, f"cifar10/{split}")
+
+
+def arrays(images: Any, labels: Any, classes: list[str], in_chans: int, name: str) -> Arrays:
+    """Images (N, C, H, W) of torchvision as a source; an unlabelled one has no classes."""
+    pixels = torch.as_tensor(np.ascontiguousarray(images))
+    known = None if labels is None else np.asarray(labels, np.int64)
+    return Arrays(replicate(pixels, in_chans, name), known, [] if known is None else list(classes), name)
 
 
 def given_root(root: str | None, must_exist: bool = True) -> Path:

@@ -1,0 +1,96 @@
+"""Images named in a table: CSV or Parquet with columns path, and where wanted label and split."""
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mae.data.decode import Decoder
+from mae.data.folder import Files, held_out
+from mae.data.known import given_root
+from mae.data.listing import Builder, inside
+from mae.data.source import Source, Subset
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+
+
+def table(
+    split: Literal["train", "val"],
+    *,
+    root: str | None,
+    file: str | None,
+    in_chans: int,
+    val_fraction: float,
+    exif_orientation: bool,
+    max_pixels: int,
+    follow_links: bool,
+) -> Source:
+    """Images that the table `file` names, relative to `root`.
+
+    Labels are words, sorted into classes. Rows of split `val` (or valid, validation, test) are held out, or
+    `val_fraction` of all where there is no such column. Raises ValueError for a table without a `path`
+    column, without rows, and for a path that leads out of `root`.
+    """
+    top = given_root(root)
+    if file is None:
+        raise ValueError("data.file is not set: give a CSV or Parquet file with a column path.")
+    found, held = Builder(), []
+    number: dict[str, int] = {}
+    real_root = os.path.realpath(top)
+    for row in rows(Path(file).expanduser()):
+        path, label, part = row
+        leads_out = os.path.isabs(path) or ".." in path.split("/")
+        if leads_out or not follow_links and not inside(real_root, os.path.join(real_root, path)):
+            raise ValueError(f"data.file={file} names {path}, which leads out of data.root={root}.")
+        if part is not None and part not in SPLITS:
+            raise ValueError(f"data.file={file} has split={part}: it must be one of {', '.join(SPLITS)}.")
+        found.add(path, -1 if label is None else number.setdefault(label, len(number)))
+        held.append(part is not None and SPLITS[part] == "val")
+    if not held:
+        raise ValueError(f"data.file={file} has no rows.")
+    listing = found.listing(str(top), sorted(number))
+    if number:
+        rank = np.argsort(np.argsort([*number]))  # numbers as met -> numbers in sorted order
+        listing.labels = rank[listing.labels].astype(np.int32)
+    files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
+    if any(held):
+        return Subset(files, np.flatnonzero(np.array(held) == (split == "val")))
+    return held_out(files, val_fraction, split)
+
+
+def rows(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    """(path, label, split) of each row; None where the column is not there."""
+    columns = ("path", "label", "split")
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            yield from _parquet(path, columns)
+            return
+        with open(path, newline="") as text:
+            reader = csv.DictReader(text)
+            if "path" not in (reader.fieldnames or []):
+                raise ValueError(f"data.file={path} has no column path, only {reader.fieldnames}.")
+            for row in reader:
+                yield row["path"], row.get("label"), row.get("split")
+    except OSError as error:
+        raise ValueError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
+
+
+def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str | None, str | None]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ValueError("data.file is a Parquet file, which needs pyarrow: pip install pyarrow.") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"data.file={path} is not a Parquet file.") from error
+    names = [c for c in columns if c in file.schema_arrow.names]
+    if "path" not in names:
+        raise ValueError(f"data.file={path} has no column path, only {', '.join(file.schema_arrow.names)}.")
+    for batch in file.iter_batches(columns=names):
+        for row in batch.to_pylist():
+            label = row.get("label")
+            yield row["path"], None if label is None else str(label), row.get("split")

@@ -1,0 +1,177 @@
+"""Data sets known by name, class folders, tables."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+
+from mae.data import SOURCES
+from mae.data.folder import classes_of
+from mae.data.lists import table
+
+FILES = {"in_chans": 3, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """train and val folders of three classes, four and two images each."""
+    for part, count in (("train", 4), ("val", 2)):
+        for k, name in enumerate(("ant", "bee", "cow")):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((20, 30, 3), 50 * k + i, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / part / name / f"{i}.png")
+    return tmp_path / "set"
+
+
+# ---------------------------------------------------------------- torchvision's
+
+SETS = {
+    "cifar10": ("CIFAR10", np.zeros((6, 32, 32, 3), np.uint8), 10),
+    "cifar100": ("CIFAR100", np.zeros((6, 32, 32, 3), np.uint8), 100),
+    "stl10": ("STL10", np.zeros((6, 3, 96, 96), np.uint8), 10),
+    "fashion_mnist": ("FashionMNIST", torch.zeros(6, 28, 28, dtype=torch.uint8), 10),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_torchvision_sets(name, in_chans, tmp_path, monkeypatch):
+    theirs, data, count = SETS[name]
+    labels = [3, 1, 2, 0, 1, 2]
+    found = SimpleNamespace(data=data, targets=labels, labels=np.array(labels), classes=[*map(str, range(count))])
+    monkeypatch.setattr(torchvision.datasets, theirs, lambda *a, **k: found)
+    options = {"root": str(tmp_path), "in_chans": in_chans, "download": False}
+    options |= {"unlabelled": False} if name == "stl10" else {}
+    if in_chans == 1 and name != "fashion_mnist":
+        with pytest.raises(ValueError, match="data.in_chans=1, but the images of .* have 3 channels"):
+            SOURCES[name]("train", **options)
+        return
+    source = SOURCES[name]("train", **options)
+    image, label = source[0]
+    assert image.dtype == torch.uint8 and image.shape[0] == in_chans and label == 3
+    assert source.labels.tolist() == labels and len(source.classes) == count
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_torchvision_sets_that_are_not_there(name, tmp_path):
+    options = {"root": str(tmp_path), "in_chans": 3, "download": False}
+    options |= {"unlabelled": False} if name == "stl10" else {}
+    with pytest.raises(ValueError, match=r"was not found in data.root=.*data.download=true") as error:
+        SOURCES[name]("train", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_stl10_may_be_unlabelled(tmp_path, monkeypatch):
+    found = SimpleNamespace(data=np.zeros((2, 3, 9, 9), np.uint8), labels=np.array([0, -1]), classes=["a"])
+    parts = []
+    monkeypatch.setattr(torchvision.datasets, "STL10", lambda *a, split, **k: parts.append(split) or found)
+    options = {"root": str(tmp_path), "in_chans": 3, "download": False, "unlabelled": True}
+    assert SOURCES["stl10"]("train", **options).labels is None
+    assert SOURCES["stl10"]("val", **options).labels is not None
+    assert parts == ["train+unlabeled", "test"]
+
+
+# ---------------------------------------------------------------- class folders
+
+
+def classes(root, split="train", **changes):
+    options = FILES | {"parts": ["train", "val"], "classes": None, "cache_dir": str(root.parent / "cache")}
+    return classes_of(split, root=str(root), **(options | changes))
+
+
+def test_class_folders(root):
+    train, val = classes(root), classes(root, "val")
+    assert train.classes == val.classes == ["ant", "bee", "cow"]
+    assert len(train) == 12 and len(val) == 6
+    assert val[5][1] == 2 and val[5][0][0, 0, 0] == 101
+
+
+def test_some_classes_of_a_folder(root):
+    (root.parent / "two.txt").write_text("cow\nant\n")
+    for split, count in (("train", 8), ("val", 4)):
+        part = classes(root, split, classes=str(root.parent / "two.txt"))
+        assert part.classes == ["ant", "cow"] and len(part) == count
+        assert sorted({label for _, label in part}) == [0, 1]
+        assert all(part.name(i).startswith(part.classes[part[i][1]]) for i in range(len(part)))
+
+
+def test_faults_of_class_folders(root):
+    with pytest.raises(ValueError, match="has no folder 2021_train"):
+        classes(root, parts=["2021_train", "2021_valid"])
+    (root.parent / "bad.txt").write_text("ant yak")
+    with pytest.raises(ValueError, match="data.classes=.*names yak, which is no class"):
+        classes(root, classes=str(root.parent / "bad.txt"))
+    (root.parent / "bad.txt").write_text("")
+    with pytest.raises(ValueError, match="data.classes=.*is empty"):
+        classes(root, classes=str(root.parent / "bad.txt"))
+    with pytest.raises(ValueError, match="data.classes=.*cannot be read"):
+        classes(root, classes="nowhere.txt")
+    with pytest.raises(ValueError, match="holds no folders of classes"):
+        classes(root / "train", parts=["ant", "bee"])
+
+
+# ---------------------------------------------------------------- tables
+
+
+def written(frame, root, kind):
+    path = root.parent / f"list.{kind}"
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    return str(path)
+
+
+def listed(root, file, split="train", **changes):
+    return table(split, root=str(root), file=file, **(FILES | {"val_fraction": 0.5} | changes))
+
+
+FRAME = pd.DataFrame(
+    {
+        "label": ["zebra", "ant", "zebra", "moth"],
+        "path": ["train/cow/0.png", "train/ant/1.png", "train/cow/2.png", "val/bee/0.png"],
+        "split": ["train", "train", "val", "test"],
+    }
+)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables(root, kind):
+    file = written(FRAME, root, kind)
+    train, val = listed(root, file), listed(root, file, "val")
+    assert train.classes == ["ant", "moth", "zebra"]
+    assert [train.name(i) for i in range(len(train))] == FRAME.path[:2].tolist()
+    assert train.labels.tolist() == [2, 0] and val.labels.tolist() == [2, 1]
+    assert train[0][0][0, 0, 0] == 100 and train[0][1] == 2
+    plain = written(FRAME[["path"]], root, kind)
+    parts = [listed(root, plain, s) for s in ("train", "val")]
+    assert parts[0].labels is None and [len(p) for p in parts] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_faults_of_tables(root, kind):
+    with pytest.raises(ValueError, match="data.file=.*has no column path"):
+        listed(root, written(FRAME[["label"]], root, kind))
+    with pytest.raises(ValueError, match="data.file=.*has no rows"):
+        listed(root, written(FRAME[:0], root, kind))
+    with pytest.raises(ValueError, match="split=practice: it must be one of train, val"):
+        listed(root, written(FRAME.assign(split="practice"), root, kind))
+    for path in ("../list.csv", "/etc/hosts", "train/../../x.png"):
+        with pytest.raises(ValueError, match="which leads out of data.root"):
+            listed(root, written(FRAME.assign(path=path), root, kind))
+    (root / "link.png").symlink_to("/etc/hosts")
+    with pytest.raises(ValueError, match="which leads out of data.root"):
+        listed(root, written(FRAME.assign(path="link.png"), root, kind))
+    with pytest.raises(ValueError, match="data.file=.*cannot be read"):
+        listed(root, str(root / f"nowhere.{kind}"))
+    with pytest.raises(ValueError, match="data.file is not set"):
+        listed(root, None)
+    if kind == "parquet":
+        (root / "x.parquet").write_text("no")
+        with pytest.raises(ValueError, match="is not a Parquet file"):
+            listed(root, str(root / "x.parquet"))
