@@ -7,45 +7,64 @@ python run.py --help             the groups to choose from
 import os
 import sys
 
-EXPLAIN = "HYDRA_FULL_ERROR" not in os.environ
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us, who say them in one sentence
+TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while waiting starve others on shared cores
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae import config, launch  # noqa: E402
 
 
+class Failed(Exception):
+    """A member of a sweep ended with an exit code that is not 0; what was wrong has been said."""
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> int:
-    overrides = list(HydraConfig.get().overrides.task)
+def main(cfg: DictConfig) -> None:
+    """One run, or one member of a sweep."""
+    try:
+        code = run(cfg)
+    except Exception as error:
+        if TRACEBACK:
+            raise
+        sys.stderr.write(f"{launch.explain(error)}\n")
+        code = 1
+    if code and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise Failed(code)  # so that Hydra goes on with the other members
+    if code:
+        sys.exit(code)
+
+
+def run(cfg: DictConfig) -> int:
+    """Checks a composed config and launches it; returns the exit code."""
+    here = HydraConfig.get()
+    overrides = list(here.overrides.task)
+    if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
+        OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
     if cfg.resume:
         cfg = launch.resumed(cfg, overrides)
     checked = config.check(config.resolve(cfg))
     if checked.dry_run:
         from mae import dry_run
 
-        print(dry_run.report(checked))
+        sys.stdout.write(dry_run.report(checked))
         return 0
     return launch.launch(checked, overrides)
 
 
-class Failed(Exception):
-    """A member of a sweep, or the run, ended with an exit code that is not 0. What was wrong has been said."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
-
-def explain(error: BaseException) -> int:
-    """Says an error in plain words on stderr; returns the exit code. A traceback comes with HYDRA_FULL_ERROR=1."""
-    if isinstance(error, Failed):
-        return error.code
-    sys.stderr.write(f"{config.in_plain_words(error)}\n")
-    return 1
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as failed:
+        sys.exit(failed.args[0])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if TRACEBACK:
+            raise
+        sys.stderr.write(f"{launch.explain(error)}\n")
+        sys.exit(1)

@@ -1,8 +1,10 @@
 """Where a run runs: in this process, in several of this machine, or on a cluster."""
 
+import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -10,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
@@ -63,6 +67,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for key in given:
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
     merged.output_dir, merged.resume = str(run), None
+    assert isinstance(merged, DictConfig)
     return config.check(merged)
 
 
@@ -124,19 +129,54 @@ def local(run: Path, *, processes: int) -> int:
 
 
 class RankFailed(RuntimeError):
-    """One of several processes failed; `sentence` says which, and why."""
+    """One of several processes of a run failed: which, and why."""
 
     def __init__(self, rank: int, failure: Any):
-        message = (
-            failure.message.get("message", failure.message) if isinstance(failure.message, dict) else failure.message
-        )
-        why = str(message)
+        told = failure.message
+        why = str(told.get("message", told) if isinstance(told, dict) else told).strip()
         if failure.exitcode < 0:
-            why = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        super().__init__(
-            f"Process {rank} of the run {why}" if failure.exitcode < 0 else f"Process {rank} of the run failed: {why}"
-        )
-        self.user_error = str(message).startswith(("ValueError", "ConfigError"))
+            why = f"it was killed by {signal.Signals(-failure.exitcode).name}"
+        user_error = why.startswith(("ValueError: ", "ConfigError: "))
+        super().__init__(why.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {why}")
+
+
+def explain(error: BaseException) -> str:
+    """An error in a plain sentence or two; the traceback of one that is not the user's is in the run's log.txt."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        known = [str(option) for option in error.options or []]
+        listed = f" Choose one of {', '.join(sorted(known))}." if known else ""
+        return f"{group}={choice} does not exist.{config.near(choice, known)}{listed}"
+    if isinstance(error, OverrideParseException):
+        return f"The override {error.override!r} cannot be read: write key=value, with quotes around spaces or = signs."
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        return _composition(text, error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk is full. What was saved before is whole; make room and start the same command again."
+    if isinstance(error, ValueError | RankFailed):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'}: {error.strerror or error}."
+    name = type(error).__name__
+    return f"{name}: {text or 'no message'}. The traceback is in the run's log.txt, or printed with HYDRA_FULL_ERROR=1."
+
+
+def _composition(text: str, error: BaseException) -> str:
+    """Hydra's and OmegaConf's words for a key that does not exist, or cannot be set, as one sentence."""
+    cause = error.__cause__ if error.__cause__ is not None else error
+    override = re.search(r"[Cc]ould not override '([^']+)'", text)
+    if override and "No match in the defaults list" in text:
+        return f"{override[1]} is not a group of the configuration, or must be added as +{override[1]}=..."
+    key = override[1] if override else str(getattr(cause, "full_key", "") or "")
+    if key and "is not in struct" in text + str(cause):
+        parent, _, name = key.rpartition(".")
+        node = getattr(cause, "parent_node", None)
+        known = [str(k) for k in node] if node is not None and hasattr(node, "keys") else []
+        return f"{parent + '.' if parent else ''}{name} is not a key of the configuration.{config.near(name, known)}"
+    if multiple := re.search(r"Multiple values for (\w+)\.", text):
+        return f"{multiple[1]} is chosen already: write {multiple[1]}=... without the plus sign."
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
 LAUNCHERS = {"local": local, "inline": inline}

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import timm.optim
 import torch
+from timm.optim.lion import Lion
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 
 
@@ -122,12 +123,12 @@ def lars(groups: list[dict], *, momentum: float, trust_coefficient: float) -> to
 
 def lion(groups: list[dict], *, betas: list[float]) -> torch.optim.Optimizer:
     """Lion (Chen et al., 2023), timm's."""
-    return timm.optim.Lion(groups, lr=1e-4, betas=(betas[0], betas[1]))
+    return Lion(groups, lr=1e-4, betas=(betas[0], betas[1]))
 
 
 def muon(groups: list[dict], *, betas: list[float], momentum: float) -> torch.optim.Optimizer:
     """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's."""
-    return timm.optim.Muon(groups, lr=0.02, betas=(betas[0], betas[1]), momentum=momentum)  # type: ignore[attr-defined]
+    return Muon(groups, lr=0.02, betas=(betas[0], betas[1]), momentum=momentum)
 
 
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lars": lars, "lion": lion, "muon": muon}

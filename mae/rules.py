@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+EMBEDDED = ("digits",)  # data sets that come with a package
+
 # Interval of each number, in mathematical notation; `a|b` is the same rule for several keys.
 INTERVALS = {
     "seed": "[0, 4294967295]",
@@ -181,7 +183,17 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
 
 
-RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_model, _schedule, _batch, _statistics, _devices]
+def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
+    root, name = cfg["data"]["root"], cfg["data"]["name"]
+    if name in EMBEDDED or (cfg["dry_run"] and cfg["data"]["train_images"]):
+        return
+    if root is None:
+        yield "data.root is not set: give the directory of the images, as data.root=DIR."
+    elif "://" not in root and not cfg["data"].get("download") and not os.path.exists(root):
+        yield f"data.root={root} does not exist: give the directory of the images."
+
+
+RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_model, _schedule, _batch, _statistics, _devices, _root]
 
 
 def devices(cfg: Mapping[str, Any]) -> int:

@@ -37,7 +37,8 @@ class Progress:
 
     @classmethod
     def new(cls, where: torch.device) -> "Progress":
-        return cls(*(torch.zeros((), device=where) for _ in range(3)))
+        loss_sum, bad_steps, bad_run = (torch.zeros((), device=where) for _ in range(3))
+        return cls(loss_sum, bad_steps, bad_run)
 
     def load(self, state: Mapping[str, Any]) -> None:
         for field in fields(self):

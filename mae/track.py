@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,7 +160,7 @@ class WandB(Tracker):
 
         identity = run / "wandb_id.txt"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         # under a sweep agent the id is the agent's
         name = {} if "WANDB_SWEEP_ID" in os.environ else {"id": identity.read_text().strip(), "resume": "allow"}
         self.wandb = wandb.init(dir=str(run), config=dict(config), name=run.name, **name, **settings)

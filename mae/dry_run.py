@@ -1,0 +1,132 @@
+"""`dry_run=true`: what a config would do, found without data, memory or a file on disk."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from mae import data, device, optim, rules
+from mae.config import TRAINED, build, call, run_directory
+from mae.data.source import reduced
+from mae.models.flops import Flops, flops
+from mae.models.mae import MaskedAutoencoder
+from mae.plan import Plan, make_plan, micro_batch, steps_in_epoch
+from mae.tasks import TASKS
+
+
+def count_images(cfg: DictConfig) -> int:
+    """Training images: of the source where it is there, else as many as its YAML says it has."""
+    try:
+        source = build(data.SOURCES, cfg.data, "train")
+    except (ValueError, OSError):
+        known = cfg.data.train_images
+        if known is None:
+            raise
+        return known if cfg.data.per_class is None else cfg.data.per_class * cfg.data.num_classes
+    return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
+
+
+def model_on_meta(cfg: DictConfig) -> nn.Module:
+    """The task's model without memory for its weights."""
+    classes = [str(i) for i in range(cfg.data.num_classes or 0)]
+    blank = OmegaConf.merge(cfg, {"init": None})
+    with torch.device("meta"):
+        return build(TASKS, cfg.task, blank, SimpleNamespace(classes=classes, labels=None)).model
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(encoder or classifier, decoder): all tensors of the state dict that are parameters, fixed ones included."""
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        counts[name.startswith("decoder") or name == "mask_token"] += parameter.numel()
+    return counts[False], counts[True]
+
+
+def cost(cfg: DictConfig, model: nn.Module) -> Flops:
+    """Operations of one image's forward pass."""
+    ratio = cfg.task.get("mask_ratio") if isinstance(model, MaskedAutoencoder) else 0.0
+    whole = call(flops, cfg.model, mask_ratio=ratio)
+    return whole if isinstance(model, MaskedAutoencoder) else Flops(whole.encoder, 0)
+
+
+def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps for one image's backward pass, counted on tensors without memory."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # so that no later storage gets the same number
+        return tensor
+
+    alive: list[Tensor] = []
+    images = torch.empty(1, cfg.model.in_chans, *rules.pair(cfg.model.img_size), device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype.itemsize == 2):
+        if isinstance(model, MaskedAutoencoder):
+            model(images, cfg.task.mask_ratio, torch.empty(1, model.num_patches, device="meta"))
+        else:
+            model(images)
+    return sum(kept.values())
+
+
+def plan_of(cfg: DictConfig) -> Plan:
+    """Steps and accumulation, as the run itself would find them."""
+    images, world = count_images(cfg), rules.devices(cfg)
+    repeats = cfg.data.repeats
+    per_epoch = steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last or repeats > 1)
+    micro_batch(cfg.task.batch_size, world, cfg.task.micro_batch_size)
+    return call(make_plan, cfg.task, images, per_epoch, world)
+
+
+def report(cfg: DictConfig) -> str:
+    """The plan as text, a line a fact."""
+    if cfg.task.name not in TRAINED:
+        return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
+    plan, model = plan_of(cfg), model_on_meta(cfg)
+    encoder, decoder = parameters(model)
+    work = cost(cfg, model)
+    dtype = device.number_format(cfg.task.precision, device.pick(cfg.device))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = 4 * (encoder + decoder) + 4 * trained * (1 + states_per_weight(cfg))
+    activations = activation_bytes(cfg, model, dtype) * plan.micro_batch_size
+    size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
+    peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
+    count = kept_checkpoints(cfg, plan)
+    rows = {
+        "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
+        "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
+        if decoder
+        else f"{encoder:,}",
+        "GFLOPs an image": f"{work.total / 1e9:.3f} forward (encoder {work.encoder / 1e9:.3f}, decoder "
+        f"{work.decoder / 1e9:.3f}), {3 * work.total / 1e9:.3f} in training",
+        "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
+        f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
+        "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
+        f"{plan.accumulation} x devices {plan.devices}",
+        "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
+        "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
+        "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
+        "number format": str(dtype).removeprefix("torch."),
+        "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "writes to": str(run_directory(cfg)),
+    }
+    width = max(map(len, rows))
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def states_per_weight(cfg: Mapping[str, Any]) -> int:
+    """Numbers that the optimizer keeps beside each weight."""
+    return 2 if cfg["optimizer"]["name"] == "adamw" else 1
+
+
+def kept_checkpoints(cfg: DictConfig, plan: Plan) -> int:
+    """Checkpoints on disk at the end of the run."""
+    epochs = plan.steps / plan.steps_per_epoch
+    for_ever = int(epochs / cfg.checkpoint.keep_every_epochs) if cfg.checkpoint.keep_every_epochs else 0
+    written = max(1, int(epochs / cfg.checkpoint.every_epochs) + (epochs % cfg.checkpoint.every_epochs > 0))
+    return min(written, cfg.checkpoint.keep + for_ever)
