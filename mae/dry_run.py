@@ -22,7 +22,7 @@ def count_images(cfg: DictConfig) -> int:
     try:
         source = build(data.SOURCES, cfg.data, "train")
     except (ValueError, OSError):
-        known = cfg.data.train_images
+        known = cfg.data.get("train_images")
         if known is None:
             raise
         return known if cfg.data.per_class is None else cfg.data.per_class * cfg.data.num_classes

@@ -185,7 +185,7 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
     root, name = cfg["data"]["root"], cfg["data"]["name"]
-    if name in EMBEDDED or (cfg["dry_run"] and cfg["data"]["train_images"]):
+    if name in EMBEDDED or (cfg["dry_run"] and cfg["data"].get("train_images")):
         return
     if root is None:
         yield "data.root is not set: give the directory of the images, as data.root=DIR."

@@ -29,7 +29,6 @@ class Description(NamedTuple):
     std: list[float]
     hflip: bool  # whether a mirrored image is still one of its class
     crop_fraction: float | None  # part of the image that evaluation keeps; null: the reference's rule
-    train_images: int | None  # for dry_run where the data is not at hand; null: it is looked at
 
 
 def describe(
@@ -42,7 +41,6 @@ def describe(
     std: list[float],
     hflip: bool,
     crop_fraction: float | None,
-    train_images: int | None,
 ) -> Description:
     """The facts of a data set, as its YAML states them."""
-    return Description(root, img_size, in_chans, num_classes, mean, std, hflip, crop_fraction, train_images)
+    return Description(root, img_size, in_chans, num_classes, mean, std, hflip, crop_fraction)
