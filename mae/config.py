@@ -141,7 +141,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0].rstrip('.')}.") from error
     assert isinstance(plain, dict)
     made = OmegaConf.create(plain)
     OmegaConf.set_struct(made, True)
