@@ -61,6 +61,8 @@ class Reader(Dataset):
             return Failure(str(error))
 
     def _batch(self, ticket: Ticket) -> dict[str, Any]:
+        if hasattr(self.source, "ahead"):  # a source that fetches what comes next meanwhile
+            self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
         wanted = ticket.indices.tolist()
         taken, labels, images, bad = [], [], [[] for _ in range(self.repeats)], []
         keys = [augment.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
