@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from mae.data.folder import classes_of, folder
+from mae.data.folder import classes_of, image_folder
 from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
 from mae.data.lists import table
+from mae.data.shards import tar_shards
 
 SOURCES = {
     "digits": digits,
@@ -12,9 +13,10 @@ SOURCES = {
     "cifar100": cifar100,
     "stl10": stl10,
     "fashion_mnist": fashion_mnist,
-    "folder": folder,
+    "folder": image_folder,
     "classes": classes_of,
     "table": table,
+    "shards": tar_shards,
 }
 
 
@@ -29,6 +31,7 @@ class Description(NamedTuple):
     std: list[float]
     hflip: bool  # whether a mirrored image is still one of its class
     crop_fraction: float | None  # part of the image that evaluation keeps; null: the reference's rule
+    train_images: int | None  # for dry_run where the data is not at hand; null: it is looked at
 
 
 def describe(
@@ -41,6 +44,7 @@ def describe(
     std: list[float],
     hflip: bool,
     crop_fraction: float | None,
+    train_images: int | None,
 ) -> Description:
     """The facts of a data set, as its YAML states them."""
-    return Description(root, img_size, in_chans, num_classes, mean, std, hflip, crop_fraction)
+    return Description(root, img_size, in_chans, num_classes, mean, std, hflip, crop_fraction, train_images)

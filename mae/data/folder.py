@@ -26,11 +26,14 @@ class Files:
         return len(self.listing)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
+
+    def raw(self, index: int) -> bytearray:
+        """An image's file. Raises BadImage."""
         try:
-            data = read(self.listing.path(index))
+            return read(self.listing.path(index))
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
-        return self.decoder(data), -1 if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         return self.listing.name(index)
@@ -45,7 +48,7 @@ def read(path: str) -> bytearray:
     return data if count == len(data) else data[:count]
 
 
-def folder(
+def image_folder(
     split: Literal["train", "val"],
     *,
     root: str | None,

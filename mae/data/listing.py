@@ -1,10 +1,9 @@
 """The paths of a tree of images, in flat buffers and cached.
 
 Ten million paths as Python strings are a gigabyte that every worker copies by counting references; here
-they are three arrays, mapped from the cache file and shared by all workers.
+they are three arrays, read from the cache file at once and shared by all workers that are forked.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +13,8 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+
+from mae.data import flat
 
 log = logging.getLogger(__name__)
 
@@ -144,43 +145,21 @@ def cached_scan(root: Path, classes: list[str] | None, follow_links: bool, cache
 
 
 def save(path: Path, listing: Listing, stamps: dict[str, int], wanted: str) -> None:
-    """One file: a line of JSON, then the arrays, each at a multiple of 64 bytes; renamed into place."""
+    """Keeps a listing, with what it was asked for and the time stamps of its folders."""
     arrays = {"text": listing.text, "ends": listing.ends, "labels": listing.labels}
-    shapes = {name: [a.dtype.str, len(a)] for name, a in arrays.items()}
-    head = json.dumps({"wanted": wanted, "classes": listing.classes, "stamps": stamps, "arrays": shapes})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(head.encode() + b"\n")
-            for values in arrays.values():
-                file.write(bytes(-file.tell() % 64))
-                values.tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    flat.write(path, {"wanted": wanted, "classes": listing.classes, "stamps": stamps}, arrays)
 
 
 def load(path: Path, root: str, wanted: str) -> Listing | None:
-    """The cached listing, mapped, or None where there is none or a folder has changed since."""
+    """The cached listing, or None where there is none or a folder has changed since."""
     try:
-        with open(path, "rb") as file:
-            head = json.loads(file.readline())
-            at = file.tell()
+        head, _ = flat.read_head(path)
         if head["wanted"] != wanted:
             return None
         for folder, stamp in head["stamps"].items():
             if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
                 return None
-        arrays = []
-        for kind, count in head["arrays"].values():
-            at += -at % 64
-            arrays.append(np.memmap(path, kind, "r", at, (count,)))
-            at += arrays[-1].nbytes
-        text, ends, labels = arrays
-        return Listing(root, text, ends, labels, head["classes"])
+        head, arrays = flat.read(path)
+        return Listing(root, arrays["text"], arrays["ends"], arrays["labels"], head["classes"])
     except (OSError, ValueError, KeyError):  # absent, damaged or of another version: scanned anew
         return None

@@ -49,7 +49,7 @@ class Subset:
         self.source, self.indices, self.classes = source, indices, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
         if hasattr(source, "order"):  # a source that wants its images read in an order of its own
-            self.order = self._order
+            self.order, self.ahead = self._order, self._ahead
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -59,6 +59,12 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def raw(self, index: int) -> bytearray:
+        return self.source.raw(int(self.indices[index]))  # type: ignore[attr-defined]
+
+    def _ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+        self.source.ahead(seed, epoch, self.indices[indices])  # type: ignore[attr-defined]
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         where = np.full(len(self.source), -1, np.int64)
@@ -75,16 +81,15 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
     if not 0 < fraction < 1:
         raise ValueError(f"data.val_fraction must lie in (0, 1) where there is no val/ folder, got {fraction}.")
     chance = np.random.default_rng(2111_06377).random(count)
-    order = np.lexsort((chance, labels)) if labels is not None else np.argsort(chance)
-    ranks = np.arange(count)
-    if labels is not None:  # rank within the class
-        starts = np.searchsorted(labels[order], labels[order], side="left")
-        sizes = np.searchsorted(labels[order], labels[order], side="right") - starts
-        ranks = ranks - starts
-        held = ranks < np.round(sizes * fraction)
-    else:
-        held = ranks < max(1, round(count * fraction))
-    return np.sort(order[held if split == "val" else ~held])
+    own: np.ndarray = np.zeros(count, np.int64) if labels is None else labels - labels.min()
+    order = np.argsort(own + chance)  # by class, at random within it
+    sizes = np.bincount(own)
+    ranks = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
+    held = np.zeros(count, bool)
+    held[order[ranks < np.repeat(np.round(sizes * fraction), sizes)]] = True
+    if held.all() or not held.any():  # too few images for the fraction: neither part may be empty
+        held[np.argmin(chance)] = not held.any()
+    return np.flatnonzero(held if split == "val" else ~held)
 
 
 def reduced(source: Source, fraction: float, per_class: int | None, seed: int) -> Source:

@@ -1,0 +1,50 @@
+"""A file of flat arrays: one line of JSON, then each array at a multiple of 64 bytes. No pickle."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64
+
+
+def write(path: Path, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Written beside, flushed, and renamed into place."""
+    shapes = {name: [a.dtype.str, len(a)] for name, a in arrays.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(json.dumps(head | {"arrays": shapes}).encode() + b"\n")
+            for values in arrays.values():
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                values.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def read_head(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON and where it ends. Raises OSError, ValueError."""
+    with open(path, "rb") as file:
+        head = json.loads(file.readline())
+        return head, file.tell()
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Raises OSError or ValueError where the file is absent, damaged or cut short."""
+    head, at = read_head(path)
+    arrays = {}
+    for name, (kind, count) in head["arrays"].items():
+        at += -at % ALIGNMENT
+        arrays[name] = np.fromfile(path, kind, count, offset=at)
+        if len(arrays[name]) != count:
+            raise ValueError(f"{path} is cut short")
+        at += arrays[name].nbytes
+    return head, arrays

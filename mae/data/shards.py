@@ -1,0 +1,243 @@
+"""Tar shards as a source: images found by an index, read by position, in an order that goes shard by shard.
+
+With the index the source is as any other: workers, ranks and resuming are the sampler's concern. What is
+its own is the order of an epoch. The shards are shuffled and laid end to end, and the line is cut into
+`lanes` equal parts. Position p of the epoch belongs to lane p % lanes, so that a rank that takes every
+world-th position stays on its own lanes and the shards they cross; within a lane, images are shuffled over
+`window` shards. Each image stands once in the order, whatever the number of ranks.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from mae.data import flat
+from mae.data.decode import Decoder
+from mae.data.known import given_root
+from mae.data.listing import cache_folder
+from mae.data.source import BadImage, Source, Subset, split_indices
+from mae.data.store import Local, Remote, is_remote
+from mae.data.tar import Members, joined, members
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.bin"
+FORMAT = "mae-shards-1"
+OPEN_FILES = 64  # shards a process keeps open
+
+
+class Index:
+    """Which images lie in which shard, and where."""
+
+    def __init__(self, names: list[str], sizes: list[int], counts: list[int], found: Members, classes: list[str]):
+        self.names, self.sizes, self.members, self.classes = names, sizes, found, classes
+        self.counts = np.asarray(counts, np.int64)  # images in each shard
+        self.starts = np.cumsum(self.counts) - self.counts  # number of each shard's first image
+
+    def shard(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def key(self, index: int) -> str:
+        start = self.members.ends[index - 1] if index else 0
+        return self.members.text[start : self.members.ends[index]].tobytes().decode()
+
+    def save(self, path: Path, **more: Any) -> None:
+        shards = {"names": self.names, "sizes": self.sizes, "counts": self.counts.tolist()}
+        flat.write(path, {"format": FORMAT, "classes": self.classes} | shards | more, self.members._asdict())
+
+    @staticmethod
+    def load(path: Path) -> "Index":
+        """Raises OSError or ValueError."""
+        head, arrays = flat.read(path)
+        if head.get("format") != FORMAT:
+            raise ValueError(f"{path} is not an index of shards")
+        return Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
+
+
+class OpenFiles(threading.local):
+    """Each thread's own, so that none closes what another reads."""
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
+
+    def __del__(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+
+class Shards:
+    """The images of an index, read from a store."""
+
+    def __init__(self, index: Index, store: Local | Remote, decoder: Decoder, lanes: int, window: int):
+        self.index, self.store, self.decoder, self.lanes, self.window = index, store, decoder, lanes, window
+        self.classes = index.classes
+        self.labels = np.asarray(index.members.labels, np.int64) if index.classes else None
+        self._open = OpenFiles()
+        self._places: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": OpenFiles()}
+
+    def __len__(self) -> int:
+        return len(self.index.members.offsets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.index.names[self.index.shard(index)]}/{self.index.key(index)}"
+
+    def raw(self, index: int) -> bytearray:
+        """An image's file. Raises BadImage."""
+        size, offset = int(self.index.members.sizes[index]), int(self.index.members.offsets[index])
+        try:
+            data = bytearray(os.pread(self._file(self.index.shard(index)), size, offset))
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        if len(data) != size:
+            raise BadImage("its shard is cut short")
+        return data
+
+    def _file(self, shard: int) -> int:
+        opened = self._open.files
+        if shard not in opened:
+            where = self.index.names[shard], self.index.sizes[shard]
+            try:
+                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+            except FileNotFoundError:  # just then another process made room in the cache
+                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+            if len(opened) > OPEN_FILES:
+                os.close(opened.popitem(last=False)[1])
+        opened.move_to_end(shard)
+        return opened[shard]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The epoch's permutation (see above)."""
+        chance = np.random.default_rng([seed, epoch])
+        shards = chance.permutation(len(self.index.names))
+        counts = self.index.counts[shards]
+        line = np.repeat(self.index.starts[shards] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
+        width = max(1, int(self.window * counts.mean()))
+        order = np.empty_like(line)
+        for lane, part in enumerate(np.array_split(line, self.lanes)):
+            for start in range(0, len(part), width):
+                part[start : start + width] = chance.permutation(part[start : start + width])
+            order[lane :: self.lanes] = part
+        return order
+
+    def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+        """Lets the store fetch what follows the window of these images."""
+        if isinstance(self.store, Local):
+            return
+        if self._places is None or self._places[0] != (seed, epoch):
+            shards = np.random.default_rng([seed, epoch]).permutation(len(self.index.names))
+            self._places = (seed, epoch), shards, np.argsort(shards)
+        _, shards, places = self._places
+        for place in np.unique(places[[self.index.shard(int(i)) for i in indices]]) + self.window:
+            if place < len(shards):
+                self.store.ahead(self.index.names[shards[place]], self.index.sizes[shards[place]])
+
+
+def tar_shards(
+    split: Literal["train", "val"],
+    *,
+    root: str | None,
+    in_chans: int,
+    val_fraction: float,
+    exif_orientation: bool,
+    max_pixels: int,
+    cache_dir: str | None,
+    cache_gb: float,
+    retry_s: float,
+    lanes: int,
+    window: int,
+) -> Source:
+    """Tar shards under `root`, a folder or a URL of fsspec (s3://, gs://, https://).
+
+    `root/train` and `root/val` are the two parts where both are there, else `val_fraction` of the images is
+    held out. Shards without an index are read through once, and what is found is kept in the cache folder.
+    Raises ValueError where there is no shard or the place cannot be reached.
+    """
+    cache = cache_folder(cache_dir)
+    store, parted = opened(root, split, cache, cache_gb, retry_s)
+    index = indexed(store, cache)
+    source = Shards(index, store, Decoder(in_chans, exif_orientation, max_pixels), lanes, window)
+    if parted:
+        return source
+    return Subset(source, split_indices(source.labels, len(source), val_fraction, split))
+
+
+def opened(root: str | None, split: str, cache: Path, cache_gb: float, retry_s: float) -> tuple[Local | Remote, bool]:
+    """The store of a split, and whether the splits have stores of their own."""
+    if root is None or not is_remote(root):
+        top = given_root(root)
+        parted = (top / "train").is_dir() and (top / "val").is_dir()
+        return Local(top / split if parted else top), parted
+    part = Remote(f"{root.rstrip('/')}/{split}", cache, cache_gb, retry_s)
+    try:
+        if part.names() or _has_index(part):
+            return part, True
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
+    return Remote(root, cache, cache_gb, retry_s), False
+
+
+def _has_index(store: Remote) -> bool:
+    try:
+        return bool(store.read(INDEX))
+    except FileNotFoundError:
+        return False
+
+
+def indexed(store: Local | Remote, cache: Path) -> Index:
+    """The index beside the shards, or one made by reading through them."""
+    try:
+        data = store.read(INDEX)
+    except FileNotFoundError:
+        return _made(store, cache)
+    except OSError as error:
+        raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
+    path = cache / "indices" / f"{hashlib.sha256(data).hexdigest()[:20]}.bin"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return Index.load(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
+
+
+def _made(store: Local | Remote, cache: Path) -> Index:
+    names = store.names()
+    if not names:
+        raise ValueError(f"data.root={store.root} holds no shard (*.tar).")
+    stamps = json.dumps([FORMAT, str(store.root), [[n, store.stamp(n)] for n in names]])
+    path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
+    try:
+        return Index.load(path)
+    except (OSError, ValueError, KeyError):
+        log.info("%s has no %s: its %d shards are read through once", store.root, INDEX, len(names))
+    parts, sizes = [], []
+    for name in names:
+        with store.open(name) as file:
+            parts.append(members(file, name))
+            sizes.append(file.seek(0, io.SEEK_END))
+    found = joined(parts)
+    classes = [str(k) for k in range(found.labels.max(initial=-1) + 1)]
+    index = Index(names, sizes, [len(p.offsets) for p in parts], found, classes)
+    try:
+        index.save(path)
+    except OSError as error:
+        log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
+    return index

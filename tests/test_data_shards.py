@@ -1,0 +1,322 @@
+"""Tar shards: their order, reading, fetching, and the program that packs them."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mae import augment
+from mae.data import pack, shards, store
+from mae.data.decode import Decoder
+from mae.data.folder import image_folder
+from mae.data.known import digits
+from mae.data.loader import Loader
+from mae.data.sampler import Sampler
+from mae.data.shards import Index, Shards
+from mae.data.source import Arrays, BadImage
+from mae.data.tar import Members, members
+
+KEEP = pack.Form(size=None, quality=90)
+OPTIONS = {
+    "in_chans": 3,
+    "val_fraction": 0.2,
+    "exif_orientation": False,
+    "max_pixels": 10**7,
+    "cache_gb": 1.0,
+    "retry_s": 2.0,
+    "lanes": 4,
+    "window": 2,
+}
+LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
+
+
+@pytest.fixture(scope="module")
+def source():
+    whole = digits("train", in_chans=3, val_fraction=0.2)
+    return Arrays(whole.images[:110], whole.labels[:110], whole.classes, "digits")
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed")
+    for split in ("train", "val"):
+        pack.pack(source, out / split, KEEP, per_shard=12, workers=1)
+    return out
+
+
+def opened(root, tmp_path, split="train", **changes):
+    return shards.tar_shards(split, root=str(root), cache_dir=str(tmp_path / "cache"), **(OPTIONS | changes))
+
+
+def made_up(counts):
+    """Shards without files, for what hangs on their index alone."""
+    total = sum(counts)
+    nothing = Members(*(np.zeros(total, np.int64) for _ in range(5)))
+    index = Index([f"{k}.tar" for k in range(len(counts))], [0] * len(counts), counts, nothing, [])
+    return lambda lanes, window: Shards(index, store.Local("/"), Decoder(3, False, 1), lanes, window)
+
+
+# ---------------------------------------------------------------- order
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    lanes=st.integers(1, 8),
+    window=st.integers(1, 4),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_each_image_once_over_ranks(counts, lanes, window, world, seed):
+    source = made_up(counts)(lanes, window)
+    seen = []
+    for rank in range(world):
+        sampler = Sampler(len(source), 4 * world, 2, seed, rank, world, order=source.order)
+        for step in range(sampler.steps_per_epoch):
+            seen += [i for t in sampler.micro_batches(1, step) if t.weight for i in t.indices.tolist()]
+    assert sorted(seen) == list(range(sum(counts)))
+    assert [source.index.shard(i) for i in range(sum(counts))] == [k for k, n in enumerate(counts) for _ in range(n)]
+
+
+def test_ranks_stay_on_their_shards_and_windows_mix():
+    source = made_up([50] * 40)(4, 3)
+    order = source.order(0, 0)
+    per_rank = [{source.index.shard(i) for i in order[r::4].tolist()} for r in range(4)]
+    assert sum(len(s) for s in per_rank) <= 40 + 3  # no shard is read by two, but for those on a lane's edge
+    first = [source.index.shard(i) for i in order[0::4][:150].tolist()]
+    assert 3 <= len(set(first)) <= 4 and first != sorted(first)
+    assert not np.array_equal(order, source.order(0, 1))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_shards_hold_what_was_packed(source, packed, tmp_path):
+    found = opened(packed, tmp_path)
+    assert len(found) == len(source) and found.classes == source.classes
+    for i in range(len(found)):
+        number = int(found.name(i).split("/")[1])
+        image, label = found[i]
+        assert torch.equal(image, source[number][0]) and label == source[number][1]
+
+
+def loaded(source, workers, epochs=(0, 1), start=0, **changes):
+    transform = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+    loader = Loader(source, transform, 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
+    found = []
+    for epoch in epochs:
+        for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
+            found.append([{k: v for k, v in b.items()} for b in step])
+    loader.close()
+    return found
+
+
+def same(a, b):
+    flat = [[x for step in side for x in step] for side in (a, b)]
+    assert len(flat[0]) == len(flat[1])
+    for x, y in zip(*flat, strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.7])
+def test_batches_do_not_depend_on_workers_or_restarts(packed, tmp_path, fraction):
+    whole = loaded(opened(packed, tmp_path), 0, fraction=fraction)
+    same(whole, loaded(opened(packed, tmp_path), 2, fraction=fraction))
+    same(whole[3:], loaded(opened(packed, tmp_path), 1, start=3, fraction=fraction))
+
+
+def test_foreign_shards_are_indexed_once(tmp_path, monkeypatch):
+    root = tmp_path / "foreign"
+    root.mkdir()
+    for shard in range(3):
+        with tarfile.open(root / f"{shard}.tar", "w") as archive:
+            for k in range(5):
+                out = io.BytesIO()
+                Image.fromarray(np.full((9, 9, 3), 20 * shard + k, np.uint8)).save(out, "PNG")
+                number = str(k % 2).encode()
+                for name, data in ((f"a/{k}.seg.png", b"no"), (f"a/{k}.json", b"{}"), (f"a/{k}.cls", number)):
+                    entry = tarfile.TarInfo(name if "seg" not in name else f"a/{k}.jpg")
+                    data = out.getvalue() if "seg" in name else data
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+            evil = tarfile.TarInfo("../../evil.png")
+            evil.type, evil.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(evil)
+    source = opened(root, tmp_path, val_fraction=0.01)
+    whole = source.source
+    assert len(whole) == 15 and whole.classes == ["0", "1"]
+    assert [int(whole[i][0][0, 0, 0]) for i in range(15)] == [20 * s + k for s in range(3) for k in range(5)]
+    assert whole.labels.tolist() == [0, 1, 0, 1, 0] * 3
+    monkeypatch.setattr(shards, "members", None)  # not called again
+    assert len(opened(root, tmp_path)) == 12
+
+
+def test_shards_that_are_cut_short(packed, tmp_path, caplog):
+    data = (packed / "train" / "shard-000000.tar").read_bytes()
+    found = members(io.BytesIO(data[: len(data) // 2]), "x.tar")
+    assert len(found.offsets) == 6 and "is cut short" in caplog.text
+    with pytest.raises(ValueError, match="the shard x.tar is not a tar file of images"):
+        members(io.BytesIO(b"no tar" * 1000), "x.tar")
+
+
+def test_faults_of_shards_are_named(packed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="data.root=.*holds no shard"):
+        opened(tmp_path / "empty", tmp_path)
+    (tmp_path / "damaged").mkdir()
+    index = (packed / "train" / "index.bin").read_bytes()
+    for data in (index[:-50], b"{}", b"\xff"):
+        (tmp_path / "damaged" / "index.bin").write_bytes(data)
+        with pytest.raises(ValueError, match="index.bin is damaged"):
+            opened(tmp_path / "damaged", tmp_path)
+    (tmp_path / "damaged" / "index.bin").write_bytes(index)
+    with pytest.raises(BadImage, match="cannot be read"):
+        opened(tmp_path / "damaged", tmp_path)[0]
+
+
+# ---------------------------------------------------------------- fetching
+
+
+def test_remote_shards_are_fetched_once_and_room_is_made(packed, tmp_path):
+    plain = loaded(opened(packed, tmp_path), 0)
+    size = (packed / "train" / "shard-000000.tar").stat().st_size
+    source = opened(f"file://{packed}", tmp_path, cache_gb=4.5 * size / 1e9)
+    same(plain, loaded(source, 0))
+    kept = list((tmp_path / "cache" / "shards").rglob("*.tar"))
+    assert 0 < sum(path.stat().st_size for path in kept) <= 4.5 * size
+    same(plain, loaded(opened(f"file://{packed}", tmp_path), 2))
+
+
+def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
+    source = opened(f"file://{packed}", tmp_path, lanes=1, window=1)
+    order = source.order(0, 0)
+    source.ahead(0, 0, order[:4])
+    (future,) = source.store._coming.values()
+    future.result()
+    (fetched,) = (p.name for p in (tmp_path / "cache" / "shards").rglob("*.tar"))
+    assert fetched == source.index.names[source.index.shard(int(order[12]))]
+
+
+class Flaky:
+    """A file system whose every second reading breaks off, or all of one file."""
+
+    def __init__(self, fs, lost=None):
+        self.fs, self.lost, self.count = fs, lost, 0
+
+    def __getattr__(self, name):
+        return getattr(self.fs, name)
+
+    def open(self, path, *args, **options):
+        self.count += 1
+        if self.count % 2 or path.endswith(str(self.lost)):
+            raise ConnectionResetError("the other side went away")
+        return self.fs.open(path, *args, **options)
+
+
+def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.01)
+    source = opened(f"file://{packed}", tmp_path)
+    source.store.fs = Flaky(source.store.fs)
+    same(loaded(opened(packed, tmp_path), 0), loaded(source, 0))
+    assert source.store.fs.count > 10
+
+
+def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.01)
+    source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
+    source.store.fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    batches = loaded(source, 0, epochs=(0,))
+    seen = [i for step in batches for b in step for i in b["index"].tolist()]
+    assert len(seen) == 110 and not any(source.index.shard(i) == 2 for i in seen)
+    with pytest.raises(BadImage, match="the shard shard-000002.tar cannot be fetched: .*went away"):
+        source[30]
+
+
+@pytest.mark.parametrize("root", ["nonsense://x", "file:///nowhere/at/all"])
+def test_places_that_are_not_there(root, tmp_path):
+    with pytest.raises(ValueError, match="data.root="):
+        opened(root, tmp_path)
+
+
+# ---------------------------------------------------------------- packing
+
+
+def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pack.pack(source, whole, KEEP, 25, workers=2)
+    write, count = pack.write_shard, []
+
+    def stops(*args):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(1)
+        return write(*args)
+
+    monkeypatch.setattr(pack, "write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(source, broken, KEEP, 25, workers=1)
+    assert not (broken / "index.bin").exists()
+    (broken / "shard-000001.tar").write_bytes(b"cut")
+    monkeypatch.setattr(pack, "write_shard", write)
+    with pytest.raises(ValueError, match="was begun with another source or other options"):
+        pack.pack(source, broken, KEEP, 24, workers=1)
+    made = pack.pack(source, broken, KEEP, 25, workers=1)
+    assert made == {"images": 110, "bad": 0, "shards": 5, "bytes": made["bytes"]}
+    for path in whole.iterdir():
+        assert path.read_bytes() == (broken / path.name).read_bytes()
+    with pytest.raises(ValueError, match="is packed already"):
+        pack.pack(source, whole, KEEP, 25, workers=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty, and nothing is overwritten"):
+        pack.pack(source, tmp_path / "other", KEEP, 25, workers=1)
+
+
+def test_what_is_written_is_verified(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "checksum", lambda path: "other")
+    with pytest.raises(ValueError, match="is not what was written, and was removed"):
+        pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)
+    monkeypatch.undo()
+    assert pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)["shards"] == 2
+
+
+def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)).save(root / f"{k}.jpg")
+    (root / "bad.jpg").write_bytes(b"nothing")
+    options = {k: OPTIONS[k] for k in ("in_chans", "exif_orientation", "max_pixels")}
+    options |= {"val_fraction": 0.2, "follow_links": False, "cache_dir": str(tmp_path / "cache")}
+    source = image_folder("train", root=str(root), **options)
+    made = pack.pack(source, tmp_path / "kept", KEEP, 9, workers=1)
+    assert made["images"] + made["bad"] == len(source)
+    kept = opened(tmp_path / "kept", tmp_path, val_fraction=0.3).source
+    for i in range(len(kept)):
+        number = int(kept.name(i).split("/")[1])
+        assert kept.raw(i) == (root / source.name(number)).read_bytes()
+    if made["bad"]:
+        assert "bad.jpg" in (tmp_path / "kept" / "bad_files.csv").read_text()
+    pack.pack(source, tmp_path / "small", pack.Form(60, 90), 9, workers=1)
+    assert opened(tmp_path / "small", tmp_path, val_fraction=0.3)[0][0].shape == (3, 60, 80)
+
+
+def test_the_program(tmp_path, capsys):
+    arguments = [str(tmp_path / "out"), "data=digits", "--per-shard", "600", "--workers", "1"]
+    assert pack.main(arguments) == 0
+    assert "1438 images in 3 shards" in capsys.readouterr().out
+    assert len(opened(tmp_path / "out", tmp_path, "val")) == 359
+    with tarfile.open(tmp_path / "out" / "val" / "shard-000000.tar") as archive:
+        assert archive.getnames()[1].endswith(".cls")
+    for bad in (arguments, [str(tmp_path / "b"), "data=folder"], [str(tmp_path / "b"), "data.rot=1"]):
+        assert pack.main(bad) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and len(error) > 20
+    assert json.loads((tmp_path / "out" / "val" / "index.bin").open("rb").readline())["counts"] == [359]
