@@ -48,7 +48,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     calls = [0]
     if ranks.world > 1:
 
-        def counted(state: Any, bucket: Any) -> Any:
+        def counted(state, bucket):
             calls[0] += bucket.is_last()
             work = dist.all_reduce(bucket.buffer().div_(ranks.world), async_op=True)
             assert work is not None
