@@ -106,9 +106,12 @@ def test_shards_hold_what_was_packed(source, packed, tmp_path):
         assert torch.equal(image, source[number][0]) and label == source[number][1]
 
 
+def transform():
+    return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+
+
 def loaded(source, workers, epochs=(0, 1), start=0, **changes):
-    transform = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
-    loader = Loader(source, transform, 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
+    loader = Loader(source, transform(), 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
     found = []
     for epoch in epochs:
         for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
@@ -222,7 +225,7 @@ class Flaky:
 def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path)
-    source.store.fs = Flaky(source.store.fs)
+    source.store._fs = Flaky(source.store.fs)
     same(loaded(opened(packed, tmp_path), 0), loaded(source, 0))
     assert source.store.fs.count > 10
 
@@ -230,7 +233,7 @@ def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeyp
 def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
-    source.store.fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
     batches = loaded(source, 0, epochs=(0,))
     seen = [i for step in batches for b in step for i in b["index"].tolist()]
     assert len(seen) == 110 and not any(source.index.shard(i) == 2 for i in seen)

@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 from mae.data.folder import classes_of, image_folder
+from mae.data.hub import hf
 from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
 from mae.data.lists import table
+from mae.data.scientific import scientific_folder
 from mae.data.shards import tar_shards
 
 SOURCES = {
@@ -16,6 +18,8 @@ SOURCES = {
     "folder": image_folder,
     "classes": classes_of,
     "table": table,
+    "hf": hf,
+    "scientific": scientific_folder,
     "shards": tar_shards,
 }
 
