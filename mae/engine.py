@@ -100,7 +100,7 @@ def train(
 
             stop, late = ranks.agree(interruption.received is not None, ranks.main and t.saver.late())
             diverged = logged and int(p.bad_run) >= max_bad_steps
-            if last or late or stop or diverged or plan.crosses(t.saver.every_epochs, p.step):
+            if last or late or stop or diverged or t.improved or plan.crosses(t.saver.every_epochs, p.step):
                 p.seconds += clock.lap()
                 t.save()
             if diverged or (stop and not last):

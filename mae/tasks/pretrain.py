@@ -17,7 +17,16 @@ from mae.models.mae import MaskedAutoencoder
 class Pretrain(nn.Module):
     """Predict the pixels of the patches that were removed."""
 
-    def __init__(self, cfg: DictConfig, val_set: Any, *, mask_ratio: float, norm_pix_loss: bool, num_images: int):
+    def __init__(
+        self,
+        cfg: DictConfig,
+        train_set: Any,
+        val_set: Any,
+        *,
+        mask_ratio: float,
+        norm_pix_loss: bool,
+        num_images: int,
+    ):
         super().__init__()
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
         self.prepare = call(Prepare, cfg.data)
@@ -79,6 +88,10 @@ class Pretrain(nn.Module):
         pictures.save_columns(shown, path)
         caption = f"mask ratio {self.mask_ratio:g}, epoch {where['epoch']:g}"
         tracker.picture("reconstruction", path, where["step"], caption)
+
+    def improved(self, metrics: Mapping[str, float]) -> bool:
+        """No checkpoint is kept as the best: the last one serves best downstream."""
+        return False
 
     def after_step(self, skipped: Tensor) -> None:
         """Nothing to do between steps."""
