@@ -17,6 +17,8 @@ from mae.config import TRAINED, build, call, read, write_text
 from mae.distributed import Interruption, Ranks, start
 from mae.setup import Training, set_up
 from mae.tasks import TASKS
+from mae.tasks.linprobe_cached import probe_features
+from mae.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +177,15 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
     } | t.task.summary(metrics)
 
 
+def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
+    """Any task from start to summary."""
+    if cfg.task.get("cached_features"):
+        return call(probe_features, cfg.task, run, cfg, ranks, tracker)
+    if cfg.task.name in TRAINED:
+        return run_training(run, cfg, ranks, tracker)
+    return build(TASKS, cfg.task, run, cfg, ranks, tracker)
+
+
 def work(run: Path) -> int:
     """One process of a run, from joining the others to the summary; returns the exit code.
 
@@ -187,7 +198,7 @@ def work(run: Path) -> int:
     code, summary = 1, {}
     try:
         if cfg.task.name in TRAINED:
-            summary = run_training(run, cfg, ranks, tracker)
+            summary = run_task(run, cfg, ranks, tracker)
         else:
             summary = build(TASKS, cfg.task, run, cfg, ranks, tracker)
         if ranks.main:

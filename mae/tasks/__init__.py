@@ -6,6 +6,8 @@ are functions of (run, cfg, ranks, tracker) that return the summary.
 """
 
 from mae.tasks.finetune import Finetune
+from mae.tasks.knn import knn
+from mae.tasks.linprobe import Linprobe
 from mae.tasks.pretrain import Pretrain
 
-TASKS = {"pretrain": Pretrain, "finetune": Finetune}
+TASKS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": Linprobe, "knn": knn}
