@@ -18,7 +18,6 @@ from mae.distributed import Interruption, Ranks, start
 from mae.setup import Training, set_up
 from mae.tasks import TASKS
 from mae.tasks.linprobe_cached import probe_features
-from mae.tasks import TASKS
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from mae.data.folder import classes_of, image_folder
 from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
 from mae.data.lists import table
+from mae.data.robustness import robustness
 from mae.data.shards import tar_shards
 
 SOURCES = {
@@ -16,6 +17,7 @@ SOURCES = {
     "folder": image_folder,
     "classes": classes_of,
     "table": table,
+    "robustness": robustness,
     "shards": tar_shards,
 }
 

@@ -5,9 +5,10 @@ dict of metrics, `model` is what a checkpoint holds and `trained` what the optim
 are functions of (run, cfg, ranks, tracker) that return the summary.
 """
 
+from mae.tasks.evaluate import evaluate
 from mae.tasks.finetune import Finetune
 from mae.tasks.knn import knn
 from mae.tasks.linprobe import Linprobe
 from mae.tasks.pretrain import Pretrain
 
-TASKS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": Linprobe, "knn": knn}
+TASKS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": Linprobe, "knn": knn, "evaluate": evaluate}
