@@ -173,9 +173,9 @@ class RandAugment:
     8 bits hold (2 % of the draws), since batches travel as uint8.
     """
 
-    def __init__(
-        self, crop: RandomResizedCrop, policy: str, erase: float, mean: list[float], std: list[float]
-    ):
+    draws_itself = True  # from the process' generators, which are seeded for each image: not for threads
+
+    def __init__(self, crop: RandomResizedCrop, policy: str, erase: float, mean: list[float], std: list[float]):
         from PIL import Image
         from timm.data.auto_augment import rand_augment_transform  # timm imports all its models
         from timm.data.random_erasing import RandomErasing

@@ -1,6 +1,8 @@
 """Sampling and loading: every image once, weights that sum to one, the same bits however they were made."""
 
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from mae.data.source import Arrays, reduced, split_indices
 # three workers on two cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "max_bad_fraction": 0.01}
+OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "max_bad_fraction": 0.01}
 TRAINING = OPTIONS | {"repeats": 1, "fraction": 1.0, "per_class": None}
 
 
@@ -152,6 +154,7 @@ def test_batches_do_not_depend_on_workers(source):
     assert alone[0][0]["flip"].dtype == torch.bool
     for workers in (1, 3):
         same(alone, stream(make(source, workers)))
+        same(alone, stream(make(source, workers, workers="thread")))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -168,6 +171,21 @@ def test_a_loader_left_midway_starts_anew(source, workers):
         next(iter(step))
         break  # in the middle of a step, with batches on their way
     same(whole, stream(loader))
+
+
+def test_threads_end_when_their_batches_are_no_longer_wanted(source):
+    def count():
+        return sum(t.name.endswith("(_work)") for t in threading.enumerate())
+
+    loader = make(source, 2, workers="thread")
+    whole = stream(make(source))
+    for step in loader.steps(0):
+        next(iter(step))
+        assert count() == 2
+        break
+    same(whole, stream(loader))
+    time.sleep(0.2)
+    assert count() == 0
 
 
 def test_a_step_not_read_to_its_end_does_not_shift_the_next(source):
@@ -206,6 +224,8 @@ def test_the_main_process_generators_are_left_alone(source):
     )
     a = stream(make(source, transform=transform))
     assert states() == before
+    with pytest.raises(ValueError, match="data.workers=thread"):
+        make(source, 2, transform=transform, workers="thread")
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     same(a, stream(make(source, 2, transform=transform)))
 

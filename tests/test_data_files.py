@@ -270,7 +270,7 @@ def test_faults_of_a_folder_are_named(tree, monkeypatch):
 
 def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
     transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
-    options = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
+    options = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
     return Loader(
         source,
         transform,
@@ -367,14 +367,16 @@ def unreadable(index):
 
 
 @pytest.mark.parametrize(
-    ("deed", "says"),
+    ("workers", "deed", "says"),
     [
-        (die, "a data worker was killed.*data.num_workers"),
-        (hang, "no batch came within data.timeout_s=2 s.*data.root"),
-        (unreadable, r"100 images in a row cannot be used, the first of them image \d+: gone"),
+        ("process", die, "a data worker was killed.*data.num_workers"),
+        ("process", hang, "no batch came within data.timeout_s=2 s.*data.root"),
+        ("thread", hang, "no batch came within data.timeout_s=2 s.*data.root"),
+        ("thread", unreadable, r"100 images in a row"),
+        ("process", unreadable, r"100 images in a row cannot be used, the first of them image \d+: gone"),
     ],
 )
-def test_trouble_in_a_worker_is_said_in_a_sentence(deed, says, tmp_path):
+def test_trouble_in_a_worker_is_said_in_a_sentence(workers, deed, says, tmp_path):
     loader = Loader(
         Troubled(deed),
         augment.center_crop(img_size=16, crop_fraction=1.0),
@@ -382,6 +384,7 @@ def test_trouble_in_a_worker_is_said_in_a_sentence(deed, says, tmp_path):
         8,
         0,
         num_workers=1,
+        workers=workers,
         prefetch=1,
         timeout_s=2.0,
         repeats=1,

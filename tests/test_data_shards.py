@@ -33,7 +33,7 @@ OPTIONS = {
     "lanes": 4,
     "window": 2,
 }
-LOADING = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
+LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,7 @@ def test_position_embedding_is_resized_but_for_the_class_row():
 def test_masking_takes_each_patch_exactly_once(data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 64))
     keep = data.draw(st.integers(1, length))
-    value = (
-        st.sampled_from([0.0, 0.25, 0.5]) if data.draw(st.booleans()) else st.floats(0, 1, width=32)
-    )  # ties
+    value = st.sampled_from([0.0, 0.25, 0.5]) if data.draw(st.booleans()) else st.floats(0, 1, width=32)  # ties
     noise = torch.tensor(data.draw(st.lists(st.lists(value, min_size=length, max_size=length),
                                             min_size=batch, max_size=batch)))  # fmt: skip
     order, mask = MaskedAutoencoder.random_mask(noise, keep)
@@ -128,7 +126,7 @@ def test_encoder_of_whole_images_is_timm_s():
 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_kernels_compute_the_same(queries):
-    q, k, v = torch.randn(2, 3, queries, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    q, k, v = torch.randn(2, queries, 3, 8), torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
     torch.testing.assert_close(attention(q, k, v, "plain"), attention(q, k, v, "fused"))
 
 

@@ -6,6 +6,7 @@ from mae.data.folder import classes_of, image_folder
 from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
 from mae.data.lists import table
 from mae.data.robustness import robustness
+from mae.data.scientific import scientific_folder
 from mae.data.shards import tar_shards
 
 SOURCES = {
@@ -18,6 +19,7 @@ SOURCES = {
     "classes": classes_of,
     "table": table,
     "robustness": robustness,
+    "scientific": scientific_folder,
     "shards": tar_shards,
 }
 

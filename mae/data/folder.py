@@ -1,6 +1,7 @@
 """Any tree of images: labelled by sub-folder, or flat or nested and unlabelled."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ VAL_NAMES = ("val", "validation", "valid", "test")
 class Files:
     """The image files of a listing."""
 
-    def __init__(self, listing: Listing, decoder: Decoder):
+    def __init__(self, listing: Listing, decoder: Callable[[bytearray], Tensor]):
         self.listing, self.decoder, self.classes = listing, decoder, listing.classes
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
 
@@ -65,14 +66,35 @@ def image_folder(
     held out, always the same ones. The first-level folders are the classes where no image lies beside them.
     Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small.
     """
+    return tree(
+        split,
+        root,
+        Decoder(in_chans, exif_orientation, max_pixels),
+        val_fraction,
+        follow_links,
+        cache_dir,
+        SUFFIXES,
+    )
+
+
+def tree(
+    split: str,
+    root: str | None,
+    decoder: Callable[[bytearray], Tensor],
+    val_fraction: float,
+    follow_links: bool,
+    cache_dir: str | None,
+    suffixes: tuple[str, ...],
+) -> Source:
+    """`image_folder` for files of any kind, by their suffixes and what decodes them."""
     top = given_root(root)
-    decoder = Decoder(in_chans, exif_orientation, max_pixels)
     train = top / "train" if (top / "train").is_dir() else top
-    classes = first_level(train)
+    classes = first_level(train, suffixes)
     val = next((top / name for name in VAL_NAMES if train != top and (top / name).is_dir()), None)
     if val is not None:
-        return Files(listed(train if split == "train" else val, classes, follow_links, cache_dir), decoder)
-    files = Files(listed(train, classes, follow_links, cache_dir), decoder)
+        place = train if split == "train" else val
+        return Files(listed(place, classes, follow_links, cache_dir, suffixes), decoder)
+    files = Files(listed(train, classes, follow_links, cache_dir, suffixes), decoder)
     return held_out(files, val_fraction, split)
 
 
@@ -111,23 +133,28 @@ def classes_of(
             raise ValueError(f"data.classes={classes} {what}.")
         names = sorted(set(wanted))
     place = top / parts[split == "val"]
-    listing = listed(place, names, follow_links, cache_dir, strangers=classes is not None)
+    listing = listed(place, names, follow_links, cache_dir, SUFFIXES, strangers=classes is not None)
     files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
     return files if classes is None else Subset(files, np.flatnonzero(listing.labels >= 0))
 
 
 def listed(
-    path: Path, classes: list[str] | None, follow_links: bool, cache_dir: str | None, strangers: bool = False
+    path: Path,
+    classes: list[str] | None,
+    follow_links: bool,
+    cache_dir: str | None,
+    suffixes: tuple[str, ...],
+    strangers: bool = False,
 ) -> Listing:
     """The images under `path`. Raises ValueError where there are none or, unless `strangers` may be there,
     where a class is not one of those to train on."""
     if classes is not None and not strangers:
-        unknown = set(first_level(path) or []) - set(classes)
+        unknown = set(first_level(path, suffixes) or []) - set(classes)
         if unknown:
             raise ValueError(f"{path} has a class that the training images lack: {sorted(unknown)[0]} (data.root).")
-    listing = cached_scan(path, classes, follow_links, cache_dir)
+    listing = cached_scan(path, classes, follow_links, cache_dir, suffixes)
     if not len(listing):
-        raise ValueError(f"data.root: no image lies under {path} (looked for {' '.join(SUFFIXES)}).")
+        raise ValueError(f"data.root: no image lies under {path} (looked for {' '.join(suffixes)}).")
     return listing
 
 
@@ -138,7 +165,7 @@ def held_out(source: Source, fraction: float, split: str) -> Source:
     return Subset(source, split_indices(source.labels, len(source), fraction, split))
 
 
-def first_level(path: Path) -> list[str] | None:
+def first_level(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str] | None:
     """The class names: sorted sub-folders; None where images lie beside them or there is but one folder."""
     names = []
     try:
@@ -148,7 +175,7 @@ def first_level(path: Path) -> list[str] | None:
                     continue
                 if entry.is_dir():
                     names.append(entry.name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(suffixes):
                     return None
     except OSError as error:
         raise ValueError(f"data.root: the folder {path} cannot be read: {error.strerror}.") from error

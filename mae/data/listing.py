@@ -69,7 +69,9 @@ class Builder:
         return Listing(root, text, np.array(self.ends, "i8"), labels, classes)
 
 
-def scan(root: Path, classes: list[str] | None, follow_links: bool) -> tuple[Listing, dict[str, int]]:
+def scan(
+    root: Path, classes: list[str] | None, follow_links: bool, suffixes: tuple[str, ...] = SUFFIXES
+) -> tuple[Listing, dict[str, int]]:
     """All images under `root`, folder by folder in sorted order, and the time stamp of each folder.
 
     classes: names of the first-level folders that are labels, or None for no labels. Links that lead out of
@@ -104,7 +106,7 @@ def scan(root: Path, classes: list[str] | None, follow_links: bool) -> tuple[Lis
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
                 deeper.append(name)
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif entry.name.lower().endswith(suffixes):
                 found.add(name, label)
         todo.extend(reversed(deeper))
     if skipped:
@@ -127,15 +129,21 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae"
 
 
-def cached_scan(root: Path, classes: list[str] | None, follow_links: bool, cache_dir: str | None) -> Listing:
+def cached_scan(
+    root: Path,
+    classes: list[str] | None,
+    follow_links: bool,
+    cache_dir: str | None,
+    suffixes: tuple[str, ...] = SUFFIXES,
+) -> Listing:
     """`scan`, from the cache where no folder of the tree has changed since."""
-    wanted = json.dumps([MAGIC, os.path.realpath(root), classes, follow_links, SUFFIXES])
+    wanted = json.dumps([MAGIC, os.path.realpath(root), classes, follow_links, suffixes])
     path = cache_folder(cache_dir) / f"listing-{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.bin"
     cached = load(path, str(root), wanted)
     if cached is not None:
         return cached
     started = time.time()
-    listing, stamps = scan(root, classes, follow_links)
+    listing, stamps = scan(root, classes, follow_links, suffixes)
     if len(listing) and max(stamps.values()) / 1e9 < started - RACY:
         try:
             save(path, listing, stamps, wanted)

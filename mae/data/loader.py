@@ -1,84 +1,18 @@
-"""From sources to batches: workers, resuming to the sample, torch's errors in plain words."""
+"""From sources to batches, and to any place in an epoch."""
 
-import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mae import augment
 from mae.data.reader import Batch, Reader, Record
 from mae.data.sampler import Sampler, Ticket
 from mae.data.source import Source, reduced
-
-
-class Tickets:
-    """What a DataLoader takes its work from; it can be set to another place between passes."""
-
-    def __init__(self, make: Callable[[], Iterator[Ticket]]):
-        self.make = make
-
-    def __iter__(self) -> Iterator[Ticket]:
-        return self.make()
-
-
-def processes(num_workers: int | None) -> int:
-    """`data.num_workers`, or one for each CPU that this process may use."""
-    if num_workers is not None:
-        return num_workers
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def data_loader(
-    reader: Reader,
-    tickets: Tickets,
-    num_workers: int | None,
-    prefetch: int,
-    timeout_s: float,
-    pin_memory: bool,
-) -> DataLoader:
-    """torch's loader, used for its workers alone. Its own seeds come from a generator of its own, so that
-    the main process' generators are left as they are."""
-    count = processes(num_workers)
-    return DataLoader(
-        reader,
-        sampler=tickets,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=count,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        timeout=timeout_s if count else 0,
-        generator=torch.Generator(),
-        persistent_workers=count > 0,
-        prefetch_factor=prefetch if count else None,
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
-    """The next batch, with torch's errors about workers in plain words."""
-    try:
-        batch = next(iterator)
-    except RuntimeError as error:
-        text = str(error)
-        if "timed out" in text:
-            raise ValueError(
-                f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
-            ) from error
-        if "exited unexpectedly" in text:
-            raise ValueError(
-                "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
-            ) from error
-        raise
-    return record.receive(batch)
+from mae.data.workers import Tickets, makers, received, shut
 
 
 class Step:
@@ -117,6 +51,7 @@ class Loader:
         bad_csv: str | Path | None = None,
         *,
         num_workers: int | None,
+        workers: Literal["auto", "thread", "process"],
         prefetch: int,
         timeout_s: float,
         repeats: int,
@@ -143,7 +78,8 @@ class Loader:
         self._running: Iterator | None = None  # going on from `_start`
         reader = Reader(self.source, transform, seed, num_patches, repeats)
         tickets = Tickets(self._tickets)
-        self._loader = data_loader(reader, tickets, num_workers, prefetch, timeout_s, pin_memory)
+        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
+        weakref.finalize(self, shut, self._loader).atexit = False  # threads do not end by themselves
 
     def _tickets(self) -> Iterator[Ticket]:
         return self.sampler.tickets(*self._start)
@@ -169,14 +105,7 @@ class Loader:
     def close(self) -> None:
         """Ends the workers."""
         self._running = None
-        _shut(self._loader)
-
-
-def _shut(loader: DataLoader) -> None:
-    iterator = getattr(loader, "_iterator", None)  # torch has no public way to end persistent workers
-    if iterator is not None:
-        iterator._shutdown_workers()
-        loader._iterator = None
+        shut(self._loader)
 
 
 class EvalLoader:
@@ -198,6 +127,7 @@ class EvalLoader:
         pin_memory: bool = False,
         *,
         num_workers: int | None,
+        workers: Literal["auto", "thread", "process"],
         prefetch: int,
         timeout_s: float,
         max_bad_fraction: float,
@@ -207,7 +137,8 @@ class EvalLoader:
         self.record = Record(max(1, len(self.indices)), max_bad_fraction, None)
         reader = Reader(source, transform, seed, num_patches)
         tickets = Tickets(self._tickets)
-        self._loader = data_loader(reader, tickets, num_workers, prefetch, timeout_s, pin_memory)
+        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
+        weakref.finalize(self, shut, self._loader).atexit = False  # threads do not end by themselves
 
     def _tickets(self) -> Iterator[Ticket]:
         for start in range(0, len(self.indices), self.batch_size):
@@ -225,4 +156,4 @@ class EvalLoader:
 
     def close(self) -> None:
         """Ends the workers."""
-        _shut(self._loader)
+        shut(self._loader)

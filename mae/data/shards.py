@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,17 @@ class Index:
         return Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
 
 
+class OpenFiles(threading.local):
+    """Each thread's own, so that none closes what another reads."""
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
+
+    def __del__(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+
 class Shards:
     """The images of an index, read from a store."""
 
@@ -69,11 +81,11 @@ class Shards:
         self.index, self.store, self.decoder, self.lanes, self.window = index, store, decoder, lanes, window
         self.classes = index.classes
         self.labels = np.asarray(index.members.labels, np.int64) if index.classes else None
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
+        self._open = OpenFiles()
         self._places: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": OrderedDict()}
+        return vars(self) | {"_open": OpenFiles()}
 
     def __len__(self) -> int:
         return len(self.index.members.offsets)
@@ -96,16 +108,17 @@ class Shards:
         return data
 
     def _file(self, shard: int) -> int:
-        if shard not in self._open:
+        opened = self._open.files
+        if shard not in opened:
             where = self.index.names[shard], self.index.sizes[shard]
             try:
-                self._open[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
             except FileNotFoundError:  # just then another process made room in the cache
-                self._open[shard] = os.open(self.store.path(*where), os.O_RDONLY)
-            if len(self._open) > OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(shard)
-        return self._open[shard]
+                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+            if len(opened) > OPEN_FILES:
+                os.close(opened.popitem(last=False)[1])
+        opened.move_to_end(shard)
+        return opened[shard]
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The epoch's permutation (see above)."""

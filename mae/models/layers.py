@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
+from mae.models.lean import gelu_linear, norm_linear, plain_attention
+
 Kernel = Literal["plain", "fused"]
 LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default is 1e-5
 
@@ -23,14 +25,14 @@ def attention_kernel(q: Tensor) -> Kernel:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
-    """Softmax attention of queries (B, H, M, d) over keys and values (B, H, N, d), gives (B, H, M, d).
+    """Softmax attention of queries (B, M, H, d) over keys and values (B, N, H, d), gives (B, M, H, d).
 
     `kernel` overrides `attention_kernel`'s choice. Both kernels compute the same function.
     """
     if (kernel or attention_kernel(q)) == "fused":
-        return F.scaled_dot_product_attention(q, k, v)
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return weights.softmax(-1) @ v
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return plain_attention(q, k, v)
 
 
 class Block(TimmBlock):
@@ -40,20 +42,23 @@ class Block(TimmBlock):
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
         """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""
-        y = self._attend(self.norm1(x), first)
-        x = x[:, first:] + self.drop_path1(self.ls1(y))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x[:, first:] + self.drop_path1(self._attend(x, first))
+        return x + self.drop_path2(self._mlp(x))
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
         attn: Any = self.attn
         weight, bias, dim = attn.qkv.weight, attn.qkv.bias, x.shape[-1]
         if first:
-            q = F.linear(x[:, first:], weight[:dim], bias[:dim])
-            k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, -1)
+            q = norm_linear(x[:, first:], self.norm1, weight[:dim], bias[:dim])
+            k, v = norm_linear(x, self.norm1, weight[dim:], bias[dim:]).chunk(2, -1)
         else:
-            q, k, v = attn.qkv(x).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return attn.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
+            q, k, v = norm_linear(x, self.norm1, weight, bias).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
+        return attn.proj(attention(q, k, v, self.kernel).flatten(2))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return gelu_linear(norm_linear(x, self.norm2, fc1.weight, fc1.bias), fc2.weight, fc2.bias)
 
 
 def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:

@@ -9,6 +9,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from mae.models.layers import LAYER_NORM_EPS, Block, check_sizes, sincos_pos_embed
+from mae.models.lean import norm_linear
 
 
 class MaskedLoss(NamedTuple):
@@ -61,9 +62,7 @@ class MaskedAutoencoder(nn.Module):
         if decoder_depth < 1:
             raise ValueError(f"model.decoder_depth must be at least 1, got {decoder_depth}.")
         if norm_pix_loss and values < 2:
-            raise ValueError(
-                "task.norm_pix_loss needs patches of more than one value: raise model.patch_size."
-            )
+            raise ValueError("task.norm_pix_loss needs patches of more than one value: raise model.patch_size.")
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         norm: Any = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm)
@@ -79,9 +78,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self._position(decoder_embed_dim)
-        self.decoder_blocks = nn.ModuleList(
-            block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)
-        )
+        self.decoder_blocks = nn.ModuleList(block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, values)
         self._init_weights()
@@ -109,9 +106,7 @@ class MaskedAutoencoder(nn.Module):
         """
         keep = self._num_kept(mask_ratio)
         if keep == self.num_patches:
-            raise ValueError(
-                f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it."
-            )
+            raise ValueError(f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it.")
         patches = self.patchify(images)
         order, mask = self._masking(images, keep, noise)
         kept, removed = order[:, :keep], order[:, keep:]
@@ -174,9 +169,7 @@ class MaskedAutoencoder(nn.Module):
     def _encode(self, patches: Tensor, kept: Tensor | None) -> Tensor:
         """Patches (B, K, p * p * C) at positions `kept` (B, K), or all in order, to tokens (B, 1 + K, D)."""
         proj = self.patch_embed.proj
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(
-            1
-        )  # (D, p * p * C), values in the order of `patchify`
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p * p * C), values in the order of `patchify`
         position = self.pos_embed[:, 1:] if kept is None else self.pos_embed[0, 1:][kept]
         x = F.linear(patches, weight, proj.bias) + position
         cls_token = self.cls_token + self.pos_embed[:, :1]
@@ -196,7 +189,7 @@ class MaskedAutoencoder(nn.Module):
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, first)
-        return self.decoder_pred(self.decoder_norm(x))
+        return norm_linear(x, self.decoder_norm, self.decoder_pred.weight, self.decoder_pred.bias)
 
     def _normalise(self, patches: Tensor) -> Tensor:
         """Patches less their mean, over their deviation, where norm_pix_loss is on (paper, section 3)."""

@@ -1,0 +1,214 @@
+"""Loading speed (rows 6 to 8 of the scoreboard): `python benchmarks/loader.py DIR [--json FILE]`.
+
+Ours and the peer take turns, each with the same number of workers, from the same photos:
+  peer   ImageFolder + PIL + the reference's transform (random resized crop .2-1, bicubic; flip; float; normalised)
+  row 6  ours from the same files, decoded exactly as PIL does
+  row 7  ours from shards of images re-encoded with a shorter side of 256 pixels (the inputs change)
+  row 8  the same with four crops a decoded image
+Ours hands out bytes; flip and normalisation, which ours leaves to the device, are timed by themselves.
+Absolute figures of a shared machine mean little; the ratios are those of the medians over the rounds.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision import datasets, transforms
+from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mae.augment import Prepare, random_resized_crop
+from mae.data.decode import Decoder
+from mae.data.folder import Files
+from mae.data.listing import scan
+from mae.data.loader import Loader
+from mae.data.pack import Form, pack
+from mae.data.shards import tar_shards
+from mae.data.source import Source
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MAX_PIXELS = 178956970
+GOALS = {6: 3.0, 7: 6.0, 8: 10.0}
+
+
+class Many:
+    """A source gone through so often that a round is long enough."""
+
+    def __init__(self, source: Source, times: int):
+        self.source, self.times, self.classes = source, times, source.classes
+        self.labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.source) * self.times
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.source[index % len(self.source)]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index % len(self.source))
+
+
+def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
+    """Images in each batch of the reference's way of loading."""
+    steps = [
+        transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+    data = datasets.ImageFolder(str(folder), transforms.Compose(steps))
+    sampler = RandomSampler(data, replacement=True, num_samples=images)
+    loader = DataLoader(data, batch, sampler=sampler, num_workers=workers, drop_last=True)
+    for pixels, _ in loader:
+        yield len(pixels)
+
+
+def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1) -> Iterator[int]:
+    """Images in each batch of our way of loading."""
+    transform = random_resized_crop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], hflip=True)
+    loader = Loader(
+        Many(source, -(-images // len(source))),
+        transform,
+        batch,
+        batch,
+        seed=0,
+        num_patches=196,
+        num_workers=workers,
+        workers="auto",
+        prefetch=2,
+        timeout_s=120.0,
+        repeats=repeats,
+        fraction=1.0,
+        per_class=None,
+        max_bad_fraction=0.0,
+    )
+    for step in itertools.islice(loader.steps(0), images // batch):
+        for micro_batch in step:
+            yield len(micro_batch["image"])
+    loader.close()
+
+
+def speed(batches: Iterator[int]) -> float:
+    """Images a second, from the first batch on, so that the start of the workers is not counted."""
+    next(batches)
+    start, images = time.perf_counter(), 0
+    for count in batches:
+        images += count
+    return images / (time.perf_counter() - start)
+
+
+def unlike_pillow(folder: Path) -> int:
+    """Photos whose decoded pixels differ from PIL's; 0 is the claim."""
+    data, decoder, count = datasets.ImageFolder(str(folder)), Decoder(3, False, MAX_PIXELS), 0
+    for path, _ in data.samples:
+        plain = pil_to_tensor(data.loader(path))
+        count += not torch.equal(decoder(bytearray(Path(path).read_bytes())), plain)
+    return count
+
+
+def prepare_speed(batch: int) -> float:
+    """Images a second through flip and normalisation, on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare = Prepare(mean=MEAN, std=STD).to(device)
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=device)
+    flip = torch.rand(batch, device=device) < 0.5
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        prepare(images, flip)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return batch / statistics.median(times[2:])
+
+
+def measure(makers: dict[str, Callable[[], Iterator[int]]], rounds: int, warm_up: int) -> dict[str, list[float]]:
+    """Images a second of each in each round, taken in turn."""
+    found: dict[str, list[float]] = {name: [] for name in makers}
+    for round_ in range(warm_up + rounds):
+        for name, make in makers.items():
+            value = speed(make())
+            if round_ >= warm_up:
+                found[name].append(value)
+    return found
+
+
+def report(found: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The table, printed, and its rows."""
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    print(f"{'':34}{'images/s: median':>18}{'max':>9}{'ratio':>8}{'goal':>6}")
+    rows = []
+    for number, name in enumerate(found):
+        ratio, row = medians[name] / medians["peer"], number + 5
+        goal = f"{GOALS[row]:g}" if row in GOALS else ""
+        print(f"{name:34}{medians[name]:18.0f}{max(found[name]):9.0f}{ratio:8.2f}{goal:>6}")
+        if row in GOALS:
+            entry = {"row": row, "name": name, "ours": medians[name], "peer": medians["peer"], "ratio": ratio}
+            rows.append(entry | {"goal": GOALS[row]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="photos, at any depth")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--images", type=int, default=768, help="images a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(2)
+    listing, _ = scan(options.folder, None, follow_links=True)
+    files = Files(listing, Decoder(3, False, MAX_PIXELS))
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "tree" / "one").mkdir(parents=True)
+        for k in range(len(listing)):  # ImageFolder wants a folder of classes
+            name = f"{k:07}{os.path.splitext(listing.name(k))[1]}"
+            (Path(scratch) / "tree" / "one" / name).symlink_to(os.path.abspath(listing.path(k)))
+        tree = Path(scratch) / "tree"
+        print(f"{len(files)} photos; decoded otherwise than by PIL: {unlike_pillow(tree)}")
+        pack(files, Path(scratch) / "shards" / "train", Form(256, 90), 1024, options.workers)
+        (Path(scratch) / "shards" / "val").mkdir()
+        small = tar_shards(
+            "train",
+            root=f"{scratch}/shards",
+            in_chans=3,
+            val_fraction=0.0,
+            exif_orientation=False,
+            max_pixels=MAX_PIXELS,
+            cache_dir=f"{scratch}/cache",
+            cache_gb=1.0,
+            retry_s=1.0,
+            lanes=8,
+            window=4,
+        )
+        n, b, w = options.images, options.batch, options.workers
+        makers: dict[str, Callable[[], Iterator[int]]] = {
+            "peer": lambda: peer(tree, n, b, w),
+            "files, exact decoding": lambda: ours(files, n, b, w),
+            "256-pixel shards": lambda: ours(small, 2 * n, b, w),
+            "256-pixel shards, 4 crops a decode": lambda: ours(small, 4 * n, b, w, repeats=4),
+        }
+        rows = report(measure(makers, options.rounds, options.warm_up))
+    print(f"flip and normalisation on the device: {prepare_speed(b):.0f} images/s")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The protocol of every timing here: one process, turns taken in order, medians compared.
+
+Absolute times of a shared machine mean little; ratios of interleaved medians do.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from mae.allocator import keep_freed_memory, return_freed_memory
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the scoreboard; `ratio` is peer / ours, so more is better, unless the name says otherwise."""
+
+    row: int
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    goal: float
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time. `keeps_memory`: it runs under `mae.allocator.keep_freed_memory`, as our runs do."""
+
+    name: str
+    run: Callable[[], None]
+    keeps_memory: bool = False
+
+
+def arguments(description: str | None, **defaults: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=defaults.get("batch", 8))
+    parser.add_argument("--rounds", type=int, default=defaults.get("rounds", 7))
+    parser.add_argument("--warmups", type=int, default=2)
+    return parser
+
+
+def interleave(cases: list[Case], *, rounds: int, warmups: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each case in each round, A B A B.
+
+    A turn is one untimed run, which brings back what idled meanwhile, and one timed.
+    """
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for turn in range(rounds + warmups):
+        for case in cases:
+            if device == "cpu":
+                keep_freed_memory() if case.keeps_memory else return_freed_memory()
+            case.run()
+            taken = _timed(case.run, device)
+            if turn >= warmups:
+                seconds[case.name].append(taken)
+    return seconds
+
+
+def _timed(run: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def print_times(seconds: dict[str, list[float]]) -> None:
+    for name, values in seconds.items():
+        print(f"  {name:<42} min {min(values):8.4f} s   median {statistics.median(values):8.4f} s")
+
+
+def compare(row: int, name: str, ours: list[float], peer: list[float], goal: float, cap: float | None) -> Row:
+    """The row whose ratio is the peer's median over ours."""
+    a, b = statistics.median(ours), statistics.median(peer)
+    return Row(row, name, a, b, b / a, goal, cap)
+
+
+def report(rows: list[Row], path: Path | None) -> None:
+    """Print the scoreboard's rows and write them as JSON where `path` is given."""
+    print(f"{'row':>3}  {'work':<66} {'ours':>9} {'peer':>9} {'ratio':>6} {'goal':>6} {'cap':>5}")
+    for r in rows:
+        cap = f"{r.cap:5.2f}" if r.cap else "    -"
+        print(f"{r.row:>3}  {r.name:<66} {r.ours:9.4g} {r.peer:9.4g} {r.ratio:6.3f} {r.goal:6.3f} {cap}")
+    if path:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1))

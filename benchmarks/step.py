@@ -1,0 +1,92 @@
+"""Rows 1 to 4: the pretraining step of ViT-B/16 against the reference's and transformers'.
+
+python benchmarks/step.py --json step.json
+"""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
+from protocol import Case, Row, arguments, compare, interleave, print_times, report
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae.models.flops import flops
+from mae.models.mae import MaskedAutoencoder
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--same-allocator", action="store_true", help="leave glibc's defaults to ours as well")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device, timing = args.device, dict(rounds=args.rounds, warmups=args.warmups, device=args.device)
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    ours = MaskedAutoencoder(**VIT_BASE, **DECODER).to(device)
+    keeps = device == "cpu" and not args.same_allocator
+
+    def case(dtype: torch.dtype) -> Case:
+        step = training_step(ours, lambda: ours(images, MASK_RATIO).loss, device=device, dtype=dtype, fused=True)
+        return Case(f"ours {dtype}", step, keeps)
+
+    half, single = case(HALF), case(SINGLE)
+    print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
+    rows = [flop_row()]
+
+    theirs = reference_step(images, device)
+    seconds = interleave([half, single, Case("reference float32", theirs)], **timing)
+    print_times(seconds)
+    reference = seconds["reference float32"]
+    rows.append(compare(1, "pretrain step, bf16, against the reference as shipped (float32)",
+                        seconds[half.name], reference, 2.8, 3.3))  # fmt: skip
+    rows.append(compare(2, "pretrain step, both float32", seconds[single.name], reference, 1.35, 1.45))
+    del theirs
+    gc.collect()
+
+    if not args.skip_transformers:
+        hf = transformers_mae().to(device).train()
+        theirs = training_step(hf, lambda: hf(images).loss, device=device, dtype=HALF)
+        seconds = interleave([half, Case("transformers bfloat16", theirs)], **timing)
+        print_times(seconds)
+        rows.append(compare(3, "pretrain step against transformers' ViTMAE, both bf16",
+                            seconds[half.name], seconds["transformers bfloat16"], 1.45, 1.6))  # fmt: skip
+    if device == "cuda":
+        print_mfu(seconds[half.name], args.batch)
+    report(sorted(rows, key=lambda row: row.row), args.json)
+
+
+def reference_step(images: torch.Tensor, device: str) -> Callable[[], None]:
+    model = ReferenceMAE().to(device)
+    return training_step(model, lambda: model(images, MASK_RATIO), device=device, dtype=SINGLE)
+
+
+def flop_row() -> Row:
+    """Row 4, counted on the meta device: operations a training image, ours over the reference's."""
+    counts = []
+    with torch.device("meta"):
+        ours, peer = MaskedAutoencoder(**VIT_BASE, **DECODER), ReferenceMAE()
+        images = torch.empty(1, 3, 224, 224)
+        for loss in (lambda: ours(images, MASK_RATIO).loss, lambda: peer(images, MASK_RATIO)):
+            with FlopCounterMode(display=False) as counter:
+                loss().backward()
+            counts.append(counter.get_total_flops() / 1e9)
+    name = "GFLOP a training image, ours over the reference's (less is better)"
+    return Row(4, name, counts[0], counts[1], counts[0] / counts[1], 0.978)
+
+
+def print_mfu(seconds: list[float], batch: int) -> None:
+    """Model FLOPs utilisation against the rate this device reaches on large bf16 products."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=HALF)
+    product = interleave([Case("product", lambda: a @ a)], rounds=10, warmups=5, device="cuda")["product"]
+    rate = 2 * 8192**3 / min(product)
+    numbers = {k: v for k, v in {**VIT_BASE, **DECODER}.items() if "num_heads" not in k and k != "norm_pix_loss"}
+    work = 3 * batch * flops(**numbers, mask_ratio=MASK_RATIO).total
+    print(f"measured matrix rate {rate / 1e12:.1f} TFLOP/s, MFU {work / min(seconds) / rate:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Who makes the batches: this process itself, threads, or processes. The batches are the same.
+
+Decoding and resizing let go of Python's lock, so threads do them side by side and save what processes pay
+for memory that they share: 0.4 of 2.4 ms an image of ImageNet, measured. But each image needs the lock for
+some 0.07 ms, so that many threads get in each other's and the train loop's way, and what draws from the
+process' own generators (RandAugment) cannot run in threads at all.
+"""
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from mae.data.reader import Batch, Reader, Record
+from mae.data.sampler import Ticket
+
+Kind = Literal["auto", "thread", "process"]
+MAX_THREADS = 8  # above so many, `auto` takes processes
+
+
+class Tickets:
+    """Where work comes from; it can be set to another place between passes."""
+
+    def __init__(self, make: Callable[[], Iterator[Ticket]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return self.make()
+
+
+class Threads:
+    """Batches in the order of their tickets, made by daemon threads up to `prefetch` batches each ahead.
+    Daemons, because a thread that hangs on dead storage must not keep the program from ending."""
+
+    def __init__(self, reader: Reader, tickets: Tickets, count: int, prefetch: int, timeout_s: float, pin_memory: bool):
+        self.reader, self.tickets, self.count = reader, tickets, count
+        self.ahead, self.timeout_s = count * prefetch, timeout_s
+        self.device = torch.cuda.current_device() if pin_memory else None
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()  # of the pass that is going on
+        self.over = threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.stop()  # one pass at a time
+        self.orders, self.over = queue.SimpleQueue(), threading.Event()
+        for _ in range(self.count):
+            threading.Thread(target=self._work, args=(self.orders, self.over), daemon=True).start()
+        return self._in_order(self.orders, self.over)
+
+    def stop(self) -> None:
+        """Ends the threads, each after the batch that it is at."""
+        self.over.set()
+        for _ in range(self.count):
+            self.orders.put(None)
+
+    def _in_order(self, orders: queue.SimpleQueue, over: threading.Event) -> Iterator[Any]:
+        coming: deque[Future] = deque()
+        tickets = iter(self.tickets)
+        while not over.is_set():
+            while len(coming) < self.ahead and (ticket := next(tickets, None)) is not None:
+                coming.append(Future())
+                orders.put((ticket, coming[-1]))
+            if not coming:
+                self.stop()
+                return
+            yield coming.popleft().result(self.timeout_s)
+
+    def _work(self, orders: queue.SimpleQueue, over: threading.Event) -> None:
+        if self.device is not None:
+            torch.cuda.set_device(self.device)  # else pinning would take memory on the first device
+        while (order := orders.get()) is not None and not over.is_set():
+            ticket, future = order
+            try:
+                batch = self.reader[ticket]
+                if self.device is not None:
+                    assert isinstance(batch, dict)
+                    batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+                future.set_result(batch)
+            except BaseException as error:  # told to who waits for the batch
+                future.set_exception(error)
+
+
+def worker_count(num_workers: int | None) -> int:
+    """`data.num_workers`, or one for each CPU that this process may use."""
+    if num_workers is not None:
+        return num_workers
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def makers(
+    reader: Reader,
+    tickets: Tickets,
+    num_workers: int | None,
+    workers: Kind,
+    prefetch: int,
+    timeout_s: float,
+    pin_memory: bool,
+) -> DataLoader | Threads:
+    """What gives a batch for each ticket when gone through. Raises ValueError for threads that cannot be.
+
+    For processes it is torch's loader, used for its workers alone; its own seeds come from a generator of
+    its own, so that the main process' generators are left as they are.
+    """
+    count = worker_count(num_workers)
+    draws = getattr(reader.transform, "draws_itself", False)
+    if workers == "thread" and draws:
+        raise ValueError(
+            "data.workers=thread: this augmentation draws from the process' own generators, which threads share. "
+            "Use data.workers=process."
+        )
+    if count and not draws and (workers == "thread" or workers == "auto" and count <= MAX_THREADS):
+        return Threads(reader, tickets, count, prefetch, timeout_s, pin_memory)
+    return DataLoader(
+        reader,
+        sampler=tickets,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=count,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        timeout=timeout_s if count else 0,
+        generator=torch.Generator(),
+        persistent_workers=count > 0,
+        prefetch_factor=prefetch if count else None,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
+    """The next batch, with errors about workers in plain words."""
+    try:
+        batch = next(iterator)
+    except (RuntimeError, TimeoutError) as error:
+        text = str(error)
+        if isinstance(error, TimeoutError) or "timed out" in text:
+            raise ValueError(
+                f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
+            ) from error
+        if "exited unexpectedly" in text:
+            raise ValueError(
+                "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
+            ) from error
+        raise
+    return record.receive(batch)
+
+
+def shut(made_by: DataLoader | Threads) -> None:
+    """Ends the workers."""
+    if isinstance(made_by, Threads):
+        made_by.stop()
+        return
+    iterator = made_by._iterator  # torch has no public way to end persistent workers
+    if made_by.num_workers and iterator is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
+        made_by._iterator = None
