@@ -134,14 +134,14 @@ def schema(group: str, name: str | None) -> dict[str, Any]:
 
 def resolve(cfg: DictConfig) -> DictConfig:
     """All interpolations replaced by values; the result is read-only. Raises ConfigError."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError("\n".join(f"{key} has no value: give it one, as {key}=..." for key in missing))
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError("\n".join(f"{key} has no value: give it one, as {key}=..." for key in missing))
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0].rstrip('.')}.") from error
     assert isinstance(plain, dict)
     made = OmegaConf.create(plain)
     OmegaConf.set_struct(made, True)

@@ -1,7 +1,6 @@
 """`dry_run=true`: what a config would do, found without data, memory or a file on disk."""
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,12 +28,24 @@ def count_images(cfg: DictConfig) -> int:
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
 
 
+class NoImages:
+    """Stands for a validation set of which only the classes matter."""
+
+    labels = None
+
+    def __init__(self, classes: list[str]):
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 0
+
+
 def model_on_meta(cfg: DictConfig) -> nn.Module:
     """The task's model without memory for its weights."""
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
     blank = OmegaConf.merge(cfg, {"init": None})
     with torch.device("meta"):
-        return build(TASKS, cfg.task, blank, SimpleNamespace(classes=classes, labels=None)).model
+        return build(TASKS, cfg.task, blank, NoImages(classes)).model
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:

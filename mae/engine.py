@@ -106,7 +106,9 @@ def train(
                 t.save()
             if diverged or (stop and not last):
                 t.saver.wait()
-                raise Diverged if diverged else Interrupted
+                if diverged:
+                    raise Diverged(f"{int(p.bad_run)} steps in a row had a loss or gradient that is not finite.")
+                raise Interrupted(f"Asked to stop at step {p.step}.")
     t.saver.wait()
     return metrics
 
@@ -203,9 +205,11 @@ def work(run: Path) -> int:
         if ranks.main:
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         code = 0
-    except Interrupted:
+    except Interrupted as stopped:
+        log.info("%s A checkpoint is saved; the same command goes on from it.", stopped)
         code = 130
-    except Diverged:
+    except Diverged as stopped:
+        log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
         code = 3
     except Exception:
         log.debug("this rank failed", exc_info=True)

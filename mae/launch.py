@@ -91,9 +91,14 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
 
 def work(run: str) -> int:
     """What every process of a run does: the engine is imported here and not before."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from mae import engine
 
-    return engine.work(Path(run))
+    worker = record(engine.work) if "TORCHELASTIC_RUN_ID" in os.environ else engine.work
+    code = worker(Path(run))
+    assert isinstance(code, int)
+    return code
 
 
 def inline(run: Path) -> int:
@@ -106,7 +111,7 @@ def local(run: Path, *, processes: int) -> int:
     if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return work(str(run))
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     settings = LaunchConfig(
@@ -120,7 +125,7 @@ def local(run: Path, *, processes: int) -> int:
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
-        return max(elastic_launch(settings, record(work))(str(run)).values())
+        return max(elastic_launch(settings, work)(str(run)).values())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RankFailed(rank, failure) from error

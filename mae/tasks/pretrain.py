@@ -31,7 +31,8 @@ class Pretrain(nn.Module):
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
         self.prepare = call(Prepare, cfg.data)
         self.mask_ratio, self.num_images = mask_ratio, num_images
-        self.samples: dict[str, Tensor] = {}  # the first validation images, with their masks: those in the pictures
+        self.val_count = len(val_set)
+        self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
 
     @property
     def trained(self) -> nn.Module:
@@ -56,17 +57,26 @@ class Pretrain(nn.Module):
         """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean."""
         self.eval()
         total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, loss of the mean, images
+        chosen: list[dict[str, Tensor]] = []
         for batch in batches:
             if ranks.main and not self.samples:
-                self.samples = {k: batch[k][: self.num_images].clone() for k in ("image", "noise")}
+                chosen.append(self._choose(batch, ranks.world))
             images = self.images(batch)
             with autocast():
                 loss, mask = self.model(images, self.mask_ratio, batch["noise"])
             flat = ((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum()
             total += torch.stack([loss.double(), flat.double(), torch.ones_like(loss).double()]) * len(images)
+        if chosen:
+            self.samples = {k: torch.cat([c[k] for c in chosen])[: self.num_images] for k in ("image", "noise")}
         self.train()
         loss, flat, count = ranks.sum(total).tolist()
         return {"val/loss": loss / count, "val/loss_of_patch_mean": flat / count} if count else {}
+
+    def _choose(self, batch: Mapping[str, Tensor], world: int) -> dict[str, Tensor]:
+        """The batch's share of `num_images` samples spread evenly over the validation set (rank 0 has each world-th)."""
+        stride = max(1, self.val_count // (self.num_images * world)) * world
+        wanted = (batch["index"] % stride == 0).nonzero().squeeze(1)
+        return {k: batch[k][wanted] for k in ("image", "noise")}
 
     def _centred(self, images: Tensor) -> Tensor:
         target = self.model.target(images)

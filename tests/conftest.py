@@ -1,0 +1,70 @@
+"""What tests share: composing a config, running it in this process or as a user would."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: several test processes share few cores
+
+import pytest  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from mae import config, launch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+# A model and a run so small that a step takes milliseconds, in float32 so that sums are comparable
+TINY = [
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.decoder_embed_dim=16",
+    "model.decoder_depth=1",
+    "model.decoder_num_heads=2",
+    "task.precision=fp32",
+    "data.img_size=16",
+    "data.fraction=0.1",
+    "device=cpu",
+]
+TINY_PRETRAIN = [*TINY, "task.batch_size=32", "task.epochs=2", "task.warmup_epochs=1", "task.log_every_steps=1"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The checked config of a command line."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return config.check(config.resolve(compose("config", list(overrides))))
+
+
+def run_here(directory: Path, *overrides: str) -> int:
+    """A run in this process; returns the exit code."""
+    return launch.launch(composed(*overrides, f"output_dir={directory}"), list(overrides))
+
+
+def run_cli(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """run.py as a user types it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_clean_environment(monkeypatch):
+    import torch
+
+    torch.set_num_threads(1)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    yield
+    for handler in logging.getLogger().handlers[:]:  # a run's own, bound to this test's streams
+        if type(handler) in (logging.StreamHandler, logging.FileHandler):
+            logging.getLogger().removeHandler(handler)
+            handler.close()

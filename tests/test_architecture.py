@@ -1,0 +1,75 @@
+"""Who may import whom, and the style that a test can hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "mae").rglob("*.py"))
+
+# unit -> units it may import; what is not named stands on third parties alone
+MAY_IMPORT = {
+    "run": {"config", "launch", "dry_run"},
+    "launch": {"config", "engine"},  # the engine only inside a worker
+    "config": {"rules"},
+    "dry_run": {"config", "rules", "tasks", "models", "data", "optim", "plan", "device"},
+    "engine": {"setup", "tasks", "checkpoint", "distributed", "device", "track", "config"},
+    "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},
+    "tasks": {"models", "augment", "pictures", "config"},
+    "data": {"augment"},
+    "distributed": {"device"},
+    "track": {"config"},
+}
+
+
+def unit(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.stem if len(relative.parts) <= 2 else relative.parts[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Units of this project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mae":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mae.")}
+    return found
+
+
+@pytest.mark.parametrize("path", [ROOT / "run.py", *MODULES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    allowed = MAY_IMPORT.get(unit(path), set()) | {unit(path)}
+    assert imports(path) <= allowed, f"{path.relative_to(ROOT)} imports {imports(path) - allowed}"
+
+
+def test_the_table_has_no_cycle():
+    def reaches(start: str, goal: str, seen: frozenset[str] = frozenset()) -> bool:
+        following = MAY_IMPORT.get(start, set()) - seen
+        return goal in following or any(reaches(n, goal, seen | following) for n in following)
+
+    assert not [name for name in MAY_IMPORT if reaches(name, name)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_global_statement(path):
+    assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Global)]
+
+
+def test_the_train_loop_stays_short():
+    tree = ast.parse((ROOT / "mae" / "engine.py").read_text())
+    train = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    assert train.end_lineno is not None and train.end_lineno - train.lineno <= 70
+
+
+def test_checking_a_config_imports_nothing_heavy():
+    import subprocess
+    import sys
+
+    heavy = {"torch", "wandb", "timm", "submitit"}
+    code = f"import sys; import run; print(sorted({heavy} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

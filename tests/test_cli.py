@@ -1,0 +1,267 @@
+"""run.py as a user types it: good command lines do what they say, bad ones end in a plain sentence."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_PRETRAIN, run_cli, run_here
+from PIL import Image
+
+from mae import checkpoint
+
+# ---------------------------------------------------------------- good command lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The directory of a finished run."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert run_here(run, *TINY_PRETRAIN) == 0
+    return run
+
+
+def test_help_and_cfg_answer_without_torch():
+    for arguments, expected in ((["--help"], "python run.py resume=RUN"), (["--cfg", "job"], "mask_ratio: 0.75")):
+        begin = time.perf_counter()
+        told = run_cli(*arguments)
+        assert told.returncode == 0 and expected in told.stdout
+        assert time.perf_counter() - begin < 20  # under a second on an idle machine; this bound is for a busy one
+
+
+def test_the_last_line_names_the_result_and_the_directory(tmp_path):
+    told = run_cli(*TINY_PRETRAIN, "task.max_steps=2", f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert told.stdout.splitlines()[-1] == f"val_loss {summary['val_loss']:.4f}  run"
+    assert "task=finetune init=run" in told.stdout
+    assert "step 2/2" in told.stderr and "\x1b" not in told.stderr  # plain lines when piped
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    told = run_cli(*TINY_PRETRAIN, f"output_dir={finished}")
+    assert told.returncode == 0 and "finished already" in told.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_takes_the_saved_config(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    whole = checkpoint.checkpoints_of(run)[-1]
+    shutil.rmtree(whole)
+    told = run_cli(f"resume={run}", "data.num_workers=1")
+    assert told.returncode == 0, told.stderr
+    assert (run / "summary.json").exists() and "data.num_workers=1" in (run / "overrides.yaml").read_text()
+
+
+def test_dry_run_builds_nothing_on_disk(tmp_path):
+    before = set(tmp_path.rglob("*"))
+    told = run_cli("dry_run=true", "model=vit_huge", "data=imagenet", "launcher.processes=8", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert "657,074,508" in told.stdout and "4096 = micro batch 512 x accumulation 1 x devices 8" in told.stdout
+    assert "250,400 (313 an epoch of 1,281,167 images)" in told.stdout
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_agrees_with_the_model_and_with_measured_flops():
+    from conftest import composed
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mae import dry_run
+
+    cfg = composed("model=vit_huge", "data=imagenet", "dry_run=true")
+    model = dry_run.model_on_meta(cfg)
+    assert sum(dry_run.parameters(model)) == 657_074_508
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"), 0.75, torch.empty(1, 256, device="meta"))
+    assert dry_run.cost(cfg, model).total == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_checkpoints_are_listed(finished):
+    told = subprocess.run(
+        [sys.executable, "-m", "mae.checkpoint", str(finished)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    path = checkpoint.checkpoints_of(finished)[-1]
+    digest = checkpoint.weights_digest(checkpoint.read_weights(path))
+    assert told.stdout.splitlines()[-1].split() == ["10", "2.00", told.stdout.split()[-3], "yes", digest]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_readme_s_run_learns_in_time(tmp_path):
+    begin = time.perf_counter()
+    told = run_cli(cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
+    assert told.returncode == 0, told.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    flat = next(row["val/loss_of_patch_mean"] for row in rows if "val/loss_of_patch_mean" in row)
+    assert summary["val_loss"] < flat / 2
+    assert Image.open(sorted((run / "images").glob("*.png"))[-1]).size[0] > 400
+    logging.getLogger(__name__).info("%.0f s, val_loss %.4f", time.perf_counter() - begin, summary["val_loss"])
+
+
+def test_a_sweep_runs_its_members_and_names_the_one_that_failed(tmp_path):
+    told = run_cli(
+        "-m", *TINY_PRETRAIN, "task.max_steps=1", "task.mask_ratio=0.5,0.999", f"hydra.sweep.dir={tmp_path / 's'}"
+    )
+    assert told.returncode == 1
+    assert (tmp_path / "s" / "0" / "summary.json").exists()
+    assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in told.stderr and "Traceback" not in told.stderr
+
+
+# ---------------------------------------------------------------- bad ones
+
+
+def in_plain_words(told: subprocess.CompletedProcess[str], message: str) -> None:
+    """Not zero, the sentence, and no traceback."""
+    assert told.returncode != 0
+    assert message in told.stderr, told.stderr
+    assert "Traceback" not in told.stderr + told.stdout
+    said = [line for line in told.stderr.splitlines() if line.strip()]
+    assert len(said) <= 6, told.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task.mask_ration=0.5", "task.mask_ration is not a key of the configuration. Did you mean mask_ratio?"),
+        ("+task.speed=1", "task.speed is not a key of the configuration."),
+        ("tsk=pretrain", "tsk is not a key of the configuration. Did you mean task?"),
+        ("model=vit_bse", "model=vit_bse does not exist. Did you mean vit_base?"),
+        ("task=pretrian", "Did you mean pretrain?"),
+        ("task.mask_ratio=1.5", "task.mask_ratio must lie in (0, 1), got 1.5."),
+        ("task.epochs", "The override 'task.epochs' cannot be read"),
+        ("task.mask_ratio=[0.5", "The override 'task.mask_ratio=[0.5' cannot be read"),
+        ("data=folder", "data.root is not set: give the directory of the images"),
+        ("data=folder data.root=/no/such", "data.root=/no/such does not exist"),
+        ("resume=/no/such", "/no/such is not the directory of a run: it holds no config.yaml."),
+        ("output_dir=/proc/here", "/proc/here cannot be written to"),
+        ("task.batch_size=100 task.micro_batch_size=7", "the nearest that do: 98 or 105."),
+        (
+            "model=vit_huge",
+            "model.img_size=32 is not a multiple of model.patch_size=14: the nearest that are: 28 or 42.",
+        ),
+    ],
+    ids=lambda v: v if "." in v or "=" in v else "",
+)
+def test_bad_command_lines_are_refused_before_torch(arguments, message):
+    in_plain_words(run_cli(*arguments.split()), message)
+
+
+def photos(folder: Path, count: int, size: int = 40) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return folder
+
+
+FOLDER = [*TINY_PRETRAIN, "data=folder", "data.img_size=16", "data.num_workers=0", "data.fraction=1.0"]
+
+
+def fails_here(tmp_path: Path, *overrides: str) -> str:
+    """The sentence that a run in this process ends with."""
+    with pytest.raises(ValueError) as caught:
+        run_here(tmp_path / "run", *overrides)
+    told = str(caught.value)
+    assert len(told.splitlines()) <= 4
+    return told
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert "no image lies under" in fails_here(tmp_path, *FOLDER, f"data.root={tmp_path / 'photos'}")
+
+
+def test_a_folder_of_one_image(tmp_path):
+    told = fails_here(tmp_path, *FOLDER, f"data.root={photos(tmp_path / 'photos', 1)}")
+    assert "data.root" in told and ("one image" in told or "1 image" in told)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_may_not_be_read(tmp_path):
+    root = photos(tmp_path / "photos", 3)
+    root.chmod(0)
+    assert "data.root" in fails_here(tmp_path, *FOLDER, f"data.root={root}")
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "data.root" in fails_here(tmp_path, *FOLDER, f"data.root={tmp_path / 'file'}")
+
+
+def test_too_few_images_for_a_batch(tmp_path):
+    root = photos(tmp_path / "photos", 12)
+    told = fails_here(tmp_path, *FOLDER, f"data.root={root}", "task.drop_last=true")
+    assert "task.batch_size=32" in told
+
+
+def test_a_directory_with_another_config_lists_the_differences_and_is_left_alone(finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    told = run_cli(*TINY_PRETRAIN, "task.mask_ratio=0.5", "optimizer.base_lr=1e-3", f"output_dir={finished}")
+    assert told.returncode == 1 and "holds a run of another config" in told.stderr
+    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.004 -> 0.001" in told.stderr
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_resume_with_another_number_is_refused(finished):
+    in_plain_words(
+        run_cli(f"resume={finished}", "task.epochs=9"), "task.epochs cannot be changed together with resume="
+    )
+
+
+def test_resume_of_a_spoiled_config(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: [")
+    in_plain_words(run_cli(f"resume={tmp_path}"), "config.yaml cannot be read as YAML")
+
+
+def test_an_output_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    in_plain_words(run_cli(f"output_dir={tmp_path / 'file'}"), "cannot be written to")
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+def mounted(tmp_path: Path, options: str) -> Path:
+    """A small file system of its own; skips where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mounting is not allowed here: {made.stderr.strip()}")
+    return place
+
+
+def test_a_read_only_disk(tmp_path):
+    place = mounted(tmp_path, "size=1m,ro")
+    try:
+        in_plain_words(run_cli(f"output_dir={place / 'run'}"), "cannot be written to (Read-only file system)")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_saved(tmp_path):
+    place = mounted(tmp_path, "size=1m")
+    try:
+        often = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "checkpoint.keep=100", f"output_dir={place / 'run'}"]
+        in_plain_words(run_cli(*often), "The disk is full. What was saved before is whole")
+        kept = checkpoint.checkpoints_of(place / "run")
+        assert kept and all(checkpoint.verify(path) for path in kept)
+        assert not list((place / "run" / "checkpoints").glob(".step*"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    in_plain_words(run_cli(*TINY_PRETRAIN, "device=cuda", f"output_dir={tmp_path}"), "finds 0 GPUs. Use device=cpu")

@@ -1,0 +1,207 @@
+"""Every combination of groups composes and builds; what is wrong is refused with the full key, in plain words."""
+
+import copy
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, composed
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from mae import config, rules
+from mae.config import ConfigError
+
+GROUPS = {
+    name: sorted(p.stem for p in (ROOT / "conf" / name).glob("*.yaml"))
+    for name in ("model", "data", "optimizer", "augmentation", "task")
+}
+FITTING = {"vit_huge": "model.img_size=28", "vit_nano": "model.img_size=32"}  # others take 32 with patches of 16
+
+
+def needs(data: str, tmp: Path) -> list[str]:
+    """What a data set cannot do without."""
+    return [] if data == "digits" else [f"data.root={tmp}"]
+
+
+def compose_and_check(tmp: Path, **choices: str) -> None:
+    size = FITTING.get(choices["model"], "model.img_size=32")
+    cfg = composed(*(f"{group}={choice}" for group, choice in choices.items()), size, *needs(choices["data"], tmp))
+    assert cfg.task.name == choices["task"] and cfg.model.name == choices["model"]
+
+
+@pytest.mark.parametrize("task", GROUPS["task"])
+def test_every_choice_of_every_group_composes_and_passes_the_check(task, tmp_path):
+    rest = [name for name in GROUPS if name != "task"]
+    for i in range(max(len(GROUPS[name]) for name in rest)):
+        compose_and_check(tmp_path, task=task, **{name: GROUPS[name][i % len(GROUPS[name])] for name in rest})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_pair_of_choices_composes_and_passes_the_check(tmp_path):
+    first = {name: choices[0] for name, choices in GROUPS.items()}
+    for one, other in itertools.combinations(GROUPS, 2):
+        for a, b in itertools.product(GROUPS[one], GROUPS[other]):
+            compose_and_check(tmp_path, **first | {one: a, other: b})
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_every_model_builds_from_its_yaml(model):
+    import torch
+
+    from mae.models.mae import MaskedAutoencoder
+
+    cfg = composed(f"model={model}", FITTING.get(model, "model.img_size=32"))
+    with torch.device("meta"):
+        built = config.call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+    assert len(built.blocks) == cfg.model.depth
+
+
+@functools.cache
+def default() -> DictConfig:
+    """The composed default, not resolved."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config")
+
+
+def refused(**values) -> str:
+    """The message for a config with a wrong value (`group__key=value`), past Hydra's own grammar."""
+    cfg = copy.deepcopy(default())
+    OmegaConf.set_struct(cfg, False)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
+    with pytest.raises(ConfigError) as caught:
+        config.check(config.resolve(cfg))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task__mask_ratio": 1.5}, "task.mask_ratio must lie in (0, 1), got 1.5."),
+        ({"task__mask_ratio": "much"}, "task.mask_ratio must be a number, got 'much'."),
+        ({"task__mask_ratoi": 0.5}, "task.mask_ratoi is not a key of the configuration. Did you mean mask_ratio?"),
+        ({"task__epochs": -1}, "task.epochs must be greater than 0, got -1.0."),
+        ({"task__max_steps": 1.5}, "task.max_steps must be a whole number or null, got 1.5."),
+        ({"task__norm_pix_loss": "yes"}, "task.norm_pix_loss must be true or false, got 'yes'."),
+        ({"task__norm_pix_loss": 1}, "task.norm_pix_loss must be true or false, got 1."),
+        ({"task__precision": "bf61"}, "Did you mean bf16?"),
+        ({"task__batch_size": True}, "task.batch_size must be a whole number, got True."),
+        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=50: lower it too."),
+        ({"task__micro_batch_size": 7}, "the nearest that do: 126 or 133."),
+        (
+            {"launcher__processes": 3},
+            "task.batch_size=128 does not divide by 3 devices: the nearest that do: 126 or 129.",
+        ),
+        (
+            {"model__img_size": 30},
+            "model.img_size=30 is not a multiple of model.patch_size=4: the nearest that are: 28 or 32.",
+        ),
+        ({"model__num_heads": 5}, "model.embed_dim=96 is not a multiple of model.num_heads=5."),
+        ({"model__img_size": [32, 32, 32]}, "model.img_size must be one number or [height, width]"),
+        ({"task__mask_ratio": 0.999}, "task.mask_ratio=0.999 keeps 0 of the 64 patches"),
+        (
+            {"optimizer__name": "adam"},
+            "optimizer.name must be one of adamw, lars, lion, muon, sgd, got 'adam'. Did you mean adamw?",
+        ),
+        ({"optimizer__base_lr": float("nan")}, "optimizer.base_lr must be greater than 0, got nan."),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1 is above the peak learning rate 0.002"),
+        ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas must lie in [0, 1), got 1.5."),
+        ({"optimizer__betas": 0.9}, "optimizer.betas must be a list, each a number, got 0.9."),
+        ({"optimizer__momentum": 0.9}, "optimizer.momentum is not a key of the configuration."),
+        ({"data__mean": [0.1, 0.2]}, "data.mean has 2 values for data.in_chans=3"),
+        (
+            {"augmentation__scale": [1.0, 0.2]},
+            "augmentation.scale must be [low, high] with low <= high, got [1.0, 0.2].",
+        ),
+        ({"checkpoint__keep": 0}, "checkpoint.keep must be 1 or more, got 0."),
+        ({"checkpoint": None}, "checkpoint is missing: choose one, as checkpoint=..."),
+        ({"seed": "one"}, "seed must be a whole number, got 'one'."),
+        ({"sede": 1}, "sede is not a key of the configuration. Did you mean seed?"),
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda, mps, got 'gpu'. Did you mean cpu?"),
+        ({"wandb__mode": "on"}, "wandb.mode must be one of online, offline, off, got 'on'."),
+        ({"model__depth": "${model.dept}"}, "model.depth cannot be resolved: Interpolation key 'model.dept' not found"),
+        ({"model__depth": "???"}, "model.depth has no value: give it one, as model.depth=..."),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_values_are_refused_in_plain_words(values, message):
+    told = refused(**values)
+    assert message in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_missing_key_is_named():
+    cfg = OmegaConf.create(OmegaConf.to_container(composed()))
+    del cfg.task.mask_ratio
+    with pytest.raises(ConfigError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
+        config.check(cfg)
+
+
+def test_all_mistakes_are_listed_at_once():
+    told = refused(task__mask_ratoi=0.5, seed="x", data__nmu_workers=1)
+    assert len(told.splitlines()) == 3 and "Did you mean num_workers?" in told
+
+
+def test_a_typo_inside_a_yaml_file_is_found(tmp_path):
+    import shutil
+
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    path = tmp_path / "conf" / "optimizer" / "adamw.yaml"
+    path.write_text(path.read_text().replace("weight_decay:", "weight_decya:"))
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        cfg = compose("config")
+    with pytest.raises(ConfigError) as caught:
+        config.check(config.resolve(cfg))
+    assert "optimizer.weight_decya is not a key of the configuration. Did you mean weight_decay?" in str(caught.value)
+
+
+def test_none_as_a_word_is_null_where_null_is_allowed():
+    assert composed("task.max_steps='None'").task.max_steps is None
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
+    assert composed("~recipe").optimizer.base_lr == 1.5e-4
+    assert composed().task.epochs == 50
+    assert composed("task.epochs=30").task.epochs == 30
+
+
+@given(st.sampled_from(sorted(rules.INTERVALS)), st.floats(allow_nan=False, width=32))
+def test_an_interval_in_words_is_the_interval(key, value):
+    interval = rules.INTERVALS[key]
+    low, high = (float(x) for x in interval[1:-1].split(","))
+    inside = (value > low or (value == low and interval[0] == "[")) and (
+        value < high or (value == high and interval[-1] == "]")
+    )
+    cfg: dict = {}
+    node = cfg
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = value
+    assert bool(list(rules.ranges(cfg))) is not inside
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b"]), st.one_of(st.integers(), st.floats(allow_nan=False), st.text()), max_size=2
+    )
+)
+def test_difference_is_empty_for_the_same_and_names_what_changed(extra):
+    base = {"task": {"name": "x", **extra}, "launcher": {"name": "local"}}
+    same, other = OmegaConf.create(base), OmegaConf.create(base | {"launcher": {"name": "slurm"}})
+    assert config.difference(same, other) == []
+    changed = OmegaConf.create({"task": {"name": "y", **extra}})
+    assert config.difference(same, changed)[-1] == 'task.name: "x" -> "y"'
+
+
+def test_the_directory_of_a_run_hangs_on_what_it_computes():
+    base = config.run_directory(composed())
+    assert base == config.run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
+    assert base != config.run_directory(composed("task.mask_ratio=0.5"))
+    assert base.parts[0] == "runs"

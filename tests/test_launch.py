@@ -1,0 +1,155 @@
+"""Runs that are killed, stopped or fail go on to the same bits, or end in a sentence; none leaves a process behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_PRETRAIN, run_cli
+
+from mae import checkpoint, track
+
+OFTEN = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "task.epochs=6", "data.fraction=0.3"]
+
+
+def started(run: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *OFTEN, f"output_dir={run}", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def step_of(run: Path) -> int:
+    rows = track.read_lines(run / "metrics.jsonl")
+    return max((row["step"] for row in rows), default=0)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen, step: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while step_of(run) < step and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def digest(run: Path) -> str:
+    path = checkpoint.newest_valid(run)
+    assert path is not None
+    return checkpoint.weights_digest(checkpoint.read_weights(path))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    told = run_cli(*OFTEN, f"output_dir={run}")
+    assert told.returncode == 0, told.stderr
+    return run
+
+
+def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path):
+    run, chance = tmp_path / "run", random.Random(9)
+    for _ in range(5):
+        process = started(run)
+        wait_for_step(run, process, step_of(run) + chance.randint(1, 12))
+        time.sleep(chance.random() * 0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    told = run_cli(*OFTEN, f"output_dir={run}")
+    assert told.returncode == 0, told.stderr
+    assert digest(run) == digest(undisturbed)
+    assert [r["loss"] for r in track.read_lines(run / "metrics.jsonl") if "loss" in r] == [
+        r["loss"] for r in track.read_lines(undisturbed / "metrics.jsonl") if "loss" in r
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, number):
+    run = tmp_path / "run"
+    process = started(run, "checkpoint.every_epochs=100")
+    wait_for_step(run, process, 5)
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "the same command goes on from it" in told and "Traceback" not in told
+    assert len(checkpoint.checkpoints_of(run)) == 1 and not (run / "summary.json").exists()
+    told = run_cli(*OFTEN, "checkpoint.every_epochs=100", f"output_dir={run}")
+    assert told.returncode == 0, told.stderr
+    assert digest(run) == digest(undisturbed)
+
+
+def children_of(group: int) -> list[int]:
+    """Living processes of a process group or session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == group and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
+    for name, kill in (("whole", False), ("cut", True)):
+        run = tmp_path / name
+        process = started(run, "launcher.processes=2", "task.epochs=2")
+        if kill:
+            wait_for_step(run, process, 4)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process = started(run, "launcher.processes=2", "task.epochs=2")
+        told, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, told
+    assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("victim", ["one", "all"])
+def test_sigterm_to_a_run_of_two_saves_once(tmp_path, victim):
+    run = tmp_path / "run"
+    process = started(run, "launcher.processes=2", "checkpoint.every_epochs=100", "task.epochs=60")
+    wait_for_step(run, process, 5)
+    ranks = [pid for pid in children_of(process.pid) if pid != process.pid and is_rank(pid)]
+    assert len(ranks) == 2
+    os.kill(ranks[0] if victim == "one" else process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=100)
+    assert process.returncode not in (0, 1), told
+    assert len(checkpoint.checkpoints_of(run)) == 1 and checkpoint.newest_valid(run) is not None
+    assert children_of(process.pid) == []
+
+
+def is_rank(pid: int) -> bool:
+    return b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_a_rank_that_is_killed_ends_the_run(tmp_path):
+    run = tmp_path / "run"
+    process = started(run, "launcher.processes=2", "task.epochs=100")
+    wait_for_step(run, process, 3)
+    victim = next(p for p in children_of(process.pid) if p != process.pid and is_rank(p))
+    begin = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - begin < 60
+    assert "it was killed by SIGKILL" in told and "Traceback" not in told
+    assert children_of(process.pid) == []
+
+
+def test_a_user_s_error_in_several_processes_is_one_sentence(tmp_path):
+    (tmp_path / "photos").mkdir()
+    told = run_cli(
+        *TINY_PRETRAIN,
+        "data=folder",
+        f"data.root={tmp_path / 'photos'}",
+        "launcher.processes=2",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert told.returncode == 1 and "no image lies under" in told.stderr
+    assert "Traceback" not in told.stderr.splitlines()[-1]
