@@ -12,7 +12,7 @@ from mae.augment import Prepare
 from mae.config import call
 from mae.data.source import Source
 from mae.metrics import Collector
-from mae.tasks.common import class_names, keep_classes
+from mae.tasks.common import check_classes, keep_classes
 
 
 class Classify(nn.Module):
@@ -21,11 +21,15 @@ class Classify(nn.Module):
     model: Any
     num_patches = None  # no masking noise
 
-    def __init__(self, cfg: DictConfig, train_set: Source, val_set: Source):
+    def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()
-        self.classes = class_names(cfg, train_set, val_set)
+        self.classes = list(val_set.classes)
         self.prepare = call(Prepare, cfg.data)
         self.best = -1.0  # top-1 of the best validation so far
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        """Checks the labels and takes up `init`. Raises ValueError where either will not do."""
+        check_classes(cfg, train_set, val_set)
 
     @property
     def trained(self) -> nn.Module:

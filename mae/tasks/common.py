@@ -55,8 +55,8 @@ def need_labels(cfg: DictConfig, source: Source, part: str) -> np.ndarray:
     return labels
 
 
-def class_names(cfg: DictConfig, train_set: Source, val_set: Source) -> list[str]:
-    """Names of the classes to learn.
+def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+    """Whether the images can be learned from.
 
     Raises ValueError where labels are missing, a class has no image to learn from, or there are more or
     fewer classes than `data.num_classes`.
@@ -85,7 +85,6 @@ def class_names(cfg: DictConfig, train_set: Source, val_set: Source) -> list[str
     unseen = np.flatnonzero(np.bincount(need_labels(cfg, val_set, "validation"), minlength=len(names)) == 0)
     if len(unseen):
         log.warning("no validation image is of class %s (%d such classes)", names[unseen[0]], len(unseen))
-    return list(names)
 
 
 def keep_classes(run: Path, names: list[str]) -> None:

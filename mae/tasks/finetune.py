@@ -31,7 +31,6 @@ class Finetune(Classify):
     def __init__(
         self,
         cfg: DictConfig,
-        train_set: Source,
         val_set: Source,
         *,
         global_pool: Literal["avg", "token"],
@@ -44,18 +43,9 @@ class Finetune(Classify):
         label_smoothing: float,
         ema_decay: float | None,
     ):
-        super().__init__(cfg, train_set, val_set)
+        super().__init__(cfg, val_set)
         classes = len(self.classes)
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=drop_path, global_pool=global_pool)
-        if cfg.init is not None:
-            fit(self.model, read(cfg.init))
-        elif finetune_blocks is not None:
-            raise ValueError(
-                f"task.finetune_blocks={finetune_blocks:g} trains the last blocks of a network that init= gives: "
-                "set init, or task.finetune_blocks=null to train from scratch."
-            )
-        else:
-            log.info("init is not set: training starts from scratch")
         self.label_smoothing, self.mix = label_smoothing, None
         if mixup or cutmix:  # drawn on the host from numpy's generator, which each rank seeds and checkpoints keep
             self.mix = Mixup(
@@ -66,6 +56,19 @@ class Finetune(Classify):
             freeze(self.live, finetune_blocks)
         if ema_decay is not None:
             self.model = copy.deepcopy(self.live).requires_grad_(False)
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        super().begin(cfg, train_set, val_set)
+        if cfg.init is not None:
+            fit(self.live, read(cfg.init))
+            self.model.load_state_dict(self.live.state_dict())
+        elif cfg.task.finetune_blocks is not None:
+            raise ValueError(
+                f"task.finetune_blocks={cfg.task.finetune_blocks:g} trains the last blocks of a network that init= "
+                "gives: set init, or task.finetune_blocks=null to train from scratch."
+            )
+        else:
+            log.info("init is not set: training starts from scratch")
 
     @property
     def trained(self) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mae import data, device
 from mae.config import build
 from mae.data.source import Source, Subset, reduced
-from mae.tasks.common import class_names, eval_loader, sent
+from mae.tasks.common import check_classes, eval_loader, sent
 from mae.tasks.features import Encoder, Features, extract
 
 CHUNK = 65536  # neighbours compared at a time: 65536 x 256 similarities are 64 MiB
@@ -93,7 +93,7 @@ def knn(
     """Classifies the validation images by the training images' features."""
     begun = time.perf_counter()
     train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
-    classes = class_names(cfg, train_set, val_set)
+    check_classes(cfg, train_set, val_set)
     encoder = Encoder(cfg, global_pool).to(ranks.device)
     dtype = device.number_format(precision, ranks.device)
 
@@ -103,7 +103,7 @@ def knn(
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     loader, val_loader = (eval_loader(cfg, ranks, part, batch_size) for part in (train_set, val_set))
     bank = extract(encoder, sent(loader, ranks), ranks, autocast)
-    neighbours = Neighbours(bank, len(classes), k, temperature, ranks.device)
+    neighbours = Neighbours(bank, len(train_set.classes), k, temperature, ranks.device)
     found = accuracy(encoder, neighbours, sent(val_loader, ranks), ranks, autocast)
     loader.close()
     val_loader.close()

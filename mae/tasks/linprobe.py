@@ -27,22 +27,24 @@ class Linprobe(Classify):
     def __init__(
         self,
         cfg: DictConfig,
-        train_set: Source,
         val_set: Source,
         *,
         global_pool: Literal["avg", "token"],
         cached_features: bool,
         learning_rates: list[float] | None,
     ):
-        super().__init__(cfg, train_set, val_set)
+        super().__init__(cfg, val_set)
         if learning_rates and not cached_features:
             raise ValueError("task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr.")
         classes = len(self.classes)
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=global_pool)
         self.model.head = head(self.model.embed_dim, classes)
-        fit(self.model, read(need_init(cfg)), head="fresh")
         self.model.requires_grad_(False)
         self.model.head.requires_grad_(True)
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        super().begin(cfg, train_set, val_set)
+        fit(self.model, read(need_init(cfg)), head="fresh")
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the head reads, (B, D): the class token after `norm`, or the mean of the patch tokens."""

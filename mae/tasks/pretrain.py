@@ -11,28 +11,26 @@ from torch import Tensor, nn
 from mae import pictures
 from mae.augment import Prepare
 from mae.config import call
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
 from mae.models.mae import MaskedAutoencoder
 
 
 class Pretrain(nn.Module):
     """Predict the pixels of the patches that were removed."""
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        train_set: Any,
-        val_set: Any,
-        *,
-        mask_ratio: float,
-        norm_pix_loss: bool,
-        num_images: int,
-    ):
+    def __init__(self, cfg: DictConfig, val_set: Any, *, mask_ratio: float, norm_pix_loss: bool, num_images: int):
         super().__init__()
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
         self.prepare = call(Prepare, cfg.data)
         self.mask_ratio, self.num_images = mask_ratio, num_images
         self.val_count = len(val_set)
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
+
+    def begin(self, cfg: DictConfig, train_set: Any, val_set: Any) -> None:
+        """Takes up the weights that `init` names, if any; without a decoder in them ours starts afresh."""
+        if cfg.init is not None:
+            fit(self.model, read(cfg.init))
 
     @property
     def trained(self) -> nn.Module:
