@@ -30,6 +30,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+BEST = "best"  # a link to the checkpoint that validated best
 
 
 class DamagedCheckpoint(ValueError):
@@ -163,6 +164,20 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
 
 
+def best_of(run: Path) -> Path | None:
+    """The checkpoint that `checkpoints/best` points to, or None."""
+    link = run / "checkpoints" / BEST
+    return link.with_name(os.readlink(link)) if link.is_symlink() else None
+
+
+def point_to(path: Path, link: Path) -> None:
+    """Makes `link` a symbolic link to its neighbour `path`, replacing an earlier one at once."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    temporary.replace(link)
+
+
 def newest_valid(run: Path) -> Path | None:
     """The newest checkpoint that verifies; each damaged one on the way is reported and passed over."""
     for path in reversed(checkpoints_of(run)):
@@ -199,13 +214,23 @@ class Checkpoints:
         """Whether `every_minutes` have passed (the clock of one rank: the others must be told)."""
         return time.monotonic() - self.saved_at > self.every_seconds
 
-    def save(self, step: int, epoch: float, weights: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> None:
-        """Copies the state aside and writes it in the background. Raises the error of an earlier write."""
+    def save(
+        self,
+        step: int,
+        epoch: float,
+        weights: Mapping[str, Tensor],
+        trainer: Mapping[str, Any],
+        best: bool = False,
+    ) -> None:
+        """Copies the state aside and writes it in the background; `best` lets `checkpoints/best` point there.
+
+        Raises the error of an earlier write.
+        """
         self.wait()
         self.saved_at = time.monotonic()
         staged = {name: self._stage(f"weights/{name}", tensor) for name, tensor in weights.items()}
         rest = self._stage_tree("trainer", trainer)
-        self._thread = threading.Thread(target=self._write, args=(step, epoch, staged, rest), daemon=False)
+        self._thread = threading.Thread(target=self._write, args=(step, epoch, staged, rest, best), daemon=False)
         self._thread.start()
 
     def _stage(self, key: str, tensor: Tensor) -> Tensor:
@@ -225,10 +250,12 @@ class Checkpoints:
             return type(value)(self._stage_tree(f"{key}/{i}", v) for i, v in enumerate(value))
         return value
 
-    def _write(self, step: int, epoch: float, weights: dict[str, Tensor], trainer: dict[str, Any]) -> None:
+    def _write(self, step: int, epoch: float, weights: dict[str, Tensor], trainer: dict[str, Any], best: bool) -> None:
         try:
             path = self.run / "checkpoints" / step_name(step)
             write(path, weights, trainer, {"step": step, "epoch": epoch, "saved": time.time()})
+            if best:
+                point_to(path, self.run / "checkpoints" / BEST)
             self._remove_old()
         except BaseException as error:  # raised in the main thread by the next wait()
             self._error = error
@@ -250,8 +277,9 @@ class Checkpoints:
                 epoch = json.loads((path / MANIFEST).read_text()).get("epoch", 0.0)
                 kept_forever.setdefault(int(epoch / self.keep_every + 1e-9), path)
             kept_forever.pop(0, None)
+        best = best_of(self.run)
         for path in paths[: -self.keep]:
-            if path not in kept_forever.values():
+            if path not in kept_forever.values() and path != best:
                 shutil.rmtree(path)
 
 

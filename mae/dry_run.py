@@ -45,7 +45,11 @@ def model_on_meta(cfg: DictConfig) -> nn.Module:
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
     blank = OmegaConf.merge(cfg, {"init": None})
     with torch.device("meta"):
-        return build(TASKS, cfg.task, blank, NoImages(classes)).model
+        model = build(TASKS, cfg.task, blank, NoImages(classes)).trained
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
+            module.eval()
+    return model
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:

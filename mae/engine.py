@@ -17,6 +17,7 @@ from mae.config import TRAINED, build, call, read, write_text
 from mae.distributed import Interruption, Ranks, start
 from mae.setup import Training, set_up
 from mae.tasks import TASKS
+from mae.tasks.linprobe_cached import probe_features
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def train(
 
             stop, late = ranks.agree(interruption.received is not None, ranks.main and t.saver.late())
             diverged = logged and int(p.bad_run) >= max_bad_steps
-            if last or late or stop or diverged or plan.crosses(t.saver.every_epochs, p.step):
+            if last or late or stop or diverged or t.improved or plan.crosses(t.saver.every_epochs, p.step):
                 p.seconds += clock.lap()
                 t.save()
             if diverged or (stop and not last):
@@ -177,6 +178,15 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
     } | t.task.summary(metrics)
 
 
+def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
+    """Any task from start to summary."""
+    if cfg.task.get("cached_features"):
+        return call(probe_features, cfg.task, run, cfg, ranks, tracker)
+    if cfg.task.name in TRAINED:
+        return run_training(run, cfg, ranks, tracker)
+    return build(TASKS, cfg.task, run, cfg, ranks, tracker)
+
+
 def work(run: Path) -> int:
     """One process of a run, from joining the others to the summary; returns the exit code.
 
@@ -189,7 +199,7 @@ def work(run: Path) -> int:
     code, summary = 1, {}
     try:
         if cfg.task.name in TRAINED:
-            summary = run_training(run, cfg, ranks, tracker)
+            summary = run_task(run, cfg, ranks, tracker)
         else:
             summary = build(TASKS, cfg.task, run, cfg, ranks, tracker)
         if ranks.main:

@@ -52,6 +52,7 @@ INTERVALS = {
     "data.repeats": "[1, inf)",
     "data.max_bad_fraction": "[0, 1]",
     "data.std": "(0, inf)",
+    "data.min_crop": "[0, 1]",
     "augmentation.scale": "(0, 1]",
     "augmentation.ratio": "(0, inf)",
     "checkpoint.every_epochs": "(0, inf)",

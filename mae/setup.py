@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from mae import checkpoint, data, device, optim, track
-from mae.augment import AUGMENTATIONS, center_crop
+from mae.augment import AUGMENTATIONS
 from mae.config import build, call
 from mae.data.loader import EvalLoader, Loader
 from mae.distributed import Ranks, assert_same
 from mae.plan import Plan, make_plan, micro_batch
 from mae.tasks import TASKS
+from mae.tasks.common import eval_loader
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Training:
     loader: Loader
     val_loader: EvalLoader
     dtype: torch.dtype
+    improved: bool = False  # the last validation was the best so far, and is not saved yet
 
     def where(self) -> dict[str, Any]:
         """What every line of metrics begins with."""
@@ -96,6 +98,7 @@ class Training:
         """Metrics of the validation set, told to the tracker together with pictures."""
         batches = (device.send(batch, self.ranks.device) for batch in self.val_loader)
         metrics = self.task.evaluate(batches, self.ranks, self.autocast)
+        self.improved = self.task.improved(metrics)
         self.tracker.log(self.where() | metrics)
         if self.ranks.main:
             self.task.draw(self.run, self.where(), self.tracker, self.autocast)
@@ -114,7 +117,8 @@ class Training:
                 "config": OmegaConf.to_yaml(self.cfg),
             }
             epoch = self.progress.step / self.plan.steps_per_epoch
-            self.saver.save(self.progress.step, epoch, self.task.model.state_dict(), trainer)
+            self.saver.save(self.progress.step, epoch, self.task.model.state_dict(), trainer, self.improved)
+        self.improved = False
 
     def restore(self) -> None:
         """Takes up the newest valid checkpoint, where there is one."""
@@ -154,24 +158,6 @@ def load(run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int
     return loader, plan
 
 
-def load_val(cfg: DictConfig, ranks: Ranks, source: Any, batch_size: int, num_patches: int | None) -> EvalLoader:
-    """The validation images of this rank, each once over all ranks."""
-    transform = call(center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
-    pin = ranks.device.type == "cuda"
-    return call(
-        EvalLoader,
-        cfg.data,
-        source,
-        transform,
-        batch_size,
-        cfg.seed,
-        ranks.rank,
-        ranks.world,
-        num_patches,
-        pin,
-    )
-
-
 def set_up(
     run: Path,
     cfg: DictConfig,
@@ -187,6 +173,7 @@ def set_up(
     val_set = build(data.SOURCES, cfg.data, "val")
     dtype = device.number_format(precision, ranks.device)
     task = build(TASKS, cfg.task, cfg, val_set)
+    task.begin(cfg, train_set, val_set)
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     loader, plan = load(run, cfg, ranks, train_set, task.num_patches)
     groups = call(optim.param_groups, cfg.optimizer, task.trained)
@@ -205,7 +192,7 @@ def set_up(
         saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
         progress=Progress.new(ranks.device),
         loader=loader,
-        val_loader=load_val(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches),
+        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches),
         dtype=dtype,
     )
     seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks

@@ -56,6 +56,8 @@ def open_checkpoint(path: str) -> Opened:
         raise ValueError(
             f"init={path} does not exist. Name a run directory, a checkpoint folder or file, or timm:NAME."
         )
+    if place.is_symlink():  # checkpoints/best
+        place = place.resolve()
     return _open_folder(place) if place.is_dir() else _open_file(place)
 
 

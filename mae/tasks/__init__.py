@@ -1,9 +1,14 @@
 """One small file a task; `TASKS` names them.
 
-A trained task is a module: `forward(batch)` gives a dict with `loss`, `evaluate(batches, ranks)` a dict
-of metrics, and `model` is what a checkpoint holds. The others have `run()`.
+A trained task is a module: `forward(batch)` gives a dict with `loss`, `evaluate(batches, ranks, autocast)` a
+dict of metrics, `model` is what a checkpoint holds and `trained` what the optimizer works on. The others
+are functions of (run, cfg, ranks, tracker) that return the summary.
 """
 
+from mae.tasks.evaluate import evaluate
+from mae.tasks.finetune import Finetune
+from mae.tasks.knn import knn
+from mae.tasks.linprobe import Linprobe
 from mae.tasks.pretrain import Pretrain
 
-TASKS = {"pretrain": Pretrain}
+TASKS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": Linprobe, "knn": knn, "evaluate": evaluate}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mae import pictures
 from mae.augment import Prepare
 from mae.config import call
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
 from mae.models.mae import MaskedAutoencoder
 
 
@@ -24,6 +26,11 @@ class Pretrain(nn.Module):
         self.mask_ratio, self.num_images = mask_ratio, num_images
         self.val_count = len(val_set)
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
+
+    def begin(self, cfg: DictConfig, train_set: Any, val_set: Any) -> None:
+        """Takes up the weights that `init` names, if any; without a decoder in them ours starts afresh."""
+        if cfg.init is not None:
+            fit(self.model, read(cfg.init))
 
     @property
     def trained(self) -> nn.Module:
@@ -89,6 +96,10 @@ class Pretrain(nn.Module):
         pictures.save_columns(shown, path)
         caption = f"mask ratio {self.mask_ratio:g}, epoch {where['epoch']:g}"
         tracker.picture("reconstruction", path, where["step"], caption)
+
+    def improved(self, metrics: Mapping[str, float]) -> bool:
+        """No checkpoint is kept as the best: the last one serves best downstream."""
+        return False
 
     def after_step(self, skipped: Tensor) -> None:
         """Nothing to do between steps."""

@@ -1,0 +1,86 @@
+"""Figures of a classifier, exact over any number of ranks: each image counts once, in the data set's order."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Results:
+    """What a classifier said of each image, ordered by index. All arrays are (N,)."""
+
+    index: np.ndarray  # int64: the image's number in the data set
+    label: np.ndarray  # int64: its class
+    predicted: np.ndarray  # int64: the class of the largest logit
+    place: np.ndarray  # int64: how many classes came before its own; 0 is a hit
+    loss: np.ndarray  # float64: cross-entropy without smoothing
+    confidence: np.ndarray  # float64: softmax of the largest logit
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def top(self, k: int) -> float:
+        """Top-k accuracy in percent."""
+        return 100.0 * float((self.place < k).mean())
+
+    def mean_loss(self) -> float:
+        """Mean cross-entropy, to nine digits: batches of other sizes round otherwise beyond those."""
+        return float(f"{self.loss.mean():.6g}")
+
+    def figures(self) -> dict[str, float]:
+        """top1 and top5 in percent, and loss."""
+        return {"top1": self.top(1), "top5": self.top(5), "loss": self.mean_loss()}
+
+    def per_class(self, classes: int) -> np.ndarray:
+        """(classes, 2) int64: images of each class, and of these the hits."""
+        count = np.bincount(self.label, minlength=classes)
+        hits = np.bincount(self.label[self.place == 0], minlength=classes)
+        return np.stack([count, hits], 1)
+
+    def confusion(self, classes: int) -> np.ndarray:
+        """(classes, classes) int64: row the true class, column the predicted one."""
+        cells = np.bincount(self.label * classes + self.predicted, minlength=classes**2)
+        return cells.reshape(classes, classes)
+
+    def calibration(self, bins: int) -> tuple[float, np.ndarray]:
+        """Expected calibration error (Guo et al., 2017, equation 3) and (bins, 3): images, confidence, accuracy."""
+        place = np.minimum((self.confidence * bins).astype(np.int64), bins - 1)
+        count = np.bincount(place, minlength=bins)
+        safe = np.maximum(count, 1)
+        confidence = np.bincount(place, self.confidence, bins) / safe
+        accuracy = np.bincount(place, (self.place == 0).astype(float), bins) / safe
+        error = float((count * np.abs(accuracy - confidence)).sum() / max(1, len(self)))
+        return error, np.stack([count, confidence, accuracy], 1)
+
+
+class Collector:
+    """Gathers what a classifier says, batch by batch, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, index: Tensor, label: Tensor, logits: Tensor) -> None:
+        """index, label (B,) int64 and logits (B, C)."""
+        logits = logits.float()
+        own = logits.gather(1, label[:, None])
+        earlier = torch.arange(logits.shape[1], device=logits.device) < label[:, None]
+        place = ((logits > own) | ((logits == own) & earlier)).sum(1)
+        place = torch.where(logits.isfinite().all(1), place, logits.shape[1])  # NaN is a miss, not a tie
+        loss = F.cross_entropy(logits, label, reduction="none")
+        confidence = logits.softmax(1).amax(1)
+        self.parts.append((index, label, logits.argmax(1), place, loss.double(), confidence.double()))
+
+    def results(self, ranks: Any) -> Results | None:
+        """The results of all ranks on every rank, or None where no rank had an image."""
+        mine = [torch.cat(columns).cpu().numpy() for columns in zip(*self.parts, strict=True)]
+        together = [part for part in ranks.gather(mine) if part]
+        if not together:
+            return None
+        columns = [np.concatenate(column) for column in zip(*together, strict=True)]
+        _, first = np.unique(columns[0], return_index=True)  # ordered by index; stand-ins of bad images once
+        names = (field.name for field in fields(Results))
+        return Results(**{name: column[first] for name, column in zip(names, columns, strict=True)})

@@ -1,0 +1,48 @@
+"""Charts of a classifier's results."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+NAMED = 30  # classes whose names fit along an axis
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
+def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
+    """Confusion matrix (C, C) as a picture: each row in parts of the images of its class; classes that are
+    neither there nor predicted are left out."""
+    used = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    counts, names = counts[np.ix_(used, used)], [names[k] for k in used]
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(5.0, min(12.0, 2 + 0.45 * len(names)))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true class", title=f"Confusion of {len(names)} classes")
+    if len(names) <= NAMED:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in np.argwhere(counts > 0):
+            shade = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade, fontsize=7)
+    figure.colorbar(image, label="part of the class", shrink=0.8)
+    _save(figure, path)
+
+
+def calibration(bins: np.ndarray, error: float, path: Path) -> None:
+    """Reliability diagram of (bins, 3): images, mean confidence, accuracy."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    used = bins[:, 0] > 0
+    left = np.arange(len(bins)) / len(bins)
+    axes.bar(left[used], bins[used, 2], width=1 / len(bins), align="edge", color="#6baed6", edgecolor="white")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"Calibration error {error:.4f}")
+    _save(figure, path)

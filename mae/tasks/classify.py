@@ -1,0 +1,81 @@
+"""What fine-tuning and probing share: a classifier that is validated by top-1, top-5 and loss."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae.augment import Prepare
+from mae.config import call
+from mae.data.source import Source
+from mae.metrics import Collector
+from mae.tasks.common import check_classes, keep_classes
+
+
+class Classify(nn.Module):
+    """A trained task whose result is a classifier: `model` is validated and saved, `trained` is learned."""
+
+    model: Any
+    num_patches = None  # no masking noise
+
+    def __init__(self, cfg: DictConfig, val_set: Source):
+        super().__init__()
+        self.classes = list(val_set.classes)
+        self.prepare = call(Prepare, cfg.data)
+        self.best = -1.0  # top-1 of the best validation so far
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        """Checks the labels and takes up `init`. Raises ValueError where either will not do."""
+        check_classes(cfg, train_set, val_set)
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer works on."""
+        return self.model
+
+    def images(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The batch as the model takes it: flipped, normalised, in the weights' type."""
+        return self.prepare(batch["image"], batch.get("flip")).to(self.model.pos_embed.dtype)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
+        """top1 and top5 in percent, and loss, of the validation set over all ranks."""
+        self.eval()
+        found = Collector()
+        for batch in batches:
+            images = self.images(batch)
+            with autocast():
+                logits = self.model(images)
+            found.add(batch["index"], batch["label"], logits)
+        self.train()
+        results = found.results(ranks)
+        return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
+
+    def improved(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this validation is the best so far; remembers it."""
+        better = metrics.get("val/top1", -1.0) > self.best
+        self.best = max(self.best, metrics.get("val/top1", -1.0))
+        return better
+
+    def draw(self, run: Path, where: Mapping[str, Any], tracker: Any, autocast: Any) -> None:
+        """No pictures; the names of the classes are left for evaluation and export."""
+        keep_classes(run, self.classes)
+
+    def after_step(self, skipped: Tensor) -> None:
+        """Nothing to do between steps."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What belongs into a checkpoint beside the weights."""
+        return {"best": self.best}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `extra_state` gave."""
+        self.best = state["best"]
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The main results."""
+        shown = {name.removeprefix("val/"): value for name, value in metrics.items()}
+        return shown | {"best_top1": self.best}

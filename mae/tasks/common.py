@@ -1,0 +1,111 @@
+"""What several tasks need: a data set's labels checked, its images in order, its class names kept."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import Tensor
+
+from mae import device
+from mae.augment import center_crop
+from mae.config import call, write_text
+from mae.data.loader import EvalLoader
+from mae.data.source import Source, reduced
+
+log = logging.getLogger(__name__)
+
+CLASSES = "classes.json"  # in a classifier's run: names in the order of its logits
+
+
+def eval_loader(
+    cfg: DictConfig, ranks: Any, source: Source, batch_size: int, num_patches: int | None = None
+) -> EvalLoader:
+    """The images of this rank, centre-cropped, each once over all ranks."""
+    transform = call(center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    pin = ranks.device.type == "cuda"
+    return call(
+        EvalLoader, cfg.data, source, transform, batch_size, cfg.seed, ranks.rank, ranks.world, num_patches, pin
+    )
+
+
+def sent(loader: EvalLoader, ranks: Any) -> Iterator[dict[str, Tensor]]:
+    """A loader's batches on the device."""
+    return (device.send(batch, ranks.device) for batch in loader)
+
+
+def need_labels(cfg: DictConfig, source: Source, part: str) -> np.ndarray:
+    """The labels of a data set. Raises ValueError where there are none, or some are missing."""
+    labels = source.labels
+    if labels is None or not source.classes:
+        raise ValueError(
+            f"task={cfg.task.name} needs labels, and the {part} images of data.name={cfg.data.name} have none: "
+            "put them in one sub-folder a class, or choose labelled data."
+        )
+    if len(labels) and int(labels.min()) < 0:
+        missing = int((labels < 0).sum())
+        example = source.name(int(np.flatnonzero(labels < 0)[0]))
+        raise ValueError(
+            f"task={cfg.task.name} needs labels, and {missing} of the {part} images of data.name={cfg.data.name} "
+            f"have none, such as {example}."
+        )
+    return labels
+
+
+def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+    """Whether the images can be learned from.
+
+    Raises ValueError where labels are missing, a class has no image to learn from, or there are more or
+    fewer classes than `data.num_classes`.
+    """
+    names = train_set.classes
+    need_labels(cfg, train_set, "training")
+    need_labels(cfg, val_set, "validation")
+    expected = cfg.data.num_classes
+    if expected is not None and expected != len(names):
+        raise ValueError(
+            f"data.num_classes={expected}, but data.name={cfg.data.name} holds {len(names)} classes "
+            f"({', '.join(names[:3])}...): correct data.num_classes, or data.root."
+        )
+    if len(names) < 2:
+        raise ValueError(f"data.name={cfg.data.name} holds a single class: a classifier needs two or more.")
+    used = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed).labels
+    assert used is not None
+    empty = np.flatnonzero(np.bincount(used, minlength=len(names)) == 0)
+    if len(empty):
+        few = " that data.fraction and data.per_class leave" if len(used) < len(train_set) else ""
+        raise ValueError(
+            f"the class {names[empty[0]]} has no image among the {len(used)} training images{few}"
+            + (f" ({len(empty)} classes have none)" if len(empty) > 1 else "")
+            + ": add images, remove the class, or raise data.fraction."
+        )
+    unseen = np.flatnonzero(np.bincount(need_labels(cfg, val_set, "validation"), minlength=len(names)) == 0)
+    if len(unseen):
+        log.warning("no validation image is of class %s (%d such classes)", names[unseen[0]], len(unseen))
+
+
+def keep_classes(run: Path, names: list[str]) -> None:
+    """Leaves the class names in a run's directory, for evaluation and export."""
+    write_text(run / CLASSES, json.dumps(names) + "\n")
+
+
+def kept_classes(init: str) -> list[str] | None:
+    """The class names of the run that `init` names or lies in, or None."""
+    for folder in (Path(init), *Path(init).parents[:3]):
+        if (folder / CLASSES).is_file():
+            names = json.loads((folder / CLASSES).read_text())
+            return [str(name) for name in names]
+    return None
+
+
+def need_init(cfg: DictConfig) -> str:
+    """`init`. Raises ValueError where it is not given."""
+    if cfg.init is None:
+        raise ValueError(
+            f"task={cfg.task.name} needs init=: name a run's directory, one of its checkpoints, or a file of "
+            "another library."
+        )
+    return cfg.init

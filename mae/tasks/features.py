@@ -1,0 +1,59 @@
+"""Features of a frozen encoder, computed once: what k-NN compares and cached probing trains on."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae.augment import Prepare
+from mae.config import call
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
+from mae.models.vit import classifier
+from mae.tasks.common import need_init
+
+
+class Features(NamedTuple):
+    """Features of a data set, ordered by index, the same on every rank; on the host."""
+
+    index: Tensor  # (N,) int64
+    label: Tensor  # (N,) int64
+    feature: Tensor  # (N, D) float32
+
+
+class Encoder(nn.Module):
+    """The encoder that `init` names, without a head: batch -> features (B, D) float32."""
+
+    def __init__(self, cfg: DictConfig, pool: Literal["avg", "token"]):
+        super().__init__()
+        self.model = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool=pool)
+        fit(self.model, read(need_init(cfg)), head="fresh")
+        self.prepare = call(Prepare, cfg.data)
+        self.requires_grad_(False).eval()
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        images = self.prepare(batch["image"], batch.get("flip")).to(self.model.pos_embed.dtype)
+        return self.model(images).float()
+
+
+@torch.no_grad()
+def extract(
+    encode: Callable[[Mapping[str, Tensor]], Tensor],
+    batches: Iterable[Mapping[str, Tensor]],
+    ranks: Any,
+    autocast: Any,
+) -> Features:
+    """Features of all ranks' images on every rank, each image once."""
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        with autocast():
+            feature = encode(batch)
+        parts.append((batch["index"], batch["label"], feature.float()))
+    mine = [torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)]
+    together = [part for part in ranks.gather(mine) if part]
+    columns = [np.concatenate(column) for column in zip(*together, strict=True)]
+    _, first = np.unique(columns[0], return_index=True)
+    return Features(*(torch.from_numpy(column[first]) for column in columns))

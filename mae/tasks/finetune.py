@@ -1,0 +1,143 @@
+"""End-to-end and partial fine-tuning, and training from scratch (arXiv 2111.06377, A.1, tables 9 and 11)."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+
+from mae.config import call
+from mae.data.source import Source
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
+from mae.models.vit import classifier
+from mae.tasks.classify import Classify
+
+log = logging.getLogger(__name__)
+
+
+class Finetune(Classify):
+    """Learn the labels, all of the network or its last blocks, from `init` or from scratch.
+
+    With `ema_decay`, `model` is the moving average of the weights, and `trained` the weights themselves.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        val_set: Source,
+        *,
+        global_pool: Literal["avg", "token"],
+        drop_path: float,
+        finetune_blocks: float | None,
+        mixup: float,
+        cutmix: float,
+        mixup_prob: float,
+        mixup_switch_prob: float,
+        label_smoothing: float,
+        ema_decay: float | None,
+    ):
+        super().__init__(cfg, val_set)
+        classes = len(self.classes)
+        self.model = call(classifier, cfg.model, num_classes=classes, drop_path=drop_path, global_pool=global_pool)
+        self.label_smoothing, self.mix = label_smoothing, None
+        if mixup or cutmix:  # drawn on the host from numpy's generator, which each rank seeds and checkpoints keep
+            self.mix = Mixup(
+                mixup, cutmix, None, mixup_prob, mixup_switch_prob, "batch", True, label_smoothing, classes
+            )
+        self.live, self.ema_decay = self.model, ema_decay
+        if finetune_blocks is not None:
+            freeze(self.live, finetune_blocks)
+        if ema_decay is not None:
+            self.model = copy.deepcopy(self.live).requires_grad_(False)
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        super().begin(cfg, train_set, val_set)
+        if cfg.init is not None:
+            fit(self.live, read(cfg.init))
+            self.model.load_state_dict(self.live.state_dict())
+        elif cfg.task.finetune_blocks is not None:
+            raise ValueError(
+                f"task.finetune_blocks={cfg.task.finetune_blocks:g} trains the last blocks of a network that init= "
+                "gives: set init, or task.finetune_blocks=null to train from scratch."
+            )
+        else:
+            log.info("init is not set: training starts from scratch")
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.live
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed, and where images are mixed with mixed, labels."""
+        images, labels = self.images(batch), batch["label"]
+        if self.mix is None:
+            logits = self.live(images)
+            return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
+        if len(images) % 2:
+            raise ValueError(
+                f"task.mixup and task.cutmix mix images in pairs, and a batch of {len(images)} came: choose an even "
+                "share of task.batch_size for each device and task.drop_last=true, or set both to 0."
+            )
+        images, targets = self.mix(images, labels)
+        return {"loss": F.cross_entropy(self.live(images).float(), targets)}
+
+    def train(self, mode: bool = True) -> "Finetune":
+        """Frozen parts stay as in evaluation: without drop path."""
+        super().train(mode)
+        for block in self.live.blocks:
+            if not any(p.requires_grad for p in block.parameters()):
+                block.eval()
+        return self
+
+    @torch.no_grad()
+    def after_step(self, skipped: Tensor) -> None:
+        """Moves the average towards the weights, unless the step was skipped."""
+        if self.ema_decay is not None:
+            share = ((1.0 - self.ema_decay) * (1.0 - skipped)).to(torch.float32)
+            for average, weight in zip(self.model.parameters(), self.live.parameters(), strict=True):
+                average.lerp_(weight, share.to(average.dtype))
+
+    def extra_state(self) -> dict[str, Any]:
+        live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
+        return super().extra_state() | live
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        if self.ema_decay is not None:
+            self.live.load_state_dict(state["live"])
+
+
+def freeze(model: Any, blocks: float) -> None:
+    """Leaves only the last `blocks` blocks, the final norm and the head to be trained (paper, figure 9).
+
+    Half a block is its MLP with its norm; 0 is the head alone. Raises ValueError for another fraction, or
+    more blocks than there are.
+    """
+    if blocks % 0.5 or blocks > len(model.blocks):
+        raise ValueError(
+            f"task.finetune_blocks must be a multiple of 0.5 and at most model.depth={len(model.blocks)}, "
+            f"got {blocks:g}."
+        )
+    model.requires_grad_(False)
+    for part in unfrozen(model, blocks):
+        part.requires_grad_(True)
+
+
+def unfrozen(model: Any, blocks: float) -> Iterator[nn.Module]:
+    """The parts of a ViT that partial fine-tuning trains."""
+    yield model.head
+    if not blocks:
+        return
+    yield from (model.norm, model.fc_norm)
+    whole = math.floor(blocks)
+    yield from list(model.blocks)[len(model.blocks) - whole :]
+    if blocks > whole:
+        half = model.blocks[len(model.blocks) - whole - 1]
+        yield from (half.norm2, half.mlp)

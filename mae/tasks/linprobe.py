@@ -1,0 +1,99 @@
+"""Linear probing (arXiv 2111.06377, A.1, table 10): a frozen encoder, BatchNorm without affine, one matrix."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae.config import call
+from mae.data.source import Source
+from mae.metrics import Collector
+from mae.models.foreign import read
+from mae.models.foreign_fit import fit
+from mae.models.foreign_parts import BATCH_NORM_EPS
+from mae.models.vit import classifier
+from mae.tasks.classify import Classify
+from mae.tasks.common import need_init
+
+HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
+
+
+class Linprobe(Classify):
+    """Learn a linear classifier on the features of the encoder that `init` names."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        val_set: Source,
+        *,
+        global_pool: Literal["avg", "token"],
+        cached_features: bool,
+        learning_rates: list[float] | None,
+    ):
+        super().__init__(cfg, val_set)
+        if learning_rates and not cached_features:
+            raise ValueError("task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr.")
+        classes = len(self.classes)
+        self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=global_pool)
+        self.model.head = head(self.model.embed_dim, classes)
+        self.model.requires_grad_(False)
+        self.model.head.requires_grad_(True)
+
+    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
+        super().begin(cfg, train_set, val_set)
+        fit(self.model, read(need_init(cfg)), head="fresh")
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the head reads, (B, D): the class token after `norm`, or the mean of the patch tokens."""
+        with torch.no_grad():
+            return self.model.forward_head(self.model.forward_features(self.images(batch)), pre_logits=True)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The head in its own number format: statistics over a batch want more than half precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.model.head(features.to(self.model.head[1].weight.dtype))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        features = self.features(batch)
+        if len(features) < 2:
+            raise ValueError(
+                "task=linprobe normalises over a batch, and one of a single image came: raise task.batch_size or "
+                "task.micro_batch_size, and keep task.drop_last=true."
+            )
+        return {"loss": F.cross_entropy(self.logits(features), batch["label"])}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
+        """top1 and top5 in percent, and loss; the BatchNorm's statistics are first made the mean over ranks."""
+        for buffer in self.model.head.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(ranks.sum(buffer.clone()) / ranks.world)
+        self.eval()
+        found = Collector()
+        for batch in batches:
+            with autocast():
+                features = self.features(batch)
+            found.add(batch["index"], batch["label"], self.logits(features))
+        self.train()
+        results = found.results(ranks)
+        return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
+
+    def train(self, mode: bool = True) -> "Linprobe":
+        """The encoder stays as in evaluation."""
+        super().train(mode)
+        for name, part in self.model.named_children():
+            if name != "head":
+                part.eval()
+        return self
+
+
+def head(width: int, classes: int) -> nn.Sequential:
+    """The reference's probe: BatchNorm without affine, then a matrix."""
+    linear = nn.Linear(width, classes)
+    nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS), linear)
