@@ -142,7 +142,8 @@ def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
     if "warmup_epochs" not in task:
         return
     if task["warmup_epochs"] > task["epochs"]:
-        yield f"task.warmup_epochs={task['warmup_epochs']:g} is longer than task.epochs={task['epochs']:g}: lower it too."
+        warmup, epochs = task["warmup_epochs"], task["epochs"]
+        yield f"task.warmup_epochs={warmup:g} is longer than task.epochs={epochs:g}: lower it too."
     peak = optimizer["base_lr"] * task["batch_size"] / 256
     if optimizer["min_lr"] > peak:
         min_lr = optimizer["min_lr"]
