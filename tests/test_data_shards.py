@@ -183,6 +183,37 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         opened(tmp_path / "damaged", tmp_path)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_twenty_thousand_images_over_ranks_and_workers(tmp_path):
+    pixels = torch.arange(20_000)[:, None, None, None] % 251
+    whole = Arrays(pixels.to(torch.uint8).expand(-1, 1, 8, 8), None, [], "made")
+    (tmp_path / "packed" / "val").mkdir(parents=True)
+    pack.pack(whole, tmp_path / "packed" / "train", KEEP, per_shard=500, workers=2)
+    chance, plain = np.random.default_rng(0), {}
+
+    def sequence(world, workers, kind, start):
+        source = opened(tmp_path / "packed", tmp_path, in_chans=1)
+        found = []
+        for rank in range(world):
+            options = LOADING | {"workers": kind, "num_workers": workers, "max_bad_fraction": 0.0}
+            loader = Loader(source, transform(), 256, 64, 0, rank, world, **options)
+            batches = [b["index"] for step in loader.steps(0, start) for b in step if b["weight"] > 0]
+            loader.close()
+            found.append(torch.cat(batches).tolist())
+        return found
+
+    for world in (1, 2, 4):
+        for workers, kind in ((0, "auto"), (3, "thread"), (1, "process"), (3, "process")):
+            found = sequence(world, workers, kind, 0)
+            assert sorted(i for rank in found for i in rank) == list(range(20_000))
+            assert plain.setdefault(world, found) == found
+            start = int(chance.integers(1, 78))  # killed here, and started again
+            for rank, tail in zip(found, sequence(world, workers, kind, start), strict=True):
+                assert rank[start * 256 // world :] == tail
+
+
 # ---------------------------------------------------------------- fetching
 
 
