@@ -23,6 +23,7 @@ INTERVALS = {
     "task.num_images": "[1, inf)",
     "task.label_smoothing": "[0, 1)",
     "task.drop_path": "[0, 1)",
+    "task.patch_drop": "[0, 1)",
     "task.mixup": "[0, inf)",
     "task.cutmix": "[0, inf)",
     "task.mixup_prob": "[0, 1]",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from timm.data.mixup import Mixup
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
 from mae.config import call
@@ -35,6 +36,7 @@ class Finetune(Classify):
         *,
         global_pool: Literal["avg", "token"],
         drop_path: float,
+        patch_drop: float,
         finetune_blocks: float | None,
         mixup: float,
         cutmix: float,
@@ -46,6 +48,8 @@ class Finetune(Classify):
         super().__init__(cfg, val_set)
         classes = len(self.classes)
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=drop_path, global_pool=global_pool)
+        if patch_drop:
+            self.model.patch_drop = PatchDropout(patch_drop, num_prefix_tokens=1)
         self.label_smoothing, self.mix = label_smoothing, None
         if mixup or cutmix:  # drawn on the host from numpy's generator, which each rank seeds and checkpoints keep
             self.mix = Mixup(
