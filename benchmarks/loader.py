@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from mae.data.source import Source
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
+Found = dict[str, list[tuple[float, float]]]  # name -> (images a second, CPU ms an image) a round
 GOALS = {6: 3.0, 7: 6.0, 8: 10.0}
 
 
@@ -101,13 +103,21 @@ def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1
     loader.close()
 
 
-def speed(batches: Iterator[int]) -> float:
-    """Images a second, from the first batch on, so that the start of the workers is not counted."""
-    next(batches)
+def speed(batches: Iterator[int]) -> tuple[float, float]:
+    """Images a second, from the first batch on, so that the start of the workers is not counted, and
+    milliseconds of CPU an image, over all threads and processes, which other programs disturb less."""
+    busy = cpu_seconds()
+    first = next(batches)
     start, images = time.perf_counter(), 0
     for count in batches:
         images += count
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start), (cpu_seconds() - busy) / (images + first) * 1e3
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def unlike_pillow(folder: Path) -> int:
@@ -135,9 +145,9 @@ def prepare_speed(batch: int) -> float:
     return batch / statistics.median(times[2:])
 
 
-def measure(makers: dict[str, Callable[[], Iterator[int]]], rounds: int, warm_up: int) -> dict[str, list[float]]:
-    """Images a second of each in each round, taken in turn."""
-    found: dict[str, list[float]] = {name: [] for name in makers}
+def measure(makers: dict[str, Callable[[], Iterator[int]]], rounds: int, warm_up: int) -> Found:
+    """The speed of each in each round, taken in turn."""
+    found: Found = {name: [] for name in makers}
     for round_ in range(warm_up + rounds):
         for name, make in makers.items():
             value = speed(make())
@@ -146,15 +156,17 @@ def measure(makers: dict[str, Callable[[], Iterator[int]]], rounds: int, warm_up
     return found
 
 
-def report(found: dict[str, list[float]]) -> list[dict[str, Any]]:
+def report(found: Found) -> list[dict[str, Any]]:
     """The table, printed, and its rows."""
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    print(f"{'':34}{'images/s: median':>18}{'max':>9}{'ratio':>8}{'goal':>6}")
+    medians = {name: statistics.median(v for v, _ in values) for name, values in found.items()}
+    busy = {name: statistics.median(b for _, b in values) for name, values in found.items()}
+    print(f"{'':34}{'images/s: median':>18}{'max':>9}{'ratio':>8}{'goal':>6}{'CPU ms/image':>15}{'ratio':>8}")
     rows = []
     for number, name in enumerate(found):
         ratio, row = medians[name] / medians["peer"], number + 5
         goal = f"{GOALS[row]:g}" if row in GOALS else ""
-        print(f"{name:34}{medians[name]:18.0f}{max(found[name]):9.0f}{ratio:8.2f}{goal:>6}")
+        top, saved = max(v for v, _ in found[name]), busy["peer"] / busy[name]
+        print(f"{name:34}{medians[name]:18.0f}{top:9.0f}{ratio:8.2f}{goal:>6}{busy[name]:15.2f}{saved:8.2f}")
         if row in GOALS:
             entry = {"row": row, "name": name, "ours": medians[name], "peer": medians["peer"], "ratio": ratio}
             rows.append(entry | {"goal": GOALS[row]})

@@ -224,10 +224,13 @@ def _need_rgb(image: Tensor, name: str) -> None:
 
 
 def random_resized_crop(
-    *, img_size: int | list[int], scale: list[float], ratio: list[float], hflip: bool
+    *, img_size: int | list[int], scale: list[float], ratio: list[float], min_crop: float, hflip: bool
 ) -> RandomResizedCrop:
-    """Random box of `scale` of the area and `ratio` of width to height, resized to `img_size`."""
-    return RandomResizedCrop(pair(img_size), scale, ratio, hflip)
+    """Random box of `scale` of the area and `ratio` of width to height, resized to `img_size`.
+
+    `min_crop` is the least part of the area that still shows what the image is of, whatever `scale` says.
+    """
+    return RandomResizedCrop(pair(img_size), [max(s, min_crop) for s in scale], ratio, hflip)
 
 
 def rand_augment(
@@ -235,6 +238,7 @@ def rand_augment(
     img_size: int | list[int],
     scale: list[float],
     ratio: list[float],
+    min_crop: float,
     hflip: bool,
     policy: str,
     erase_prob: float,
@@ -242,7 +246,8 @@ def rand_augment(
     std: list[float],
 ) -> RandAugment:
     """Random resized crop, timm's RandAugment `policy`, random erasing with probability `erase_prob`."""
-    return RandAugment(RandomResizedCrop(pair(img_size), scale, ratio, hflip), policy, erase_prob, mean, std)
+    crop = random_resized_crop(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
+    return RandAugment(crop, policy, erase_prob, mean, std)
 
 
 def color_jitter(
@@ -250,6 +255,7 @@ def color_jitter(
     img_size: int | list[int],
     scale: list[float],
     ratio: list[float],
+    min_crop: float,
     hflip: bool,
     brightness: float,
     contrast: float,
@@ -257,7 +263,7 @@ def color_jitter(
     hue: float,
 ) -> ColorJitter:
     """Random resized crop and colour jitter (an ablation of the paper, table 1e)."""
-    crop = RandomResizedCrop(pair(img_size), scale, ratio, hflip)
+    crop = random_resized_crop(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
     return ColorJitter(crop, [brightness, contrast, saturation, hue])
 
 

@@ -7,6 +7,7 @@ SHA-256 of both). It is written under a temporary name, flushed, and renamed.
 `python -m mae.checkpoint RUN` lists a run's checkpoints.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -67,7 +68,8 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
     try:
         temporary.mkdir(parents=True)
         safetensors.torch.save_file(dict(weights), temporary / WEIGHTS)
-        torch.save(dict(trainer), temporary / TRAINER)
+        with (temporary / TRAINER).open("wb") as file:  # python's own file says what the disk says
+            torch.save(dict(trainer), file)
         files = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)}
             for name in (WEIGHTS, TRAINER)
@@ -79,8 +81,10 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
             shutil.rmtree(path)
         temporary.rename(path)
         _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if os.strerror(errno.ENOSPC) in str(error):  # as torch and safetensors word it, each with a type of its own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

@@ -51,9 +51,10 @@ NEUTRAL = (
     ("launcher",),
     ("wandb",),
     ("checkpoint",),
-    ("data", "num_workers"),
-    ("data", "timeout_s"),
-    ("data", "root"),
+    *(
+        ("data", key)
+        for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")
+    ),
 )
 
 

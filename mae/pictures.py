@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def reconstruction_columns(model: Any, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Normalised images (B, C, H, W) with predictions (B, L, p * p * C) and mask (B, L) as four columns.
+def reconstruction_rows(model: Any, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Normalised images (B, C, H, W) with predictions (B, L, p * p * C) and mask (B, L) as four rows.
 
     With norm_pix_loss a prediction has no brightness or contrast of its own: each patch gets those of the
     original, as the paper's figures do.
@@ -37,23 +37,23 @@ def to_image(values: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def save_columns(columns: Mapping[str, Tensor], path: Path, smallest: int = 112) -> None:
-    """Writes columns of images (B, C, H, W) in [0, 1] side by side as a PNG, a title above each.
+def save_rows(rows: Mapping[str, Tensor], path: Path, smallest: int = 96) -> None:
+    """Writes rows of images (B, C, H, W) in [0, 1], one below the other as a PNG, a title before each.
 
     Small images are enlarged by a whole factor to `smallest` pixels or more, without blurring.
     """
-    first = next(iter(columns.values()))
+    first = next(iter(rows.values()))
     count, _, height, width = first.shape
     zoom = max(1, -(-smallest // max(height, width)))
-    cell_w, cell_h, gap, head = width * zoom, height * zoom, 4, 22
-    sheet = Image.new("RGB", (len(columns) * (cell_w + gap) + gap, head + count * (cell_h + gap)), "white")
+    cell_w, cell_h, gap, margin = width * zoom, height * zoom, 4, 100
+    sheet = Image.new("RGB", (margin + count * (cell_w + gap), gap + len(rows) * (cell_h + gap)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, (title, images) in enumerate(columns.items()):
-        left = gap + column * (cell_w + gap)
-        pen.text((left + 2, 3), title, fill="black", font=font)
-        for row in range(count):
-            cell = to_image(images[row]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-            sheet.paste(cell, (left, head + row * (cell_h + gap)))
+    for row, (title, images) in enumerate(rows.items()):
+        top = gap + row * (cell_h + gap)
+        pen.text((4, top + cell_h // 2 - 8), title, fill="black", font=font)
+        for column in range(count):
+            cell = to_image(images[column]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            sheet.paste(cell, (margin + column * (cell_w + gap), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
     sheet.save(temporary)

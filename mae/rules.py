@@ -52,6 +52,7 @@ INTERVALS = {
     "data.repeats": "[1, inf)",
     "data.max_bad_fraction": "[0, 1]",
     "data.std": "(0, inf)",
+    "data.min_crop": "[0, 1]",
     "augmentation.scale": "(0, 1]",
     "augmentation.ratio": "(0, inf)",
     "checkpoint.every_epochs": "(0, inf)",
@@ -141,7 +142,8 @@ def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
     if "warmup_epochs" not in task:
         return
     if task["warmup_epochs"] > task["epochs"]:
-        yield f"task.warmup_epochs={task['warmup_epochs']:g} is longer than task.epochs={task['epochs']:g}: lower it too."
+        warmup, epochs = task["warmup_epochs"], task["epochs"]
+        yield f"task.warmup_epochs={warmup:g} is longer than task.epochs={epochs:g}: lower it too."
     peak = optimizer["base_lr"] * task["batch_size"] / 256
     if optimizer["min_lr"] > peak:
         min_lr = optimizer["min_lr"]

@@ -106,9 +106,12 @@ def test_shards_hold_what_was_packed(source, packed, tmp_path):
         assert torch.equal(image, source[number][0]) and label == source[number][1]
 
 
+def transform():
+    return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+
+
 def loaded(source, workers, epochs=(0, 1), start=0, **changes):
-    transform = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
-    loader = Loader(source, transform, 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
+    loader = Loader(source, transform(), 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
     found = []
     for epoch in epochs:
         for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
@@ -180,6 +183,37 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         opened(tmp_path / "damaged", tmp_path)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_twenty_thousand_images_over_ranks_and_workers(tmp_path):
+    pixels = torch.arange(20_000)[:, None, None, None] % 251
+    whole = Arrays(pixels.to(torch.uint8).expand(-1, 1, 8, 8), None, [], "made")
+    (tmp_path / "packed" / "val").mkdir(parents=True)
+    pack.pack(whole, tmp_path / "packed" / "train", KEEP, per_shard=500, workers=2)
+    chance, plain = np.random.default_rng(0), {}
+
+    def sequence(world, workers, kind, start):
+        source = opened(tmp_path / "packed", tmp_path, in_chans=1)
+        found = []
+        for rank in range(world):
+            options = LOADING | {"workers": kind, "num_workers": workers, "max_bad_fraction": 0.0}
+            loader = Loader(source, transform(), 256, 64, 0, rank, world, **options)
+            batches = [b["index"] for step in loader.steps(0, start) for b in step if b["weight"] > 0]
+            loader.close()
+            found.append(torch.cat(batches).tolist())
+        return found
+
+    for world in (1, 2, 4):
+        for workers, kind in ((0, "auto"), (3, "thread"), (1, "process"), (3, "process")):
+            found = sequence(world, workers, kind, 0)
+            assert sorted(i for rank in found for i in rank) == list(range(20_000))
+            assert plain.setdefault(world, found) == found
+            start = int(chance.integers(1, 78))  # killed here, and started again
+            for rank, tail in zip(found, sequence(world, workers, kind, start), strict=True):
+                assert rank[start * 256 // world :] == tail
+
+
 # ---------------------------------------------------------------- fetching
 
 
@@ -222,7 +256,7 @@ class Flaky:
 def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path)
-    source.store.fs = Flaky(source.store.fs)
+    source.store._fs = Flaky(source.store.fs)
     same(loaded(opened(packed, tmp_path), 0), loaded(source, 0))
     assert source.store.fs.count > 10
 
@@ -230,7 +264,7 @@ def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeyp
 def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
-    source.store.fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
     batches = loaded(source, 0, epochs=(0,))
     seen = [i for step in batches for b in step for i in b["index"].tolist()]
     assert len(seen) == 110 and not any(source.index.shard(i) == 2 for i in seen)

@@ -48,7 +48,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     calls = [0]
     if ranks.world > 1:
 
-        def counted(state: Any, bucket: Any) -> Any:
+        def counted(state, bucket):
             calls[0] += bucket.is_last()
             work = dist.all_reduce(bucket.buffer().div_(ranks.world), async_op=True)
             assert work is not None
@@ -79,9 +79,9 @@ def test_one_rank_equals_two_and_gradients_are_exchanged_once_a_step(tmp_path, m
 
 
 def test_more_ranks_than_images_in_the_last_step(tmp_path):
-    overrides = [*TINY_PRETRAIN, "data.fraction=0.0675", "task.batch_size=96", "task.epochs=2", "task.warmup_epochs=0"]
-    one = [*overrides]  # 97 images: the second step holds one
-    on_ranks(1, tmp_path / "one", functools.partial(trained, overrides=one))
+    overrides = [*TINY_PRETRAIN, "data.fraction=0.0675", "task.batch_size=96"]  # 97 images: each second step holds one
+    overrides += ["task.precision=fp64"]  # one image's gradient is small enough for Adam to turn rounding into steps
+    on_ranks(1, tmp_path / "one", functools.partial(trained, overrides=overrides))
     on_ranks(3, tmp_path / "three", functools.partial(trained, overrides=overrides))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), rel=1e-6)
 

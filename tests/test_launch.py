@@ -20,7 +20,7 @@ def started(run: Path, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *OFTEN, f"output_dir={run}", *overrides],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MAE_TEST_RUN": str(run)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,17 +84,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, numb
     assert digest(run) == digest(undisturbed)
 
 
-def children_of(group: int) -> list[int]:
-    """Living processes of a process group or session."""
+def living(run: Path) -> list[int]:
+    """Processes of a run that live, found by what `started` wrote into their environment."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
+            alive = (path / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            if alive and f"MAE_TEST_RUN={run}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
         except OSError:
             continue
-        if int(fields[3]) == group and fields[0] != "Z":
-            found.append(int(path.parent.name))
     return found
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Those of them that are ranks."""
+    return [p for p in living(run) if b"\0LOCAL_RANK=" in Path(f"/proc/{p}/environ").read_bytes()]
 
 
 def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
@@ -103,7 +108,8 @@ def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
         process = started(run, "launcher.processes=2", "task.epochs=2")
         if kill:
             wait_for_step(run, process, 4)
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in living(run):
+                os.kill(pid, signal.SIGKILL)
             process.wait()
             process = started(run, "launcher.processes=2", "task.epochs=2")
         told, _ = process.communicate(timeout=200)
@@ -116,30 +122,26 @@ def test_sigterm_to_a_run_of_two_saves_once(tmp_path, victim):
     run = tmp_path / "run"
     process = started(run, "launcher.processes=2", "checkpoint.every_epochs=100", "task.epochs=60")
     wait_for_step(run, process, 5)
-    ranks = [pid for pid in children_of(process.pid) if pid != process.pid and is_rank(pid)]
+    ranks = ranks_of(run)
     assert len(ranks) == 2
     os.kill(ranks[0] if victim == "one" else process.pid, signal.SIGTERM)
     told, _ = process.communicate(timeout=100)
     assert process.returncode not in (0, 1), told
     assert len(checkpoint.checkpoints_of(run)) == 1 and checkpoint.newest_valid(run) is not None
-    assert children_of(process.pid) == []
-
-
-def is_rank(pid: int) -> bool:
-    return b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+    assert living(run) == []
 
 
 def test_a_rank_that_is_killed_ends_the_run(tmp_path):
     run = tmp_path / "run"
     process = started(run, "launcher.processes=2", "task.epochs=100")
     wait_for_step(run, process, 3)
-    victim = next(p for p in children_of(process.pid) if p != process.pid and is_rank(p))
+    victim = ranks_of(run)[0]
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and time.monotonic() - begin < 60
     assert "it was killed by SIGKILL" in told and "Traceback" not in told
-    assert children_of(process.pid) == []
+    assert living(run) == []
 
 
 def test_a_user_s_error_in_several_processes_is_one_sentence(tmp_path):

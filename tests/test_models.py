@@ -29,9 +29,7 @@ TINY = dict(
     decoder_num_heads=2,
     norm_pix_loss=True,
 )
-DECODER = dict(
-    mlp_ratio=4.0, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True
-)
+DECODER = dict(mlp_ratio=4.0, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True)
 BASE = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
 LARGE = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16)
 HUGE = dict(img_size=224, patch_size=14, in_chans=3, embed_dim=1280, depth=32, num_heads=16)
@@ -211,12 +209,8 @@ def test_formula_agrees_with_counted_flops():
         images = torch.empty(2, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
         model(images, 0.75).loss.backward()
-    numbers = {
-        key: value for key, value in size.items() if not key.endswith("num_heads") and key != "norm_pix_loss"
-    }
-    assert 3 * 2 * flops(**numbers, mask_ratio=0.75).total == pytest.approx(
-        counter.get_total_flops(), rel=0.02
-    )
+    numbers = {key: value for key, value in size.items() if not key.endswith("num_heads") and key != "norm_pix_loss"}
+    assert 3 * 2 * flops(**numbers, mask_ratio=0.75).total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_base_model_costs_what_the_notes_say():

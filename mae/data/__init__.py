@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from mae.data.folder import classes_of, image_folder
+from mae.data.hub import hf
 from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
 from mae.data.lists import table
 from mae.data.robustness import robustness
@@ -16,9 +17,17 @@ SOURCES = {
     "stl10": stl10,
     "fashion_mnist": fashion_mnist,
     "folder": image_folder,
-    "classes": classes_of,
+    "imagenet": classes_of,
+    "imagenet_100": classes_of,
+    "inat": classes_of,
+    "places": classes_of,
     "table": table,
-    "robustness": robustness,
+    "hf": hf,
+    "imagenet_a": robustness,
+    "imagenet_c": robustness,
+    "imagenet_r": robustness,
+    "imagenet_sketch": robustness,
+    "imagenet_v2": robustness,
     "scientific": scientific_folder,
     "shards": tar_shards,
 }
@@ -33,6 +42,7 @@ class Description(NamedTuple):
     num_classes: int | None  # null: as many as are found
     mean: list[float]  # of the training images in [0, 1], one value or one a channel
     std: list[float]
+    min_crop: float  # least part of an image that still shows what it is of
     hflip: bool  # whether a mirrored image is still one of its class
     crop_fraction: float | None  # part of the image that evaluation keeps; null: the reference's rule
     train_images: int | None  # for dry_run where the data is not at hand; null: it is looked at
@@ -46,9 +56,10 @@ def describe(
     num_classes: int | None,
     mean: list[float],
     std: list[float],
+    min_crop: float,
     hflip: bool,
     crop_fraction: float | None,
     train_images: int | None,
 ) -> Description:
     """The facts of a data set, as its YAML states them."""
-    return Description(root, img_size, in_chans, num_classes, mean, std, hflip, crop_fraction, train_images)
+    return Description(root, img_size, in_chans, num_classes, mean, std, min_crop, hflip, crop_fraction, train_images)

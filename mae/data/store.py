@@ -63,15 +63,9 @@ class Remote:
     processes of a machine share and which is kept below `cache_gb`; the oldest go first."""
 
     def __init__(self, root: str, cache: Path, cache_gb: float, retry_s: float):
-        try:
-            import fsspec  # an extra
-        except ImportError as error:
-            raise ValueError(f"data.root={root} is remote, which needs fsspec: pip install fsspec.") from error
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(root.rstrip("/"))
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"data.root={root} cannot be opened: {error}.") from error
-        self.url, self.cache_gb, self.retry_s = root, cache_gb, retry_s
+        self.url, self.cache_gb, self.retry_s = root.rstrip("/"), cache_gb, retry_s
+        self._fs, self._fs_owner = None, -1
+        self.root = self.fs._strip_protocol(self.url)
         self.cache = cache / "shards" / hashlib.sha256(root.encode()).hexdigest()[:20]
         self.failed: dict[str, tuple[float, str]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -79,7 +73,22 @@ class Remote:
         self._coming: dict[str, Future] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_pool": None, "_coming": {}}
+        return vars(self) | {"_pool": None, "_coming": {}, "_fs": None}
+
+    @property
+    def fs(self) -> Any:
+        """fsspec's file system; each process needs one of its own. Raises ValueError."""
+        if self._fs is None or self._fs_owner != os.getpid():
+            try:
+                import fsspec  # an extra
+            except ImportError as error:
+                raise ValueError(f"data.root={self.url} is remote, which needs fsspec: pip install fsspec.") from error
+            try:
+                self._fs = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)[0]
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"data.root={self.url} cannot be opened: {error}.") from error
+            self._fs_owner = os.getpid()
+        return self._fs
 
     def path(self, name: str, size: int) -> str:
         """Where the bytes of a shard can be read, fetched if need be. Raises BadImage when tries run out."""
@@ -121,7 +130,7 @@ class Remote:
                 os.utime(path)
                 return str(path)
             try:
-                self._tried(name, lambda: self._download(name, path, size))
+                self._tried(name, lambda: self._download(name, path, size), known=True)
             except OSError as error:
                 self.failed[name] = time.monotonic(), f"the shard {name} cannot be fetched: {error}"
                 log.warning("the shard %s is passed over: %s", name, error)
@@ -138,15 +147,16 @@ class Remote:
             raise OSError(f"{temporary.stat().st_size} of its {size} bytes came")
         os.replace(temporary, path)
 
-    def _tried(self, name: str, deed: Any) -> Any:
-        """The deed's result, tried again for `retry_s` seconds. Raises OSError."""
+    def _tried(self, name: str, deed: Any, known: bool = False) -> Any:
+        """The deed's result, tried again for `retry_s` seconds; also where a file is absent that is `known`
+        to be there (its server may just be starting). Raises OSError."""
         give_up, pause = time.monotonic() + self.retry_s, PAUSE
         while True:
             try:
                 return deed()
-            except FileNotFoundError:
-                raise
             except Exception as error:  # each protocol of fsspec has errors of its own
+                if isinstance(error, FileNotFoundError) and not known:
+                    raise
                 if time.monotonic() + pause > give_up:
                     raise OSError(f"{type(error).__name__}: {error}") from error
                 log.info("%s/%s: %s; tried again in %g s", self.url, name, error, pause)

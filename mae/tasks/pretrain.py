@@ -71,7 +71,7 @@ class Pretrain(nn.Module):
         return {"val/loss": loss / count, "val/loss_of_patch_mean": flat / count} if count else {}
 
     def _choose(self, batch: Mapping[str, Tensor], world: int) -> dict[str, Tensor]:
-        """The batch's share of `num_images` samples spread evenly over the validation set (rank 0 has each world-th)."""
+        """The batch's share of `num_images` samples, evenly spread over the validation set."""
         stride = max(1, self.val_count // (self.num_images * world)) * world
         wanted = (batch["index"] % stride == 0).nonzero().squeeze(1)
         return {k: batch[k][wanted] for k in ("image", "noise")}
@@ -82,7 +82,7 @@ class Pretrain(nn.Module):
 
     @torch.no_grad()
     def draw(self, run: Path, where: Mapping[str, Any], tracker: Any, autocast: Any) -> None:
-        """original | masked | reconstruction | reconstruction with the visible patches, a row an image."""
+        """original, masked, reconstruction, reconstruction with the visible patches: a row each."""
         if not self.samples:
             return
         self.eval()
@@ -90,10 +90,10 @@ class Pretrain(nn.Module):
         with autocast():
             pred, mask = self.model.predict(images, self.mask_ratio, self.samples["noise"])
         self.train()
-        columns = pictures.reconstruction_columns(self.model, images, pred, mask)
-        shown = {title: self.prepare.undo(column.float()) for title, column in columns.items()}
+        rows = pictures.reconstruction_rows(self.model, images, pred, mask)
+        shown = {title: self.prepare.undo(row.float()) for title, row in rows.items()}
         path = run / "images" / f"reconstruction_{where['step']:08d}.png"
-        pictures.save_columns(shown, path)
+        pictures.save_rows(shown, path)
         caption = f"mask ratio {self.mask_ratio:g}, epoch {where['epoch']:g}"
         tracker.picture("reconstruction", path, where["step"], caption)
 
