@@ -17,6 +17,7 @@ SOURCES = {
     "stl10": stl10,
     "fashion_mnist": fashion_mnist,
     "folder": image_folder,
+    "cifar10_folder": image_folder,
     "imagenet": classes_of,
     "imagenet_100": classes_of,
     "inat": classes_of,
