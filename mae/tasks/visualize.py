@@ -84,15 +84,15 @@ def visualize(
                 model = autoencoder(cfg, foreign, norm_pix_loss).to(ranks.device)
                 for kind in masks:
                     for ratio in mask_ratios:
-                        columns = reconstruct(model, images, kind, ratio, cfg.seed)
+                        rows = reconstruct(model, images, kind, ratio, cfg.seed)
                         path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
-                        pictures.save_columns({t: prepare.undo(c.float()) for t, c in columns.items()}, path)
+                        pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
                         drawn[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
                 model = autoencoder(cfg, foreign, True) if foreign.head is None else load_classifier(cfg, foreign, 0)
                 maps = class_attention(model.to(ranks.device), images)
                 path = run / "images" / "attention.png"
-                pictures.save_columns(attention_columns(prepare.undo(images), maps, model.patch_embed.grid_size), path)
+                pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
                 drawn["Attention of the class token in the last block: mean and single heads"] = path
         for title, path in drawn.items():
             tracker.picture(path.stem, path, 0, title)
@@ -158,10 +158,10 @@ def told_norm_pix(foreign: Foreign) -> bool:
 
 
 def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:
-    """Columns of normalised images: original, masked, reconstruction, and with the visible patches."""
+    """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
     chance = noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
     pred, mask = model.predict(images, ratio, chance)
-    return pictures.reconstruction_columns(model, images, pred.float(), mask)
+    return pictures.reconstruction_rows(model, images, pred.float(), mask)
 
 
 def class_attention(model: nn.Module, images: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def class_attention(model: nn.Module, images: Tensor) -> Tensor:
     return weights.softmax(-1)[:, :, 0, 1:]
 
 
-def attention_columns(images: Tensor, maps: Tensor, grid: tuple[int, int], most: int = 6) -> dict[str, Tensor]:
+def attention_rows(images: Tensor, maps: Tensor, grid: tuple[int, int], most: int = 6) -> dict[str, Tensor]:
     """Images in [0, 1] and their attention maps, each scaled to its largest value, over the darkened image."""
     grey = images.mean(1, keepdim=True)
 
@@ -208,7 +208,7 @@ def page(cfg: DictConfig, kind: str, names: list[str], drawn: Mapping[str, Path]
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}"
         "img{max-width:100%;image-rendering:pixelated}h2{font-size:1.1rem}</style>\n"
         f"<h1>{html.escape(cfg.model.name)} on {html.escape(cfg.data.name)}</h1>\n"
-        f"<p>Weights: {html.escape(str(cfg.init))} ({html.escape(kind)}). Rows from above: {rows}.</p>\n"
+        f"<p>Weights: {html.escape(str(cfg.init))} ({html.escape(kind)}). Columns from the left: {rows}.</p>\n"
         + "\n".join(sections)
         + "\n</html>\n"
     )
