@@ -30,6 +30,13 @@ INTERVALS = {
     "task.mixup_switch_prob": "[0, 1]",
     "task.ema_decay": "(0, 1)",
     "task.temperature": "(0, inf)",
+    "task.finetune_blocks": "[0, inf)",
+    "task.learning_rates": "(0, inf)",
+    "task.k": "[1, inf)",
+    "task.knn_every_epochs": "(0, inf)",
+    "task.knn_images": "[1, inf)",
+    "task.mask_ratios": "(0, 1)",
+    "task.calibration_bins": "[1, inf)",
     "model.patch_size": "[1, inf)",
     "model.img_size": "[1, inf)",
     "model.in_chans": "[1, inf)",
@@ -66,6 +73,9 @@ INTERVALS = {
     "launcher.gpus_per_node": "[0, inf)",
     "launcher.timeout_min": "[1, inf)",
 }
+
+
+SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -196,7 +206,34 @@ def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"data.root={root} does not exist: give the directory of the images."
 
 
-RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_model, _schedule, _batch, _statistics, _devices, _root]
+def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
+    task = cfg["task"]
+    if not (task.get("mixup") or task.get("cutmix")) or not task["mixup_prob"]:
+        return
+    micro = task["micro_batch_size"]
+    held = micro if isinstance(micro, int) else task["batch_size"] // devices(cfg)
+    if held % 2:
+        yield (
+            f"task.mixup and task.cutmix mix images in pairs, and a device holds {held} at a time: choose an even "
+            "task.batch_size and task.micro_batch_size, or set task.mixup=0 task.cutmix=0."
+        )
+    if task["cutmix"] and min(pair(cfg["model"]["img_size"])) < SMALLEST_CUTMIX:
+        yield (
+            f"task.cutmix={task['cutmix']:g} pastes a box of one image into another, and images of "
+            f"model.img_size={cfg['model']['img_size']} are too small for that (below {SMALLEST_CUTMIX} pixels): set "
+            "task.cutmix=0."
+        )
+
+
+RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
+    _model,
+    _schedule,
+    _batch,
+    _statistics,
+    _devices,
+    _root,
+    _mixing,
+]
 
 
 def devices(cfg: Mapping[str, Any]) -> int:

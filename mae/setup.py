@@ -98,6 +98,7 @@ class Training:
         """Metrics of the validation set, told to the tracker together with pictures."""
         batches = (device.send(batch, self.ranks.device) for batch in self.val_loader)
         metrics = self.task.evaluate(batches, self.ranks, self.autocast)
+        metrics |= self.task.signal(self.where()["epoch"], self.ranks, self.autocast)
         self.improved = self.task.improved(metrics)
         self.tracker.log(self.where() | metrics)
         if self.ranks.main:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "data",
         "augment",
         "metrics",
+        "masking",
         "pictures",
         "config",
         "device",

@@ -6,9 +6,19 @@ are functions of (run, cfg, ranks, tracker) that return the summary.
 """
 
 from mae.tasks.evaluate import evaluate
+from mae.tasks.export import export
 from mae.tasks.finetune import Finetune
 from mae.tasks.knn import knn
 from mae.tasks.linprobe import Linprobe
 from mae.tasks.pretrain import Pretrain
+from mae.tasks.visualize import visualize
 
-TASKS = {"pretrain": Pretrain, "finetune": Finetune, "linprobe": Linprobe, "knn": knn, "evaluate": evaluate}
+TASKS = {
+    "pretrain": Pretrain,
+    "finetune": Finetune,
+    "linprobe": Linprobe,
+    "knn": knn,
+    "evaluate": evaluate,
+    "visualize": visualize,
+    "export": export,
+}

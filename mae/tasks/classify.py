@@ -54,6 +54,10 @@ class Classify(nn.Module):
         results = found.results(ranks)
         return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
 
+    def signal(self, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
+        """Nothing: the validation itself tells how good the features are."""
+        return {}
+
     def improved(self, metrics: Mapping[str, float]) -> bool:
         """Whether this validation is the best so far; remembers it."""
         better = metrics.get("val/top1", -1.0) > self.best

@@ -17,6 +17,7 @@ from mae.data.source import Source, Subset, reduced
 from mae.tasks.common import check_classes, eval_loader, sent
 from mae.tasks.features import Encoder, Features, extract
 
+TEMPERATURE = 0.07  # of the votes (Wu et al., 2018); task=knn takes its own
 CHUNK = 65536  # neighbours compared at a time: 65536 x 256 similarities are 64 MiB
 
 
@@ -76,6 +77,32 @@ def bank_of(source: Source, most: int | None, seed: int) -> Source:
     if most is None or len(source) <= most:
         return source
     return Subset(source, np.sort(np.random.default_rng([seed, 0x6E6E]).permutation(len(source))[:most]))
+
+
+class Signal:
+    """k-NN accuracy of a network that is still in training, every so many epochs."""
+
+    def __init__(self, cfg: DictConfig, train_set: Source, val_set: Source, every_epochs: float, images: int, k: int):
+        check_classes(cfg, train_set, val_set)
+        train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
+        self.cfg, self.every, self.k = cfg, every_epochs, k
+        self.bank, self.val_set = bank_of(train_set, images, cfg.seed), val_set
+        self.last = 0  # how many periods had passed when it was last looked at
+
+    def measure(self, encode: Any, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
+        """`val/knn_K` in percent, or nothing where no period has ended since the last time."""
+        periods = int(epoch / self.every + 1e-9)
+        if periods <= self.last:
+            return {}
+        self.last = periods
+        size = min(256, self.cfg.task.micro_batch_size or self.cfg.task.batch_size)
+        loader, val_loader = (eval_loader(self.cfg, ranks, part, size) for part in (self.bank, self.val_set))
+        bank = extract(encode, sent(loader, ranks), ranks, autocast)
+        neighbours = Neighbours(bank, len(self.bank.classes), [self.k], TEMPERATURE, ranks.device)
+        found = accuracy(encode, neighbours, sent(val_loader, ranks), ranks, autocast)
+        loader.close()
+        val_loader.close()
+        return {f"val/knn_{self.k}": found[self.k]}
 
 
 def knn(

@@ -14,23 +14,40 @@ from mae.config import call
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
 from mae.models.mae import MaskedAutoencoder
+from mae.tasks.knn import Signal
 
 
 class Pretrain(nn.Module):
     """Predict the pixels of the patches that were removed."""
 
-    def __init__(self, cfg: DictConfig, val_set: Any, *, mask_ratio: float, norm_pix_loss: bool, num_images: int):
+    def __init__(
+        self,
+        cfg: DictConfig,
+        val_set: Any,
+        *,
+        mask_ratio: float,
+        norm_pix_loss: bool,
+        num_images: int,
+        knn_every_epochs: float | None,
+        knn_images: int,
+        knn_k: int,
+    ):
         super().__init__()
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
         self.prepare = call(Prepare, cfg.data)
         self.mask_ratio, self.num_images = mask_ratio, num_images
         self.val_count = len(val_set)
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
+        self.knn_settings = (knn_every_epochs, knn_images, knn_k)
+        self.knn: Signal | None = None
 
     def begin(self, cfg: DictConfig, train_set: Any, val_set: Any) -> None:
         """Takes up the weights that `init` names, if any; without a decoder in them ours starts afresh."""
         if cfg.init is not None:
             fit(self.model, read(cfg.init))
+        every, images, k = self.knn_settings
+        if every is not None:
+            self.knn = Signal(cfg, train_set, val_set, every, images, k)
 
     @property
     def trained(self) -> nn.Module:
@@ -70,6 +87,15 @@ class Pretrain(nn.Module):
         loss, flat, count = ranks.sum(total).tolist()
         return {"val/loss": loss / count, "val/loss_of_patch_mean": flat / count} if count else {}
 
+    def signal(self, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
+        """k-NN accuracy of the class token, where `knn_every_epochs` asks for it."""
+        if self.knn is None:
+            return {}
+        self.eval()
+        found = self.knn.measure(lambda b: self.model.forward_features(self.images(b))[:, 0], epoch, ranks, autocast)
+        self.train()
+        return found
+
     def _choose(self, batch: Mapping[str, Tensor], world: int) -> dict[str, Tensor]:
         """The batch's share of `num_images` samples, evenly spread over the validation set."""
         stride = max(1, self.val_count // (self.num_images * world)) * world
@@ -105,11 +131,13 @@ class Pretrain(nn.Module):
         """Nothing to do between steps."""
 
     def extra_state(self) -> dict[str, Any]:
-        """Nothing beside the weights."""
-        return {}
+        """When k-NN was last measured."""
+        return {} if self.knn is None else {"knn": self.knn.last}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing beside the weights."""
+        """Takes up what `extra_state` gave."""
+        if self.knn is not None:
+            self.knn.last = state["knn"]
 
     @staticmethod
     def summary(metrics: Mapping[str, float]) -> dict[str, float]:

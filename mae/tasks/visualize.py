@@ -1,0 +1,214 @@
+"""Pictures of what a model makes and attends to: reconstructions at several masks, and the class token's attention."""
+
+import base64
+import html
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae import augment, data, device, pictures
+from mae.augment import Prepare
+from mae.config import build, call, write_text
+from mae.data.decode import Decoder
+from mae.data.folder import read as read_file
+from mae.data.source import BadImage, Source, Subset
+from mae.masking import noise
+from mae.models.foreign import Foreign, read
+from mae.models.foreign_fit import fit
+from mae.models.mae import MaskedAutoencoder
+from mae.tasks.common import need_init
+from mae.tasks.evaluate import load_classifier
+
+log = logging.getLogger(__name__)
+
+
+class Given:
+    """Image files that were named one by one, as a source."""
+
+    labels, classes = None, ()
+
+    def __init__(self, files: list[str], decoder: Decoder):
+        for file in files:
+            if not Path(file).expanduser().is_file():
+                raise ValueError(f"task.files names {file}, which does not exist.")
+        self.files, self.decoder = files, decoder
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return self.decoder(read_file(str(Path(self.files[index]).expanduser()))), -1
+        except (BadImage, OSError) as error:
+            raise ValueError(f"task.files: {self.files[index]} cannot be used: {error}.") from error
+
+    def name(self, index: int) -> str:
+        return Path(self.files[index]).name
+
+
+def visualize(
+    run: Path,
+    cfg: DictConfig,
+    ranks: Any,
+    tracker: Any,
+    *,
+    files: list[str] | None,
+    num_images: int,
+    mask_ratios: list[float],
+    masks: list[Literal["random", "block", "grid"]],
+    reconstruction: bool,
+    attention: bool,
+    norm_pix_loss: bool | None,
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
+) -> dict[str, Any]:
+    """PNGs in `images/` and all of them in one page, `visualize.html`. One rank draws."""
+    begun = time.perf_counter()
+    tracker.start(0, 0)
+    drawn: dict[str, Path] = {}
+    if ranks.main:
+        foreign = read(need_init(cfg))
+        dtype = device.number_format(precision, ranks.device)
+        prepare = call(Prepare, cfg.data).to(ranks.device)
+        images, names = chosen(cfg, files, num_images)
+        images = prepare(images.to(ranks.device))
+        with torch.no_grad(), device.autocast(dtype, ranks.device):
+            if reconstruction:
+                model = autoencoder(cfg, foreign, norm_pix_loss).to(ranks.device)
+                for kind in masks:
+                    for ratio in mask_ratios:
+                        rows = reconstruct(model, images, kind, ratio, cfg.seed)
+                        path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
+                        pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
+                        drawn[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
+            if attention:
+                model = autoencoder(cfg, foreign, True) if foreign.head is None else load_classifier(cfg, foreign, 0)
+                maps = class_attention(model.to(ranks.device), images)
+                path = run / "images" / "attention.png"
+                pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
+                drawn["Attention of the class token in the last block: mean and single heads"] = path
+        for title, path in drawn.items():
+            tracker.picture(path.stem, path, 0, title)
+        write_text(run / "visualize.html", page(cfg, foreign.kind, names, drawn))
+    ranks.barrier()
+    return {
+        "task": "visualize",
+        "steps": 0,
+        "epochs": 0,
+        "images_seen": len(files) if files else num_images,
+        "seconds": round(time.perf_counter() - begun, 2),
+        "images_per_second": None,
+        "checkpoint": cfg.init,
+        "page": "visualize.html",
+        "pictures": sorted(str(path.relative_to(run)) for path in drawn.values()),
+    }
+
+
+def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor, list[str]]:
+    """The images to draw (B, C, H, W) as the source has them, and their names: given files, or images spread
+    evenly over the validation set."""
+    if files:
+        decoder = Decoder(
+            cfg.data.in_chans, cfg.data.get("exif_orientation", False), cfg.data.get("max_pixels", 1 << 28)
+        )
+        source: Source = Given(files, decoder)  # type: ignore[assignment]
+    else:
+        whole: Source = build(data.SOURCES, cfg.data, "val")
+        source = Subset(whole, np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)))
+    crop = call(augment.center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    images = torch.stack([crop(source[k][0]) for k in range(len(source))])
+    return images, [source.name(k) for k in range(len(source))]
+
+
+def autoencoder(cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None) -> MaskedAutoencoder:
+    """The masked autoencoder in a checkpoint. Raises ValueError where it has no decoder, or does not say what
+    it predicts."""
+    if norm_pix_loss is None:
+        norm_pix_loss = told_norm_pix(foreign)
+    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
+    fit(model, foreign, need_decoder=cfg.task.reconstruction)
+    return model.eval()
+
+
+def told_norm_pix(foreign: Foreign) -> bool:
+    """Whether a checkpoint predicts normalised patches, as its config says. Raises ValueError where it does not."""
+    config, args = foreign.meta.get("config") or {}, foreign.meta.get("args") or {}
+    task = config.get("task") if isinstance(config.get("task"), dict) else {}
+    for place, key in (
+        (task, "norm_pix_loss"),
+        (config, "norm_pix_loss"),
+        (args, "norm_pix_loss"),
+        (args, "normlize_target"),
+    ):
+        if isinstance(place.get(key), bool):
+            return place[key]
+    if not foreign.has_decoder:
+        return True  # fit says what is missing
+    raise ValueError(
+        f"init={foreign.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true or "
+        "false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
+    )
+
+
+def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:
+    """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
+    chance = noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
+    pred, mask = model.predict(images, ratio, chance)
+    return pictures.reconstruction_rows(model, images, pred.float(), mask)
+
+
+def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+    """Attention (B, heads, L) of the class token to the patches in the last block, summing to at most 1."""
+    block: Any = model.blocks[-1]  # type: ignore[index]
+    seen: list[Tensor] = []
+    hook = block.norm1.register_forward_hook(lambda module, given, out: seen.append(out))
+    try:
+        model.forward_features(images)  # type: ignore[operator]
+    finally:
+        hook.remove()
+    q, k, _ = (
+        t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in block.attn.qkv(seen[0]).chunk(3, -1)
+    )
+    weights = (q[:, :, :1].float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+    return weights.softmax(-1)[:, :, 0, 1:]
+
+
+def attention_rows(images: Tensor, maps: Tensor, grid: tuple[int, int], most: int = 6) -> dict[str, Tensor]:
+    """Images in [0, 1] and their attention maps, each scaled to its largest value, over the darkened image."""
+    grey = images.mean(1, keepdim=True)
+
+    def overlay(attention: Tensor) -> Tensor:  # (B, L)
+        heat = attention / attention.amax(1, keepdim=True).clamp(min=1e-12)
+        heat = F.interpolate(heat.unflatten(1, grid)[:, None], size=images.shape[2:], mode="nearest")
+        return torch.cat([0.35 * grey + 0.65 * heat, 0.35 * grey + 0.45 * heat**2, 0.35 * grey], 1)
+
+    rgb = images if images.shape[1] == 3 else grey.expand(-1, 3, -1, -1)
+    heads = {f"head {k + 1}": overlay(maps[:, k]) for k in range(min(most, maps.shape[1]))}
+    return {"image": rgb, "mean": overlay(maps.mean(1)), **heads}
+
+
+def page(cfg: DictConfig, kind: str, names: list[str], drawn: Mapping[str, Path]) -> str:
+    """One HTML page with the pictures in it, that needs no other file."""
+    sections = []
+    for title, path in drawn.items():
+        picture = base64.b64encode(path.read_bytes()).decode()
+        sections.append(
+            f"<h2>{html.escape(title)}</h2>\n<img alt='{html.escape(title)}' src='data:image/png;base64,{picture}'>"
+        )
+    rows = ", ".join(html.escape(name) for name in names)
+    return (
+        "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>Masked autoencoder: pictures</title>\n"
+        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%;image-rendering:pixelated}h2{font-size:1.1rem}</style>\n"
+        f"<h1>{html.escape(cfg.model.name)} on {html.escape(cfg.data.name)}</h1>\n"
+        f"<p>Weights: {html.escape(str(cfg.init))} ({html.escape(kind)}). Columns from the left: {rows}.</p>\n"
+        + "\n".join(sections)
+        + "\n</html>\n"
+    )
