@@ -80,7 +80,7 @@ def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
 
 def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1) -> Iterator[int]:
     """Images in each batch of our way of loading."""
-    transform = random_resized_crop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], hflip=True)
+    transform = random_resized_crop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
     loader = Loader(
         Many(source, -(-images // len(source))),
         transform,

@@ -30,7 +30,7 @@ def source():
 
 
 def crop():
-    return augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+    return augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **changes):

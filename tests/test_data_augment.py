@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from mae import augment
 
-RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "hflip": True}
+RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 BUILDERS = {
     "random_resized_crop": RRC,

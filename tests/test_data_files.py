@@ -269,7 +269,7 @@ def test_faults_of_a_folder_are_named(tree, monkeypatch):
 
 
 def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
-    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
     options = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
     return Loader(
         source,

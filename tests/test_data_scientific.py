@@ -91,7 +91,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
     measured = stats.statistics(source)
     loader = Loader(
         source,
-        augment.random_resized_crop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], hflip=True),
+        augment.random_resized_crop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], min_crop=0.0, hflip=True),
         12,
         6,
         0,

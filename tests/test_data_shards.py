@@ -107,7 +107,7 @@ def test_shards_hold_what_was_packed(source, packed, tmp_path):
 
 
 def transform():
-    return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], hflip=True)
+    return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def loaded(source, workers, epochs=(0, 1), start=0, **changes):

@@ -44,7 +44,7 @@ UNPACKED = {"a": "imagenet-a", "r": "imagenet-r", "sketch": "sketch", "v2": "ima
 @functools.cache
 def synsets(which: Literal["", "_a", "_r"] = "") -> tuple[str, ...]:
     """WordNet ids of ImageNet-1k's classes in the order of a classifier's logits, or of a part of them."""
-    place = importlib.resources.files("timm.data").joinpath("_info", f"imagenet{which}_synsets.txt")
+    place = importlib.resources.files("timm.data") / "_info" / f"imagenet{which}_synsets.txt"
     return tuple(place.read_text().split())
 
 
