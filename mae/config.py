@@ -51,6 +51,8 @@ NEUTRAL = (
     ("launcher",),
     ("wandb",),
     ("checkpoint",),
+    ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "log_every_steps"),
     *(
         ("data", key)
         for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")

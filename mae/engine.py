@@ -212,7 +212,7 @@ def work(run: Path) -> int:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
         code = 3
     except Exception:
-        log.debug("this rank failed", exc_info=True)
+        track.write_traceback(run, ranks.rank)
         raise
     finally:
         tracker.finish(summary, failed=code != 0)

@@ -68,10 +68,6 @@ INTERVALS = {
     "checkpoint.keep": "[1, inf)",
     "checkpoint.keep_every_epochs": "(0, inf)",
     "launcher.processes": "[1, inf)",
-    "launcher.nodes": "[1, inf)",
-    "launcher.tasks_per_node": "[1, inf)",
-    "launcher.gpus_per_node": "[0, inf)",
-    "launcher.timeout_min": "[1, inf)",
 }
 
 
@@ -237,10 +233,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
 
 
 def devices(cfg: Mapping[str, Any]) -> int:
-    """Devices that take part: as torchrun or the cluster says where they started us, else as the launcher is set."""
+    """Devices that take part: as torchrun says where it started us, else as the launcher is set."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    launcher = cfg["launcher"]
-    if launcher["name"] == "slurm":
-        return launcher["nodes"] * (launcher["gpus_per_node"] or launcher["tasks_per_node"])
-    return launcher.get("processes", 1)
+    return cfg["launcher"].get("processes", 1)

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -248,6 +249,20 @@ def trackers(run: Path, cfg: DictConfig) -> Tracker:
     return Trackers([JsonLines(run), Terminal(), call(wandb_tracker, cfg.wandb, run, plain)])
 
 
+def log_file(run: Path, rank: int) -> Path:
+    """Where a rank's messages go."""
+    return run / "log.txt" if rank == 0 else run / "logs" / f"rank_{rank}.txt"
+
+
+def write_traceback(run: Path, rank: int) -> None:
+    """Adds the error being handled to the run's log.txt, whichever rank it is of; the console gets a sentence later."""
+    try:
+        with (run / "log.txt").open("a") as file:
+            file.write(f"rank {rank} failed\n{traceback.format_exc()}")
+    except OSError:  # a full disk must not hide the error itself
+        log.warning("log.txt cannot be written to")
+
+
 def set_up_logging(run: Path | None, rank: int) -> None:
     """Messages to the console (rank 0) and to the run's log.txt (rank 0) or logs/rank_N.txt (the others)."""
     root = logging.getLogger()
@@ -261,7 +276,7 @@ def set_up_logging(run: Path | None, rank: int) -> None:
         rich = RichHandler(console=console, show_path=False, show_level=False, show_time=False)
         root.addHandler(rich if sys.stderr.isatty() else plain)
     if run is not None:
-        path = run / "log.txt" if rank == 0 else run / "logs" / f"rank_{rank}.txt"
+        path = log_file(run, rank)
         path.parent.mkdir(exist_ok=True)
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

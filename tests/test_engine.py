@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_PRETRAIN, composed, run_here
 from torch import Tensor
 
-from mae import checkpoint, engine, plan, track
+from mae import checkpoint, engine, launch, plan, track
 from mae.distributed import Ranks
 from mae.setup import set_up
 
@@ -217,3 +217,24 @@ def test_images_seen_and_crossings_of_a_plan():
     p = plan.make_plan(101, 4, 1, epochs=2.5, max_steps=None, batch_size=32, micro_batch_size=None, drop_last=False)
     assert p.steps == 10 and [p.images_seen(s) for s in (0, 1, 3, 4, 5, 8)] == [0, 32, 96, 101, 133, 202]
     assert [s for s in range(1, 11) if p.crosses(0.5, s)] == [2, 4, 6, 8, 10]
+
+
+def test_the_traceback_of_a_failure_is_in_log_txt(tmp_path, monkeypatch):
+    from mae.tasks.pretrain import Pretrain
+
+    def broken(self, batch):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(Pretrain, "forward", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_here(tmp_path, *TINY_PRETRAIN)
+    log = (tmp_path / "log.txt").read_text()
+    assert "rank 0 failed" in log and "a bug of ours" in log and "Traceback" in log
+    assert "log.txt" in launch.explain(ZeroDivisionError("a bug of ours"))
+
+
+def test_the_micro_batch_may_change_between_two_starts(tmp_path):
+    run_here(tmp_path, *TINY_PRETRAIN, "task.max_steps=2")
+    run = tmp_path
+    (run / "summary.json").unlink()
+    assert run_here(run, *TINY_PRETRAIN, "task.max_steps=2", "task.micro_batch_size=16") == 0
