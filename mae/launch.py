@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
+from mae.pipeline import run_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,10 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     run = prepare(cfg, overrides)
     summary = run / "summary.json"
     if not summary.exists():
-        code = build(LAUNCHERS, cfg.launcher, run)
+        if cfg.task.name == "pipeline":  # each of whose stages comes back here
+            code = run_pipeline(run, cfg, overrides, composed, launch, os.environ.get("RANK", "0") == "0")
+        else:
+            code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
             return code
     else:
@@ -87,6 +93,14 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if "RANK" not in os.environ or os.environ["RANK"] == "0":
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """What a command line composes to, inside of Hydra's main or out of it."""
+    if GlobalHydra.instance().is_initialized():
+        return compose("config", overrides)
+    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
+        return compose("config", overrides)
 
 
 def work(run: str) -> int:
@@ -192,7 +206,7 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     shown = os.path.relpath(run)
     shown = str(run) if shown.startswith("..") else shown
     name, value = next(
-        ((k, summary[k]) for k in ("val_loss", "top1", "knn") if k in summary),
+        ((k, summary[k]) for k in ("top1", "knn", "val_loss") if k in summary),
         ("steps", summary.get("steps")),
     )
     result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {json.dumps(value)}"

@@ -2,9 +2,10 @@
 
 A trained task is a module: `forward(batch)` gives a dict with `loss`, `evaluate(batches, ranks, autocast)` a
 dict of metrics, `model` is what a checkpoint holds and `trained` what the optimizer works on. The others
-are functions of (run, cfg, ranks, tracker) that return the summary.
+are functions of (run, cfg, ranks, tracker) that return the summary; `pipeline` runs where the command was typed.
 """
 
+from mae.pipeline import pipeline
 from mae.tasks.evaluate import evaluate
 from mae.tasks.export import export
 from mae.tasks.finetune import Finetune
@@ -21,4 +22,5 @@ TASKS = {
     "evaluate": evaluate,
     "visualize": visualize,
     "export": export,
+    "pipeline": pipeline,
 }

@@ -1,0 +1,121 @@
+"""Several tasks as one command: each stage is a run of its own, in a folder of the pipeline's run.
+
+A stage that is finished is not done again; one that was interrupted goes on. Runs where the command was
+typed, and hands each stage to the launcher: it imports no torch.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from mae import config
+from mae.config import ConfigError, call, write_text
+
+log = logging.getLogger(__name__)
+
+SHARED = ("model", "data", "launcher", "wandb")  # the same in every stage; the rest hangs on the task
+OWN = ("optimizer", "augmentation", "checkpoint", "recipe", "~recipe", "experiment", "+experiment")
+CLASSIFIERS = ("finetune", "linprobe")
+Compose = Callable[[list[str]], DictConfig]  # a command line -> its config, not yet resolved
+Start = Callable[[DictConfig, list[str]], int]  # launches a checked config; gives the exit code
+
+
+def pipeline(
+    run: Path,
+    cfg: DictConfig,
+    compose: Compose,
+    start: Start,
+    *,
+    stages: list[Literal["pretrain", "linprobe", "finetune", "knn", "evaluate", "visualize", "export"]],
+    overrides: dict,
+) -> tuple[int, dict[str, Any] | None]:
+    """Runs the stages in order; returns the exit code, and the summary once all are finished.
+
+    `overrides` holds, for a stage, what it alone changes, as on a command line. Raises ConfigError before
+    the first stage starts where one of them is not possible.
+    """
+    if strange := [name for name, given in overrides.items() if given and name not in stages]:
+        raise ConfigError(f"task.overrides names {strange[0]}, which is not among task.stages={list(stages)}.")
+    if len(set(stages)) < len(stages) or not stages:
+        raise ConfigError(f"task.stages must name each stage once, got {list(stages)}.")
+    made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or []) for name in stages}
+    summaries: dict[str, Any] = {}
+    for number, (name, stage) in enumerate(made.items(), start=1):
+        log.info("stage %d of %d: %s", number, len(made), name)
+        if code := start(stage, [f"task={name}", *(overrides.get(name) or [])]):
+            return code, None
+        summary = run / name / "summary.json"
+        if not summary.exists():
+            log.info("stage %s was submitted: once it is finished the same command goes on with the next", name)
+            return 0, None
+        summaries[name] = json.loads(summary.read_text())
+    return 0, together(summaries)
+
+
+def stage_config(
+    run: Path, cfg: DictConfig, compose: Compose, name: str, stages: list[str], given: list[str]
+) -> DictConfig:
+    """The checked config of a stage: its own recipe, on the pipeline's model and data."""
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
+    if fixed := [one for one in given if one.startswith(("task=", "output_dir=", "init=", "resume="))]:
+        raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
+    stage = compose([f"task={name}", f"model={cfg.model.name}", f"data={cfg.data.name}", *given])
+    OmegaConf.set_struct(stage, False)
+    changed = {one.lstrip("+").split("=")[0] for one in given}
+    for section in SHARED:
+        for key, value in cfg[section].items():
+            if f"{section}.{key}" not in changed:
+                stage[section][key] = value
+    for key in ("seed", "device"):
+        stage[key] = cfg[key]
+    stage.output_dir = str(run / name)
+    parent = parent_of(name, stages)
+    stage.init = cfg.init if parent is None else str(run / parent)
+    if stage.init is None and name not in ("pretrain", "finetune"):
+        raise ConfigError(f"stage {name} has nothing to start from: let a stage pretrain come before, or give init=.")
+    try:
+        return config.check(config.resolve(stage))
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
+
+
+def parent_of(name: str, stages: list[str]) -> str | None:
+    """The earlier stage whose weights a stage starts from, or None."""
+    earlier = stages[: stages.index(name)]
+    classifiers = [stage for stage in earlier if stage in CLASSIFIERS]
+    if name in ("evaluate", "export") and classifiers:
+        return "finetune" if "finetune" in classifiers else classifiers[-1]
+    return "pretrain" if "pretrain" in earlier and name != "pretrain" else None
+
+
+def together(summaries: dict[str, Any]) -> dict[str, Any]:
+    """One summary: sums, and the main result of each stage; top1 and the like are those of the last that has them."""
+    total = {"task": "pipeline"}
+    for key in ("steps", "epochs", "images_seen", "seconds"):
+        total[key] = sum(summary.get(key) or 0 for summary in summaries.values())
+    seconds = total["seconds"]
+    total["images_per_second"] = round(total["images_seen"] / seconds, 1) if seconds else None  # type: ignore[operator]
+    for name, summary in summaries.items():
+        results = ("val_loss", "top1", "top5", "loss", "knn")
+        total |= {key: summary[key] for key in results if key in summary}
+        if name in ("pretrain", *CLASSIFIERS):
+            total["checkpoint"] = f"{name}/{summary['checkpoint']}"
+    return total | {"stages": summaries}
+
+
+def run_pipeline(run: Path, cfg: DictConfig, overrides: list[str], compose: Compose, start: Start, main: bool) -> int:
+    """The pipeline of a config, with its summary written by the main process. Returns the exit code."""
+    for one in overrides:
+        if one.startswith(OWN):
+            raise ConfigError(
+                f"{one} belongs to a stage: give it to one, as in 'task.overrides.pretrain=[\"{one}\"]'."
+            )
+    code, summary = call(pipeline, cfg.task, run, cfg, compose, start)
+    if summary is not None and main:
+        write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return code
