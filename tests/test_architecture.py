@@ -33,6 +33,7 @@ MAY_IMPORT = {
     },
     "data": {"augment"},
     "distributed": {"device"},
+    "device": {"allocator"},
     "track": {"config"},
 }
 
