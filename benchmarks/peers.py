@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from mae.models.layers import sincos_pos_embed
@@ -39,8 +39,9 @@ class ReferenceMAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(block(512, 16) for _ in range(decoder_depth))
         self.decoder_norm = norm(512)
         self.decoder_pred = nn.Linear(512, 768)
-        for b in [*self.blocks, *self.decoder_blocks]:
-            b.attn.fused_attn = False  # the reference's timm had no fused kernel
+        for attn in self.modules():
+            if isinstance(attn, Attention):
+                attn.fused_attn = False  # type: ignore[misc]  # the reference's timm had no fused kernel
 
     def forward(self, images: Tensor, mask_ratio: float) -> Tensor:
         x = self.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]

@@ -34,7 +34,7 @@ class Case:
     """Something to time. `keeps_memory`: it runs under `mae.allocator.keep_freed_memory`, as our runs do."""
 
     name: str
-    run: Callable[[], None]
+    run: Callable[[], object]
     keeps_memory: bool = False
 
 
@@ -66,7 +66,7 @@ def interleave(cases: list[Case], *, rounds: int, warmups: int, device: str = "c
     return seconds
 
 
-def _timed(run: Callable[[], None], device: str) -> float:
+def _timed(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -11,7 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mae.models.layers import attention, resize_pos_embed, set_attention_kernel, sincos_pos_embed
+from mae.models.layers import (
+    attention,
+    resize_pos_embed,
+    set_attention_kernel,
+    set_checkpointing,
+    sincos_pos_embed,
+)
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 
@@ -141,6 +147,17 @@ def test_autocast_stays_near_float32(dtype):
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
+def test_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**MODEL).double()
+    images, noise = torch.randn(2, 5, 16, 24, dtype=torch.float64), torch.rand(2, 12)
+    params = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(images, 0.75, noise).loss, params)
+    set_checkpointing(model, True)
+    for a, b in zip(torch.autograd.grad(model(images, 0.75, noise).loss, params), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mae.models.lean import gelu_linear, norm_linear, plain_attention
 
@@ -38,12 +39,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> 
 class Block(TimmBlock):
     """timm's transformer block (same arguments and state dict) with our attention and fewer queries."""
 
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
+    checkpointed: bool = False  # keep the block's input alone, run its forward again in backward
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
         """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""
-        x = x[:, first:] + self.drop_path1(self._attend(x, first))
-        return x + self.drop_path2(self._mlp(x))
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, first, use_reentrant=False)
+        return self._forward(x, first)
+
+    def _forward(self, x: Tensor, first: int) -> Tensor:
+        x = x[:, first:] + self.drop_path1(self.ls1(self._attend(x, first)))
+        return x + self.drop_path2(self.ls2(self._mlp(x)))
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
         attn: Any = self.attn
@@ -57,8 +66,9 @@ class Block(TimmBlock):
         return attn.proj(attention(q, k, v, self.kernel).flatten(2))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return gelu_linear(norm_linear(x, self.norm2, fc1.weight, fc1.bias), fc2.weight, fc2.bias)
+        mlp: Any = self.mlp
+        hidden = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias)
+        return gelu_linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
 
 
 def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
@@ -66,6 +76,13 @@ def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.kernel = kernel
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Activation checkpointing by block: a third more computation, a fraction of the memory."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.checkpointed = on
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:

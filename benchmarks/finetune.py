@@ -1,0 +1,50 @@
+"""Row 11: the fine-tuning step of ViT-B/16 against timm's model as it comes, both bf16.
+
+python benchmarks/finetune.py --json finetune.json
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from peers import VIT_BASE, soft_targets, timm_classifier, training_step
+from protocol import Case, arguments, compare, interleave, print_times, report
+from torch import nn
+
+from mae.models.vit import classifier
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--same-allocator", action="store_true", help="leave glibc's defaults to ours as well")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = args.device
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    targets = soft_targets(args.batch, 1000, device)
+
+    def step(model: nn.Module, fused: bool) -> Callable[[], None]:
+        model.to(device).train()
+        return training_step(
+            model,
+            lambda: F.cross_entropy(model(images).float(), targets),
+            device=device,
+            dtype=torch.bfloat16,
+            fused=fused,
+        )
+
+    ours = classifier(**VIT_BASE, num_classes=1000, drop_path=0.1, global_pool="avg")
+    cases = [
+        Case("ours", step(ours, fused=True), device == "cpu" and not args.same_allocator),
+        Case("timm", step(timm_classifier(), fused=False)),
+    ]
+    seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device)
+    print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
+    print_times(seconds)
+    name = "fine-tune step against timm's model as it comes, both bf16"
+    report([compare(11, name, seconds["ours"], seconds["timm"], 1.3, 1.5)], args.json)
+
+
+if __name__ == "__main__":
+    main()
