@@ -216,6 +216,7 @@ def test_the_main_process_generators_are_left_alone(source):
         img_size=16,
         scale=[0.2, 1.0],
         ratio=[0.75, 1.33],
+        min_crop=0.0,
         hflip=True,
         policy="rand-m9-mstd0.5-inc1",
         erase_prob=1.0,
