@@ -168,14 +168,13 @@ def class_attention(model: nn.Module, images: Tensor) -> Tensor:
     """Attention (B, heads, L) of the class token to the patches in the last block, summing to at most 1."""
     block: Any = model.blocks[-1]  # type: ignore[index]
     seen: list[Tensor] = []
-    hook = block.norm1.register_forward_hook(lambda module, given, out: seen.append(out))
+    hook = block.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     try:
         model.forward_features(images)  # type: ignore[operator]
     finally:
         hook.remove()
-    q, k, _ = (
-        t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in block.attn.qkv(seen[0]).chunk(3, -1)
-    )
+    projected = block.attn.qkv(block.norm1(seen[0])).chunk(3, -1)
+    q, k, _ = (t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in projected)
     weights = (q[:, :, :1].float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
     return weights.softmax(-1)[:, :, 0, 1:]
 

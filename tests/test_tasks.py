@@ -1,0 +1,454 @@
+"""Fine-tuning, probing, k-NN, pictures, export and the pipeline, as runs and by their parts."""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, TINY_PRETRAIN, composed, run_here
+from PIL import Image
+
+from mae import checkpoint, masking, rules
+from mae.config import ConfigError, build
+from mae.models.vit import classifier
+from mae.tasks import TASKS
+from mae.tasks.finetune import Finetune, freeze, unfrozen
+from mae.tasks.knn import Neighbours
+
+TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
+TINY_LINPROBE = [*TINY, "task=linprobe", "task.batch_size=32", "task.max_steps=3"]
+TINY_OTHER = [one for one in TINY if "precision" not in one]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("pretrained")
+    assert (
+        run_here(run, *TINY_PRETRAIN, "task.max_steps=4", "task.knn_every_epochs=0.5", "task.eval_every_epochs=0.5")
+        == 0
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def finetuned(pretrained, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finetuned")
+    assert run_here(run, *TINY_FINETUNE, f"init={pretrained}") == 0
+    return run
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.newest_valid(run)
+    assert path is not None
+    return checkpoint.read_weights(path)
+
+
+def said(*overrides: str, directory: Path) -> str:
+    """The message of a run that is refused."""
+    with pytest.raises(ValueError) as caught:
+        run_here(directory, *overrides)
+    return str(caught.value)
+
+
+def folder_of(root: Path, classes: dict[str, int], size: int = 16) -> Path:
+    """Images of noise in folders of classes; a class of 0 images is an empty folder."""
+    chance = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = chance.integers(0, 256, (size, size, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{k:03d}.png")
+    return root
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def test_a_fine_tuned_run_has_its_summary_its_best_checkpoint_and_its_classes(finetuned):
+    told = summary(finetuned)
+    keys = {
+        "task",
+        "steps",
+        "epochs",
+        "images_seen",
+        "seconds",
+        "images_per_second",
+        "checkpoint",
+        "top1",
+        "top5",
+        "loss",
+    }
+    assert keys <= told.keys() and told["task"] == "finetune" and told["steps"] == 3
+    assert 0 <= told["top1"] <= told["top5"] <= 100
+    assert (finetuned / "checkpoints" / "best" / "model.safetensors").is_file()
+    assert json.loads((finetuned / "classes.json").read_text()) == [str(digit) for digit in range(10)]
+    assert "recognised as ours, pretrained (encoder and decoder)" in (finetuned / "log.txt").read_text()
+    names = set(weights(finetuned))
+    assert {"fc_norm.weight", "head.weight"} <= names and not any(n.startswith(("norm.", "decoder")) for n in names)
+
+
+def test_mixing_averages_and_drop_path_go_on_after_a_resume_as_if_undisturbed(tmp_path):
+    command = [*TINY_FINETUNE, "task.ema_decay=0.9", "task.drop_path=0.5", "task.mixup=0.8", "task.cutmix=1.0"]
+    command += ["task.batch_size=16", "task.max_steps=4", "checkpoint.every_epochs=0.25", "checkpoint.keep=9"]
+    assert run_here(tmp_path, *command) == 0
+    before = checkpoint.weights_digest(weights(tmp_path))
+    for step in (3, 4):
+        for file in (tmp_path / "checkpoints" / checkpoint.step_name(step)).iterdir():
+            file.unlink()
+    (tmp_path / "summary.json").unlink()
+    assert run_here(tmp_path, *command) == 0
+    assert checkpoint.weights_digest(weights(tmp_path)) == before
+
+
+@pytest.mark.parametrize(("blocks", "changed"), [
+    (0.0, ("head.",)),
+    (0.5, ("head.", "fc_norm.", "blocks.1.norm2.", "blocks.1.mlp.")),
+    (1.0, ("head.", "fc_norm.", "blocks.1.")),
+    (1.5, ("head.", "fc_norm.", "blocks.1.", "blocks.0.norm2.", "blocks.0.mlp.")),
+])  # fmt: skip
+def test_partial_fine_tuning_changes_what_it_should_and_no_bit_else(pretrained, tmp_path, blocks, changed):
+    assert run_here(tmp_path, *TINY_FINETUNE, f"init={pretrained}", f"task.finetune_blocks={blocks}") == 0
+    before, after = weights(pretrained), weights(tmp_path)
+    for name, tensor in after.items():
+        if name.startswith("fc_norm.") and blocks == 0:
+            assert tensor.unique().item() == (1.0 if name.endswith("weight") else 0.0)  # as initialised
+        elif name.startswith(changed):
+            assert name not in before or not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_frozen_blocks_are_not_dropped(tmp_path):
+    model = tiny_classifier(drop_path=0.9)
+    freeze(model, 1.0)
+    task = Finetune.__new__(Finetune)
+    torch.nn.Module.__init__(task)
+    task.live = task.model = model
+    task.train()
+    assert [block.training for block in model.blocks] == [False, True]
+    assert {id(p) for part in unfrozen(model, 1.0) for p in part.parameters()} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+
+
+def tiny_classifier(classes: int = 10, pool: str = "avg", drop_path: float = 0.0, img_size: int = 16):
+    torch.manual_seed(0)
+    return classifier(
+        img_size=img_size, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2, mlp_ratio=4.0,
+        num_classes=classes, drop_path=drop_path, global_pool=pool,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_the_average_follows_the_weights_and_stays_where_a_step_was_skipped():
+    cfg = composed(*TINY_FINETUNE, "task.ema_decay=0.75")
+    task = build(TASKS, cfg.task, cfg, _Labelled())
+    with torch.no_grad():
+        for p in task.live.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in task.model.parameters()]
+    task.after_step(torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
+    task.after_step(torch.tensor(0.0))
+    for old, average in zip(before, task.model.parameters(), strict=True):
+        assert torch.allclose(average, old + 0.25, atol=1e-6)
+    assert not any(p.requires_grad for p in task.model.parameters())
+
+
+class _Labelled:
+    classes = [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_the_best_checkpoint_outlives_newer_ones(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=1, keep_every_epochs=None)
+    for step, best in ((1, True), (2, False), (3, False)):
+        saver.save(step, step, {"w": torch.full((1,), float(step))}, {}, best)
+    saver.wait()
+    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step_00000001", "step_00000003"]
+    assert safetensors.torch.load_file(tmp_path / "checkpoints" / "best" / "model.safetensors")["w"].item() == 1.0
+    saver.save(4, 4, {"w": torch.zeros(1)}, {}, True)
+    saver.wait()
+    assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step_00000004"]
+
+
+def test_another_image_size_non_square_too_interpolates_positions(pretrained, tmp_path):
+    size = ["model.img_size=[16,24]", "task.max_steps=1"]
+    assert run_here(tmp_path, *TINY_FINETUNE, f"init={pretrained}", *size) == 0
+    assert weights(tmp_path)["pos_embed"].shape == (1, 1 + 4 * 6, 32)
+    assert "interpolated from 4 x 4 to 4 x 6 patches" in (tmp_path / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- probing and k-NN
+
+
+def test_linear_probing_changes_the_head_and_its_statistics_and_no_bit_else(pretrained, tmp_path):
+    assert run_here(tmp_path, *TINY_LINPROBE, f"init={pretrained}") == 0
+    before, after = weights(pretrained), weights(tmp_path)
+    for name, tensor in after.items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, before[name]), name
+    assert int(after["head.0.num_batches_tracked"]) == 3
+    assert not torch.equal(after["head.0.running_mean"], torch.zeros(32))
+    assert not torch.equal(after["head.0.running_var"], torch.ones(32))
+    assert float(after["head.1.bias"].abs().max()) > 0
+    assert {"top1", "top5", "loss"} <= summary(tmp_path).keys()
+
+
+def test_heads_on_cached_features_learn_at_several_rates_and_the_best_is_kept(pretrained, tmp_path):
+    command = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.learning_rates=[0.001,30]"]
+    assert run_here(tmp_path / "two", *command, "task.max_steps=30", "task.epochs=10") == 0
+    two = summary(tmp_path / "two")
+    assert two["top1"] == max(two["top1_by_lr"].values()) and set(two["top1_by_lr"]) == {"0.001", "30"}
+    assert {"head.0.running_mean", "head.1.weight"} <= weights(tmp_path / "two").keys()
+    alone = [*command[:-1], f"task.learning_rates=[{two['best_lr']:g}]", "task.max_steps=30", "task.epochs=10"]
+    assert run_here(tmp_path / "one", *alone) == 0
+    assert summary(tmp_path / "one")["top1"] == two["top1"]  # heads do not disturb each other
+    assert run_here(tmp_path / "again", *TINY_OTHER, "task=evaluate", f"init={tmp_path / 'two'}") == 0
+    assert summary(tmp_path / "again")["top1"] == two["top1"]
+
+
+def test_neighbours_vote_as_written_down_by_hand(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 8, generator=generator), torch.randn(7, 8, generator=generator)
+    labels = torch.randint(0, 4, (50,), generator=generator)
+    from mae.tasks.features import Features
+
+    monkeypatch.setattr(sys.modules[Neighbours.__module__], "CHUNK", 16)  # several chunks
+    found = Neighbours(Features(torch.arange(50), labels, bank), 4, [1, 5, 20], 0.07, torch.device("cpu")).predict(
+        queries
+    )
+    unit = torch.nn.functional.normalize(bank, dim=1)
+    for row, query in enumerate(torch.nn.functional.normalize(queries, dim=1)):
+        near = unit @ query
+        for column, k in enumerate((1, 5, 20)):
+            votes = torch.zeros(4)
+            for i in near.argsort(descending=True)[:k]:
+                votes[labels[i]] += torch.exp(near[i] / 0.07)
+            assert found[row, column] == votes.argmax()
+
+
+def test_knn_gives_an_accuracy_for_each_k(pretrained, tmp_path):
+    assert run_here(tmp_path, *TINY_OTHER, "task=knn", "task.k=[1,20]", f"init={pretrained}") == 0
+    assert set(summary(tmp_path)["knn"]) == {"1", "20"}
+    assert all(10 < value <= 100 for value in summary(tmp_path)["knn"].values())
+
+
+def test_pretraining_measures_knn_every_so_many_epochs(pretrained):
+    measured = [line["step"] for line in lines(pretrained) if "val/knn_20" in line]
+    assert measured == [3]  # of 5 steps an epoch; the last validation, at step 4, is not another half epoch away
+
+
+# ---------------------------------------------------------------- pictures, export, pipeline
+
+
+def test_masks_keep_as_many_patches_as_asked_in_their_pattern():
+    for kind in ("random", "block", "grid"):
+        for ratio in (0.5, 0.75, 0.9):
+            noise = masking.noise(kind, (8, 12), ratio, 3, seed=1)
+            assert noise.shape == (3, 96) and noise.dtype == torch.float32
+            assert all(len(set(row.tolist())) == 96 for row in noise)  # no ties: exactly as many are kept
+    removed = masking.noise("grid", (8, 8), 0.75, 1, seed=0)[0].argsort()[16:]
+    kept = sorted(set(range(64)) - set(removed.tolist()))
+    assert kept == [8 * row + column for row in range(0, 8, 2) for column in range(0, 8, 2)]
+    half = masking.noise("grid", (8, 8), 0.5, 1, seed=0)[0].argsort()[:32]
+    assert {(k // 8 + k % 8) % 2 for k in half.tolist()} == {0}  # a chequerboard
+
+    def neighbours(noise: torch.Tensor) -> float:
+        mask = torch.zeros(196).scatter_(0, noise.argsort()[49:], 1.0).view(14, 14)
+        return float((mask[1:] * mask[:-1]).sum() + (mask[:, 1:] * mask[:, :-1]).sum())
+
+    block, random = (
+        sum(neighbours(row) for row in masking.noise(kind, (14, 14), 0.75, 8, seed=0)) for kind in ("block", "random")
+    )
+    assert block > 1.1 * random  # blocks hang together
+
+
+def test_pictures_of_a_set_and_of_given_files_in_one_page(pretrained, tmp_path):
+    base = [*TINY, "task=visualize", f"init={pretrained}", "task.mask_ratios=[0.75]"]
+    assert run_here(tmp_path / "set", *base, "task.num_images=2") == 0
+    names = ["attention.png", *(f"reconstruction_{kind}_75.png" for kind in ("block", "grid", "random"))]
+    assert sorted(p.name for p in (tmp_path / "set" / "images").iterdir()) == names
+    page = (tmp_path / "set" / "visualize.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and not re.search(r"(src|href)=.(?!data:)", page)
+
+    file = folder_of(tmp_path / "given", {"cats": 1}) / "cats" / "000.png"
+    assert run_here(tmp_path / "file", *base, f"task.files=[{file}]", "task.masks=[block]", "task.attention=false") == 0
+    assert "000.png" in (tmp_path / "file" / "visualize.html").read_text()
+    message = said(*base, "task.files=[/nowhere.png]", directory=tmp_path / "none")
+    assert message == "task.files names /nowhere.png, which does not exist."
+
+
+def test_a_classifier_shows_its_attention_but_reconstructs_nothing(finetuned, tmp_path):
+    base = [*TINY, "task=visualize", f"init={finetuned}", "task.num_images=1"]
+    assert run_here(tmp_path / "a", *base, "task.reconstruction=false") == 0
+    assert (tmp_path / "a" / "images" / "attention.png").is_file()
+    message = said(*base, directory=tmp_path / "b")
+    assert "holds no decoder" in message and "mae_pretrain_vit_*_full.pth" in message
+
+
+def test_attention_of_the_class_token_is_what_the_block_computes():
+    from mae.tasks.visualize import class_attention
+
+    model, images = tiny_classifier(), torch.randn(2, 3, 16, 16)
+    maps = class_attention(model, images)
+    assert maps.shape == (2, 2, 16)
+    assert (maps >= 0).all() and (maps.sum(-1) < 1).all()
+
+
+def test_a_file_that_does_not_say_what_it_predicts_must_be_told(pretrained, tmp_path):
+    file = tmp_path / "model.pth"
+    torch.save({"model": weights(pretrained)}, file)
+    base = [*TINY, "task=visualize", f"init={file}", "task.num_images=1", "task.masks=[random]"]
+    assert "set task.norm_pix_loss=true or false" in said(*base, directory=tmp_path / "a")
+    assert run_here(tmp_path / "b", *base, "task.norm_pix_loss=true", "task.attention=false") == 0
+
+
+def test_the_export_task_writes_what_timm_loads(finetuned, tmp_path):
+    import timm
+
+    target = tmp_path / "exported"
+    command = [*TINY_OTHER, "task=export", f"init={finetuned}", "task.format=timm", f"task.path={target}"]
+    assert run_here(tmp_path / "run", *command) == 0
+    assert {Path(file).name for file in summary(tmp_path / "run")["files"]} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    model = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
+    ours = tiny_classifier()
+    ours.load_state_dict(weights(finetuned))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(model(images), ours.eval()(images), atol=1e-6)
+    assert json.loads((target / "config.json").read_text())["label_names"] == [str(digit) for digit in range(10)]
+
+
+def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):
+    own = {
+        "pretrain": ["task.epochs=1", "task.warmup_epochs=0", "task.batch_size=32", "task.max_steps=1"],
+        "linprobe": ["task.batch_size=32", "task.max_steps=1"],
+        "finetune": ["task.batch_size=32", "task.max_steps=1"],
+    }
+    command = [*TINY_OTHER, "task=pipeline", "task.stages=[pretrain,linprobe,finetune,evaluate]"]
+    command += [f"task.overrides.{name}={json.dumps(given)}" for name, given in own.items()]
+    assert run_here(tmp_path, *command) == 0
+    told = summary(tmp_path)
+    assert list(told["stages"]) == ["pretrain", "linprobe", "finetune", "evaluate"]
+    assert told["top1"] == told["stages"]["evaluate"]["top1"] == told["stages"]["finetune"]["top1"]
+    assert {"val_loss", "top5", "steps", "seconds"} <= told.keys()
+    assert composed(*command).model == composed("data=digits", *TINY_OTHER).model
+
+    before = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in told["stages"]}
+    for left in (tmp_path / "summary.json", tmp_path / "evaluate" / "summary.json"):
+        left.unlink()
+    assert run_here(tmp_path, *command) == 0
+    after = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in told["stages"]}
+    assert [name for name in before if before[name] != after[name]] == ["evaluate"]
+    assert summary(tmp_path)["top1"] == told["top1"]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["optimizer.base_lr=1"], "optimizer.base_lr=1 belongs to a stage"),
+    (["task.stages=[knn]"], "stage knn has nothing to start from: let a stage pretrain come before, or give init=."),
+    (["task.stages=[pretrain,pretrain]"], "task.stages must name each stage once"),
+    (['task.overrides.knn=["task.k=[3]"]'], "task.overrides names knn, which is not among task.stages"),
+    (['task.overrides.pretrain=["init=x"]'], "task.overrides.pretrain: init is the pipeline's to set."),
+    (['task.overrides.finetune=["task.mixup=-1"]'], "stage finetune: task.mixup must be 0 or more, got -1.0."),
+])  # fmt: skip
+def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(tmp_path, given, message):
+    assert message in said(*TINY_OTHER, "task=pipeline", *given, directory=tmp_path / "run")
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+# ---------------------------------------------------------------- what users get wrong
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (["task.batch_size=30", "task.micro_batch_size=5"], "mix images in pairs, and a device holds 5 at a time"),
+    (["model.img_size=8"], "images of model.img_size=8 are too small for that (below 16 pixels): set task.cutmix=0."),
+    (["task.mixup_prob=2"], "task.mixup_prob must lie in [0, 1], got 2.0."),
+    (["task.ema_decay=1"], "task.ema_decay must lie in (0, 1), got 1.0."),
+])  # fmt: skip
+def test_mixing_that_cannot_work_is_refused_before_anything_is_built(values, message):
+    with pytest.raises(ConfigError) as caught:
+        composed("task=finetune", "task.batch_size=32", "task.mixup=0.8", "task.cutmix=1.0", *values)
+    assert message in str(caught.value)
+
+
+def test_even_batches_and_images_of_sixteen_pixels_may_be_mixed():
+    cfg = composed("task=finetune", "task.mixup=0.8", "task.cutmix=1.0", "model.img_size=16")
+    assert not list(rules.contradictions(cfg))
+
+
+def test_an_odd_last_batch_is_named(tmp_path):
+    root = folder_of(tmp_path / "data", {"cat": 10, "dog": 9})
+    command = [*TINY_FINETUNE, "data=folder", f"data.root={root}", "data.fraction=1", "data.min_crop=0.9"]
+    command += ["task.batch_size=16", "task.drop_last=false", "task.mixup=0.8"]
+    assert "task.mixup and task.cutmix mix images in pairs, and a batch of" in said(
+        *command, directory=tmp_path / "run"
+    )
+
+
+@pytest.mark.parametrize(("classes", "given", "message"), [
+    ({"cat": 9, "dog": 9}, ["data.num_classes=3"], "data.num_classes=3, but data.name=folder holds 2 classes"),
+    ({"cat": 9, "dog": 0}, [], "the class dog has no image among the"),
+    ({".": 9}, [], "task=finetune needs labels, and the training images of data.name=folder have none"),
+])  # fmt: skip
+def test_labels_that_will_not_do_are_named(tmp_path, classes, given, message):
+    root = tmp_path / "data"
+    if "." in classes:
+        folder_of(root, {"all": classes["."]})
+    else:
+        folder_of(root, classes)
+    command = [*TINY_FINETUNE, "data=folder", f"data.root={root}", "data.fraction=1", *given]
+    assert message in said(*command, directory=tmp_path / "run")
+
+
+def test_a_few_label_subset_that_loses_a_class_is_named(tmp_path):
+    message = said(*TINY_FINETUNE, "data.fraction=0.003", "task.batch_size=2", directory=tmp_path)
+    assert "has no image among the 4 training images that data.fraction and data.per_class leave" in message
+
+
+@pytest.mark.parametrize("task", ["linprobe", "knn", "evaluate", "visualize", "export"])
+def test_init_is_asked_for_where_a_task_needs_it(tmp_path, task):
+    base = TINY if task in ("linprobe", "visualize") else TINY_OTHER
+    more = ["task.batch_size=32"] if task == "linprobe" else []
+    message = said(*base, f"task={task}", *more, directory=tmp_path)
+    assert message.startswith(f"task={task} needs init=: name a run's directory")
+
+
+def test_a_checkpoint_of_another_size_truncated_or_with_code_is_refused(pretrained, tmp_path):
+    big = said(*TINY_FINETUNE, f"init={pretrained}", "model.embed_dim=64", directory=tmp_path / "a")
+    assert "with embed_dim 32, but the model has embed_dim 64. Set model.embed_dim=32" in big
+
+    newest = checkpoint.newest_valid(pretrained)
+    assert newest is not None
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((newest / "model.safetensors").read_bytes()[:-100])
+    assert "is truncated" in said(*TINY_FINETUNE, f"init={cut}", directory=tmp_path / "b")
+
+    torch.save({"model": {"w": torch.zeros(1)}, "hook": logging.Handler}, tmp_path / "code.pth")
+    assert "it carries code" in said(*TINY_FINETUNE, f"init={tmp_path / 'code.pth'}", directory=tmp_path / "c")
+
+
+def test_partial_fine_tuning_without_a_start_or_of_odd_fractions_is_refused(pretrained, tmp_path):
+    assert "set init, or task.finetune_blocks=null" in said(
+        *TINY_FINETUNE, "task.finetune_blocks=1", directory=tmp_path / "a"
+    )
+    message = said(*TINY_FINETUNE, f"init={pretrained}", "task.finetune_blocks=0.3", directory=tmp_path / "b")
+    assert message == "task.finetune_blocks must be a multiple of 0.5 and at most model.depth=2, got 0.3."
