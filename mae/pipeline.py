@@ -112,9 +112,7 @@ def run_pipeline(run: Path, cfg: DictConfig, overrides: list[str], compose: Comp
     """The pipeline of a config, with its summary written by the main process. Returns the exit code."""
     for one in overrides:
         if one.startswith(OWN):
-            raise ConfigError(
-                f"{one} belongs to a stage: give it to one, as in 'task.overrides.pretrain=[\"{one}\"]'."
-            )
+            raise ConfigError(f"{one} belongs to a stage: give it to one, as in 'task.overrides.pretrain=[\"{one}\"]'.")
     code, summary = call(pipeline, cfg.task, run, cfg, compose, start)
     if summary is not None and main:
         write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
