@@ -134,7 +134,7 @@ class Terminal(Tracker):
         text = in_words(metrics)
         if self.bar is not None and "loss" in metrics:
             self.bar.update(self.task, completed=metrics["step"], description=text)
-        else:
+        elif text:
             log.info("step %d/%d  epoch %.1f  %s", metrics["step"], self.steps, metrics["epoch"], text)
 
     def event(self, text: str, step: int) -> None:
