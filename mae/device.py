@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae.allocator import keep_freed_memory
+
 Batch = dict[str, Tensor]
 
 
@@ -29,6 +31,8 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: this machine has none. Use device=cpu.")
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
 
 

@@ -8,11 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from mae import data, device, optim, rules
-from mae.config import TRAINED, build, call, run_directory
+from mae.config import build, call, run_directory
 from mae.data.source import reduced
 from mae.models.flops import Flops, flops
 from mae.models.mae import MaskedAutoencoder
 from mae.plan import Plan, make_plan, micro_batch, steps_in_epoch
+from mae.schema import TRAINED
 from mae.tasks import TASKS
 
 

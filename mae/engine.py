@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import checkpoint, device, track
-from mae.config import TRAINED, build, call, read, write_text
+from mae.config import build, call, read, write_text
 from mae.distributed import Interruption, Ranks, start
+from mae.schema import TRAINED
 from mae.setup import Training, set_up
 from mae.tasks import TASKS
 from mae.tasks.linprobe_cached import probe_features
@@ -198,10 +199,7 @@ def work(run: Path) -> int:
     tracker = track.trackers(run, cfg) if ranks.main else track.Tracker()
     code, summary = 1, {}
     try:
-        if cfg.task.name in TRAINED:
-            summary = run_task(run, cfg, ranks, tracker)
-        else:
-            summary = build(TASKS, cfg.task, run, cfg, ranks, tracker)
+        summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         code = 0

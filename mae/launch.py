@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
 from mae.pipeline import run_pipeline
+from mae.schema import near
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def explain(error: BaseException) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         known = [str(option) for option in error.options or []]
         listed = f" Choose one of {', '.join(sorted(known))}." if known else ""
-        return f"{group}={choice} does not exist.{config.near(choice, known)}{listed}"
+        return f"{group}={choice} does not exist.{near(choice, known)}{listed}"
     if isinstance(error, OverrideParseException):
         return f"The override {error.override!r} cannot be read: write key=value, with quotes around spaces or = signs."
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
@@ -192,7 +193,7 @@ def _composition(text: str, error: BaseException) -> str:
         parent, _, name = key.rpartition(".")
         node = getattr(cause, "parent_node", None)
         known = [str(k) for k in node] if node is not None and hasattr(node, "keys") else []
-        return f"{parent + '.' if parent else ''}{name} is not a key of the configuration.{config.near(name, known)}"
+        return f"{parent + '.' if parent else ''}{name} is not a key of the configuration.{near(name, known)}"
     if multiple := re.search(r"Multiple values for (\w+)\.", text):
         return f"{multiple[1]} is chosen already: write {multiple[1]}=... without the plus sign."
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]

@@ -11,11 +11,11 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
     "run": {"config", "launch", "dry_run"},
-    "launch": {"config", "pipeline", "engine"},  # the engine only inside a worker
+    "launch": {"config", "schema", "pipeline", "engine"},  # the engine only inside a worker
     "pipeline": {"config"},
-    "config": {"rules"},
-    "dry_run": {"config", "rules", "tasks", "models", "data", "optim", "plan", "device"},
-    "engine": {"setup", "tasks", "checkpoint", "distributed", "device", "track", "config"},
+    "config": {"rules", "schema"},
+    "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},
+    "engine": {"setup", "schema", "tasks", "checkpoint", "distributed", "device", "track", "config"},
     "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},
     "tasks": {
         "pipeline",
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     },
     "data": {"augment"},
     "distributed": {"device"},
+    "device": {"allocator"},
     "track": {"config"},
 }
 

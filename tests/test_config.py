@@ -91,7 +91,7 @@ def refused(**values) -> str:
         ({"task__norm_pix_loss": 1}, "task.norm_pix_loss must be true or false, got 1."),
         ({"task__precision": "bf61"}, "Did you mean bf16?"),
         ({"task__batch_size": True}, "task.batch_size must be a whole number, got True."),
-        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=40: lower it too."),
+        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=30: lower it too."),
         ({"task__micro_batch_size": 7}, "the nearest that do: 63 or 70."),
         (
             {"launcher__processes": 3},
@@ -166,8 +166,8 @@ def test_none_as_a_word_is_null_where_null_is_allowed():
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("~recipe").optimizer.base_lr == 1.5e-4
-    assert composed().task.epochs == 40
-    assert composed("task.epochs=30").task.epochs == 30
+    assert composed().task.epochs == 30
+    assert composed("task.epochs=25").task.epochs == 25
 
 
 @given(st.sampled_from(sorted(rules.INTERVALS)), st.floats(allow_nan=False, width=32))
