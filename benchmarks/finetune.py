@@ -39,7 +39,7 @@ def main() -> None:
         Case("ours", step(ours, fused=True), device == "cpu" and not args.same_allocator),
         Case("timm", step(timm_classifier(), fused=False)),
     ]
-    seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device)
+    seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     print_times(seconds)
     name = "fine-tune step against timm's model as it comes, both bf16"

@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device, timing = args.device, dict(rounds=args.rounds, warmups=args.warmups, device=args.device)
+    device, timing = args.device, dict(rounds=args.rounds, warmups=args.warmups, device=args.device, clock=args.clock)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     ours = MaskedAutoencoder(**VIT_BASE, **DECODER).to(device)
     keeps = device == "cpu" and not args.same_allocator
