@@ -72,7 +72,7 @@ class Collector:
         place = torch.where(logits.isfinite().all(1), place, logits.shape[1])  # NaN is a miss, not a tie
         loss = F.cross_entropy(logits, label, reduction="none")
         confidence = logits.softmax(1).amax(1)
-        self.parts.append((index, label, logits.argmax(1), place, loss.double(), confidence.double()))
+        self.parts.append((index, label, logits.argmax(1), place, loss, confidence))
 
     def results(self, ranks: Any) -> Results | None:
         """The results of all ranks on every rank, or None where no rank had an image."""
@@ -83,4 +83,5 @@ class Collector:
         columns = [np.concatenate(column) for column in zip(*together, strict=True)]
         _, first = np.unique(columns[0], return_index=True)  # ordered by index; stand-ins of bad images once
         names = (field.name for field in fields(Results))
-        return Results(**{name: column[first] for name, column in zip(names, columns, strict=True)})
+        columns = [c[first].astype(np.float64 if c.dtype == np.float32 else np.int64) for c in columns]
+        return Results(**dict(zip(names, columns, strict=True)))

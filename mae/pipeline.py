@@ -6,7 +6,7 @@ typed, and hands each stage to the launcher: it imports no torch.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def pipeline(
 
 
 def stage_config(
-    run: Path, cfg: DictConfig, compose: Compose, name: str, stages: list[str], given: list[str]
+    run: Path, cfg: DictConfig, compose: Compose, name: str, stages: Sequence[str], given: list[str]
 ) -> DictConfig:
     """The checked config of a stage: its own recipe, on the pipeline's model and data."""
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
@@ -84,7 +84,7 @@ def stage_config(
         raise ConfigError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
 
 
-def parent_of(name: str, stages: list[str]) -> str | None:
+def parent_of(name: str, stages: Sequence[str]) -> str | None:
     """The earlier stage whose weights a stage starts from, or None."""
     earlier = stages[: stages.index(name)]
     classifiers = [stage for stage in earlier if stage in CLASSIFIERS]
@@ -95,11 +95,11 @@ def parent_of(name: str, stages: list[str]) -> str | None:
 
 def together(summaries: dict[str, Any]) -> dict[str, Any]:
     """One summary: sums, and the main result of each stage; top1 and the like are those of the last that has them."""
-    total = {"task": "pipeline"}
+    total: dict[str, Any] = {"task": "pipeline"}
     for key in ("steps", "epochs", "images_seen", "seconds"):
         total[key] = sum(summary.get(key) or 0 for summary in summaries.values())
     seconds = total["seconds"]
-    total["images_per_second"] = round(total["images_seen"] / seconds, 1) if seconds else None  # type: ignore[operator]
+    total["images_per_second"] = round(total["images_seen"] / seconds, 1) if seconds else None
     for name, summary in summaries.items():
         results = ("val_loss", "top1", "top5", "loss", "knn")
         total |= {key: summary[key] for key in results if key in summary}

@@ -91,11 +91,11 @@ def refused(**values) -> str:
         ({"task__norm_pix_loss": 1}, "task.norm_pix_loss must be true or false, got 1."),
         ({"task__precision": "bf61"}, "Did you mean bf16?"),
         ({"task__batch_size": True}, "task.batch_size must be a whole number, got True."),
-        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=30: lower it too."),
-        ({"task__micro_batch_size": 7}, "the nearest that do: 63 or 70."),
+        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=28: lower it too."),
+        ({"task__micro_batch_size": 7}, "the nearest that do: 28 or 35."),
         (
             {"launcher__processes": 3},
-            "task.batch_size=64 does not divide by 3 devices: the nearest that do: 63 or 66.",
+            "task.batch_size=32 does not divide by 3 devices: the nearest that do: 30 or 33.",
         ),
         (
             {"model__img_size": 30},
@@ -166,7 +166,7 @@ def test_none_as_a_word_is_null_where_null_is_allowed():
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("~recipe").optimizer.base_lr == 1.5e-4
-    assert composed().task.epochs == 30
+    assert composed().task.epochs == 28
     assert composed("task.epochs=25").task.epochs == 25
 
 

@@ -209,6 +209,13 @@ def test_linear_probing_changes_the_head_and_its_statistics_and_no_bit_else(pret
     assert float(after["head.1.bias"].abs().max()) > 0
     assert {"top1", "top5", "loss"} <= summary(tmp_path).keys()
 
+    target, again = tmp_path / "probe.pth", [*TINY_OTHER, f"init={tmp_path}"]
+    assert run_here(tmp_path / "e", *again, "task=export", "task.format=reference", f"task.path={target}") == 0
+    exported = torch.load(target, weights_only=True)["model"]
+    assert exported.keys() == after.keys() and all(torch.equal(exported[name], after[name]) for name in after)
+    assert run_here(tmp_path / "v", *again, "task=evaluate") == 0
+    assert summary(tmp_path / "v")["top1"] == summary(tmp_path)["top1"]
+
 
 def test_heads_on_cached_features_learn_at_several_rates_and_the_best_is_kept(pretrained, tmp_path):
     command = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.learning_rates=[0.001,30]"]

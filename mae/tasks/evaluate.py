@@ -21,6 +21,7 @@ from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.tasks import charts
 from mae.tasks.common import eval_loader, kept_classes, need_init, need_labels, sent
+from mae.tasks.linprobe import head as probe_head
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def load_classifier(cfg: DictConfig, foreign: Foreign, classes: int) -> Any:
     theirs = foreign.head
     count, pool = (theirs.classes, theirs.pool) if theirs else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
+    if theirs is not None and theirs.batch_norm:
+        model.head = probe_head(model.embed_dim, count)
     fit(model, foreign, head="require")
     return model.eval()
 

@@ -140,7 +140,8 @@ def autoencoder(cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None) -
 def told_norm_pix(foreign: Foreign) -> bool:
     """Whether a checkpoint predicts normalised patches, as its config says. Raises ValueError where it does not."""
     config, args = foreign.meta.get("config") or {}, foreign.meta.get("args") or {}
-    task = config.get("task") if isinstance(config.get("task"), dict) else {}
+    task = config.get("task")
+    task = task if isinstance(task, dict) else {}
     for place, key in (
         (task, "norm_pix_loss"),
         (config, "norm_pix_loss"),
