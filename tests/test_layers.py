@@ -151,6 +151,7 @@ def test_autocast_stays_near_float32(dtype):
         assert a.dtype == torch.float32 and (a - b).norm() <= 0.05 * b.norm()
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     torch.manual_seed(0)
     model = MaskedAutoencoder(**{**MODEL, "depth": 1, "decoder_depth": 1})
