@@ -144,9 +144,34 @@ def test_autocast_stays_near_float32(dtype):
     expected = model(images, 0.75, noise).loss
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         loss = model(images, 0.75, noise).loss
-    loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(loss, params), torch.autograd.grad(expected, params), strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() <= 0.05 * b.norm()
+
+
+@pytest.mark.slow
+def test_compiles_whole():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**{**MODEL, "depth": 1, "decoder_depth": 1})
+    set_attention_kernel(model, "plain")
+    images, noise = torch.randn(2, 5, 16, 24), torch.rand(2, 12)
+    params = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(images, 0.75, noise).loss, params)
+    for block in [*model.blocks, *model.decoder_blocks]:
+        block.compile(backend="aot_eager", fullgraph=True)
+    actual = torch.autograd.grad(model(images, 0.75, noise).loss, params)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_blocks_get_no_gradient_and_pass_one_on():
+    model = MaskedAutoencoder(**MODEL)
+    model.blocks[1].requires_grad_(False)
+    model(torch.randn(2, 5, 16, 24), 0.75).loss.backward()
+    assert all(p.grad is None for p in model.blocks[1].parameters())
+    assert all(p.grad is not None for p in model.blocks[0].parameters())
 
 
 def test_checkpointing_changes_no_gradient():

@@ -50,16 +50,18 @@ class _NormLinear(torch.autograd.Function):
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, cast)
-        ctx.eps = eps
+        ctx.eps, ctx.param_dtype = eps, weight.dtype
         return _linear(y.to(dtype), cast, bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
-        y = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(weight.dtype)
-        grad_weight, grad_bias = _linear_grads(grad, y, norm_weight.dtype)
-        del y
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[3]:  # not where the block is frozen
+            y = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(weight.dtype)
+            grad_weight, grad_bias = _linear_grads(grad, y, ctx.param_dtype)
+            del y
         grad_y = (grad @ weight).to(x.dtype)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
             grad_y, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [ctx.needs_input_grad[0], True, True]
@@ -79,7 +81,9 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         x, weight = ctx.saved_tensors
-        grad_weight, grad_bias = _linear_grads(grad, F.gelu(x), ctx.param_dtype)
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight, grad_bias = _linear_grads(grad, F.gelu(x), ctx.param_dtype)
         return torch.ops.aten.gelu_backward(grad @ weight, x), grad_weight, grad_bias, None
 
 
