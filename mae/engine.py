@@ -84,7 +84,7 @@ def train(
                 with t.autocast():
                     loss = t.model(batch)["loss"] * batch["weight"]
                 t.scaler.scale(poisoned(loss)).backward()
-            p.loss_sum += loss.detach()
+            p.loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0)
             if not last_of_step:
                 continue
 
@@ -145,12 +145,13 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
 def measure(t: Training, clock: Clock) -> dict[str, Any]:
     """Figures since the last log point, over all ranks. The one place where the host waits for the device."""
     p = t.progress
-    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / (p.step - p.logged_at)
+    skipped = int(p.bad_steps) - p.skips_told
+    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / max(1, p.step - p.logged_at - skipped)
     p.loss_sum.zero_()
     p.logged_at = p.step
-    if (skipped := int(p.bad_steps)) > p.skips_told:
-        t.tracker.event(f"skipped {skipped - p.skips_told} steps whose loss or gradient was not finite", p.step)
-        p.skips_told = skipped
+    if skipped:
+        t.tracker.event(f"skipped {skipped} steps whose loss or gradient was not finite", p.step)
+        p.skips_told += skipped
     images = t.plan.images_seen(p.step) - t.plan.images_seen(clock.step)
     seconds, waited = clock.restart(p.step)
     return {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -90,7 +91,12 @@ class JsonLines(Tracker):
 
     def _append(self, name: str, value: Mapping[str, Any]) -> None:
         with (self.run / name).open("a") as file:
-            file.write(json.dumps(value) + "\n")
+            file.write(json.dumps({k: _finite(v) for k, v in value.items()}) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """null for what JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -238,3 +238,15 @@ def test_the_micro_batch_may_change_between_two_starts(tmp_path):
     run = tmp_path
     (run / "summary.json").unlink()
     assert run_here(run, *TINY_PRETRAIN, "task.max_steps=2", "task.micro_batch_size=16") == 0
+
+
+def test_a_skipped_step_leaves_metrics_readable(tmp_path):
+    t = set_up_here(tmp_path, "task.max_steps=4", "task.log_every_steps=2")
+    t.tracker = track.JsonLines(tmp_path)
+    t.model = Spoiled(t.task, {2}, float("nan"))
+    engine.call(engine.train, t.cfg.task, t)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    first = next(row for row in track.read_lines(tmp_path / "metrics.jsonl") if "loss" in row)
+    assert first["loss"] == pytest.approx(1.5, rel=0.3) and first["grad_norm"] is None
+    assert "skipped 1 steps" in (tmp_path / "events.jsonl").read_text()

@@ -84,6 +84,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, numb
     assert digest(run) == digest(undisturbed)
 
 
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_ctrl_c_in_a_terminal_reaches_workers_too_and_stops_none_of_them(tmp_path, workers):
+    run = tmp_path / "run"
+    process = started(run, "checkpoint.every_epochs=100", "data.num_workers=2", f"data.workers={workers}")
+    wait_for_step(run, process, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from it" in told, told
+    assert len(checkpoint.checkpoints_of(run)) == 1 and living(run) == []
+
+
 def living(run: Path) -> list[int]:
     """Processes of a run that live, found by what `started` wrote into their environment."""
     found = []

@@ -8,6 +8,7 @@ process' own generators (RandAugment) cannot run in threads at all.
 
 import os
 import queue
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -127,7 +128,14 @@ def makers(
         generator=torch.Generator(),
         persistent_workers=count > 0,
         prefetch_factor=prefetch if count else None,
+        worker_init_fn=_leave_signals_to_main,
     )
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C and a cluster's warning reach the whole process group: the main process decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:
