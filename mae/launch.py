@@ -207,10 +207,14 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     shown = os.path.relpath(run)
     shown = str(run) if shown.startswith("..") else shown
     name, value = next(
-        ((k, summary[k]) for k in ("top1", "knn", "val_loss") if k in summary),
+        ((k, summary[k]) for k in ("top1", "knn", "val_loss", "page", "files") if k in summary),
         ("steps", summary.get("steps")),
     )
-    result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {json.dumps(value)}"
+    if isinstance(value, dict):
+        value = " ".join(f"{k}: {v:.2f}" for k, v in value.items())
+    if isinstance(value, list):
+        value = " ".join(value)
+    result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
     lines = [f"  {line.replace('RUN', shown)}" for line in NEXT.get(summary["task"], [])]
     return "\n".join(["Next:", *lines] if lines else []) + f"\n{result}  {shown}\n"
 
