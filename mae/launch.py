@@ -48,7 +48,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
             listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
                 f"{run} holds a run of another config, which differs in:{listed}\n"
-                "Choose another output_dir, or take these overrides back."
+                "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
