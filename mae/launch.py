@@ -129,6 +129,8 @@ def local(run: Path, *, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -110,7 +110,7 @@ def living(run: Path) -> list[int]:
 
 def ranks_of(run: Path) -> list[int]:
     """Those of them that are ranks."""
-    return [p for p in living(run) if b"\0LOCAL_RANK=" in Path(f"/proc/{p}/environ").read_bytes()]
+    return [p for p in living(run) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
