@@ -9,7 +9,8 @@ import sys
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while waiting starve others on shared cores
+if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP's threads spin for long while they wait, and starve others on shared
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # cores; not to spin at all halves the speed on idle ones
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: several test processes share few cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: several test processes share few cores
 
 import pytest  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
