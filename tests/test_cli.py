@@ -6,15 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_PRETRAIN, run_cli, run_here
+from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from PIL import Image
 
-from mae import checkpoint
+from mae import checkpoint, launch
 
 # ---------------------------------------------------------------- good command lines
 
@@ -72,7 +73,6 @@ def test_dry_run_builds_nothing_on_disk(tmp_path):
 
 
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
-    from conftest import composed
     from torch.utils.flop_counter import FlopCounterMode
 
     from mae import dry_run
@@ -188,11 +188,26 @@ def test_a_folder_of_one_image(tmp_path):
     assert "data.root" in told and ("one image" in told or "1 image" in told)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_folder_that_may_not_be_read(tmp_path):
-    root = photos(tmp_path / "photos", 3)
-    root.chmod(0)
-    assert "data.root" in fails_here(tmp_path, *FOLDER, f"data.root={root}")
+def test_a_folder_that_may_not_be_read():
+    """As root too, which reads everything: it becomes another user for the moment."""
+    with tempfile.TemporaryDirectory() as name:
+        place, me = Path(name), os.geteuid()
+        root, run = photos(place / "photos", 3), place / "run"
+        run.mkdir()
+        place.chmod(0o755)
+        run.chmod(0o777)
+        assert run_here(place / "before", *TINY_PRETRAIN, "task.max_steps=1") == 0  # all is imported from here on
+        cfg = composed(*FOLDER, f"data.root={root}", f"output_dir={run}")
+        root.chmod(0)
+        try:
+            if me == 0:
+                os.seteuid(65534)  # nobody
+            with pytest.raises(ValueError, match="data.root") as caught:
+                launch.launch(cfg, [])
+        finally:
+            os.seteuid(me)
+            root.chmod(0o755)
+        assert "may not be read" in str(caught.value) or "ermission" in str(caught.value)
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets that fit in memory and are known by name: embedded ones and torchvision's."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -84,4 +85,10 @@ def given_root(root: str | None, must_exist: bool = True) -> Path:
         raise ValueError(f"data.root={root} is a file, not a directory.")
     if must_exist and not path.is_dir():
         raise ValueError(f"data.root={root} does not exist: give the directory of the images.")
+    try:
+        if path.is_dir():
+            os.scandir(path).close()
+            (path / "train").exists()  # needs the right to go in, beside that to list
+    except PermissionError as error:
+        raise ValueError(f"data.root={root} may not be read: check the permissions of that directory.") from error
     return path
