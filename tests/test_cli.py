@@ -207,7 +207,7 @@ def test_a_folder_that_may_not_be_read():
         finally:
             os.seteuid(me)
             root.chmod(0o755)
-        assert "may not be read" in str(caught.value) or "ermission" in str(caught.value)
+        assert "cannot be read: Permission denied" in str(caught.value)
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):

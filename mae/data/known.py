@@ -90,5 +90,5 @@ def given_root(root: str | None, must_exist: bool = True) -> Path:
             os.scandir(path).close()
             (path / "train").exists()  # needs the right to go in, beside that to list
     except PermissionError as error:
-        raise ValueError(f"data.root={root} may not be read: check the permissions of that directory.") from error
+        raise ValueError(f"data.root={root} cannot be read: {error.strerror}.") from error
     return path
