@@ -12,7 +12,7 @@ from mae.config import build, call, run_directory
 from mae.data.source import reduced
 from mae.models.flops import Flops, flops
 from mae.models.mae import MaskedAutoencoder
-from mae.plan import Plan, make_plan, micro_batch, steps_in_epoch
+from mae.plan import Plan, make_plan, steps_in_epoch
 from mae.schema import TRAINED
 from mae.tasks import TASKS
 
@@ -95,7 +95,6 @@ def plan_of(cfg: DictConfig) -> Plan:
     images, world = count_images(cfg), rules.devices(cfg)
     repeats = cfg.data.repeats
     per_epoch = steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last or repeats > 1)
-    micro_batch(cfg.task.batch_size, world, cfg.task.micro_batch_size)
     return call(make_plan, cfg.task, images, per_epoch, world)
 
 
@@ -108,9 +107,9 @@ def report(cfg: DictConfig) -> str:
     work = cost(cfg, model)
     dtype = device.number_format(cfg.task.precision, device.pick(cfg.device))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = 4 * (encoder + decoder) + 4 * trained * (1 + states_per_weight(cfg))
-    activations = activation_bytes(cfg, model, dtype) * plan.micro_batch_size
     size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
+    state = size + 4 * trained  # gradients
+    activations = activation_bytes(cfg, model, dtype) * plan.micro_batch_size
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
     count = kept_checkpoints(cfg, plan)
     rows = {

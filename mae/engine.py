@@ -35,13 +35,13 @@ class Clock:
     """Seconds since the last reading, and how many of them went into waiting for data."""
 
     def __init__(self, step: int):
-        self.begun = time.perf_counter()
-        self.restart(step)
+        self.begun = self.since = time.perf_counter()
+        self.waited, self.step = 0.0, step
 
     def restart(self, step: int) -> tuple[float, float]:
         """Seconds and seconds waited since the last restart."""
         now = time.perf_counter()
-        read = now - getattr(self, "since", now), getattr(self, "waited", 0.0)
+        read = now - self.since, self.waited
         self.since, self.waited, self.step = now, 0.0, step
         return read
 

@@ -1,4 +1,4 @@
-"""Where a run runs: in this process, in several of this machine, or on a cluster."""
+"""Where a run runs: in this process, or in several of this machine."""
 
 import errno
 import json
@@ -81,17 +81,17 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
     run = prepare(cfg, overrides)
-    summary = run / "summary.json"
+    summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
-            code = run_pipeline(run, cfg, overrides, composed, launch, os.environ.get("RANK", "0") == "0")
+            code = run_pipeline(run, cfg, overrides, composed, launch, first)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
             return code
     else:
         sys.stderr.write("This run is finished already; another seed= or output_dir= starts a new one.\n")
-    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+    if first:
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
 
