@@ -27,6 +27,8 @@ NEUTRAL = (
     ("wandb",),
     ("checkpoint",),
     ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "checkpointing"),  # the same numbers, computed again
+    ("task", "profile"),
     ("task", "log_every_steps"),
     *(
         ("data", key)

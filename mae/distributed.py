@@ -5,10 +5,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import device as devices
+from mae.watchdog import Watchdog, watchdog
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +31,66 @@ class Ranks:
     world: int = 1
     local_rank: int = 0
     control: Any = None  # a group on the CPU for decisions, beside the one that carries gradients
+    sharding: str = "none"
+    timeout_s: float = 600.0
+    _watchdog: Watchdog | None = field(default=None, repr=False)
     _pending: tuple[Tensor, Any] | None = field(default=None, repr=False)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over ranks at the end of each backward pass."""
+    def wrap(self, module: nn.Module, accumulating: bool) -> nn.Module:
+        """The module with gradients averaged over ranks at the end of each step's backward pass.
+
+        With `sharding="full"` also its weights, and what the optimizer makes of them, are spread over ranks.
+        """
         if self.world == 1:
             return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        if self.sharding == "full":
+            from mae.sharding import shard  # seconds to import
 
-    @staticmethod
-    def accumulating(module: nn.Module, more: bool) -> Any:
+            return shard(module)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # a static graph wants gradients exchanged in its first pass, which an accumulating step does not do
+        return DistributedDataParallel(
+            module,
+            device_ids=ids,
+            broadcast_buffers=False,  # the probe's statistics are the same everywhere
+            gradient_as_bucket_view=True,
+            static_graph=not accumulating,
+        )
+
+    def accumulating(self, module: Any, more: bool) -> Any:
         """Leaves gradients local while more micro-batches of the same step follow."""
+        if self.world > 1 and self.sharding == "full":
+            module.set_requires_gradient_sync(not more)
+            return nullcontext()
         return module.no_sync() if more and isinstance(module, DistributedDataParallel) else nullcontext()
+
+    @contextmanager
+    def watched(self, run: Path) -> Iterator[None]:
+        """Within, a rank that does not call `alive` for `timeout_s` ends the run (see `mae.watchdog`)."""
+        if self.world == 1:
+            yield
+            return
+        with watchdog(self.rank, self.world, self.timeout_s, run / "log.txt") as self._watchdog:
+            yield
+        self._watchdog = None
+
+    def alive(self) -> None:
+        """This rank has advanced."""
+        if self._watchdog is not None:
+            self._watchdog.count += 1
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Within, a rank may take as long as it likes without a step."""
+        if self._watchdog is not None:
+            self._watchdog.paused = True
+        yield
+        if self._watchdog is not None:
+            self._watchdog.paused = False
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
@@ -91,8 +136,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(device: str, timeout_s: float = 600.0) -> Ranks:
-    """Joins the other ranks, as torchrun's environment variables name them. Raises ValueError where it cannot."""
+def start(device: str, *, timeout_s: float, sharding: Literal["none", "full"]) -> Ranks:
+    """Joins the other ranks, as torchrun's environment variables name them. Raises ValueError where it cannot.
+
+    An exchange that takes longer than `timeout_s` ends the run. `sharding="full"` spreads weights over ranks.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     here = devices.pick(device, local)
@@ -101,7 +149,7 @@ def start(device: str, timeout_s: float = 600.0) -> Ranks:
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout)
-    return Ranks(here, rank, world, local, dist.new_group(backend="gloo", timeout=timeout))
+    return Ranks(here, rank, world, local, dist.new_group(backend="gloo", timeout=timeout), sharding, timeout_s)
 
 
 def assert_same(ranks: Ranks, digest: str, what: str) -> None:

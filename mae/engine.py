@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from mae import checkpoint, device, track
 from mae.config import build, call, read, write_text
 from mae.distributed import Interruption, Ranks, start
+from mae.profiling import profiled
 from mae.schema import TRAINED
 from mae.setup import Training, set_up
+from mae.sharding import beside, gathered
 from mae.tasks import TASKS
 from mae.tasks.linprobe_cached import probe_features
 
@@ -69,6 +71,7 @@ def train(
     log_every_steps: int,
     eval_every_epochs: float,
     max_bad_steps: int,
+    profile: bool,
 ) -> dict[str, Any]:
     """Trains to the end of the plan and returns the last validation's metrics.
 
@@ -78,11 +81,13 @@ def train(
     p, plan, ranks = t.progress, t.plan, t.ranks
     metrics: dict[str, Any] = {}
     clock = Clock(p.step)
-    with Interruption() as interruption:
+    profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
+    with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
         for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
             with ranks.accumulating(t.model, more=not last_of_step):
                 with t.autocast():
                     loss = t.model(batch)["loss"] * batch["weight"]
+                ranks.alive()
                 t.scaler.scale(poisoned(loss)).backward()
             p.loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0)
             if not last_of_step:
@@ -92,6 +97,7 @@ def train(
             grad_norm = take_step(t, clip_grad)
             p.step += 1
             last = p.step == plan.steps
+            profiler.step()
 
             logged = last or p.step % log_every_steps == 0
             if logged:
@@ -123,7 +129,7 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
     """One optimizer step, skipped on the device itself where the gradient is not finite. Returns the norm."""
     t.scaler.unscale_(t.optimizer)
     parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     bad = (~norm.isfinite()).to(torch.float32)
@@ -131,7 +137,7 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
         t.scaler.step(t.optimizer)
         t.scaler.update()
     elif t.optimizer.defaults.get("fused"):
-        t.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
+        t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
         t.optimizer.step()
     elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
         t.optimizer.step()
@@ -195,7 +201,7 @@ def work(run: Path) -> int:
     An error of this rank is logged and raised, so that whoever started it ends the other ranks.
     """
     cfg = read(run)
-    ranks = start(cfg.device)
+    ranks = call(start, cfg.launcher, cfg.device)
     track.set_up_logging(run, ranks.rank)
     tracker = track.trackers(run, cfg) if ranks.main else track.Tracker()
     code, summary = 1, {}

@@ -68,6 +68,7 @@ INTERVALS = {
     "checkpoint.keep": "[1, inf)",
     "checkpoint.keep_every_epochs": "(0, inf)",
     "launcher.processes": "[1, inf)",
+    "launcher.timeout_s": "(0, inf)",
 }
 
 
@@ -188,6 +189,15 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     launcher = cfg["launcher"]
     if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
         yield "device=mps is one device: launcher.processes must be 1."
+    if launcher["sharding"] == "full" and cfg["task"].get("ema_decay") is not None:
+        yield "task.ema_decay keeps a whole second model: set it to null, or launcher.sharding=none."
+    if launcher["sharding"] == "full" and cfg["task"].get("micro_batch_size") == "auto":
+        yield (
+            "task.micro_batch_size=auto tries one device by itself: give a number with launcher.sharding=full, or set "
+            "launcher.sharding=none."
+        )
+    if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
+        yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
     if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
 
