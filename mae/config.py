@@ -26,6 +26,7 @@ NEUTRAL = (
     ("launcher",),
     ("wandb",),
     ("checkpoint",),
+    ("estimate",),
     ("task", "micro_batch_size"),  # the same sums in another order
     ("task", "checkpointing"),  # the same numbers, computed again
     ("task", "profile"),

@@ -69,6 +69,10 @@ INTERVALS = {
     "checkpoint.keep_every_epochs": "(0, inf)",
     "launcher.processes": "[1, inf)",
     "launcher.timeout_s": "(0, inf)",
+    "estimate.tflops": "(0, inf)",
+    "estimate.utilisation": "(0, 1]",
+    "estimate.loader_images_per_second": "(0, inf)",
+    "estimate.cost_per_hour": "[0, inf)",
 }
 
 

@@ -25,6 +25,7 @@ SCHEMA = {
     "launcher": ["launch:LAUNCHERS[name]", "distributed:start"],
     "wandb": ["track:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
+    "estimate": ["forecast:forecast"],
 }
 TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.train
 TRAIN_SCHEMA = ["plan:make_plan", "setup:set_up", "engine:train", "accelerate:accelerate"]

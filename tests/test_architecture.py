@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "launch": {"config", "schema", "pipeline", "engine"},  # the engine only inside a worker
     "pipeline": {"config"},
     "config": {"rules", "schema"},
-    "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},
+    "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device", "forecast"},
+    "forecast": {"plan"},
     "engine": {
         "setup",
         "schema",
