@@ -36,6 +36,9 @@ INTERVALS = {
     "task.knn_every_epochs": "(0, inf)",
     "task.knn_images": "[1, inf)",
     "task.mask_ratios": "(0, 1)",
+    "task.measured_images": "[1, inf)",
+    "task.max_workers": "[1, inf)",
+    "task.batches": "[1, inf)",
     "task.calibration_bins": "[1, inf)",
     "model.patch_size": "[1, inf)",
     "model.img_size": "[1, inf)",
@@ -174,7 +177,7 @@ def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _statistics(cfg: Mapping[str, Any]) -> Iterator[str]:
     data = cfg["data"]
-    for key in ("mean", "std"):
+    for key in ("mean", "std") if cfg["task"]["name"] != "stats" else ():  # which is there to find them
         count = len(data[key])
         if count not in (1, data["in_chans"]):
             yield f"data.{key} has {count} values for data.in_chans={data['in_chans']}: give one, or one a channel."
