@@ -216,7 +216,7 @@ def _need_rgb(image: Tensor, name: str) -> None:
     if image.shape[0] != 3 or image.dtype != torch.uint8:
         raise ValueError(
             f"augmentation.name={name} works on 8-bit images of 3 channels, and these have {image.shape[0]} "
-            f"of {image.dtype}: choose augmentation=pretrain or linprobe, which only crop and flip."
+            f"of {image.dtype}: choose augmentation=linprobe, which crops and flips alone."
         )
 
 

@@ -74,6 +74,7 @@ INTERVALS = {
 }
 
 
+COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -205,6 +206,12 @@ def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"data.root={root} does not exist: give the directory of the images."
 
 
+def _colours(cfg: Mapping[str, Any]) -> Iterator[str]:
+    name, count = cfg["augmentation"]["name"], cfg["data"]["in_chans"]
+    if name in COLOURED and count != 3:
+        yield f"augmentation.name={name} needs 3 channels, and data.in_chans={count}: choose augmentation=linprobe."
+
+
 def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
     task = cfg["task"]
     if not (task.get("mixup") or task.get("cutmix")) or not task["mixup_prob"]:
@@ -231,6 +238,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _statistics,
     _devices,
     _root,
+    _colours,
     _mixing,
 ]
 

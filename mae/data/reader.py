@@ -118,10 +118,11 @@ def stacked(images: list[Tensor]) -> Tensor:
 class Record:
     """Bad images seen so far: each written once to `bad_files.csv`, and an error when they are too many."""
 
-    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None):
-        self.count, self.limit, self.path = count, max_bad_fraction, path
+    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None, part: str = "train"):
+        self.count, self.limit, self.path, self.part = count, max_bad_fraction, path, part
         self.bad: dict[int, Bad] = {}
         self.seen = 0
+        self.listed = listed(path, part)  # by earlier attempts of the run
 
     def receive(self, batch: Any) -> Batch:
         """The batch without its note of bad images. Raises ValueError."""
@@ -143,11 +144,20 @@ class Record:
         return batch
 
     def _write(self, one: Bad) -> None:
-        if self.path is None:
+        if self.path is None or one.name in self.listed:
             return
+        self.listed.add(one.name)
         new = not os.path.exists(self.path)
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(("index", "name", "reason"))
-            writer.writerow(one)
+                writer.writerow((*Bad._fields, "part"))
+            writer.writerow((*one, self.part))
+
+
+def listed(path: str | Path | None, part: str) -> set[str]:
+    """The names that a `bad_files.csv` holds of the training or validation images."""
+    if path is None or not os.path.exists(path):
+        return set()
+    with open(path, newline="", errors="replace") as file:
+        return {str(row["name"]) for row in csv.DictReader(file) if row.get("part") == part}

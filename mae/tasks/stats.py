@@ -73,4 +73,4 @@ def shown(values: Sequence[float]) -> str:
 def write_bad(run: Path, bad: list[Bad]) -> None:
     """bad_files.csv, as training runs leave it."""
     with (run / "bad_files.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Bad._fields, *sorted(bad)])
+        csv.writer(file).writerows([(*Bad._fields, "part"), *((*one, "train") for one in sorted(bad))])
