@@ -110,8 +110,8 @@ def transform():
     return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
-def loaded(source, workers, epochs=(0, 1), start=0, **changes):
-    loader = Loader(source, transform(), 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
+def loaded(source, count, epochs=(0, 1), start=0, **changes):
+    loader = Loader(source, transform(), 16, 8, 0, num_workers=count, max_bad_fraction=0.3, **(LOADING | changes))
     found = []
     for epoch in epochs:
         for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
