@@ -1,12 +1,15 @@
 """Hugging Face datasets, read from folders; Parquet files as a stream."""
 
+import hashlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, run_here
 
-from mae.data import store
+from mae.data import flat, pack, store
 from mae.data.hub import hf
 from mae.data.source import BadImage
 from tests.test_data_shards import Flaky, loaded, same
@@ -228,3 +231,59 @@ def test_faults_of_a_stream_are_named(stream, tmp_path):
 
 def test_what_datasets_saved_is_mapped_and_needs_no_stream(made, tmp_path):
     assert len(streamed(made / "arrow", tmp_path)) == 10
+
+
+# ---------------------------------------------------------------- packed by us
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """JPEGs of two classes, one of them bad."""
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(30):
+            pixels = chance.integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.jpg")
+    (tmp_path / "photos" / "ant" / "bad.jpg").write_bytes(b"nothing")
+    return tmp_path / "photos"
+
+
+def test_parquet_files_that_we_pack_are_read_by_datasets_as_a_stream_and_in_runs(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(out), "data=folder", f"data.root={folder}", f"data.cache_dir={tmp_path / 'cache'}"]
+    command += ["--format", "parquet", "--per-shard", "20", "--workers", "1"]
+    assert pack.main(command) == 0
+    assert "train: " in (told := capsys.readouterr().out) and "3 shards" in told
+    head, _ = flat.read(out / "train" / "index.bin")
+    assert head["format"] == "mae-parquet-1" and sum(head["counts"]) + told.count("1 bad") >= 54
+    for name, digest in zip(head["names"], head["sha256"], strict=True):
+        assert hashlib.sha256((out / "train" / name).read_bytes()).hexdigest() == digest
+
+    theirs = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "theirs"))
+    assert theirs["train"].features["label"].names == ["ant", "bee"]
+    assert sum(map(len, theirs.values())) == 60
+    row = theirs["train"].cast_column("image", datasets.Image(decode=False))[0]
+    kept = {path.read_bytes() for path in folder.rglob("*.jpg")}
+    assert row["image"]["bytes"] in kept  # the very bytes of a file
+    assert theirs["train"][0]["image"].size == (24, 20)
+
+    changes = {"val_split": "val", "label_column": "label"}
+    rows, plain = streamed(out, tmp_path / "cache", **changes), opened(out, **changes)
+    assert [rows.raw(k) for k in range(len(rows))] == [plain.raw(k) for k in range(len(plain))]
+    assert np.array_equal(rows.labels, plain.labels) and rows.classes == ["ant", "bee"]
+
+    run = [*TINY, "data=hf", f"data.root={out}", "data.streaming=true", "data.val_split=val", "data.fraction=1.0"]
+    run += [f"data.cache_dir={tmp_path / 'cache'}", "task=finetune", "task.batch_size=8", "task.epochs=1"]
+    assert run_here(tmp_path / "run", *run, "task.warmup_epochs=0", "data.num_workers=2") == 0
+    assert pack.main(command) == 1 and "is packed already" in capsys.readouterr().err
+
+
+def test_parquet_without_pyarrow_is_said_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    command = [str(tmp_path / "out"), "data=folder", f"data.root={folder}", "--format", "parquet"]
+    assert pack.main([*command, f"data.cache_dir={tmp_path / 'cache'}"]) == 1
+    assert "--format parquet needs pyarrow: pip install pyarrow" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -281,10 +281,11 @@ def test_places_that_are_not_there(root, tmp_path):
 # ---------------------------------------------------------------- packing
 
 
-def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch, kind):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    pack.pack(source, whole, KEEP, 25, workers=2)
-    write, count = pack.write_shard, []
+    pack.pack(source, whole, KEEP, 25, workers=2, kind=kind)
+    write, count = pack.write, []
 
     def stops(*args):
         if len(count) == 2:
@@ -292,32 +293,33 @@ def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
         count.append(1)
         return write(*args)
 
-    monkeypatch.setattr(pack, "write_shard", stops)
+    monkeypatch.setattr(pack, "write", stops)
     with pytest.raises(KeyboardInterrupt):
-        pack.pack(source, broken, KEEP, 25, workers=1)
+        pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
     assert not (broken / "index.bin").exists()
-    (broken / "shard-000001.tar").write_bytes(b"cut")
-    monkeypatch.setattr(pack, "write_shard", write)
+    (broken / f"shard-000001.{kind}").write_bytes(b"cut")
+    monkeypatch.setattr(pack, "write", write)
     with pytest.raises(ValueError, match="was begun with another source or other options"):
-        pack.pack(source, broken, KEEP, 24, workers=1)
-    made = pack.pack(source, broken, KEEP, 25, workers=1)
+        pack.pack(source, broken, KEEP, 24, workers=1, kind=kind)
+    made = pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
     assert made == {"images": 110, "bad": 0, "shards": 5, "bytes": made["bytes"]}
     for path in whole.iterdir():
         assert path.read_bytes() == (broken / path.name).read_bytes()
     with pytest.raises(ValueError, match="is packed already"):
-        pack.pack(source, whole, KEEP, 25, workers=1)
+        pack.pack(source, whole, KEEP, 25, workers=1, kind=kind)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty, and nothing is overwritten"):
-        pack.pack(source, tmp_path / "other", KEEP, 25, workers=1)
+        pack.pack(source, tmp_path / "other", KEEP, 25, workers=1, kind=kind)
 
 
-def test_what_is_written_is_verified(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_what_is_written_is_verified(source, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(pack, "checksum", lambda path: "other")
     with pytest.raises(ValueError, match="is not what was written, and was removed"):
-        pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)
+        pack.pack(source, tmp_path / "out", KEEP, 60, workers=1, kind=kind)
     monkeypatch.undo()
-    assert pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)["shards"] == 2
+    assert pack.pack(source, tmp_path / "out", KEEP, 60, workers=1, kind=kind)["shards"] == 2
 
 
 def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
