@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -225,6 +227,22 @@ def test_remote_shards_are_fetched_once_and_room_is_made(packed, tmp_path):
     kept = list((tmp_path / "cache" / "shards").rglob("*.tar"))
     assert 0 < sum(path.stat().st_size for path in kept) <= 4.5 * size
     same(plain, loaded(opened(f"file://{packed}", tmp_path), 2))
+
+
+def test_a_lock_is_let_go_of_though_a_process_was_forked_meanwhile(tmp_path):
+    from multiprocessing import get_context
+
+    fork, path = get_context("fork"), tmp_path / "x.tar"
+    with store.locked(path):
+        child = fork.Process(target=time.sleep, args=(60,))  # has a copy of the lock's file
+        child.start()
+    other = threading.Thread(target=lambda: store.locked(path).__enter__(), daemon=True)
+    other.start()
+    other.join(5)
+    free = not other.is_alive()
+    child.kill()
+    child.join()
+    assert free
 
 
 def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
