@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mae import augment
-from mae.data import decode, listing
+from mae.data import decode, folder, listing
 from mae.data.decode import Decoder, jpeg_header, oriented
 from mae.data.folder import image_folder
 from mae.data.known import cifar10, given_root
@@ -322,6 +322,23 @@ def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
         for step in loader.steps(0):
             list(step)
     loader.close()
+
+
+def test_files_that_may_not_be_read_are_bad_files(spoilt, tmp_path, monkeypatch):
+    plain = folder.read
+
+    def refused(path):  # by the file system, whoever runs the tests
+        if path.endswith("good_07.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path)
+
+    monkeypatch.setattr(folder, "read", refused)
+    loader = load(opened(spoilt, val_fraction=0.03), tmp_path, 0, max_bad_fraction=0.5)
+    for step in loader.steps(0):
+        list(step)
+    with open(tmp_path / "bad_files.csv") as file:
+        reasons = {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["good_07.jpg"] == "cannot be read: Permission denied"
 
 
 def test_replacements_hang_on_the_seed_alone(spoilt, tmp_path):
