@@ -130,3 +130,13 @@ def test_erased_pixels_are_normal_noise():
     mean, std = (torch.tensor(NORMAL[k]).view(3, 1) for k in ("mean", "std"))
     normal = (erased / 255 - mean) / std
     assert normal.mean().abs() < 0.05 and abs(normal.std() - 1) < 0.06
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_resizing_gives_the_bits_of_interpolate_whatever_the_layout(channels, dtype):
+    pixels = (torch.rand(97, 83, channels, generator=torch.Generator().manual_seed(0)) * 255).to(dtype)
+    for image in (pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()):
+        crop = image[:, 5:90, 3:70]
+        plain = torch.nn.functional.interpolate(crop[None], size=(32, 48), mode="bicubic", antialias=True)[0]
+        assert torch.equal(augment.resize(crop, (32, 48)), plain)

@@ -87,6 +87,28 @@ def test_real_photos_are_decoded_as_pillow_does(path):
     assert torch.equal(decoder(4)(data), pillow(data, "RGBA"))
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_simplejpeg_and_torchvision_agree_on_whole_and_damaged_files(grey):
+    pytest.importorskip("simplejpeg")
+    chance = np.random.default_rng(0)
+    whole = encoded(photo((80, 60)).convert("L" if grey else "RGB"), "JPEG")
+    files = [whole, *map(bytearray, bad_files().values())] + [bytearray(p.read_bytes()) for p in PHOTOS.glob("*.jpg")]
+    for _ in range(200):
+        files.append(bytearray(whole))
+        at = chance.integers(2, len(whole) - 2, chance.integers(1, 4))
+        for place in at.tolist():
+            files[-1][place] = int(chance.integers(256))
+
+    taken = 0
+    for data in files:
+        header = jpeg_header(data)
+        if header is not None and header.height * header.width < 10**6 and grey == (header.components == 1):
+            fast = decode.by_simplejpeg(data, grey)
+            taken += fast is not None
+            assert fast is None or torch.equal(fast, decode.by_torchvision(data, grey))
+    assert taken > 10
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_other_jpegs_are_decoded_as_pillow_does(mode):
     data = encoded(photo().convert(mode), "JPEG")
