@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from mae import augment
+from mae import augment, chance
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -23,8 +23,8 @@ BUILDERS = {
 
 
 def draw(index, epoch=0, seed=0):
-    key = augment.keys(seed, epoch, np.array([index]))
-    return augment.Draw(augment.uniform(key, augment.DRAWS)[0].tolist(), int(key[0]))
+    key = chance.keys(seed, epoch, np.array([index]))
+    return augment.Draw(chance.uniform(key, augment.DRAWS)[0].tolist(), int(key[0]))
 
 
 def picture(height=30, width=40):
@@ -47,11 +47,11 @@ def test_every_augmentation_gives_the_size_and_hangs_on_its_draw_alone(name):
 
 
 def test_numbers_are_uniform_and_uncorrelated():
-    numbers = augment.uniform(augment.keys(1, 2, np.arange(20_000)), 8)
+    numbers = chance.uniform(chance.keys(1, 2, np.arange(20_000)), 8)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.allclose(numbers.mean(0), 0.5, atol=0.01) and np.allclose(numbers.var(0), 1 / 12, atol=0.003)
-    others = [augment.uniform(augment.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
-    others.append(augment.uniform(augment.keys(1, 2, np.arange(20_000), 1), 8))
+    others = [chance.uniform(chance.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
+    others.append(chance.uniform(chance.keys(1, 2, np.arange(20_000), 1), 8))
     columns = np.concatenate([numbers, *others], 1).T
     assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from mae import augment
+from mae import augment, chance
 from mae.data.sampler import Ticket
 from mae.data.source import BadImage, Source
 
@@ -65,8 +65,8 @@ class Reader(Dataset):
             self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
         wanted = ticket.indices.tolist()
         taken, labels, images, bad = [], [], [[] for _ in range(self.repeats)], []
-        keys = [augment.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
-        numbers = [augment.uniform(key, augment.DRAWS + 1) for key in keys]
+        keys = [chance.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
+        numbers = [chance.uniform(key, augment.DRAWS + 1) for key in keys]
         draws = [n[:, 1:].tolist() for n in numbers]
         for k, index in enumerate(wanted):
             index, image, label = self._readable(index, bad)
@@ -85,8 +85,8 @@ class Reader(Dataset):
         }
         if self.num_patches is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
-            noise = [augment.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
-            noise = augment.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
+            noise = [chance.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
+            noise = chance.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
@@ -97,7 +97,7 @@ class Reader(Dataset):
                 return index, *self.source[index]
             except (BadImage, OSError) as error:
                 bad.append(Bad(index, self.source.name(index), str(error)))
-            key = augment.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
+            key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         raise ValueError(
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
