@@ -62,6 +62,7 @@ def read_over_a_restart(source, server, workers, kind, gone):
                 taken.append([dict(batch) for batch in step])
                 if len(taken) == 4:
                     server.stop()
+                    assert len(list(source.store.cache.rglob("*.tar"))) < 20  # there is more to come
                     back = pool.submit(lambda: (time.sleep(gone), server.start()))
         back.result()
     loader.close()
