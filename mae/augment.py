@@ -6,9 +6,6 @@ The flip is drawn with the sample but done on the device, after the transfer, wi
 """
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,32 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from mae.chance import seeded
+
 DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), the position, jitter
-
-
-# ---------------------------------------------------------------- randomness by counting
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), elementwise on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def keys(seed: int, epoch: int, index: np.ndarray, stream: int = 0) -> np.ndarray:
-    """A 64-bit key for each index (n,); `stream` parts the uses of one sample (crop, masking, repeats)."""
-    key = np.array([seed], np.uint64)
-    for word in (np.array([epoch], np.uint64), np.array([stream], np.uint64), index.astype(np.uint64)):
-        key = _mix(_mix(key + GOLDEN) ^ word)
-    return key
-
-
-def uniform(key: np.ndarray, count: int) -> np.ndarray:
-    """(n, count) float64 in [0, 1), the first numbers of the splitmix64 sequence of each key."""
-    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
-    return (_mix(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
 
 class Draw(NamedTuple):
@@ -49,21 +23,6 @@ class Draw(NamedTuple):
 
     numbers: list[float]  # DRAWS uniform numbers in [0, 1)
     key: int  # 64 bits, to seed what brings its own generator
-
-
-@contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """python's, numpy's and torch's host generators seeded by `key` inside, and as they were afterwards."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key % 2**63)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
 
 
 # ---------------------------------------------------------------- geometry
@@ -80,7 +39,10 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[1:] == size:
         return image
     if image.dtype == torch.uint8 or image.is_floating_point():
-        return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+        batch = image[None]
+        if image.dtype == torch.uint8 and image.shape[0] in (3, 4):  # the same bits, 1.3 times as fast on a crop
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
     info = torch.iinfo(image.dtype)
     return resize(image.to(torch.float32), size).round_().clamp_(info.min, info.max).to(image.dtype)
 
@@ -216,7 +178,7 @@ def _need_rgb(image: Tensor, name: str) -> None:
     if image.shape[0] != 3 or image.dtype != torch.uint8:
         raise ValueError(
             f"augmentation.name={name} works on 8-bit images of 3 channels, and these have {image.shape[0]} "
-            f"of {image.dtype}: choose augmentation=pretrain or linprobe, which only crop and flip."
+            f"of {image.dtype}: choose augmentation=linprobe, which crops and flips alone."
         )
 
 

@@ -209,7 +209,7 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     shown = os.path.relpath(run)
     shown = str(run) if shown.startswith("..") else shown
     name, value = next(
-        ((k, summary[k]) for k in ("top1", "knn", "val_loss", "page", "files") if k in summary),
+        ((k, summary[k]) for k in ("top1", "knn", "val_loss", "page", "files", "use") if k in summary),
         ("steps", summary.get("steps")),
     )
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from typing import Literal
 class Plan:
     """Numbers of one training run, the same on every rank."""
 
-    images: int  # of the training set, times data.repeats
+    images: int  # samples of an epoch: those of the training set, whatever data.repeats is
     devices: int
     batch_size: int  # images of one optimizer step over all devices
     micro_batch_size: int  # images that one device holds at a time

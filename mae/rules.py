@@ -36,6 +36,9 @@ INTERVALS = {
     "task.knn_every_epochs": "(0, inf)",
     "task.knn_images": "[1, inf)",
     "task.mask_ratios": "(0, 1)",
+    "task.measured_images": "[1, inf)",
+    "task.max_workers": "[1, inf)",
+    "task.batches": "[1, inf)",
     "task.calibration_bins": "[1, inf)",
     "model.patch_size": "[1, inf)",
     "model.img_size": "[1, inf)",
@@ -76,6 +79,7 @@ INTERVALS = {
 }
 
 
+COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -179,7 +183,7 @@ def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _statistics(cfg: Mapping[str, Any]) -> Iterator[str]:
     data = cfg["data"]
-    for key in ("mean", "std"):
+    for key in ("mean", "std") if cfg["task"]["name"] != "stats" else ():  # which is there to find them
         count = len(data[key])
         if count not in (1, data["in_chans"]):
             yield f"data.{key} has {count} values for data.in_chans={data['in_chans']}: give one, or one a channel."
@@ -216,6 +220,12 @@ def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"data.root={root} does not exist: give the directory of the images."
 
 
+def _colours(cfg: Mapping[str, Any]) -> Iterator[str]:
+    name, count = cfg["augmentation"]["name"], cfg["data"]["in_chans"]
+    if name in COLOURED and count != 3:
+        yield f"augmentation.name={name} needs 3 channels, and data.in_chans={count}: choose augmentation=linprobe."
+
+
 def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
     task = cfg["task"]
     if not (task.get("mixup") or task.get("cutmix")) or not task["mixup_prob"]:
@@ -242,6 +252,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _statistics,
     _devices,
     _root,
+    _colours,
     _mixing,
 ]
 

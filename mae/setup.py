@@ -21,7 +21,7 @@ from mae.data.loader import EvalLoader, Loader
 from mae.distributed import Ranks, assert_same
 from mae.plan import Plan, make_plan, micro_batch
 from mae.tasks import TASKS
-from mae.tasks.common import eval_loader
+from mae.tasks.common import bad_files, eval_loader
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def load(
         num_patches,
         cfg.task.drop_last,
         ranks.device.type == "cuda",
-        run / ("bad_files.csv" if ranks.main else f"bad_files_{ranks.rank}.csv"),
+        bad_files(run, ranks),
     )
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     return loader, plan
@@ -204,7 +204,7 @@ def set_up(
         saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
         progress=Progress.new(ranks.device),
         loader=loader,
-        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches),
+        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files(run, ranks)),
         dtype=dtype,
     )
     seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks

@@ -177,15 +177,15 @@ def test_threads_end_when_their_batches_are_no_longer_wanted(source):
     def count():
         return sum(t.name.endswith("(_work)") for t in threading.enumerate())
 
-    loader = make(source, 2, workers="thread")
+    loader, before = make(source, 2, workers="thread"), count()
     whole = stream(make(source))
     for step in loader.steps(0):
         next(iter(step))
-        assert count() == 2
+        assert count() == before + 2
         break
     same(whole, stream(loader))
     time.sleep(0.2)
-    assert count() == 0
+    assert count() <= before  # an earlier test's thread may hang for a while, as it is meant to
 
 
 def test_a_step_not_read_to_its_end_does_not_shift_the_next(source):

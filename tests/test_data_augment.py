@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from mae import augment
+from mae import augment, chance
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -23,8 +23,8 @@ BUILDERS = {
 
 
 def draw(index, epoch=0, seed=0):
-    key = augment.keys(seed, epoch, np.array([index]))
-    return augment.Draw(augment.uniform(key, augment.DRAWS)[0].tolist(), int(key[0]))
+    key = chance.keys(seed, epoch, np.array([index]))
+    return augment.Draw(chance.uniform(key, augment.DRAWS)[0].tolist(), int(key[0]))
 
 
 def picture(height=30, width=40):
@@ -47,11 +47,11 @@ def test_every_augmentation_gives_the_size_and_hangs_on_its_draw_alone(name):
 
 
 def test_numbers_are_uniform_and_uncorrelated():
-    numbers = augment.uniform(augment.keys(1, 2, np.arange(20_000)), 8)
+    numbers = chance.uniform(chance.keys(1, 2, np.arange(20_000)), 8)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.allclose(numbers.mean(0), 0.5, atol=0.01) and np.allclose(numbers.var(0), 1 / 12, atol=0.003)
-    others = [augment.uniform(augment.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
-    others.append(augment.uniform(augment.keys(1, 2, np.arange(20_000), 1), 8))
+    others = [chance.uniform(chance.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
+    others.append(chance.uniform(chance.keys(1, 2, np.arange(20_000), 1), 8))
     columns = np.concatenate([numbers, *others], 1).T
     assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03
 
@@ -130,3 +130,13 @@ def test_erased_pixels_are_normal_noise():
     mean, std = (torch.tensor(NORMAL[k]).view(3, 1) for k in ("mean", "std"))
     normal = (erased / 255 - mean) / std
     assert normal.mean().abs() < 0.05 and abs(normal.std() - 1) < 0.06
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_resizing_gives_the_bits_of_interpolate_whatever_the_layout(channels, dtype):
+    pixels = (torch.rand(97, 83, channels, generator=torch.Generator().manual_seed(0)) * 255).to(dtype)
+    for image in (pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()):
+        crop = image[:, 5:90, 3:70]
+        plain = torch.nn.functional.interpolate(crop[None], size=(32, 48), mode="bicubic", antialias=True)[0]
+        assert torch.equal(augment.resize(crop, (32, 48)), plain)

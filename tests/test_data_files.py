@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mae import augment
-from mae.data import decode, listing
+from mae.data import decode, folder, listing
 from mae.data.decode import Decoder, jpeg_header, oriented
 from mae.data.folder import image_folder
 from mae.data.known import cifar10, given_root
@@ -85,6 +85,28 @@ def test_real_photos_are_decoded_as_pillow_does(path):
     assert torch.equal(decoder()(data), pillow(data))
     assert torch.equal(decoder(1)(data), pillow(data, "L"))
     assert torch.equal(decoder(4)(data), pillow(data, "RGBA"))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_simplejpeg_and_torchvision_agree_on_whole_and_damaged_files(grey):
+    pytest.importorskip("simplejpeg")
+    chance = np.random.default_rng(0)
+    whole = encoded(photo((80, 60)).convert("L" if grey else "RGB"), "JPEG")
+    files = [whole, *map(bytearray, bad_files().values())] + [bytearray(p.read_bytes()) for p in PHOTOS.glob("*.jpg")]
+    for _ in range(200):
+        files.append(bytearray(whole))
+        at = chance.integers(2, len(whole) - 2, chance.integers(1, 4))
+        for place in at.tolist():
+            files[-1][place] = int(chance.integers(256))
+
+    taken = 0
+    for data in files:
+        header = jpeg_header(data)
+        if header is not None and header.height * header.width < 10**6 and grey == (header.components == 1):
+            fast = decode.by_simplejpeg(data, grey)
+            taken += fast is not None
+            assert fast is None or torch.equal(fast, decode.by_torchvision(data, grey))
+    assert taken > 10
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -322,6 +344,23 @@ def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
         for step in loader.steps(0):
             list(step)
     loader.close()
+
+
+def test_files_that_may_not_be_read_are_bad_files(spoilt, tmp_path, monkeypatch):
+    plain = folder.read
+
+    def refused(path):  # by the file system, whoever runs the tests
+        if path.endswith("good_07.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path)
+
+    monkeypatch.setattr(folder, "read", refused)
+    loader = load(opened(spoilt, val_fraction=0.03), tmp_path, 0, max_bad_fraction=0.5)
+    for step in loader.steps(0):
+        list(step)
+    with open(tmp_path / "bad_files.csv") as file:
+        reasons = {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["good_07.jpg"] == "cannot be read: Permission denied"
 
 
 def test_replacements_hang_on_the_seed_alone(spoilt, tmp_path):

@@ -1,10 +1,18 @@
-"""Hugging Face datasets, read from folders."""
+"""Hugging Face datasets, read from folders; Parquet files as a stream."""
+
+import hashlib
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, run_here
 
+from mae.data import flat, pack, store
 from mae.data.hub import hf
+from mae.data.source import BadImage
+from tests.test_data_shards import Flaky, loaded, same
 
 datasets = pytest.importorskip("datasets")
 
@@ -36,11 +44,26 @@ def made(tmp_path_factory):
     return folder
 
 
+OPTIONS = {
+    "subset": None,
+    "image_column": "image",
+    "label_column": "label",
+    "train_split": "train",
+    "val_split": "test",
+    "in_chans": 3,
+    "val_fraction": 0.2,
+    "exif_orientation": False,
+    "max_pixels": 10**6,
+    "streaming": False,
+    "cache_gb": 1.0,
+    "retry_s": 1.0,
+    "lanes": 4,
+    "window": 2,
+}
+
+
 def opened(root, split="train", **changes):
-    options = {"subset": None, "image_column": "image", "label_column": "label", "train_split": "train"}
-    options |= {"val_split": "test", "in_chans": 3, "val_fraction": 0.2, "exif_orientation": False}
-    options |= {"max_pixels": 10**6, "cache_dir": str(root.parent / "cache")}
-    return hf(split, root=str(root), **(options | changes))
+    return hf(split, root=str(root), **(OPTIONS | {"cache_dir": str(root.parent / "cache")} | changes))
 
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
@@ -75,3 +98,192 @@ def test_faults_are_named(made, changes, says):
             opened(made / kind, **changes)
     with pytest.raises(ValueError, match="cannot be opened .*there is no such folder"):
         opened(made / "nowhere")
+
+
+# ---------------------------------------------------------------- streams
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """120 images in seven Parquet files of row groups of five, as datasets writes them, and ten to validate."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("stream")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+    images = [Image.fromarray(np.full((9, 12, 3), k, np.uint8)) for k in range(130)]
+    whole = datasets.Dataset.from_dict({"image": images, "label": [k % 2 for k in range(130)]}, features=features)
+    (folder / "set" / "data").mkdir(parents=True)
+    for k in range(7):
+        rows = range(120 * k // 7, 120 * (k + 1) // 7)
+        path = folder / "set" / "data" / f"train-{k:05}-of-00007.parquet"
+        whole.select(rows).to_parquet(str(path), batch_size=5)
+    whole.select(range(120, 130)).to_parquet(str(folder / "set" / "data" / "test-00000-of-00001.parquet"))
+    return folder / "set"
+
+
+def streamed(root, cache, split="train", **changes):
+    return hf(split, root=str(root), **(OPTIONS | {"cache_dir": str(cache), "streaming": True} | changes))
+
+
+def test_a_stream_holds_the_rows_of_the_data_set(stream, tmp_path):
+    plain, rows = opened(stream), streamed(stream, tmp_path)
+    assert len(rows) == len(plain) == 120 and rows.classes == plain.classes == ["even", "odd"]
+    assert np.array_equal(rows.labels, plain.labels) and len(np.unique(rows.groups.file)) == 7
+    for k in range(120):
+        assert torch.equal(rows[k][0], plain[k][0]) and rows[k][1] == plain[k][1]
+    assert rows.name(20) == "data/train-00001-of-00007.parquet/row 3"
+    assert [label for _, label in streamed(stream, tmp_path, "val")] == [0, 1] * 5
+    parts = [streamed(stream, tmp_path, split, val_split=None) for split in ("train", "val")]
+    assert [len(part) for part in parts] == [96, 24]
+    assert streamed(stream, tmp_path, label_column=None).labels is None
+
+
+def test_a_stream_goes_file_by_file_and_mixes_within_a_window(stream, tmp_path):
+    rows = streamed(stream, tmp_path, lanes=1, window=2)
+    order = rows.order(0, 0)
+    assert sorted(order) == list(range(120)) and not np.array_equal(order, rows.order(0, 1))
+    files = rows.groups.file[np.searchsorted(rows.starts, order, side="right") - 1]
+    changes = np.flatnonzero(np.diff(files))
+    last = {int(f): np.flatnonzero(files == f)[-1] - np.flatnonzero(files == f)[0] for f in files}
+    assert max(last.values()) < 17 + 3 * 10 and len(changes) > 6  # its own 17 rows, and a window on either side
+    assert np.abs(np.diff(order)).mean() > 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("place", ["local", "url"])
+def test_a_stream_gives_the_same_batches_with_any_workers_and_after_a_stop(stream, tmp_path, place):
+    root = stream if place == "local" else f"file://{stream}"
+
+    def source(name):
+        changes = {"cache_gb": 5.5 * next(stream.rglob("train*")).stat().st_size / 1e9} if place == "url" else {}
+        return streamed(root, tmp_path / name, **changes)
+
+    whole = loaded(source("a"), 0)
+    seen = [i for step in whole[:8] for batch in step for i in batch["index"].tolist()]
+    assert sorted(seen) == list(range(120))
+    for workers, kind in ((1, "thread"), (3, "thread"), (1, "process"), (3, "process")):
+        same(whole, loaded(source("a"), workers, workers=kind))
+    for start in (1, 5):  # stopped after so many steps, and started again
+        same(whole[start:], loaded(source("b"), 2, start=start))
+    kept = list((tmp_path / "a" / "shards").rglob("*.parquet"))
+    assert (0 < len(kept) <= 5) if place == "url" else not kept
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_a_stream_without_a_duplicate(stream, tmp_path, world):
+    from mae.data.loader import Loader
+    from tests.test_data_shards import LOADING, transform
+
+    seen, files = [], []
+    for rank in range(world):
+        rows = streamed(stream, tmp_path)
+        options = LOADING | {"workers": "thread", "num_workers": 2, "max_bad_fraction": 0.0}
+        loader = Loader(rows, transform(), 16, 8 // world, 0, rank, world, **options)
+        own = [i for step in loader.steps(0) for batch in step if batch["weight"] for i in batch["index"].tolist()]
+        loader.close()
+        seen += own
+        files.append(set(rows.groups.file[np.searchsorted(rows.starts, own, side="right") - 1].tolist()))
+    assert sorted(seen) == list(range(120))
+    assert sum(map(len, files)) <= 7 + 2 * 3  # but for the files on a lane's edge each is read by one rank
+
+
+def test_a_stream_from_a_place_that_fails_now_and_then_loses_nothing(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.01)
+    rows = streamed(f"file://{stream}", tmp_path / "cache")
+    rows.store._fs = Flaky(rows.store.fs)
+    same(loaded(streamed(stream, tmp_path), 0), loaded(rows, 0))
+    assert rows.store.fs.count > 10
+
+
+def test_a_damaged_file_of_a_stream_is_passed_over(stream, tmp_path):
+    shutil.copytree(stream, tmp_path / "set")
+    rows = streamed(tmp_path / "set", tmp_path / "cache")
+    path = tmp_path / "set" / "data" / "train-00003-of-00007.parquet"
+    data = path.read_bytes()
+    path.write_bytes(bytes(len(data) - 8) + data[-8:])  # as long as before
+    batches = loaded(rows, 0, epochs=(0,))
+    seen = [i for step in batches for batch in step for i in batch["index"].tolist()]
+    files = rows.groups.file[np.searchsorted(rows.starts, seen, side="right") - 1]
+    assert len(seen) == 120 and 3 not in files
+    path.unlink()
+    with pytest.raises(BadImage, match="cannot be read"):
+        rows[int(rows.starts[np.searchsorted(rows.groups.file, 3)])]
+
+
+def test_faults_of_a_stream_are_named(stream, tmp_path):
+    for changes, says in (
+        (
+            {"image_column": "img"},
+            "data.image_column=img is not one of the columns of data/train-00000.*: image",
+        ),
+        ({"label_column": "fine"}, "data.label_column=fine is not one of the columns of"),
+        ({"train_split": "training"}, "holds no Parquet files of the split training: training/"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            streamed(stream, tmp_path / "cache", **changes)
+    with pytest.raises(ValueError, match="data.root=.*does not exist"):
+        streamed(stream / "nowhere", tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.parquet").write_bytes(b"nothing" * 9)
+    with pytest.raises(ValueError, match="train.parquet under data.root is not a Parquet file"):
+        streamed(tmp_path / "bad", tmp_path)
+
+
+def test_what_datasets_saved_is_mapped_and_needs_no_stream(made, tmp_path):
+    assert len(streamed(made / "arrow", tmp_path)) == 10
+
+
+# ---------------------------------------------------------------- packed by us
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """JPEGs of two classes, one of them bad."""
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(30):
+            pixels = chance.integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.jpg")
+    (tmp_path / "photos" / "ant" / "bad.jpg").write_bytes(b"nothing")
+    return tmp_path / "photos"
+
+
+def test_parquet_files_that_we_pack_are_read_by_datasets_as_a_stream_and_in_runs(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(out), "data=folder", f"data.root={folder}", f"data.cache_dir={tmp_path / 'cache'}"]
+    command += ["--format", "parquet", "--per-shard", "20", "--workers", "1"]
+    assert pack.main(command) == 0
+    assert "train: " in (told := capsys.readouterr().out) and "3 shards" in told
+    head, _ = flat.read(out / "train" / "index.bin")
+    assert head["format"] == "mae-parquet-1" and sum(head["counts"]) + told.count("1 bad") >= 54
+    for name, digest in zip(head["names"], head["sha256"], strict=True):
+        assert hashlib.sha256((out / "train" / name).read_bytes()).hexdigest() == digest
+
+    theirs = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "theirs"))
+    assert theirs["train"].features["label"].names == ["ant", "bee"]
+    assert sum(map(len, theirs.values())) == 60
+    row = theirs["train"].cast_column("image", datasets.Image(decode=False))[0]
+    kept = {path.read_bytes() for path in folder.rglob("*.jpg")}
+    assert row["image"]["bytes"] in kept  # the very bytes of a file
+    assert theirs["train"][0]["image"].size == (24, 20)
+
+    changes = {"val_split": "val", "label_column": "label"}
+    rows, plain = streamed(out, tmp_path / "cache", **changes), opened(out, **changes)
+    assert [rows.raw(k) for k in range(len(rows))] == [plain.raw(k) for k in range(len(plain))]
+    assert np.array_equal(rows.labels, plain.labels) and rows.classes == ["ant", "bee"]
+
+    run = [*TINY, "data=hf", f"data.root={out}", "data.streaming=true", "data.val_split=val", "data.fraction=1.0"]
+    run += [f"data.cache_dir={tmp_path / 'cache'}", "task=finetune", "task.batch_size=8", "task.epochs=1"]
+    assert run_here(tmp_path / "run", *run, "task.warmup_epochs=0", "data.num_workers=2") == 0
+    assert pack.main(command) == 1 and "is packed already" in capsys.readouterr().err
+
+
+def test_parquet_without_pyarrow_is_said_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    command = [str(tmp_path / "out"), "data=folder", f"data.root={folder}", "--format", "parquet"]
+    assert pack.main([*command, f"data.cache_dir={tmp_path / 'cache'}"]) == 1
+    assert "--format parquet needs pyarrow: pip install pyarrow" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

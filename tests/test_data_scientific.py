@@ -88,7 +88,7 @@ def test_bad_files_are_told_apart(name):
 def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, workers):
     source = opened(root)
     assert source.classes == ["field", "town"] and len(source) == 12 and len(opened(root, "val")) == 4
-    measured = stats.statistics(source)
+    measured = stats.statistics(source, np.arange(len(source)))
     loader = Loader(
         source,
         augment.random_resized_crop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], min_crop=0.0, hflip=True),
@@ -119,28 +119,51 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 def test_statistics_are_those_of_all_pixels(dtype):
     images = (torch.rand(40, 3, 7, 9) * torch.tensor([50, 150, 250]).view(3, 1, 1)).to(dtype)
-    found = stats.statistics(Arrays(images, None, [], "x"), workers=3)
+    found = stats.statistics(Arrays(images, None, [], "x"), np.arange(40), workers=3)
     values = images.numpy().astype(np.float64) / {torch.uint8: 255, torch.uint16: 65535}.get(dtype, 1)
     assert np.allclose(found.mean, values.mean((0, 2, 3)), rtol=1e-12)
     assert np.allclose(found.std, values.std((0, 2, 3)), rtol=1e-9)
-    assert found.images == 40 and found.bad == 0 and found.sizes == {(7, 9): 40}
-    assert stats.statistics(Arrays(images, None, [], "x"), limit=10).images == 10
+    assert found.images == 40 and found.bad == [] and found.sizes == {(7, 9): 40}
 
 
 def test_statistics_pass_over_bad_images(root):
     (root / "town" / "0.tif").write_bytes(b"nothing")
     (root / "town" / "1.npy").write_bytes(b"")
-    assert stats.statistics(opened(root).source).bad == 2
-    for path in root.rglob("*.*"):
+    source = opened(root).source
+    found = stats.statistics(source, np.arange(len(source)), workers=2)
+    assert found.images == 14 and sorted(one.name for one in found.bad) == ["town/0.tif", "town/1.npy"]
+    parts = [stats.statistics(source, np.arange(r, len(source), 3)) for r in range(3)]
+    together = parts[0].merged(parts[1]).merged(parts[2])
+    assert together.mean == pytest.approx(found.mean, rel=1e-12) and together.std == pytest.approx(found.std, rel=1e-9)
+    assert together.sizes == found.sizes and sorted(together.bad) == sorted(found.bad)
+
+
+def test_statistics_of_ranks_of_which_one_reads_nothing(root):
+    for path in (root / "town").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 16 images can be read"):
-        stats.statistics(opened(root).source)
+    source = opened(root).source
+    good, none = (stats.statistics(source, np.arange(start, start + 8)) for start in (0, 8))
+    for merged in (good.merged(none), none.merged(good)):
+        assert merged.mean == good.mean and merged.images == 8 and len(merged.bad) == 8
+    assert none.merged(none).images == 0
+
+
+def test_blocks_of_a_large_image_are_merged(monkeypatch):
+    image = (torch.rand(2, 50, 70) * 200).to(torch.uint8)
+    whole = stats.Moments.of(image)
+    monkeypatch.setattr(stats, "BLOCK", 999)
+    parts = stats.Moments.of(image)
+    assert np.allclose(whole.mean, parts.mean, rtol=1e-13) and np.allclose(whole.square, parts.square, rtol=1e-11)
+
+
+def test_worker_counts():
+    assert [list(stats.worker_counts(n)) for n in (1, 2, 6, 16)] == [[1], [1, 2], [1, 2, 3, 4, 6], [1, 2, 3, 4, 8, 16]]
 
 
 def test_the_numbers_of_digits_yaml():
     source = digits("train", in_chans=3, val_fraction=0.2)
     larger = Arrays(augment.resize(source.images.flatten(0, 1), (32, 32)).unflatten(0, (-1, 3)), None, [], "x")
-    found = stats.statistics(larger)
+    found = stats.statistics(larger, np.arange(len(larger)))
     assert found.mean == pytest.approx([0.31] * 3, abs=0.005) and found.std == pytest.approx([0.35] * 3, abs=0.005)
 
 

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -110,8 +112,8 @@ def transform():
     return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
-def loaded(source, workers, epochs=(0, 1), start=0, **changes):
-    loader = Loader(source, transform(), 16, 8, 0, num_workers=workers, max_bad_fraction=0.3, **(LOADING | changes))
+def loaded(source, count, epochs=(0, 1), start=0, **changes):
+    loader = Loader(source, transform(), 16, 8, 0, num_workers=count, max_bad_fraction=0.3, **(LOADING | changes))
     found = []
     for epoch in epochs:
         for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
@@ -227,6 +229,22 @@ def test_remote_shards_are_fetched_once_and_room_is_made(packed, tmp_path):
     same(plain, loaded(opened(f"file://{packed}", tmp_path), 2))
 
 
+def test_a_lock_is_let_go_of_though_a_process_was_forked_meanwhile(tmp_path):
+    from multiprocessing import get_context
+
+    fork, path = get_context("fork"), tmp_path / "x.tar"
+    with store.locked(path):
+        child = fork.Process(target=time.sleep, args=(60,))  # has a copy of the lock's file
+        child.start()
+    other = threading.Thread(target=lambda: store.locked(path).__enter__(), daemon=True)
+    other.start()
+    other.join(5)
+    free = not other.is_alive()
+    child.kill()
+    child.join()
+    assert free
+
+
 def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
     source = opened(f"file://{packed}", tmp_path, lanes=1, window=1)
     order = source.order(0, 0)
@@ -281,10 +299,11 @@ def test_places_that_are_not_there(root, tmp_path):
 # ---------------------------------------------------------------- packing
 
 
-def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch, kind):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    pack.pack(source, whole, KEEP, 25, workers=2)
-    write, count = pack.write_shard, []
+    pack.pack(source, whole, KEEP, 25, workers=2, kind=kind)
+    write, count = pack.write, []
 
     def stops(*args):
         if len(count) == 2:
@@ -292,32 +311,33 @@ def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch):
         count.append(1)
         return write(*args)
 
-    monkeypatch.setattr(pack, "write_shard", stops)
+    monkeypatch.setattr(pack, "write", stops)
     with pytest.raises(KeyboardInterrupt):
-        pack.pack(source, broken, KEEP, 25, workers=1)
+        pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
     assert not (broken / "index.bin").exists()
-    (broken / "shard-000001.tar").write_bytes(b"cut")
-    monkeypatch.setattr(pack, "write_shard", write)
+    (broken / f"shard-000001.{kind}").write_bytes(b"cut")
+    monkeypatch.setattr(pack, "write", write)
     with pytest.raises(ValueError, match="was begun with another source or other options"):
-        pack.pack(source, broken, KEEP, 24, workers=1)
-    made = pack.pack(source, broken, KEEP, 25, workers=1)
+        pack.pack(source, broken, KEEP, 24, workers=1, kind=kind)
+    made = pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
     assert made == {"images": 110, "bad": 0, "shards": 5, "bytes": made["bytes"]}
     for path in whole.iterdir():
         assert path.read_bytes() == (broken / path.name).read_bytes()
     with pytest.raises(ValueError, match="is packed already"):
-        pack.pack(source, whole, KEEP, 25, workers=1)
+        pack.pack(source, whole, KEEP, 25, workers=1, kind=kind)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty, and nothing is overwritten"):
-        pack.pack(source, tmp_path / "other", KEEP, 25, workers=1)
+        pack.pack(source, tmp_path / "other", KEEP, 25, workers=1, kind=kind)
 
 
-def test_what_is_written_is_verified(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_what_is_written_is_verified(source, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(pack, "checksum", lambda path: "other")
     with pytest.raises(ValueError, match="is not what was written, and was removed"):
-        pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)
+        pack.pack(source, tmp_path / "out", KEEP, 60, workers=1, kind=kind)
     monkeypatch.undo()
-    assert pack.pack(source, tmp_path / "out", KEEP, 60, workers=1)["shards"] == 2
+    assert pack.pack(source, tmp_path / "out", KEEP, 60, workers=1, kind=kind)["shards"] == 2
 
 
 def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):

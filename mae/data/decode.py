@@ -1,7 +1,8 @@
 """Bytes of an image file to uint8 (C, H, W).
 
-JPEG goes through torchvision's `decode_jpeg`, whose pixels are those of Pillow at twice the speed; all that
-it cannot decode, or would decode without noticing that it is damaged, goes through Pillow.
+JPEG goes through torchvision's `decode_jpeg`, whose pixels are those of Pillow at twice the speed, or where it is
+installed through simplejpeg, whose pixels are the same and which is a tenth faster still; all that they cannot
+decode, or would decode without noticing that it is damaged, goes through Pillow.
 """
 
 import io
@@ -14,6 +15,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from mae.data.source import BadImage
+
+try:
+    import simplejpeg  # type: ignore[import-not-found]
+except ImportError:  # an extra
+    simplejpeg = None
 
 # Start-of-frame markers of Huffman-coded JPEG: baseline, extended, progressive (ITU T.81, table B.1).
 FRAMES = {0xC0, 0xC1, 0xC2}
@@ -63,12 +69,12 @@ class Decoder:
         header = jpeg_header(data)
         if header is not None and self._fast(header):
             self._check_size(header.width, header.height)
-            mode = ImageReadMode.RGB if self.in_chans == 3 else ImageReadMode.GRAY
             try:
-                image = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode)
+                image = by_simplejpeg(data, self.in_chans == 1)
+                if image is None:
+                    image = by_torchvision(data, self.in_chans == 1)
             except RuntimeError as error:
                 raise BadImage(f"not a valid JPEG ({str(error).splitlines()[0]})") from error
-            assert isinstance(image, Tensor)
             return oriented(image, exif_orientation(data)) if self.exif_orientation and header.exif else image
         return self._pillow(data)
 
@@ -97,6 +103,25 @@ class Decoder:
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise BadImage(f"{type(error).__name__}: {error}") from error
         return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+
+
+def by_torchvision(data: bytearray, grey: bool) -> Tensor:
+    """A JPEG's pixels. Raises RuntimeError."""
+    mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
+    image = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode)
+    assert isinstance(image, Tensor)
+    return image
+
+
+def by_simplejpeg(data: bytearray, grey: bool) -> Tensor | None:
+    """A JPEG's pixels; None where it is not installed, or the file has a flaw that torchvision is to judge."""
+    if simplejpeg is None:
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", strict=True)
+    except ValueError:
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def exif_orientation(data: bytearray) -> int:

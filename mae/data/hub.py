@@ -1,5 +1,6 @@
-"""Hugging Face `datasets`: Parquet or Arrow files, in a folder or on the Hub."""
+"""Hugging Face `datasets`: Parquet or Arrow files, in a folder or on the Hub; or Parquet files as a stream."""
 
+import posixpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,11 @@ from torch import Tensor
 
 from mae.data.decode import Decoder
 from mae.data.folder import read
+from mae.data.known import given_root
+from mae.data.listing import cache_folder
+from mae.data.rowgroups import RowGroups, indexed, numbered
 from mae.data.source import BadImage, Source, Subset, split_indices
+from mae.data.store import Local, Remote, is_remote
 
 HUB = "hf://"
 
@@ -55,19 +60,34 @@ def hf(
     exif_orientation: bool,
     max_pixels: int,
     cache_dir: str | None,
+    streaming: bool,
+    cache_gb: float,
+    retry_s: float,
+    lanes: int,
+    window: int,
 ) -> Source:
     """A data set of `datasets`: a folder of Parquet files or one that it saved, or `hf://NAME` on the Hub.
 
-    `val_split` null holds `val_fraction` of the training split out. No code of a data set is run. Raises
-    ValueError where it is not there, or lacks the split or the columns.
+    `val_split` null holds `val_fraction` of the training split out. With `streaming` Parquet files, here, on the
+    Hub or at a URL of fsspec, are read one after another and never all copied here (mae/data/rowgroups.py). No
+    code of a data set is run. Raises ValueError where it is not there, or lacks the split or the columns.
     """
+    part = val_split if split == "val" and val_split is not None else train_split
+    if streaming and root is not None and not is_saved(root):
+        store, names = parquet_files(root, subset, part, cache_folder(cache_dir), cache_gb, retry_s)
+        try:
+            sizes, groups, labels, classes = indexed(store, names, image_column, label_column, cache_folder(cache_dir))
+        except OSError as error:
+            raise ValueError(f"data.root={root} cannot be read: {error}.") from error
+        decoder = Decoder(in_chans, exif_orientation, max_pixels)
+        rows = RowGroups(names, sizes, groups, labels, classes, store, decoder, image_column, lanes, window)
+        return rows if val_split else Subset(rows, split_indices(labels, len(rows), val_fraction, split))
     try:
         import datasets
     except ImportError as error:
         raise ValueError("data.name=hf needs Hugging Face's datasets: pip install datasets.") from error
     if root is None:
         raise ValueError("data.root is not set: give a folder, or hf://NAME for a data set on the Hub.")
-    part = val_split if split == "val" and val_split is not None else train_split
     try:
         rows = _loaded(datasets, root, subset, part, cache_dir)
     except Exception as error:  # network, files and formats fail in many ways
@@ -98,13 +118,51 @@ def _loaded(datasets: Any, root: str, subset: str | None, part: str, cache_dir: 
     return datasets.load_dataset(str(path), subset, split=part, cache_dir=cache_dir)
 
 
+def is_saved(root: str) -> bool:
+    """Whether a folder was written by `save_to_disk`: Arrow files, which are mapped and never copied anyway."""
+    path = Path(root).expanduser()
+    return not is_remote(root) and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def parquet_files(
+    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float
+) -> tuple[Local | Remote, list[str]]:
+    """Where the Parquet files of a split lie, and their names there, sorted: `PART/*`, `PART-*` or `PART.parquet`,
+    at any depth, or what a data set on the Hub says. Raises ValueError where there are none."""
+    if root.startswith(HUB):
+        urls = hub_files(root, subset, part)
+        top = posixpath.commonpath([posixpath.dirname(url) for url in urls]).replace(":/", "://", 1)
+        return Remote(top, cache, cache_gb, retry_s), sorted(url[len(top) + 1 :] for url in urls)
+    try:
+        store = Remote(root, cache, cache_gb, retry_s) if is_remote(root) else Local(given_root(root))
+        names = store.names("**/*.parquet")
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
+    marks = (f"/{part}/", f"/{part}-", f"/{part}.parquet")
+    found = [name for name in names if any(mark in f"/{name}" for mark in marks)]
+    if not found:
+        raise ValueError(f"data.root={root} holds no Parquet files of the split {part}: {part}/* or {part}-*.parquet.")
+    return store, found
+
+
+def hub_files(root: str, subset: str | None, part: str) -> list[str]:
+    """The URLs of the Parquet files of a data set on the Hub."""
+    import datasets
+
+    try:
+        files = datasets.load_dataset_builder(root.removeprefix(HUB), subset).config.data_files or {}
+        urls = [str(url) for url in files[part]]
+    except Exception as error:  # network and formats fail in many ways
+        what = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"data.root={root} cannot be opened as a data set, split {part}: {what[0]}") from error
+    if strange := [url for url in urls if not url.endswith(".parquet")]:
+        raise ValueError(f"data.streaming=true needs Parquet files, and data.root={root} has {strange[0]}.")
+    return urls
+
+
 def _labels(rows: Any, column: str | None) -> tuple[np.ndarray | None, list[str]]:
     """Labels by number, and their names: the feature's own, or the sorted values."""
     if column is None:
         return None, []
     values = np.asarray(rows.with_format("arrow")[:][column].to_numpy())
-    names = getattr(rows.features[column], "names", None)
-    if names is not None:
-        return values.astype(np.int64), list(names)
-    known, labels = np.unique(values, return_inverse=True)
-    return labels.astype(np.int64), [str(k) for k in known]
+    return numbered(values, getattr(rows.features[column], "names", None))

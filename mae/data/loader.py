@@ -125,6 +125,7 @@ class EvalLoader:
         world: int = 1,
         num_patches: int | None = None,
         pin_memory: bool = False,
+        bad_csv: str | Path | None = None,
         *,
         num_workers: int | None,
         workers: Literal["auto", "thread", "process"],
@@ -134,7 +135,7 @@ class EvalLoader:
     ):
         self.source, self.batch_size, self.timeout_s = source, batch_size, timeout_s
         self.indices = np.arange(rank, len(source), world)
-        self.record = Record(max(1, len(self.indices)), max_bad_fraction, None)
+        self.record = Record(max(1, len(self.indices)), max_bad_fraction, bad_csv, "val")
         reader = Reader(source, transform, seed, num_patches)
         tickets = Tickets(self._tickets)
         self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)

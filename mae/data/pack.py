@@ -1,5 +1,6 @@
-"""Packs any source into tar shards: `python -m mae.data.pack OUT data=folder data.root=DIR`.
+"""Packs any source: `python -m mae.data.pack OUT data=folder data.root=DIR`, for data=shards.
 
+Into tar shards, or with --format parquet into Parquet files, for data=hf and Hugging Face's `datasets`.
 The images are shuffled once, for a loader reads them shard by shard. Their files are kept as they are or,
 with --size, made smaller and encoded anew (the model's inputs then change). Each shard is written beside,
 flushed and renamed, with a note of what it holds; started again, the program goes on with the shards that
@@ -10,99 +11,27 @@ import argparse
 import csv
 import hashlib
 import inspect
-import io
 import json
 import os
 import sys
-import tarfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from mae.data import SOURCES, flat
 from mae.data.shards import INDEX, Index
-from mae.data.source import BadImage, Source
-from mae.data.tar import Collector, Members, joined
+from mae.data.source import Source
+from mae.data.tar import Members, joined
+from mae.data.write import WRITERS, Form, write
 
 NOTES = "packing"  # folder of the shards' notes until the index is written
 PLAN = "plan.json"
-KINDS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
-
-
-class Form(NamedTuple):
-    """How images are written."""
-
-    size: int | None  # pixels of the shorter side, or None to keep the files as they are
-    quality: int  # of JPEG, where they are encoded anew
-
-
-def encoded(source: Source, index: int, form: Form) -> bytes:
-    """The file of an image. Raises BadImage or OSError."""
-    raw = getattr(source, "raw", None)
-    if form.size is None and raw is not None and (data := _raw(source, index)) is not None:
-        source[index]  # a damaged file shall not be packed
-        return bytes(data)
-    image = source[index][0]
-    if image.dtype != torch.uint8 or image.shape[0] not in (1, 3, 4):
-        raise BadImage(f"{image.shape[0]} channels of {image.dtype} do not fit an image file")
-    pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
-    picture = Image.fromarray(pixels)
-    if form.size is not None and min(picture.size) > form.size:
-        scale = form.size / min(picture.size)
-        width, height = (max(form.size, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    if form.size is None or picture.mode == "RGBA":
-        picture.save(out, "PNG")
-    else:
-        picture.save(out, "JPEG", quality=form.quality)
-    return out.getvalue()
-
-
-def _raw(source: Source, index: int) -> bytes | None:
-    try:
-        return source.raw(index)  # type: ignore[attr-defined]
-    except AttributeError:  # a part of a source that has no files
-        return None
-
-
-def write_shard(source: Source, indices: np.ndarray, path: Path, form: Form) -> tuple[Members, list, str]:
-    """One tar file: what it holds, the images left out (index, name, reason), and its SHA-256."""
-    found, bad, digest = Collector(), [], hashlib.sha256()
-    temporary = path.with_name(f"{path.name}.part")
-    with open(temporary, "wb") as file:
-
-        def put(name: str, data: bytes) -> int:
-            head = tarfile.TarInfo(name)
-            head.size, head.mtime, head.mode = len(data), 0, 0o644
-            block = head.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-            digest.update(block)
-            file.write(block)
-            return file.tell() - len(block) + tarfile.BLOCKSIZE
-
-        for index in indices.tolist():
-            try:
-                data = encoded(source, index, form)
-            except (BadImage, OSError) as error:
-                bad.append([index, source.name(index), str(error)])
-                continue
-            key, label = f"{index:010}", -1 if source.labels is None else int(source.labels[index])
-            offset = put(f"{key}.{KINDS.get(data[:2], 'img')}", data)
-            if label >= 0:
-                put(f"{key}.cls", str(label).encode())
-            found.add(key, offset, len(data), label)
-        ending = bytes(2 * tarfile.BLOCKSIZE)
-        digest.update(ending)
-        file.write(ending)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return found.members(), bad, digest.hexdigest()
+BAD = "bad_files.csv"
+PARQUET = "mae-parquet-1"  # what the index of Parquet files says it is
 
 
 class Jobs(Dataset):
@@ -117,10 +46,10 @@ class Jobs(Dataset):
 
     def __getitem__(self, number: int) -> int:
         path = self.paths[number]
-        found, bad, digest = write_shard(self.source, self.parts[number], path, self.form)
+        part = write(self.source, self.parts[number], path, self.form)
         note = path.parent / NOTES / f"{path.name}.note"
-        head = {"sha256": digest, "bytes": path.stat().st_size, "bad": bad}
-        flat.write(note, head, found._asdict())
+        head = {"sha256": part.sha256, "bytes": path.stat().st_size, "bad": part.bad, "count": part.count}
+        flat.write(note, head, part.members._asdict() if part.members else {})
         return len(self.parts[number])
 
 
@@ -133,14 +62,21 @@ def done(path: Path) -> bool:
         return False
 
 
-def pack(source: Source, out: Path, form: Form, per_shard: int, workers: int, seed: int = 0) -> dict[str, Any]:
+def pack(
+    source: Source, out: Path, form: Form, per_shard: int, workers: int, seed: int = 0, kind: str = "tar"
+) -> dict[str, Any]:
     """Packs a source into `out`. Returns counts. Raises ValueError where `out` holds something else."""
+    if kind == "parquet":
+        try:
+            import pyarrow  # noqa: F401  # an extra
+        except ImportError as error:
+            raise ValueError("--format parquet needs pyarrow: pip install pyarrow.") from error
     plan = {"images": len(source), "first": source.name(0), "per_shard": per_shard, "seed": seed}
-    plan |= form._asdict() | {"classes": source.classes}
+    plan |= form._asdict() | {"classes": source.classes, "format": kind}
     prepare(out, plan)
     order = np.random.default_rng(seed).permutation(len(source))
     parts = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
-    paths = [out / f"shard-{k:06}.tar" for k in range(len(parts))]
+    paths = [out / f"shard-{k:06}.{kind}" for k in range(len(parts))]
     left = [(part, path) for part, path in zip(parts, paths, strict=True) if not done(path)]
     jobs = Jobs(source, [part for part, _ in left], [path for _, path in left], form)
     count = min(workers, len(jobs)) if workers > 1 else 0
@@ -170,23 +106,27 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
 
 def finish(source: Source, out: Path, paths: list[Path]) -> dict[str, Any]:
     """Verifies the shards by their checksums, writes the index and the list of bad files."""
-    parts, sizes, sums, bad = [], [], [], []
+    parts, heads, bad = [], [], []
     for path in paths:
         head, arrays = flat.read(path.parent / NOTES / f"{path.name}.note")
         if checksum(path) != head["sha256"]:
             path.unlink()
             raise ValueError(f"{path} is not what was written, and was removed: start again to write it anew.")
-        parts.append(Members(**arrays))
-        sizes.append(head["bytes"])
-        sums.append(head["sha256"])
+        parts.append(arrays)
+        heads.append(head)
         bad += head["bad"]
     if bad:
-        with open(out / "bad_files.csv", "w", newline="") as file:
+        with open(out / BAD, "w", newline="") as file:
             csv.writer(file).writerows([("index", "name", "reason"), *bad])
-    counts = [len(p.offsets) for p in parts]
+    names, counts = [path.name for path in paths], [head["count"] for head in heads]
+    sizes, sums = ([head[key] for head in heads] for key in ("bytes", "sha256"))
     assert sum(counts) + len(bad) == len(source)
-    index = Index([p.name for p in paths], sizes, counts, joined(parts), source.classes)
-    index.save(out / INDEX, sha256=sums)
+    if paths[0].suffix == ".tar":
+        members = joined([Members(**arrays) for arrays in parts])
+        Index(names, sizes, counts, members, source.classes).save(out / INDEX, sha256=sums)
+    else:
+        told = {"format": PARQUET, "names": names, "sizes": sizes, "counts": counts, "sha256": sums}
+        flat.write(out / INDEX, told | {"classes": source.classes}, {})
     for note in (out / NOTES).iterdir():
         note.unlink()
     (out / NOTES).rmdir()
@@ -231,16 +171,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mae.data.pack", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder; train/ and val/ are made in it")
     parser.add_argument("overrides", nargs="+", help="data=..., data.root=..., as for run.py")
+    parser.add_argument("--format", choices=sorted(WRITERS), default="tar", help="of the shards (default tar)")
     parser.add_argument("--size", type=int, help="pixels of the shorter side; without it files stay as they are")
     parser.add_argument("--quality", type=int, default=90, help="of JPEG, with --size (default 90)")
     parser.add_argument("--per-shard", type=int, default=2048, help="images in a shard (default 2048)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
         data = composed(options.overrides)
         for split in ("train", "val"):
             form = Form(options.size, options.quality)
-            made = pack(opened(data, split), options.out / split, form, options.per_shard, options.workers)
+            given = (form, options.per_shard, options.workers)
+            made = pack(opened(data, split), options.out / split, *given, kind=options.format)
             sys.stdout.write(
                 f"{options.out / split}: {made['images']} images in {made['shards']} shards, "
                 f"{made['bytes'] / 1e6:.1f} MB, {made['bad']} bad files left out\n"

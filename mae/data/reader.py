@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from mae import augment
+from mae import augment, chance
 from mae.data.sampler import Ticket
 from mae.data.source import BadImage, Source
 
@@ -65,8 +65,8 @@ class Reader(Dataset):
             self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
         wanted = ticket.indices.tolist()
         taken, labels, images, bad = [], [], [[] for _ in range(self.repeats)], []
-        keys = [augment.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
-        numbers = [augment.uniform(key, augment.DRAWS + 1) for key in keys]
+        keys = [chance.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
+        numbers = [chance.uniform(key, augment.DRAWS + 1) for key in keys]
         draws = [n[:, 1:].tolist() for n in numbers]
         for k, index in enumerate(wanted):
             index, image, label = self._readable(index, bad)
@@ -85,8 +85,8 @@ class Reader(Dataset):
         }
         if self.num_patches is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
-            noise = [augment.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
-            noise = augment.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
+            noise = [chance.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
+            noise = chance.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
@@ -97,7 +97,7 @@ class Reader(Dataset):
                 return index, *self.source[index]
             except (BadImage, OSError) as error:
                 bad.append(Bad(index, self.source.name(index), str(error)))
-            key = augment.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
+            key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         raise ValueError(
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
@@ -118,10 +118,11 @@ def stacked(images: list[Tensor]) -> Tensor:
 class Record:
     """Bad images seen so far: each written once to `bad_files.csv`, and an error when they are too many."""
 
-    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None):
-        self.count, self.limit, self.path = count, max_bad_fraction, path
+    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None, part: str = "train"):
+        self.count, self.limit, self.path, self.part = count, max_bad_fraction, path, part
         self.bad: dict[int, Bad] = {}
         self.seen = 0
+        self.listed = listed(path, part)  # by earlier attempts of the run
 
     def receive(self, batch: Any) -> Batch:
         """The batch without its note of bad images. Raises ValueError."""
@@ -143,11 +144,20 @@ class Record:
         return batch
 
     def _write(self, one: Bad) -> None:
-        if self.path is None:
+        if self.path is None or one.name in self.listed:
             return
+        self.listed.add(one.name)
         new = not os.path.exists(self.path)
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(("index", "name", "reason"))
-            writer.writerow(one)
+                writer.writerow((*Bad._fields, "part"))
+            writer.writerow((*one, self.part))
+
+
+def listed(path: str | Path | None, part: str) -> set[str]:
+    """The names that a `bad_files.csv` holds of the training or validation images."""
+    if path is None or not os.path.exists(path):
+        return set()
+    with open(path, newline="", errors="replace") as file:
+        return {str(row["name"]) for row in csv.DictReader(file) if row.get("part") == part}

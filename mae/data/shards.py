@@ -126,13 +126,7 @@ class Shards:
         shards = chance.permutation(len(self.index.names))
         counts = self.index.counts[shards]
         line = np.repeat(self.index.starts[shards] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
-        width = max(1, int(self.window * counts.mean()))
-        order = np.empty_like(line)
-        for lane, part in enumerate(np.array_split(line, self.lanes)):
-            for start in range(0, len(part), width):
-                part[start : start + width] = chance.permutation(part[start : start + width])
-            order[lane :: self.lanes] = part
-        return order
+        return laned(line, self.lanes, max(1, int(self.window * counts.mean())), chance)
 
     def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
         """Lets the store fetch what follows the window of these images."""
@@ -145,6 +139,16 @@ class Shards:
         for place in np.unique(places[[self.index.shard(int(i)) for i in indices]]) + self.window:
             if place < len(shards):
                 self.store.ahead(self.index.names[shards[place]], self.index.sizes[shards[place]])
+
+
+def laned(line: np.ndarray, lanes: int, width: int, chance: np.random.Generator) -> np.ndarray:
+    """A line of images cut into lanes, whose parts of `width` are shuffled; place p is of lane p % lanes."""
+    order = np.empty_like(line)
+    for lane, part in enumerate(np.array_split(line, lanes)):
+        for start in range(0, len(part), width):
+            part[start : start + width] = chance.permutation(part[start : start + width])
+        order[lane::lanes] = part
+    return order
 
 
 def tar_shards(

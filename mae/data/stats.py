@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,64 +13,97 @@ from PIL import Image
 from torch import Tensor
 
 from mae.data.loader import Loader
+from mae.data.reader import Bad
 from mae.data.source import BadImage, Source
+
+BLOCK = 1 << 20  # pixels of which sums are taken at once: a large image does not become an eightfold one
+
+
+class Moments(NamedTuple):
+    """Of values of some channels."""
+
+    count: int  # pixels
+    mean: np.ndarray  # (C,) float64
+    square: np.ndarray  # (C,) float64, sum of squared deviations
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of both together (Chan, Golub and LeVeque 1979)."""
+        total = self.count + other.count
+        if not total:
+            return self
+        shift = other.mean - self.mean
+        square = self.square + other.square + shift**2 * (self.count * other.count / total)
+        return Moments(total, self.mean + shift * (other.count / total), square)
+
+    @staticmethod
+    def of(image: Tensor) -> "Moments":
+        """Of an image (C, H, W), integer values divided by the type's largest."""
+        top = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        flat = image.numpy().reshape(len(image), -1)
+        found = Moments(0, np.zeros(len(image)), np.zeros(len(image)))
+        for start in range(0, flat.shape[1], BLOCK):
+            values = flat[:, start : start + BLOCK].astype(np.float64) / top
+            mean = values.mean(1)
+            found = found.merged(Moments(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(1)))
+        return found
 
 
 class Statistics(NamedTuple):
     """Of the images read."""
 
-    mean: list[float]  # one a channel, as `data.mean` wants it
-    std: list[float]
+    moments: Moments
     images: int
-    bad: int
+    bad: list[Bad]
     sizes: Counter  # (height, width) -> images
     dtype: str
 
+    @property
+    def mean(self) -> list[float]:
+        """One a channel, as `data.mean` wants it."""
+        return self.moments.mean.tolist()
 
-class _One(NamedTuple):
-    count: int  # pixels
-    mean: np.ndarray  # (C,)
-    square: np.ndarray  # (C,) sum of squared deviations
-    size: tuple[int, int]
-    dtype: str
+    @property
+    def std(self) -> list[float]:
+        """One a channel, as `data.std` wants it."""
+        return np.sqrt(self.moments.square / max(1, self.moments.count)).tolist()
+
+    def merged(self, other: "Statistics") -> "Statistics":
+        """Of both together, such as two ranks' parts."""
+        if not self.images or not other.images:  # the number of channels of nothing is not known
+            first, second = (self, other) if self.images else (other, self)
+            return first._replace(bad=second.bad + first.bad)
+        return Statistics(
+            self.moments.merged(other.moments),
+            self.images + other.images,
+            self.bad + other.bad,
+            self.sizes + other.sizes,
+            self.dtype,
+        )
 
 
-def statistics(source: Source, limit: int | None = None, workers: int = 4, seed: int = 0) -> Statistics:
-    """One pass over the images, or over `limit` of them chosen by seed, in float64.
+def statistics(source: Source, indices: np.ndarray, workers: int = 1) -> Statistics:
+    """One pass over the images of these numbers, in float64, by `workers` threads.
 
-    Values of integer images are divided by the type's largest. Raises ValueError where no image is readable.
+    Every pixel counts alike, so that large images weigh more. Those that cannot be read are listed.
     """
-    indices = np.random.default_rng(seed).permutation(len(source))[:limit]
 
-    def one(index: int) -> _One | None:
+    def one(index: int) -> tuple[Moments, tuple[int, int], str] | Bad:
         try:
             image = source[index][0]
-        except (BadImage, OSError):
-            return None
-        top = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
-        values = image.numpy().reshape(len(image), -1).astype(np.float64) / top
-        mean = values.mean(1)
-        square = ((values - mean[:, None]) ** 2).sum(1)
-        return _One(values.shape[1], mean, square, (image.shape[1], image.shape[2]), str(image.dtype))
+        except (BadImage, OSError) as error:
+            return Bad(index, source.name(index), str(error))
+        return Moments.of(image), (image.shape[1], image.shape[2]), str(image.dtype).removeprefix("torch.")
 
-    count, bad, sizes, dtype = 0, 0, Counter(), ""
-    mean, square = np.zeros(1), np.zeros(1)
-    with ThreadPoolExecutor(workers) as pool:
+    found = Statistics(Moments(0, np.zeros(1), np.zeros(1)), 0, [], Counter(), "")
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in range(0, len(indices), 256):  # so that results do not pile up
             for part in pool.map(one, indices[start : start + 256].tolist()):
-                if part is None:
-                    bad += 1
+                if isinstance(part, Bad):
+                    found.bad.append(part)
                     continue
-                # the parts' merge of Chan, Golub and LeVeque 1979
-                shift, total = part.mean - mean, count + part.count
-                square = square + part.square + shift**2 * (count * part.count / total)
-                mean = mean + shift * (part.count / total)
-                count, dtype = total, part.dtype
-                sizes[part.size] += 1
-    if not count:
-        raise ValueError(f"none of the {len(indices)} images can be read.")
-    std = np.sqrt(square / count)
-    return Statistics(mean.tolist(), std.tolist(), len(indices) - bad, bad, sizes, dtype)
+                moments, size, dtype = part
+                found = found.merged(Statistics(moments, 1, [], Counter([size]), dtype))
+    return found
 
 
 def class_counts(source: Source) -> dict[str, int]:
@@ -82,18 +115,31 @@ def class_counts(source: Source) -> dict[str, int]:
 
 
 def loading_speed(make: Callable[[int], Loader], workers: list[int], batches: int = 20) -> dict[int, float]:
-    """Images a second with each number of workers; `make` gives a fresh loader for a number."""
+    """Images a second with each number of workers; `make` gives a fresh loader for a number.
+
+    As many batches as there are workers go first uncounted: they started together and come together.
+    """
     found = {}
     for count in workers:
         loader = make(count)
         made = (batch for epoch in itertools.count() for step in loader.steps(epoch) for batch in step)
-        next(made)  # the workers' start is not counted
+        for _ in range(max(1, count)):
+            next(made)
         start = time.perf_counter()
-        images = sum(len(batch["image"]) for batch in itertools.islice(made, batches))
+        images = sum(len(batch["image"]) for batch in itertools.islice(made, max(batches, 2 * count)))
         found[count] = images / (time.perf_counter() - start)
         made.close()
         loader.close()
     return found
+
+
+def worker_counts(most: int) -> Iterator[int]:
+    """1 to `most`: each up to 4, then doubling, and the last."""
+    count = 1
+    while count < most:
+        yield count
+        count = count + 1 if count < 4 else 2 * count
+    yield most
 
 
 def contact_sheet(images: Tensor, flip: Tensor | None = None, columns: int = 8, gap: int = 2) -> Image.Image:

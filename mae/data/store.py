@@ -48,9 +48,9 @@ class Local:
     def open(self, name: str) -> Any:
         return open(self.root / name, "rb")
 
-    def names(self) -> list[str]:
-        """The shards, sorted."""
-        return sorted(p.name for p in self.root.glob("*.tar"))
+    def names(self, pattern: str = "*.tar") -> list[str]:
+        """The shards, sorted; or other files, at any depth for `**/*`."""
+        return sorted(str(p.relative_to(self.root)) for p in self.root.glob(pattern))
 
     def stamp(self, name: str) -> str:
         """Changes when the shard does."""
@@ -112,9 +112,10 @@ class Remote:
     def open(self, name: str) -> Any:
         return self.fs.open(f"{self.root}/{name}", "rb")
 
-    def names(self) -> list[str]:
-        """The shards, sorted."""
-        return self._tried("", lambda: sorted(p.rsplit("/", 1)[1] for p in self.fs.glob(f"{self.root}/*.tar")))
+    def names(self, pattern: str = "*.tar") -> list[str]:
+        """The shards, sorted; or other files, at any depth for `**/*`."""
+        start = len(self.root) + 1
+        return self._tried("", lambda: sorted(p[start:] for p in self.fs.glob(f"{self.root}/{pattern}")))
 
     def stamp(self, name: str) -> str:
         """Changes when the shard does, as far as its place tells."""
@@ -139,7 +140,7 @@ class Remote:
         return str(path)
 
     def _download(self, name: str, path: Path, size: int) -> None:
-        temporary = path.with_name(f"{name}.part")
+        temporary = path.with_name(f"{path.name}.part")
         with self.fs.open(f"{self.root}/{name}", "rb", block_size=CHUNK) as source, open(temporary, "wb") as file:
             while chunk := source.read(CHUNK):
                 file.write(chunk)
@@ -166,10 +167,9 @@ class Remote:
 
     def _evict(self, keep: Path) -> None:
         entries = []
-        for entry in os.scandir(self.cache):
+        for path in self.cache.rglob(f"*{keep.suffix}"):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                if entry.name.endswith(".tar"):
-                    entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+                entries.append((path.stat().st_mtime, path.stat().st_size, str(path)))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.cache_gb * 1e9 or path == str(keep):
@@ -185,4 +185,7 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has the file too, and never closes it

@@ -9,9 +9,11 @@ from mae.pipeline import pipeline
 from mae.tasks.evaluate import evaluate
 from mae.tasks.export import export
 from mae.tasks.finetune import Finetune
+from mae.tasks.inspect import inspect
 from mae.tasks.knn import knn
 from mae.tasks.linprobe import Linprobe
 from mae.tasks.pretrain import Pretrain
+from mae.tasks.stats import stats
 from mae.tasks.visualize import visualize
 
 TASKS = {
@@ -22,5 +24,7 @@ TASKS = {
     "evaluate": evaluate,
     "visualize": visualize,
     "export": export,
+    "stats": stats,
+    "inspect": inspect,
     "pipeline": pipeline,
 }

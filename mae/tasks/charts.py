@@ -1,5 +1,6 @@
-"""Charts of a classifier's results."""
+"""Charts of a classifier's results and of a data set."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,4 +46,18 @@ def calibration(bins: np.ndarray, error: float, path: Path) -> None:
     axes.bar(left[used], bins[used, 2], width=1 / len(bins), align="edge", color="#6baed6", edgecolor="white")
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"Calibration error {error:.4f}")
+    _save(figure, path)
+
+
+def sizes(found: Counter, path: Path) -> None:
+    """Histograms of heights and widths from (height, width) -> images."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    weights = np.array(list(found.values()))
+    for axes, side, name in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("height", "width"), strict=True):
+        values = np.array([size[side] for size in found])
+        bins = min(50, max(1, int(values.max() - values.min()) + 1))
+        axes.hist(values, bins=bins, weights=weights, color="#6baed6", edgecolor="white", linewidth=0.3)
+        middle = np.median(np.repeat(values, weights))
+        axes.set(xlabel=f"{name} in pixels", title=f"{name}: {values.min()} to {values.max()}, median {middle:g}")
+    figure.axes[0].set_ylabel(f"of {weights.sum()} images")
     _save(figure, path)

@@ -22,14 +22,34 @@ CLASSES = "classes.json"  # in a classifier's run: names in the order of its log
 
 
 def eval_loader(
-    cfg: DictConfig, ranks: Any, source: Source, batch_size: int, num_patches: int | None = None
+    cfg: DictConfig,
+    ranks: Any,
+    source: Source,
+    batch_size: int,
+    num_patches: int | None = None,
+    bad_csv: Path | None = None,
 ) -> EvalLoader:
-    """The images of this rank, centre-cropped, each once over all ranks."""
+    """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
     transform = call(center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
     pin = ranks.device.type == "cuda"
     return call(
-        EvalLoader, cfg.data, source, transform, batch_size, cfg.seed, ranks.rank, ranks.world, num_patches, pin
+        EvalLoader,
+        cfg.data,
+        source,
+        transform,
+        batch_size,
+        cfg.seed,
+        ranks.rank,
+        ranks.world,
+        num_patches,
+        pin,
+        bad_csv,
     )
+
+
+def bad_files(run: Path, ranks: Any) -> Path:
+    """Where a rank lists the images that it could not use."""
+    return run / ("bad_files.csv" if ranks.main else f"bad_files_{ranks.rank}.csv")
 
 
 def sent(loader: EvalLoader, ranks: Any) -> Iterator[dict[str, Tensor]]:

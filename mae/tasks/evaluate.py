@@ -20,7 +20,7 @@ from mae.models.foreign import Foreign, read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.tasks import charts
-from mae.tasks.common import eval_loader, kept_classes, need_init, need_labels, sent
+from mae.tasks.common import bad_files, eval_loader, kept_classes, need_init, need_labels, sent
 from mae.tasks.linprobe import head as probe_head
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def evaluate(
     names = kept_classes(cfg.init)
     place = places(cfg, source, model.num_classes, names)
     subset = getattr(source, "subset", None)
-    results = predict(cfg, ranks, source, model, dtype, batch_size, place, subset)
+    results = predict(cfg, ranks, source, model, dtype, batch_size, place, subset, bad_files(run, ranks))
     names = names or list(_names(source, model.num_classes, place))
 
     figures: dict[str, Any] = results.figures()
@@ -134,6 +134,7 @@ def predict(
     batch_size: int,
     place: np.ndarray,
     subset: list[int] | None,
+    bad_csv: Path,
 ) -> Results:
     """What the model says of each image; `place` maps labels to its classes, `subset` are those asked for."""
     prepare = call(Prepare, cfg.data).to(ranks.device)
@@ -141,7 +142,7 @@ def predict(
     asked = torch.tensor(subset or range(model.num_classes), device=ranks.device)
     inside = torch.full((model.num_classes,), -1, device=ranks.device)
     inside[asked] = torch.arange(len(asked), device=ranks.device)
-    loader, found = eval_loader(cfg, ranks, source, batch_size), Collector()
+    loader, found = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_csv), Collector()
     for batch in sent(loader, ranks):
         images = prepare(batch["image"]).to(model.pos_embed.dtype)
         with device.autocast(dtype, ranks.device):
