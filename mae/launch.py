@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
 from mae.pipeline import run_pipeline
+from mae.rules import missing_init
 from mae.schema import near
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise ConfigError(problem)
     run = prepare(cfg, overrides)
     summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():

@@ -80,6 +80,7 @@ INTERVALS = {
 
 
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
+NEED_INIT = ("linprobe", "knn", "evaluate", "visualize", "export")
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -255,6 +256,13 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _colours,
     _mixing,
 ]
+
+
+def missing_init(task: str, init: str | None) -> str | None:
+    """A sentence where a task has nothing to start from."""
+    if init is not None or task not in NEED_INIT:
+        return None
+    return f"task={task} needs init=: name a run's directory, one of its checkpoints, or a file of another library."
 
 
 def devices(cfg: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
     "run": {"config", "launch", "dry_run"},
-    "launch": {"config", "schema", "pipeline", "engine"},  # the engine only inside a worker
+    "launch": {"config", "schema", "rules", "pipeline", "engine"},  # the engine only inside a worker
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device", "forecast"},
@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "optim",
         "plan",
         "checkpoint",
+        "rules",
     },
     "data": {"augment", "chance"},
     "augment": {"chance"},

@@ -13,6 +13,7 @@ from torch import Tensor
 from mae import device
 from mae.augment import center_crop
 from mae.config import call, write_text
+from mae.rules import missing_init
 from mae.data.loader import EvalLoader
 from mae.data.source import Source, reduced
 
@@ -123,9 +124,6 @@ def kept_classes(init: str) -> list[str] | None:
 
 def need_init(cfg: DictConfig) -> str:
     """`init`. Raises ValueError where it is not given."""
-    if cfg.init is None:
-        raise ValueError(
-            f"task={cfg.task.name} needs init=: name a run's directory, one of its checkpoints, or a file of "
-            "another library."
-        )
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise ValueError(problem)
     return cfg.init
