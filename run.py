@@ -20,6 +20,9 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from mae import config, launch  # noqa: E402
 
 
+MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
+
+
 class Failed(Exception):
     """A member of a sweep ended with an exit code that is not 0; what was wrong has been said."""
 
@@ -54,12 +57,19 @@ def run(cfg: DictConfig) -> int:
 
         sys.stdout.write(dry_run.report(checked))
         return 0
+    if here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        MEMBERS.append((checked, overrides))
+        return 0
     return launch.launch(checked, overrides)
 
 
 if __name__ == "__main__":
     try:
+        if told := launch.asked_of_cluster(sys.argv[1:]):
+            sys.exit(told())
         main()
+        if MEMBERS:
+            sys.exit(launch.launch_sweep(MEMBERS))
     except Failed as failed:
         sys.exit(failed.args[0])
     except KeyboardInterrupt:

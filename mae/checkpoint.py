@@ -27,6 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mae import fence
+
 log = logging.getLogger(__name__)
 
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -73,6 +75,7 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
         for name in (WEIGHTS, TRAINER, MANIFEST):
             _flush(temporary / name)
+        fence.check(path.parent.parent)
         if path.exists():  # a damaged one of the same step
             shutil.rmtree(path)
         temporary.rename(path)

@@ -1,4 +1,4 @@
-"""Where a run runs: in this process, or in several of this machine."""
+"""Where a run runs: in this process, in several of this machine, or on a cluster."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
 from mae.pipeline import run_pipeline
 from mae.schema import near
+from mae.slurm.submit import slurm, submit
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
             )
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
+        (run / "failure.json").unlink(missing_ok=True)
     return run
 
 
@@ -150,6 +153,49 @@ def local(run: Path, *, processes: int) -> int:
         return 128 + error.sigval
 
 
+# ---------------------------------------------------------------- clusters
+
+
+def queues(cfg: DictConfig) -> bool:
+    """Whether a run is one that a sweep submits together with its others."""
+    return cfg.launcher.name == "slurm" and cfg.task.name != "pipeline"  # whose stages are jobs of their own
+
+
+def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
+    """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
+    arrays: dict[str, list[Path]] = {}
+    runs = [prepare(cfg, overrides) for cfg, overrides in members]
+    for run, (cfg, _) in zip(runs, members, strict=True):
+        arrays.setdefault(json.dumps(OmegaConf.to_container(cfg.launcher)), []).append(run)
+    folder = Path(os.path.commonpath(run.parent for run in runs))
+    return max(
+        [
+            submit(part, folder, {k: v for k, v in json.loads(text).items() if k != "name"})
+            for text, part in arrays.items()
+        ]
+    )
+
+
+def asked_of_cluster(words: list[str]) -> Callable[[], int] | None:
+    """What `status=DIR`, `cancel=DIR` or `retry_failed=DIR` asks for, or None."""
+    verb, _, where = (words[0] if words else "").partition("=")
+    if verb not in ("status", "cancel", "retry_failed") or not where:
+        return None
+
+    def answer() -> int:
+        from mae.slurm import status
+
+        folder = Path(where).absolute()
+        if verb == "retry_failed":
+            return status.retry_failed(folder, words[1:])
+        if len(words) > 1:
+            raise ConfigError(f"{verb}={where} stands alone, got {' '.join(words[1:])} too.")
+        sys.stdout.write(status.report(folder) if verb == "status" else status.cancel(folder))
+        return 0
+
+    return answer
+
+
 class RankFailed(RuntimeError):
     """One of several processes of a run failed: which, and why."""
 
@@ -201,7 +247,7 @@ def _composition(text: str, error: BaseException) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-LAUNCHERS = {"local": local, "inline": inline}
+LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:

@@ -11,11 +11,12 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
     "run": {"config", "launch", "dry_run"},
-    "launch": {"config", "schema", "pipeline", "engine"},  # the engine only inside a worker
+    "launch": {"config", "schema", "pipeline", "slurm", "engine"},  # the engine only inside a worker
+    "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},
-    "engine": {"setup", "schema", "tasks", "checkpoint", "distributed", "device", "track", "config"},
+    "engine": {"setup", "schema", "tasks", "checkpoint", "distributed", "device", "track", "config", "fence"},
     "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},
     "tasks": {
         "pipeline",
@@ -34,7 +35,8 @@ MAY_IMPORT = {
     "data": {"augment"},
     "distributed": {"device"},
     "device": {"allocator"},
-    "track": {"config"},
+    "track": {"config", "fence"},
+    "checkpoint": {"fence"},
 }
 
 
