@@ -18,7 +18,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae import config, launch  # noqa: E402
-
+from mae.slurm import status  # noqa: E402
 
 MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
 
@@ -65,8 +65,8 @@ def run(cfg: DictConfig) -> int:
 
 if __name__ == "__main__":
     try:
-        if told := launch.asked_of_cluster(sys.argv[1:]):
-            sys.exit(told())
+        if status.is_asked(sys.argv[1:]):
+            sys.exit(status.answer(sys.argv[1:]))
         main()
         if MEMBERS:
             sys.exit(launch.launch_sweep(MEMBERS))

@@ -256,8 +256,23 @@ class Checkpoints:
             if best:
                 point_to(path, self.run / "checkpoints" / BEST)
             self._remove_old()
+            self._compare_with_warning(time.monotonic() - self.saved_at)
         except BaseException as error:  # raised in the main thread by the next wait()
             self._error = error
+
+    def _compare_with_warning(self, seconds: float) -> None:
+        """Tells where a cluster's warning comes too late for a save; the launcher reads it before the next start."""
+        delay = os.environ.get("MAE_SIGNAL_DELAY_S")
+        if delay is None:
+            return
+        if seconds > float(delay):
+            log.warning(
+                "saving took %.0f s, and launcher.signal_delay_s=%s is the warning before a time limit: raise it, or "
+                "the work since the last checkpoint is lost there",
+                seconds,
+                delay,
+            )
+        (self.run / "slurm" / "save_seconds").write_text(f"{seconds:.2f}")
 
     def wait(self) -> None:
         """Waits for the write under way. Raises its error."""

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mae import config
 from mae.config import ConfigError, build, difference, run_directory, write_text
 from mae.pipeline import run_pipeline
 from mae.schema import near
-from mae.slurm.submit import slurm, submit
+from mae.slurm.submit import slurm, submit, submit_last
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
+            if not code and not summary.exists():  # its stages are queued
+                submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
@@ -163,37 +165,8 @@ def queues(cfg: DictConfig) -> bool:
 
 def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
     """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
-    arrays: dict[str, list[Path]] = {}
-    runs = [prepare(cfg, overrides) for cfg, overrides in members]
-    for run, (cfg, _) in zip(runs, members, strict=True):
-        arrays.setdefault(json.dumps(OmegaConf.to_container(cfg.launcher)), []).append(run)
-    folder = Path(os.path.commonpath(run.parent for run in runs))
-    return max(
-        [
-            submit(part, folder, {k: v for k, v in json.loads(text).items() if k != "name"})
-            for text, part in arrays.items()
-        ]
-    )
-
-
-def asked_of_cluster(words: list[str]) -> Callable[[], int] | None:
-    """What `status=DIR`, `cancel=DIR` or `retry_failed=DIR` asks for, or None."""
-    verb, _, where = (words[0] if words else "").partition("=")
-    if verb not in ("status", "cancel", "retry_failed") or not where:
-        return None
-
-    def answer() -> int:
-        from mae.slurm import status
-
-        folder = Path(where).absolute()
-        if verb == "retry_failed":
-            return status.retry_failed(folder, words[1:])
-        if len(words) > 1:
-            raise ConfigError(f"{verb}={where} stands alone, got {' '.join(words[1:])} too.")
-        sys.stdout.write(status.report(folder) if verb == "status" else status.cancel(folder))
-        return 0
-
-    return answer
+    runs = [(prepare(cfg, overrides), cfg.launcher) for cfg, overrides in members]
+    return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
 
 
 class RankFailed(RuntimeError):

@@ -10,9 +10,9 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
-    "run": {"config", "launch", "dry_run"},
+    "run": {"config", "launch", "slurm", "dry_run"},
     "launch": {"config", "schema", "pipeline", "slurm", "engine"},  # the engine only inside a worker
-    "slurm": {"config", "schema", "fence", "engine"},  # likewise
+    "slurm": {"config", "schema", "fence", "engine", "pipeline", "sweep"},  # likewise
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},

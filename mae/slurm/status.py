@@ -1,6 +1,5 @@
 """`status=DIR`, `cancel=DIR`, `retry_failed=DIR`: what the runs under a directory are at, and what to do about it."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,26 @@ from mae.config import ConfigError
 from mae.slurm import queue, submit
 from mae.slurm.state import asked, metric, reason, shown, state
 from mae.slurm.verdict import read
+
+VERBS = ("status", "cancel", "retry_failed")
+
+
+def is_asked(words: list[str]) -> bool:
+    """Whether a command line is `VERB=DIR ...` and no run."""
+    verb, _, where = (words[0] if words else "").partition("=")
+    return verb in VERBS and bool(where)
+
+
+def answer(words: list[str]) -> int:
+    """Does what `VERB=DIR ...` asks for; returns the exit code. Raises ConfigError."""
+    verb, _, where = words[0].partition("=")
+    folder = Path(where).absolute()
+    if verb == "retry_failed":
+        return retry_failed(folder, words[1:])
+    if len(words) > 1:
+        raise ConfigError(f"{words[0]} stands alone, but {' '.join(words[1:])} follows it.")
+    sys.stdout.write(report(folder) if verb == "status" else cancel(folder))
+    return 0
 
 
 def runs_under(folder: Path) -> list[Path]:
@@ -73,15 +92,13 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
     if not failed:
         sys.stdout.write(f"Nothing under {folder} has failed.\n")
         return 0
-    groups: dict[str, list[Path]] = {}
+    again = []
     for run in failed:
-        changed = OmegaConf.merge(config.read(run), OmegaConf.from_dotlist(overrides))
+        changed = OmegaConf.merge(
+            config.read(run), OmegaConf.from_dotlist(overrides), {"launcher": {"dependency": None}}
+        )
         settings = config.check(changed).launcher  # type: ignore[arg-type]
         if settings.name != "slurm":
             raise ConfigError(f"{run} did not run on SLURM: python run.py resume={run} goes on with it.")
-        groups.setdefault(json.dumps(OmegaConf.to_container(settings)), []).append(run)
-    codes = []
-    for text, runs in groups.items():
-        settings = {key: value for key, value in json.loads(text).items() if key != "name"} | {"dependency": None}
-        codes.append(submit.submit(runs, folder.absolute() if len(runs) > 1 else runs[0].absolute(), settings))
-    return max(codes)
+        again.append((run, settings))
+    return submit.submit(again, folder)

@@ -8,18 +8,21 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from mae.config import ConfigError
-from mae.slurm import queue
 from mae.slurm.check import check, tasks_per_node
 from mae.slurm.job import SUPERVISE
-from mae.slurm.state import follow, shown
-from mae.slurm.verdict import read
+from mae.slurm.state import asked, follow, shown
 
 ROOT = Path(__file__).parent.parent.parent
+AFTER = "import sys; sys.path[0] = {code!r}; "
+REPORT = "from mae import sweep; sys.exit(sweep.main([{folder!r}]))"
+LAST = "from mae import pipeline; pipeline.conclude({run!r})"
 CODE = ("mae", "conf", "sweeps", "run.py")  # what a job runs
 OPTIONS = {  # ours -> sbatch's, as submitit names them
     "nodes": "nodes",
@@ -71,28 +74,53 @@ def slurm(
     """Submits a run to the queue and says how to follow it; the exit code is 0 once it is queued, or with `wait`
     once it is finished. Raises ConfigError where the cluster cannot run it."""
     settings = {key: value for key, value in locals().items() if key != "run"}
-    return submit([run], run, settings)
+    return submit([(run, settings)], run)
 
 
-def submit(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> int:
-    """Queues prepared runs, those of a sweep as one array, with what belongs to the job under `folder/slurm`."""
-    waiting = [run for run in runs if not (run / "summary.json").exists()]
-    known = queue.jobs(told["job"] for run in waiting if (told := read(run / "slurm" / "job.json")))
-    queued = [run for run in waiting if (told := read(run / "slurm" / "job.json")) and told["job"] in known
-              and known[told["job"]].alive]  # fmt: skip
+def submit(runs: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path) -> int:
+    """Queues prepared runs with their launcher settings, those of the same settings as one array. What belongs to the
+    jobs lies under `folder/slurm`. Returns the exit code."""
+    waiting = [run for run, _ in runs if not (run / "summary.json").exists()]
+    queued = [run for run, (_, job) in asked(waiting).items() if job is not None and job.alive]
     for run in queued:
         sys.stdout.write(f"{shown(run)} is in the queue already; python run.py cancel={shown(run)} takes it out.\n")
-    fresh = [run for run in waiting if run not in queued]
-    if fresh:
-        check(settings, folder, fresh)
-        job = enqueue(fresh, folder, settings, array=len(runs) > 1)
-        sys.stdout.write(told_to_user(job, fresh, folder, settings))
-    return follow(runs, settings["poll_s"]) if settings["wait"] else 0
+    groups: dict[str, list[Path]] = {}
+    for run, settings in runs:
+        if run in waiting and run not in queued:
+            plain = {key: value for key, value in settings.items() if key != "name"}
+            groups.setdefault(json.dumps(plain, default=OmegaConf.to_container), []).append(run)
+    for text, members in groups.items():
+        check(json.loads(text), folder, members)
+    jobs = []
+    for text, members in groups.items():
+        jobs.append(enqueue(members, folder, json.loads(text)))
+        sys.stdout.write(told_to_user(jobs[-1], members, folder, json.loads(text)))
+    settings = runs[0][1]
+    if jobs and folder not in waiting and (ROOT / "mae" / "sweep.py").exists():
+        after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, settings)
+    return follow([run for run, _ in runs], settings["poll_s"]) if settings["wait"] else 0
 
 
-def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any], array: bool) -> str:
-    """Writes down what the job shall do and hands it to sbatch through submitit; returns its id."""
+def after(dependency: str, statement: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Queues a small job that runs a statement, from the same code, once others have ended."""
     code = snapshot(folder / "slurm" / "code")
+    python = settings["python"] or shlex.quote(sys.executable)
+    kept = ("partition", "account", "qos", "constraint", "reservation")
+    more = {key: settings[key] for key in kept if settings[key] is not None} | {"kill-on-invalid-dep": "yes"}
+    options = {"dependency": dependency, "time": 60, "job_name": f"{folder.name}-end", "use_srun": False}
+    options |= {"nodes": 1, "ntasks_per_node": 1, "stderr_to_stdout": True, "additional_parameters": more}
+    sbatch(f"{python} -c {shlex.quote(AFTER.format(code=str(code)) + statement)}", folder / "slurm", options, None)
+
+
+def submit_last(run: Path, stages: Sequence[Path], settings: Mapping[str, Any]) -> None:
+    """Queues what sums a pipeline up once its stages, which are queued, are finished."""
+    jobs = [name for name, job in asked(stages).values() if job is not None and job.alive]
+    after(f"afterok:{':'.join(jobs)}", LAST.format(run=str(run)), run, settings)
+
+
+def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
+    """Writes down what the job shall do and hands it to sbatch through submitit; returns its id."""
+    code, array = snapshot(folder / "slurm" / "code"), len(runs) > 1
     told = folder / "slurm" / f"submission_{secrets.token_hex(4)}.json"
     told.write_text(json.dumps({"members": [str(r) for r in runs], "launcher": dict(settings), "code": str(code)}))
     python = settings["python"] or shlex.quote(sys.executable)
