@@ -75,7 +75,8 @@ def stage_config(
         raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
     if fixed := [one for one in given if one.startswith(("task=", "output_dir=", "init=", "resume="))]:
         raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
-    stage = compose([f"task={name}", f"model={cfg.model.name}", f"data={cfg.data.name}", *given])
+    same = [f"{group}={cfg[group].name}" for group in ("model", "data", "launcher")]
+    stage = compose([f"task={name}", *same, *given])
     OmegaConf.set_struct(stage, False)
     changed = {one.lstrip("+").split("=")[0] for one in given}
     for section in SHARED:

@@ -243,7 +243,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-# Waits are short where a cluster's are long: a job that is requeued waits cred_expire, a dead node is noticed after
+# Waits are short where a cluster's are long: a job that is requeued waits cred_expire (5 s at least), a dead node is noticed after
 # SlurmdTimeout, TERM is followed by KILL after KillWait. Other loopback addresses than 127.0.0.1 make srun hang.
 CONTROLLER = """\
 ClusterName=test
@@ -253,7 +253,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=2
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n

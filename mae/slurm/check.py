@@ -79,12 +79,12 @@ def problems(settings: Mapping[str, Any], known: list[Node]) -> Iterator[str]:
     cpus = tasks_per_node(settings) * settings["cpus_per_task"]
     needs = {"launcher.gpus_per_node": (settings["gpus_per_node"], "gpus", "GPUs")}
     needs["launcher.tasks_per_node x launcher.cpus_per_task"] = (cpus, "cpus", "CPUs")
-    needs["launcher.mem_gb"] = ((settings["mem_gb"] or 0) * 1024, "memory_mb", "MB")
+    needs["launcher.mem_gb x 1024"] = ((settings["mem_gb"] or 0) * 1024, "memory_mb", "MB")
     fitting = those
     for key, (need, name, unit) in needs.items():
         most = max(getattr(node, name) for node in those)
         if need > most:
-            yield f"{key}={need:g} {unit}, but no node of {where} has more than {most}: ask for less a node."
+            yield f"{key}={need:.0f} {unit}, but no node of {where} has more than {most}: ask for less a node."
         fitting = [node for node in fitting if getattr(node, name) >= need]
     count = len({node.name for node in fitting})
     if fitting and settings["nodes"] > count:
