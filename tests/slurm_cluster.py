@@ -243,8 +243,9 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-# Waits are short where a cluster's are long: a job that is requeued waits cred_expire (5 s at least), a dead node is noticed after
-# SlurmdTimeout, TERM is followed by KILL after KillWait. Other loopback addresses than 127.0.0.1 make srun hang.
+# Waits are short where a cluster's are long: a job that is requeued waits cred_expire (5 s at least), a dead node is
+# noticed after SlurmdTimeout, TERM is followed by KILL after KillWait. Other loopback addresses than 127.0.0.1 make
+# srun hang.
 CONTROLLER = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
