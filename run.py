@@ -18,7 +18,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae import config, launch  # noqa: E402
-from mae.slurm import status  # noqa: E402
+from mae.slurm import plugin, status  # noqa: E402
 
 MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
 
@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> None:
             raise
         sys.stderr.write(f"{launch.explain(error)}\n")
         code = 1
+    if code and plugin.inside():
+        plugin.leave(code)
     if code and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise Failed(code)  # so that Hydra goes on with the other members
     if code:
@@ -45,6 +47,8 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Checks a composed config and launches it; returns the exit code."""
+    if plugin.inside():
+        plugin.join()
     here = HydraConfig.get()
     overrides = list(here.overrides.task)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:

@@ -61,7 +61,7 @@ def _flush(path: Path) -> None:
 
 def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` exists whole or not at all. Raises OSError, leaving nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get(fence.NAME, '')}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

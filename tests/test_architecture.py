@@ -12,7 +12,7 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 MAY_IMPORT = {
     "run": {"config", "launch", "slurm", "dry_run"},
     "launch": {"config", "schema", "pipeline", "slurm", "engine"},  # the engine only inside a worker
-    "slurm": {"config", "schema", "fence", "engine", "pipeline", "sweep"},  # likewise
+    "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},

@@ -354,7 +354,8 @@ def script(monkeypatch, tmp_path, *overrides: str, members: int = 1) -> str:
     monkeypatch.setattr(check, "nodes", lambda: KNOWN)
     runs = [tmp_path / "sweep" / str(i) for i in range(members)]
     for run in runs:
-        (run / "slurm").mkdir(parents=True)
+        run.mkdir(parents=True)
+        (run / "config.yaml").touch()
     folder = runs[0] if members == 1 else tmp_path / "sweep"
     assert submit.submit([(run, settings("launcher.probe_s=0", *overrides)) for run in runs], folder) == 0
     return next((folder / "slurm").glob("*_submission.sh")).read_text()

@@ -344,6 +344,7 @@ def test_a_job_runs_what_was_submitted_whatever_is_edited_later(job):
     shutil.rmtree(checkout / "conf")
     for path in (checkout / "mae").rglob("*.py"):
         path.write_text("raise RuntimeError('edited')\n")
+    (job.run / "config.yaml").unlink()
     job.cluster.run("scontrol", "release", job.id)
     wait_for("the summary", lambda: (job.run / "summary.json").exists(), 90, 0.5)
 
@@ -359,6 +360,25 @@ def test_cancel_ends_a_job_which_the_same_command_takes_up(job, undisturbed):
     job.say(pace=0)
     job.type(*STEPS, "launcher.nodes=2", "launcher.wait=true")
     assert digest(job.run) == digest(undisturbed)
+
+
+def test_hydra_s_own_launcher_works_and_sees_a_crash_in_any_rank(job):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
+    given = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 30, "signal_delay_s": 20}
+    plugin = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{key}={value}" for key, value in given.items())]
+    faults = f"export PYTHONPATH={ROOT}/tests/slurm_faults:$PYTHONPATH MAE_TEST_FOLDER={job.folder}"
+    plugin.append(f"hydra.launcher.setup=['{faults}']")
+    for name, code in (("good", 0), ("bad", 1)):
+        if code:
+            job.say(**{"raise": "1 2"})
+        words = [*TINY_PRETRAIN, *plugin, f"hydra.sweep.dir={job.folder / name}", "task.max_steps=4"]
+        command = [sys.executable, str(ROOT / "run.py"), "-m", *words]
+        told = subprocess.run(command, env=job.cluster.env, capture_output=True, text=True, timeout=120)
+        assert told.returncode == code, told.stdout + told.stderr
+        assert (job.folder / name / "0" / "summary.json").exists() == (not code)
+    assert "a deliberate mistake" in (job.folder / "bad" / "0" / "failure.json").read_text()
+    assert "FAILED" in job.cluster.run("sacct", "-X", "-n", "-o", "State")
+    assert "2 cpu devices" in (job.folder / "good" / "0" / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------- what cannot run, said before it is queued

@@ -36,11 +36,14 @@ def supervise(told: str) -> int:
     """Runs one attempt of a job's member; returns the job's exit code, or requeues the job and does not return."""
     submission = json.loads(Path(told).read_text())
     settings = submission["launcher"]
-    run = Path(submission["members"][int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
+    member, config = list(submission["members"].items())[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
+    run = Path(member)
     job, number = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     for signum in (signal.SIGTERM, signal.SIGUSR2):  # meant for the tasks, whose end we wait for
         signal.signal(signum, lambda *_: None)
     begin(run, f"{job}.{number}")
+    if not (run / "config.yaml").exists():  # someone has tidied up
+        (run / "config.yaml").write_text(config)
     say(f"attempt {number} of job {job} on {os.environ['SLURM_JOB_NODELIST']}: {run}")
     before, left = newest_step(run), settings["max_requeues"] - number
     if (run / "summary.json").exists():

@@ -21,7 +21,7 @@ from mae.slurm.state import asked, follow, shown
 
 ROOT = Path(__file__).parent.parent.parent
 AFTER = "import sys; sys.path[0] = {code!r}; "
-REPORT = "from mae import sweep; sys.exit(sweep.main([{folder!r}]))"
+REPORT = "import runpy; sys.argv[1:] = [{folder!r}]; runpy.run_module('mae.sweep', run_name='__main__')"
 LAST = "from mae import pipeline; pipeline.conclude({run!r})"
 CODE = ("mae", "conf", "sweeps", "run.py")  # what a job runs
 OPTIONS = {  # ours -> sbatch's, as submitit names them
@@ -108,7 +108,13 @@ def after(dependency: str, statement: str, folder: Path, settings: Mapping[str, 
     kept = ("partition", "account", "qos", "constraint", "reservation")
     more = {key: settings[key] for key in kept if settings[key] is not None} | {"kill-on-invalid-dep": "yes"}
     options = {"dependency": dependency, "time": 60, "job_name": f"{folder.name}-end", "use_srun": False}
-    options |= {"nodes": 1, "ntasks_per_node": 1, "stderr_to_stdout": True, "additional_parameters": more}
+    options |= {
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "setup": settings["setup"],
+        "stderr_to_stdout": True,
+        "additional_parameters": more,
+    }
     sbatch(f"{python} -c {shlex.quote(AFTER.format(code=str(code)) + statement)}", folder / "slurm", options, None)
 
 
@@ -122,7 +128,8 @@ def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
     """Writes down what the job shall do and hands it to sbatch through submitit; returns its id."""
     code, array = snapshot(folder / "slurm" / "code"), len(runs) > 1
     told = folder / "slurm" / f"submission_{secrets.token_hex(4)}.json"
-    told.write_text(json.dumps({"members": [str(r) for r in runs], "launcher": dict(settings), "code": str(code)}))
+    configs = {str(run): (run / "config.yaml").read_text() for run in runs}
+    told.write_text(json.dumps({"members": configs, "launcher": dict(settings), "code": str(code)}))
     python = settings["python"] or shlex.quote(sys.executable)
     script = SUPERVISE.format(code=str(code), told=str(told))
     parameters = dict(settings["additional_parameters"]) | {"requeue": True}
@@ -136,6 +143,10 @@ def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
         options["gpus_per_node"] = settings["gpus_per_node"]
     if settings["mem_gb"] is not None:
         options["mem"] = f"{int(settings['mem_gb'] * 1024)}M"
+    for run in runs:
+        (run / "slurm").mkdir(exist_ok=True)
+        for left in ("failure.json", "slurm/verdict.json"):  # of an earlier job
+            (run / left).unlink(missing_ok=True)
     job = sbatch(
         f"{python} -u -c {shlex.quote(script)}",
         folder / "slurm",
@@ -143,11 +154,8 @@ def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
         len(runs) if array else None,
     )
     for index, run in enumerate(runs):
-        (run / "slurm").mkdir(exist_ok=True)
         place = {"job": f"{job}_{index}" if array else job, "submitted": time.time(), "submission": str(told)}
         (run / "slurm" / "job.json").write_text(json.dumps(place))
-        for left in ("failure.json", "slurm/verdict.json"):  # of an earlier job
-            (run / left).unlink(missing_ok=True)
     return job
 
 
