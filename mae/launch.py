@@ -72,7 +72,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             )
     merged = OmegaConf.create(OmegaConf.to_container(stored))
     for key in given:
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+        OmegaConf.update(
+            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
+        )  # another launcher has other keys
     merged.output_dir, merged.resume = str(run), None
     assert isinstance(merged, DictConfig)
     return config.check(merged)

@@ -47,8 +47,9 @@ class Job:
 
     def command(self, *overrides: str, checkout: Path = ROOT) -> list[str]:
         faults = f"export PYTHONPATH={ROOT}/tests/slurm_faults MAE_TEST_FOLDER={self.folder}"
-        output = [] if any(o == "-m" for o in overrides) else [f"output_dir={self.run}"]
-        return [sys.executable, str(checkout / "run.py"), *CPU, f"launcher.setup=['{faults}']", *output, *overrides]
+        output = ["-m"] if "-m" in overrides else [f"output_dir={self.run}"]
+        overrides = tuple(o for o in overrides if o != "-m")
+        return [sys.executable, str(checkout / "run.py"), *output, *CPU, f"launcher.setup=['{faults}']", *overrides]
 
     def start(self, *overrides: str, checkout: Path = ROOT) -> subprocess.Popen:
         """Types the command; what it says goes to a file."""
@@ -355,8 +356,12 @@ def test_cancel_ends_a_job_which_the_same_command_takes_up(job, undisturbed):
     job.wait_for_step(2)
     assert "is in the queue already" in job.type(*STEPS, "launcher.nodes=2")
     assert f"Cancelled {job.id}" in job.ask(f"cancel={job.run}")
-    wait_for("the end", lambda: not job.tasks(), 30)
-    assert job.cluster.field(job.id, "Restarts") == "0" and "CANCELLED" in job.ask(f"status={job.run}")
+    wait_for("the end", lambda: job.cluster.field(job.id, "JobState") == "CANCELLED", 30)
+    assert (
+        job.tasks() == []
+        and job.cluster.field(job.id, "Restarts") == "0"
+        and "CANCELLED" in job.ask(f"status={job.run}")
+    )
     job.say(pace=0)
     job.type(*STEPS, "launcher.nodes=2", "launcher.wait=true")
     assert digest(job.run) == digest(undisturbed)

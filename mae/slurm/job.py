@@ -140,7 +140,7 @@ def conclude(run: Path, job: str, number: int, verdict: Verdict) -> int:
     action, reason = verdict.action, verdict.reason
     state = queue.field(job, "JobState")
     if action == "requeue" and state != "RUNNING" and queue.field(job, "Reason") != "TimeLimit":
-        write_verdict(run, job, number, "stopped", f"SLURM ended it ({state or 'unknown state'})")
+        write_verdict(run, job, number, "stopped", "SLURM ended it: cancelled, or requeued by SLURM itself")
         return 1  # cancelled, or requeued already: SLURM has decided
     if action == "requeue":
         write_verdict(run, job, number, "requeue", reason)

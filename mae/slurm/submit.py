@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mae.config import ConfigError
 from mae.slurm.check import check, tasks_per_node
@@ -87,18 +87,24 @@ def submit(runs: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path) -> int:
     groups: dict[str, list[Path]] = {}
     for run, settings in runs:
         if run in waiting and run not in queued:
-            plain = {key: value for key, value in settings.items() if key != "name"}
-            groups.setdefault(json.dumps(plain, default=OmegaConf.to_container), []).append(run)
+            groups.setdefault(json.dumps(plain(settings)), []).append(run)
     for text, members in groups.items():
         check(json.loads(text), folder, members)
     jobs = []
     for text, members in groups.items():
         jobs.append(enqueue(members, folder, json.loads(text)))
         sys.stdout.write(told_to_user(jobs[-1], members, folder, json.loads(text)))
-    settings = runs[0][1]
+    settings = plain(runs[0][1])
     if jobs and folder not in waiting and (ROOT / "mae" / "sweep.py").exists():
         after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, settings)
     return follow([run for run, _ in runs], settings["poll_s"]) if settings["wait"] else 0
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A launcher's settings as Python's own dicts and lists."""
+    made = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else dict(settings)
+    assert isinstance(made, dict)
+    return {str(key): value for key, value in made.items() if key != "name"}
 
 
 def after(dependency: str, statement: str, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -121,7 +127,7 @@ def after(dependency: str, statement: str, folder: Path, settings: Mapping[str, 
 def submit_last(run: Path, stages: Sequence[Path], settings: Mapping[str, Any]) -> None:
     """Queues what sums a pipeline up once its stages, which are queued, are finished."""
     jobs = [name for name, job in asked(stages).values() if job is not None and job.alive]
-    after(f"afterok:{':'.join(jobs)}", LAST.format(run=str(run)), run, settings)
+    after(f"afterok:{':'.join(jobs)}", LAST.format(run=str(run)), run, plain(settings))
 
 
 def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
