@@ -128,10 +128,19 @@ def report(cfg: DictConfig) -> str:
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "runs on": where(cfg),
         "writes to": str(run_directory(cfg)),
     }
     width = max(map(len, rows))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def where(cfg: DictConfig) -> str:
+    """The launcher, and what it starts."""
+    count, nodes = rules.devices(cfg), cfg.launcher.get("nodes")
+    if nodes is not None:
+        return f"{cfg.launcher.name}: {nodes} node{'s' * (nodes > 1)} x {count // nodes} of its devices"
+    return f"{cfg.launcher.name}: {count} process{'es' * (count > 1)} of this machine"
 
 
 def states_per_weight(cfg: Mapping[str, Any]) -> int:

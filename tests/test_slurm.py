@@ -81,11 +81,11 @@ def test_srun_s_words_for_an_end(line, cause):
     assert cause_in(line) == cause
 
 
-def conclusion(monkeypatch, tmp_path, state: str, because: str = "None", refused: str = "") -> tuple[int, dict, list]:
+def conclusion(monkeypatch, tmp_path, state: str, refused: str = "") -> tuple[int, dict, list]:
     """(exit code, verdict, requeues asked for) where SLURM shows a state at the end of an attempt to be requeued."""
     (tmp_path / "slurm").mkdir(exist_ok=True)
     asked = []
-    monkeypatch.setattr(queue, "field", lambda _, name: {"JobState": state, "Reason": because}[name])
+    monkeypatch.setattr(queue, "field", lambda *_: state)
     monkeypatch.setattr(queue, "requeue", lambda name: asked.append(name) or refused)
     monkeypatch.setattr(job.time, "sleep", lambda _: None)
     code = job.conclude(tmp_path, "7", 0, Verdict("requeue", "it was asked to stop"))
@@ -97,10 +97,22 @@ def test_a_job_that_slurm_has_taken_into_its_hands_is_left_to_it(monkeypatch, tm
     for now in ("COMPLETING", "PENDING", "CANCELLED"):
         assert conclusion(monkeypatch, tmp_path, now)[2] == []
     assert conclusion(monkeypatch, tmp_path, "RUNNING")[2] == ["7"]
-    assert conclusion(monkeypatch, tmp_path, "COMPLETING", "TimeLimit")[2] == ["7"]
     monkeypatch.undo()
     monkeypatch.setattr(queue, "command", lambda *_, **__: (1, "", "Job is pending execution for job 7"))
     assert queue.requeue("7") == ""
+
+
+def test_a_time_limit_that_comes_before_a_save_is_no_end(monkeypatch):
+    asked, reason = [], "None"
+    monkeypatch.setattr(queue, "field", lambda *_: reason)
+    monkeypatch.setattr(queue, "requeue", lambda name: asked.append(name) or "")
+    chances: list[None] = [None]
+    job.at_time_limit("7", chances)  # TERM of a cancellation
+    assert asked == []
+    reason = "TimeLimit"
+    for _ in range(2):
+        job.at_time_limit("7", chances)
+    assert asked == ["7"]
 
 
 def test_a_cluster_that_does_not_requeue_is_named(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ keeps results that a later attempt can mistake for its own. Here the run's direc
 saved), `slurm/verdict.json` (what the supervisor made of it).
 """
 
+import functools
 import json
 import logging
 import os
@@ -39,13 +40,14 @@ def supervise(told: str) -> int:
     member, config = list(submission["members"].items())[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
     run = Path(member)
     job, number = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    for signum in (signal.SIGTERM, signal.SIGUSR2):  # meant for the tasks, whose end we wait for
-        signal.signal(signum, lambda *_: None)
+    left = settings["max_requeues"] - number
+    signal.signal(signal.SIGUSR2, lambda *_: None)  # meant for the tasks, whose end we wait for
+    signal.signal(signal.SIGTERM, functools.partial(at_time_limit, job, [None] * min(1, left)))
     begin(run, f"{job}.{number}")
     if not (run / "config.yaml").exists():  # someone has tidied up
         (run / "config.yaml").write_text(config)
     say(f"attempt {number} of job {job} on {os.environ['SLURM_JOB_NODELIST']}: {run}")
-    before, left = newest_step(run), settings["max_requeues"] - number
+    before = newest_step(run)
     if (run / "summary.json").exists():
         verdict = Verdict("finished")
     elif left < 0:
@@ -63,8 +65,15 @@ def supervise(told: str) -> int:
 
 def say(text: str) -> None:
     """A line in the job's own log."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
+    os.write(1, f"{time.strftime('%H:%M:%S')} {text}\n".encode())  # not print's buffer: signal handlers say things too
+
+
+def at_time_limit(job: str, chances: list[None], *_: Any) -> None:
+    """TERM: where the time limit has come before the tasks could save, SLURM would not start the job again by itself,
+    and kills this process soon."""
+    if chances and queue.field(job, "Reason") == "TimeLimit":
+        chances.pop()
+        say("requeue: its time limit came before it had saved" + queue.requeue(job))
 
 
 def begin(run: Path, attempt: str) -> None:
@@ -74,7 +83,7 @@ def begin(run: Path, attempt: str) -> None:
     (run / "failure.json").unlink(missing_ok=True)
     (run / "slurm" / "verdict.json").unlink(missing_ok=True)
     shutil.rmtree(run / "slurm" / "stopped", ignore_errors=True)
-    (run / "slurm" / "stopped").mkdir()
+    (run / "slurm" / "stopped").mkdir(exist_ok=True)
     (run / "logs").mkdir(exist_ok=True)
 
 
@@ -139,7 +148,7 @@ def conclude(run: Path, job: str, number: int, verdict: Verdict) -> int:
         return 1
     action, reason = verdict.action, verdict.reason
     state = queue.field(job, "JobState")
-    if action == "requeue" and state != "RUNNING" and queue.field(job, "Reason") != "TimeLimit":
+    if action == "requeue" and state != "RUNNING":
         write_verdict(run, job, number, "stopped", "SLURM ended it: cancelled, or requeued by SLURM itself")
         return 1  # cancelled, or requeued already: SLURM has decided
     if action == "requeue":
