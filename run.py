@@ -18,6 +18,9 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae import config, launch  # noqa: E402
+from mae.slurm import plugin, status  # noqa: E402
+
+MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
 
 
 class Failed(Exception):
@@ -34,6 +37,8 @@ def main(cfg: DictConfig) -> None:
             raise
         sys.stderr.write(f"{launch.explain(error)}\n")
         code = 1
+    if code and plugin.inside():
+        plugin.leave(code)
     if code and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise Failed(code)  # so that Hydra goes on with the other members
     if code:
@@ -42,6 +47,8 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Checks a composed config and launches it; returns the exit code."""
+    if plugin.inside():
+        plugin.join()
     here = HydraConfig.get()
     overrides = list(here.overrides.task)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
@@ -54,12 +61,19 @@ def run(cfg: DictConfig) -> int:
 
         sys.stdout.write(dry_run.report(checked))
         return 0
+    if here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        MEMBERS.append((checked, overrides))
+        return 0
     return launch.launch(checked, overrides)
 
 
 if __name__ == "__main__":
     try:
+        if status.is_asked(sys.argv[1:]):
+            sys.exit(status.answer(sys.argv[1:]))
         main()
+        if MEMBERS:
+            sys.exit(launch.launch_sweep(MEMBERS))
     except Failed as failed:
         sys.exit(failed.args[0])
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from it (see `mae.schema`).
 import hashlib
 import inspect
 import json
-import os
+import secrets
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -129,7 +129,7 @@ def read(run: Path) -> DictConfig:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises ConfigError where the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other nodes have the same process ids
     try:
         temporary.write_text(text)
         temporary.replace(path)

@@ -136,10 +136,19 @@ def report(cfg: DictConfig) -> str:
         "number format": str(dtype).removeprefix("torch."),
         **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), where, dtype),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "runs on": where(cfg),
         "writes to": str(run_directory(cfg)),
     }
     width = max(map(len, rows))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def where(cfg: DictConfig) -> str:
+    """The launcher, and what it starts."""
+    count, nodes = rules.devices(cfg), cfg.launcher.get("nodes")
+    if nodes is not None:
+        return f"{cfg.launcher.name}: {nodes} node{'s' * (nodes > 1)} x {count // nodes} of its devices"
+    return f"{cfg.launcher.name}: {count} process{'es' * (count > 1)} of this machine"
 
 
 def states_per_weight(cfg: Mapping[str, Any]) -> int:

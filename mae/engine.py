@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, track
+from mae import checkpoint, device, fence, track
 from mae.config import build, call, read, write_text
-from mae.distributed import Interruption, Ranks, start
+from mae.distributed import Interruption, Ranks, lost_peer, start
 from mae.profiling import profiled
 from mae.schema import TRAINED
 from mae.setup import Training, set_up
@@ -201,13 +202,16 @@ def work(run: Path) -> int:
     An error of this rank is logged and raised, so that whoever started it ends the other ranks.
     """
     cfg = read(run)
-    ranks = call(start, cfg.launcher, cfg.device)
-    track.set_up_logging(run, ranks.rank)
-    tracker = track.trackers(run, cfg) if ranks.main else track.Tracker()
+    rank = int(os.environ.get("RANK", 0))
+    track.set_up_logging(run, rank)
+    tracker, ranks = track.Tracker(), None
     code, summary = 1, {}
     try:
+        ranks = call(start, cfg.launcher, cfg.device)
+        tracker = track.trackers(run, cfg) if ranks.main else tracker
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
+            fence.check(run)
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         code = 0
     except Interrupted as stopped:
@@ -215,11 +219,14 @@ def work(run: Path) -> int:
         code = 130
     except Diverged as stopped:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
+        track.write_failure(run, rank, stopped)
         code = 3
-    except Exception:
-        track.write_traceback(run, ranks.rank)
+    except Exception as error:
+        track.write_failure(run, rank, error, lost_peer(error))
+        ranks = None  # the others may be anywhere: to take leave of them could block
         raise
     finally:
         tracker.finish(summary, failed=code != 0)
-        ranks.close()
+        if ranks is not None:
+            ranks.close()
     return code

@@ -1,4 +1,4 @@
-"""Where a run runs: in this process, or in several of this machine."""
+"""Where a run runs: in this process, in several of this machine, or on a cluster."""
 
 import errno
 import json
@@ -23,6 +23,7 @@ from mae.config import ConfigError, build, difference, run_directory, write_text
 from mae.pipeline import run_pipeline
 from mae.rules import missing_init
 from mae.schema import near
+from mae.slurm.submit import slurm, submit, submit_last
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
             )
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
+        (run / "failure.json").unlink(missing_ok=True)
     return run
 
 
@@ -70,7 +73,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             )
     merged = OmegaConf.create(OmegaConf.to_container(stored))
     for key in given:
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+        OmegaConf.update(
+            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
+        )  # another launcher has other keys
     merged.output_dir, merged.resume = str(run), None
     assert isinstance(merged, DictConfig)
     return config.check(merged)
@@ -88,6 +93,8 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
+            if not code and not summary.exists():  # its stages are queued
+                submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
@@ -153,6 +160,20 @@ def local(run: Path, *, processes: int) -> int:
         return 128 + error.sigval
 
 
+# ---------------------------------------------------------------- clusters
+
+
+def queues(cfg: DictConfig) -> bool:
+    """Whether a run is one that a sweep submits together with its others."""
+    return cfg.launcher.name == "slurm" and cfg.task.name != "pipeline"  # whose stages are jobs of their own
+
+
+def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
+    """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
+    runs = [(prepare(cfg, overrides), cfg.launcher) for cfg, overrides in members]
+    return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
+
+
 class RankFailed(RuntimeError):
     """One of several processes of a run failed: which, and why."""
 
@@ -204,7 +225,7 @@ def _composition(text: str, error: BaseException) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-LAUNCHERS = {"local": local, "inline": inline}
+LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:

@@ -44,16 +44,27 @@ def pipeline(
         raise ConfigError(f"task.stages must name each stage once, got {list(stages)}.")
     made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or []) for name in stages}
     summaries: dict[str, Any] = {}
+    jobs: dict[str, str] = {}
     for number, (name, stage) in enumerate(made.items(), start=1):
         log.info("stage %d of %d: %s", number, len(made), name)
+        if job := jobs.get(parent_of(name, stages) or ""):
+            stage = OmegaConf.merge(stage, {"launcher": {"dependency": f"afterok:{job}"}})
+            assert isinstance(stage, DictConfig)
         if code := start(stage, [f"task={name}", *(overrides.get(name) or [])]):
             return code, None
         summary = run / name / "summary.json"
-        if not summary.exists():
-            log.info("stage %s was submitted: once it is finished the same command goes on with the next", name)
-            return 0, None
-        summaries[name] = json.loads(summary.read_text())
-    return 0, together(summaries)
+        if summary.exists():
+            summaries[name] = json.loads(summary.read_text())
+        else:  # it waits in a queue, and so will those that start from it
+            jobs[name] = json.loads((run / name / "slurm" / "job.json").read_text())["job"]
+    return 0, None if jobs else together(summaries)
+
+
+def conclude(run: str) -> None:
+    """Writes the summary of a pipeline whose stages are finished."""
+    stages = config.read(Path(run)).task.stages
+    summaries = {name: json.loads((Path(run) / name / "summary.json").read_text()) for name in stages}
+    write_text(Path(run) / "summary.json", json.dumps(together(summaries), indent=1) + "\n")
 
 
 def stage_config(
@@ -64,7 +75,8 @@ def stage_config(
         raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
     if fixed := [one for one in given if one.startswith(("task=", "output_dir=", "init=", "resume="))]:
         raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
-    stage = compose([f"task={name}", f"model={cfg.model.name}", f"data={cfg.data.name}", *given])
+    same = [f"{group}={cfg[group].name}" for group in ("model", "data", "launcher")]
+    stage = compose([f"task={name}", *same, *given])
     OmegaConf.set_struct(stage, False)
     changed = {one.lstrip("+").split("=")[0] for one in given}
     for section in SHARED:

@@ -76,6 +76,18 @@ INTERVALS = {
     "estimate.utilisation": "(0, 1]",
     "estimate.loader_images_per_second": "(0, inf)",
     "estimate.cost_per_hour": "[0, inf)",
+    "launcher.nodes": "[1, inf)",
+    "launcher.gpus_per_node": "[0, inf)",
+    "launcher.tasks_per_node": "[1, inf)",
+    "launcher.cpus_per_task": "[1, inf)",
+    "launcher.mem_gb": "[0, inf)",
+    "launcher.timeout_min": "[1, inf)",
+    "launcher.array_parallelism": "[1, inf)",
+    "launcher.max_requeues": "[0, inf)",
+    "launcher.signal_delay_s": "[1, 65535]",  # sbatch's own bounds
+    "launcher.rendezvous_timeout_s": "[1, inf)",
+    "launcher.probe_s": "[0, inf)",
+    "launcher.poll_s": "(0, inf)",
 }
 
 
@@ -207,6 +219,11 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
         yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
+    if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
+        yield (
+            f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="
+            f"{launcher['timeout_min']}: the job would be asked to save as soon as it begins."
+        )
     if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
 
@@ -269,4 +286,7 @@ def devices(cfg: Mapping[str, Any]) -> int:
     """Devices that take part: as torchrun says where it started us, else as the launcher is set."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return cfg["launcher"].get("processes", 1)
+    launcher = cfg["launcher"]
+    if launcher["name"] == "slurm":
+        return launcher["nodes"] * (launcher["tasks_per_node"] or launcher["gpus_per_node"] or 1)
+    return launcher.get("processes", 1)

@@ -1,11 +1,13 @@
 """Where a run's numbers and pictures go: console, metrics.jsonl, W&B. The loop knows none of them by name."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mae import fence
 from mae.config import call
 
 log = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class JsonLines(Tracker):
         self._append("events.jsonl", {"step": step, "event": text})
 
     def _append(self, name: str, value: Mapping[str, Any]) -> None:
+        fence.check(self.run)
         with (self.run / name).open("a") as file:
             file.write(json.dumps({k: _finite(v) for k, v in value.items()}) + "\n")
 
@@ -260,11 +264,18 @@ def log_file(run: Path, rank: int) -> Path:
     return run / "log.txt" if rank == 0 else run / "logs" / f"rank_{rank}.txt"
 
 
-def write_traceback(run: Path, rank: int) -> None:
-    """Adds the error being handled to the run's log.txt, whichever rank it is of; the console gets a sentence later."""
+def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:
+    """Adds the error being handled to the run's log.txt, whichever rank it is of, and leaves it as `failure.json`
+    where it is the first one; the console gets a sentence later. `lost_peer`: another rank was gone before."""
+    if not fence.holds(run):
+        return
+    told = {"rank": rank, "error": f"{type(error).__name__}: {error}", "lost_peer": lost_peer, "time": time.time()}
+    told |= {"attempt": os.environ.get(fence.NAME), "traceback": traceback.format_exc()}
     try:
         with (run / "log.txt").open("a") as file:
-            file.write(f"rank {rank} failed\n{traceback.format_exc()}")
+            file.write(f"rank {rank} failed\n{told['traceback']}")
+        with contextlib.suppress(FileExistsError), (run / "failure.json").open("x") as file:
+            json.dump(told, file)
     except OSError:  # a full disk must not hide the error itself
         log.warning("log.txt cannot be written to")
 

@@ -10,8 +10,9 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
-    "run": {"config", "launch", "dry_run"},
-    "launch": {"config", "schema", "rules", "pipeline", "engine"},  # the engine only inside a worker
+    "run": {"config", "launch", "slurm", "dry_run"},
+    "launch": {"config", "schema", "rules", "pipeline", "slurm", "engine"},  # the engine only inside a worker
+    "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device", "forecast"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {
         "device",
         "track",
         "config",
+        "fence",
     },
     "setup": {
         "tasks",
@@ -65,7 +67,8 @@ MAY_IMPORT = {
     "augment": {"chance"},
     "distributed": {"device", "watchdog", "sharding"},
     "device": {"allocator"},
-    "track": {"config"},
+    "track": {"config", "fence"},
+    "checkpoint": {"fence"},
 }
 
 

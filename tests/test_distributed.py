@@ -52,7 +52,7 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains on this rank and counts the gradient all-reduces of DDP."""
     cfg = composed(*overrides)
-    ranks = start("cpu", timeout_s=100, sharding=cfg.launcher.sharding)
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     tracker = track.JsonLines(run) if ranks.main else track.Tracker()
@@ -101,7 +101,7 @@ def test_more_ranks_than_images_in_the_last_step(tmp_path):
 
 
 def agreeing(rank: int, folder: Path) -> list[list[bool]]:
-    ranks = start("cpu", timeout_s=100, sharding="none")
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     told = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
     ranks.close()
     return told
@@ -114,7 +114,7 @@ def test_a_wish_of_one_rank_is_known_to_all_at_the_same_step(tmp_path):
 
 
 def different(rank: int, folder: Path) -> str:
-    ranks = start("cpu", timeout_s=100, sharding="none")
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     try:
         assert_same(ranks, f"digest of {rank}", "weights")
     except RuntimeError as error:

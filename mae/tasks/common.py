@@ -13,9 +13,9 @@ from torch import Tensor
 from mae import device
 from mae.augment import center_crop
 from mae.config import call, write_text
-from mae.rules import missing_init
 from mae.data.loader import EvalLoader
 from mae.data.source import Source, reduced
+from mae.rules import missing_init
 
 log = logging.getLogger(__name__)
 
