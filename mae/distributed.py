@@ -1,6 +1,7 @@
 """Ranks: start-up, reductions, decisions all ranks share, and signals that ask a run to stop."""
 
 import datetime
+import inspect
 import logging
 import os
 import re
@@ -23,6 +24,9 @@ from mae import device as devices
 from mae.watchdog import Watchdog, watchdog
 
 log = logging.getLogger(__name__)
+
+RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name then warns
+UNSYNCED: Any = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
 
 @dataclass
@@ -59,9 +63,9 @@ class Ranks:
         return DistributedDataParallel(
             module,
             device_ids=ids,
-            broadcast_buffers=False,  # the probe's statistics are the same everywhere
             gradient_as_bucket_view=True,
             static_graph=not accumulating,
+            **UNSYNCED,  # the probe's statistics are the same everywhere
         )
 
     def accumulating(self, module: Any, more: bool) -> Any:
@@ -150,7 +154,9 @@ def start(device: str, *, timeout_s: float, rendezvous_timeout_s: float, shardin
     here = devices.pick(device, local)
     if world == 1:
         return Ranks(here)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(
+        seconds=1.5 * timeout_s
+    )  # so that the watchdog, which knows who is late, says it first
     backend = "nccl" if here.type == "cuda" else "gloo"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # whose agent has gathered the ranks already
         dist.init_process_group(backend, timeout=timeout)

@@ -111,8 +111,8 @@ def report(cfg: DictConfig) -> str:
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     work = cost(cfg, model)
-    where = device.pick(cfg.device)
-    dtype = device.number_format(cfg.task.precision, where)
+    here = device.pick(cfg.device)
+    dtype = device.number_format(cfg.task.precision, here)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
     state = size + 4 * trained  # gradients
@@ -134,7 +134,7 @@ def report(cfg: DictConfig) -> str:
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
-        **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), where, dtype),
+        **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), here, dtype),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
         "runs on": where(cfg),
         "writes to": str(run_directory(cfg)),

@@ -70,7 +70,10 @@ class Watchdog:
             faulthandler.dump_traceback(file)
         handler = get_error_handler()
         handler.initialize()
-        handler.record_exception(TimeoutError(f"{text} (launcher.timeout_s={self.timeout_s:g})."))
+        try:
+            raise TimeoutError(f"{text} (launcher.timeout_s={self.timeout_s:g}).")
+        except TimeoutError as error:  # raised, so that torchrun too has a traceback to show
+            handler.record_exception(error)
         os._exit(1)  # the main thread is stuck, perhaps inside of a library
 
 
