@@ -361,10 +361,11 @@ def test_a_job_runs_what_was_submitted_whatever_is_edited_later(job):
 
 def test_cancel_ends_a_job_which_the_same_command_takes_up(job, undisturbed):
     job.say(pace=0.3)
-    job.type(*STEPS, "launcher.nodes=2")
+    job.type(*STEPS, "launcher.nodes=2", "launcher.gpus_per_node=1")
     job.wait_for_step(2)
-    assert "is in the queue already" in job.type(*STEPS, "launcher.nodes=2")
+    assert "is in the queue already" in job.type(*STEPS, "launcher.nodes=2", "launcher.gpus_per_node=1")
     assert f"Cancelled {job.id}" in job.ask(f"cancel={job.run}")
+    assert "gres/gpu=2" in job.cluster.field(job.id, "TRES")  # stand-ins, one a node
     wait_for("the end", lambda: job.cluster.field(job.id, "JobState") == "CANCELLED", 30)
     assert (
         job.tasks() == []
@@ -372,7 +373,7 @@ def test_cancel_ends_a_job_which_the_same_command_takes_up(job, undisturbed):
         and "CANCELLED" in job.ask(f"status={job.run}")
     )
     job.say(pace=0)
-    job.type(*STEPS, "launcher.nodes=2", "launcher.wait=true")
+    job.type(*STEPS, "launcher.nodes=2", "launcher.gpus_per_node=1", "launcher.wait=true")
     assert digest(job.run) == digest(undisturbed)
 
 
