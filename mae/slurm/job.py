@@ -56,10 +56,11 @@ def supervise(told: str) -> int:
         causes, code = start_tasks(run, submission["code"], settings)
         failure = read(run / "failure.json")
         finished = (run / "summary.json").exists()
-        stopped = any((run / "slurm" / "stopped").glob("*"))
+        words = [path.stat().st_mtime for path in (run / "slurm" / "stopped").glob("*")]
+        first = bool(words and failure) and min(words) <= (run / "failure.json").stat().st_mtime  # one server's clock
         lost = "" if finished or code == 0 or (failure and not failure["lost_peer"]) else lost_node(settings)
         advanced = newest_step(run) > before
-        verdict = judge(Ending(finished, failure, stopped, causes, code, advanced, lost), left)
+        verdict = judge(Ending(finished, failure, bool(words), causes, first, code, advanced, lost), left)
     return conclude(run, job, number, verdict)
 
 

@@ -28,6 +28,7 @@ class Ending:
     failure: Mapping[str, Any] | None  # the first error that a rank wrote down
     stopped: bool  # a rank was asked to stop and has saved
     causes: Sequence[str]  # srun's words for ends, in their order: 'Killed' for a task, 'CANCELLED' for the whole step
+    left_first: bool  # a rank was asked to stop, and left, before the first error of another
     code: int  # srun's exit code
     advanced: bool  # a newer checkpoint than at the attempt's beginning
     lost_node: str  # a node of the job that does not answer, or nothing
@@ -60,13 +61,13 @@ def judge(end: Ending, requeues_left: int) -> Verdict:
 
 
 def was_asked(end: Ending) -> bool:
-    """Whether the attempt ended because it was told to. TERM comes to the others after a crash too: what was first
-    decides. A rank that left before the others had begun to train is one that they lose as a peer."""
+    """Whether the attempt ended because it was told to. After a crash srun sends TERM to the other ranks too: what was
+    first decides. A rank that left before the others had begun to train is one that they lose as a peer."""
     deaths = [cause for cause in end.causes if cause not in ("CANCELLED", *STOPPED)]
-    if not end.causes or not deaths:
+    if not deaths:
         return end.stopped or bool(end.causes)
-    left = STOPPED[-1] in end.causes and all(cause.startswith("Exited") for cause in deaths)
-    return end.causes[0] not in deaths or (left and end.failure is not None)
+    left = end.left_first and all(cause.startswith("Exited") for cause in deaths)
+    return left or end.causes[0] not in deaths
 
 
 def newest_step(run: Path) -> int:
