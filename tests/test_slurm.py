@@ -19,10 +19,12 @@ from mae.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
 OWN = {"rank": 1, "error": "KeyError: 'label'", "lost_peer": False, "traceback": "", "time": 0.0, "attempt": None}
 PEER = OWN | {"rank": 0, "error": "RuntimeError: Connection closed by peer", "lost_peer": True}
 
+BOTH = ["Exited with exit code 1", "Exited with exit code 130"]
+
 
 def ending(**changed) -> Ending:
     plain = {"finished": False, "failure": None, "stopped": False, "causes": (), "code": 0, "advanced": False}
-    return Ending(**(plain | {"lost_node": ""} | changed))
+    return Ending(**(plain | {"lost_node": "", "left_first": False} | changed))
 
 
 # ---------------------------------------------------------------- what becomes of an attempt
@@ -36,6 +38,11 @@ def ending(**changed) -> Ending:
         (ending(stopped=True, causes=["CANCELLED"], code=1), "requeue", "it was asked to stop"),
         (ending(causes=["User defined signal 2"], code=140), "requeue", "it was asked to stop"),  # while python starts
         (ending(causes=["Exited with exit code 130"], code=130, stopped=True), "requeue", "it was asked to stop"),
+        # one leaves before the train loop, another loses it as a peer in there, and srun hears of this one first
+        (ending(failure=PEER, stopped=True, left_first=True, causes=BOTH, code=130), "requeue", "it was asked to stop"),
+        # one never comes, the other waits in vain, and srun ends the first because of that
+        (ending(failure=PEER, stopped=True, causes=BOTH, code=130), "failed", "no checkpoint was written"),
+        (ending(failure=PEER, stopped=True, causes=["Killed", *BOTH], code=137), "failed", "Killed (no checkpoint"),
         # an own fault, in any rank, also where the others were told to stop because of it (B1, B2)
         (ending(failure=OWN, causes=["Exited with exit code 1"], code=1), "failed", "KeyError: 'label'"),
         (ending(failure=OWN, stopped=True, advanced=True, code=1), "failed", "KeyError: 'label'"),
