@@ -19,10 +19,12 @@ from mae.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
 OWN = {"rank": 1, "error": "KeyError: 'label'", "lost_peer": False, "traceback": "", "time": 0.0, "attempt": None}
 PEER = OWN | {"rank": 0, "error": "RuntimeError: Connection closed by peer", "lost_peer": True}
 
+BOTH = ["Exited with exit code 1", "Exited with exit code 130"]
+
 
 def ending(**changed) -> Ending:
-    plain = {"finished": False, "failure": None, "stopped": False, "cause": "", "code": 0, "advanced": False}
-    return Ending(**(plain | {"lost_node": ""} | changed))
+    plain = {"finished": False, "failure": None, "stopped": False, "causes": (), "code": 0, "advanced": False}
+    return Ending(**(plain | {"lost_node": "", "left_first": False} | changed))
 
 
 # ---------------------------------------------------------------- what becomes of an attempt
@@ -31,22 +33,27 @@ def ending(**changed) -> Ending:
 @pytest.mark.parametrize(
     ("end", "action", "reason"),
     [
-        (ending(finished=True, cause="Killed", code=137), "finished", ""),
+        (ending(finished=True, causes=["Killed"], code=137), "finished", ""),
         (ending(stopped=True), "requeue", "it was asked to stop"),
-        (ending(stopped=True, cause="CANCELLED", code=1), "requeue", "it was asked to stop"),
-        (ending(cause="User defined signal 2", code=140), "requeue", "it was asked to stop"),  # while python starts
-        (ending(cause="Exited with exit code 130", code=130, stopped=True), "requeue", "it was asked to stop"),
+        (ending(stopped=True, causes=["CANCELLED"], code=1), "requeue", "it was asked to stop"),
+        (ending(causes=["User defined signal 2"], code=140), "requeue", "it was asked to stop"),  # while python starts
+        (ending(causes=["Exited with exit code 130"], code=130, stopped=True), "requeue", "it was asked to stop"),
+        # one leaves before the train loop, another loses it as a peer in there, and srun hears of this one first
+        (ending(failure=PEER, stopped=True, left_first=True, causes=BOTH, code=130), "requeue", "it was asked to stop"),
+        # one never comes, the other waits in vain, and srun ends the first because of that
+        (ending(failure=PEER, stopped=True, causes=BOTH, code=130), "failed", "no checkpoint was written"),
+        (ending(failure=PEER, stopped=True, causes=["Killed", *BOTH], code=137), "failed", "Killed (no checkpoint"),
         # an own fault, in any rank, also where the others were told to stop because of it (B1, B2)
-        (ending(failure=OWN, cause="Exited with exit code 1", code=1), "failed", "KeyError: 'label'"),
+        (ending(failure=OWN, causes=["Exited with exit code 1"], code=1), "failed", "KeyError: 'label'"),
         (ending(failure=OWN, stopped=True, advanced=True, code=1), "failed", "KeyError: 'label'"),
         # a crash goes on where it had made progress, and only there
-        (ending(cause="Killed", code=137, advanced=True), "requeue", "crashed (Killed) after it had made progress"),
-        (ending(cause="Killed", code=137), "failed", "Killed (no checkpoint was written"),
-        (ending(cause="Killed", code=137, failure=PEER, stopped=True), "failed", "Killed (no checkpoint"),
-        (ending(failure=PEER, code=1, cause="Exited with exit code 1"), "failed", "no checkpoint was written"),
+        (ending(causes=["Killed"], code=137, advanced=True), "requeue", "crashed (Killed) after it had made progress"),
+        (ending(causes=["Killed"], code=137), "failed", "Killed (no checkpoint was written"),
+        (ending(causes=["Killed"], code=137, failure=PEER, stopped=True), "failed", "Killed (no checkpoint"),
+        (ending(failure=PEER, code=1, causes=["Exited with exit code 1"]), "failed", "no checkpoint was written"),
         (ending(code=1), "failed", "srun ended with exit code 1"),
         (
-            ending(failure=PEER, code=1, cause="Exited with exit code 1", lost_node="node2"),
+            ending(failure=PEER, code=1, causes=["Exited with exit code 1"], lost_node="node2"),
             "requeue",
             "node node2 does",
         ),
@@ -73,6 +80,7 @@ def test_a_job_is_requeued_no_more_often_than_allowed():
         ("slurmstepd-node1: error: *** STEP 1.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 ***", "CANCELLED"),
         ("slurmstepd-node1: error: *** JOB 1 ON node1 CANCELLED AT 2026 DUE TO PREEMPTION ***", "CANCELLED"),
         ("srun: Force Terminated StepId=1.0", "CANCELLED"),
+        ("srun: forcing job termination", "CANCELLED"),
         ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.", ""),
         ("srun: launch/slurm: _step_signal: Terminating StepId=1.0", ""),
     ],

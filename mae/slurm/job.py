@@ -53,13 +53,14 @@ def supervise(told: str) -> int:
     elif left < 0:
         verdict = Verdict("failed", "it was started again more often than launcher.max_requeues allows")
     else:
-        cause, code = start_tasks(run, submission["code"], settings)
+        causes, code = start_tasks(run, submission["code"], settings)
         failure = read(run / "failure.json")
         finished = (run / "summary.json").exists()
-        stopped = any((run / "slurm" / "stopped").glob("*"))
+        words = [path.stat().st_mtime for path in (run / "slurm" / "stopped").glob("*")]
+        first = bool(words and failure) and min(words) <= (run / "failure.json").stat().st_mtime  # one server's clock
         lost = "" if finished or code == 0 or (failure and not failure["lost_peer"]) else lost_node(settings)
         advanced = newest_step(run) > before
-        verdict = judge(Ending(finished, failure, stopped, cause, code, advanced, lost), left)
+        verdict = judge(Ending(finished, failure, bool(words), causes, first, code, advanced, lost), left)
     return conclude(run, job, number, verdict)
 
 
@@ -87,8 +88,8 @@ def begin(run: Path, attempt: str) -> None:
     (run / "logs").mkdir(exist_ok=True)
 
 
-def start_tasks(run: Path, code: str, settings: Mapping[str, Any]) -> tuple[str, int]:
-    """Starts a task a rank with srun and waits for all; returns what srun said first of an end, and its exit code."""
+def start_tasks(run: Path, code: str, settings: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Starts a task a rank with srun and waits for all; returns srun's words for their ends, and its exit code."""
     from submitit.slurm.slurm import SlurmJobEnvironment
 
     from mae.slurm.check import tasks_per_node
@@ -105,13 +106,13 @@ def start_tasks(run: Path, code: str, settings: Mapping[str, Any]) -> tuple[str,
     words += ["--wait=0", "--unbuffered", "--open-mode=append", f"--output={run}/logs/console_%t.txt"]
     python = shlex.split(settings["python"] or shlex.quote(sys.executable))
     words += [*settings["srun_args"], *python, "-u", "-c", TASK.format(code=code, run=str(run))]
-    cause = ""
+    causes = []
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as srun:
         assert srun.stderr is not None
         for line in srun.stderr:
             say(line.rstrip())
-            cause = cause or cause_in(line)
-    return cause, srun.returncode
+            causes += [cause] if (cause := cause_in(line)) else []
+    return causes, srun.returncode
 
 
 def free_port() -> int:

@@ -89,7 +89,7 @@ def follow(runs: list[Path], poll_s: float) -> int:
                 sys.stderr.write(f"{time.strftime('%H:%M:%S')} job {name} {shown(run)}: {now}\n")
                 said[run] = now
                 passing[run] = time.monotonic()
-            unsure = job is None or job.state in queue.PASSING
+            unsure = job is None or job.state in (*queue.PASSING, "COMPLETED")  # whose summary may be slow to show
             settled = time.monotonic() - passing[run] > (SETTLE_S if unsure else 0)
             going |= now != "FINISHED" and ((job is not None and job.alive) or not settled)
         if not going:

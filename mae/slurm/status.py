@@ -1,5 +1,6 @@
 """`status=DIR`, `cancel=DIR`, `retry_failed=DIR`: what the runs under a directory are at, and what to do about it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def runs_under(folder: Path) -> list[Path]:
     return found
 
 
-def _in_order(path: Path) -> tuple:
-    return (0, int(path.name), "") if path.name.isdigit() else (1, 0, path.name)
+def _in_order(path: Path) -> list:
+    """2 before 10, in names such as task.mask_ratio=0.5 too."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def report(folder: Path) -> str:

@@ -125,7 +125,8 @@ def after(dependency: str, statement: str, folder: Path, settings: Mapping[str, 
 def submit_last(run: Path, stages: Sequence[Path], settings: Mapping[str, Any]) -> None:
     """Queues what sums a pipeline up once its stages, which are queued, are finished."""
     jobs = [name for name, job in asked(stages).values() if job is not None and job.alive]
-    after(f"afterok:{':'.join(jobs)}", LAST.format(run=str(run)), run, plain(settings))
+    if jobs:
+        after(f"afterok:{':'.join(jobs)}", LAST.format(run=str(run)), run, plain(settings))
 
 
 def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class Ending:
     finished: bool  # there is a summary
     failure: Mapping[str, Any] | None  # the first error that a rank wrote down
     stopped: bool  # a rank was asked to stop and has saved
-    cause: str  # what srun said first: 'Killed' for a task, 'CANCELLED' for the whole step, or nothing
+    causes: Sequence[str]  # srun's words for ends, in their order: 'Killed' for a task, 'CANCELLED' for the whole step
+    left_first: bool  # a rank was asked to stop, and left, before the first error of another
     code: int  # srun's exit code
     advanced: bool  # a newer checkpoint than at the attempt's beginning
     lost_node: str  # a node of the job that does not answer, or nothing
@@ -39,10 +40,10 @@ def judge(end: Ending, requeues_left: int) -> Verdict:
         return Verdict("finished")
     if end.failure is not None and not end.failure["lost_peer"]:
         return Verdict("failed", end.failure["error"])
-    if end.cause in ("", "CANCELLED", *STOPPED) and (end.stopped or end.cause):
+    if was_asked(end):
         verdict = Verdict("requeue", "it was asked to stop")
     else:
-        told = end.cause or (end.failure["error"] if end.failure else f"srun ended with exit code {end.code}")
+        told = [*end.causes, end.failure["error"] if end.failure else f"srun ended with exit code {end.code}"][0]
         if end.lost_node:
             verdict = Verdict("requeue", f"node {end.lost_node} does not answer")
         elif end.advanced:
@@ -57,6 +58,16 @@ def judge(end: Ending, requeues_left: int) -> Verdict:
     if verdict.action == "requeue" and requeues_left <= 0:
         return Verdict("failed", f"{verdict.reason}, and launcher.max_requeues is used up")
     return verdict
+
+
+def was_asked(end: Ending) -> bool:
+    """Whether the attempt ended because it was told to. After a crash srun sends TERM to the other ranks too: what was
+    first decides. A rank that left before the others had begun to train is one that they lose as a peer."""
+    deaths = [cause for cause in end.causes if cause not in ("CANCELLED", *STOPPED)]
+    if not deaths:
+        return end.stopped or bool(end.causes)
+    left = end.left_first and all(cause.startswith("Exited") for cause in deaths)
+    return left or end.causes[0] not in deaths
 
 
 def newest_step(run: Path) -> int:
@@ -77,7 +88,11 @@ def cause_in(line: str) -> str:
     """How a task ended, in srun's words; 'CANCELLED' where the whole step was; nothing where a line says neither."""
     if ended := re.search(r"\btasks? [\d,-]+: (.+?)(?: \(core dumped\))?\s*$", line):
         return ended[1]
-    return "CANCELLED" if re.search(r"\*\*\* (STEP|JOB) .*CANCELLED|Force Terminated", line) else ""
+    return (
+        "CANCELLED"
+        if re.search(r"\*\*\* (STEP|JOB) .*CANCELLED|Force Terminated|forcing job termination", line)
+        else ""
+    )
 
 
 def write_verdict(run: Path, job: str, number: int, action: str, reason: str) -> None:
