@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
+from mae.compose import composed
 from mae.config import ConfigError, build, difference, run_directory, write_text
-from mae.pipeline import run_pipeline
+from mae.pipeline import pretraining, run_pipeline
 from mae.schema import near
 
 log = logging.getLogger(__name__)
@@ -78,13 +77,31 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 # ---------------------------------------------------------------- launchers
 
 
+AUTO = "auto"  # as init: the pretrained weights that this program makes itself
+
+
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
+    if cfg.init == AUTO:
+        parent = pretraining(cfg, composed)
+        if not Path(parent.output_dir, "summary.json").exists():
+            log.info("init=auto: pre-training comes first, in %s", parent.output_dir)
+            code = launch(parent, ["task=pretrain"])
+            if code:
+                return code
+            if not Path(parent.output_dir, "summary.json").exists():
+                log.info("pre-training was submitted: once it is finished the same command goes on")
+                return 0
+        cfg = config.changed(cfg, init=parent.output_dir)
     run = prepare(cfg, overrides)
     summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
+            if first:
+                from mae import report
+
+                report.write(run)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
@@ -94,14 +111,6 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if first:
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    """What a command line composes to, inside of Hydra's main or out of it."""
-    if GlobalHydra.instance().is_initialized():
-        return compose("config", overrides)
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        return compose("config", overrides)
 
 
 def work(run: str) -> int:

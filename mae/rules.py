@@ -68,6 +68,7 @@ INTERVALS = {
     "checkpoint.keep": "[1, inf)",
     "checkpoint.keep_every_epochs": "(0, inf)",
     "launcher.processes": "[1, inf)",
+    "wandb.timeout_s": "(0, inf)",
 }
 
 

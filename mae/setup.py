@@ -202,6 +202,8 @@ def set_up(
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
     t.model = ranks.wrap(task)
     tracker.start(t.progress.step, plan.steps)
+    if t.progress.step:
+        tracker.event(f"resumed at step {t.progress.step}", t.progress.step)
     log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
     return t
 

@@ -10,12 +10,28 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
-    "run": {"config", "launch", "dry_run"},
-    "launch": {"config", "schema", "pipeline", "engine"},  # the engine only inside a worker
+    "run": {"config", "launch", "dry_run", "sweep_names", "sweep"},
+    "launch": {"config", "compose", "schema", "pipeline", "report", "engine"},  # the engine only inside a worker
     "pipeline": {"config"},
     "config": {"rules", "schema"},
     "dry_run": {"config", "schema", "rules", "tasks", "models", "data", "optim", "plan", "device"},
-    "engine": {"setup", "schema", "tasks", "checkpoint", "distributed", "device", "track", "config"},
+    "engine": {
+        "setup",
+        "schema",
+        "tasks",
+        "checkpoint",
+        "distributed",
+        "device",
+        "environment",
+        "norms",
+        "report",
+        "track",
+        "config",
+    },
+    "sweep": {"sweep_names", "sweep_figure", "report", "run_record", "page", "config"},
+    "sweep_figure": {"published"},
+    "report": {"run_record", "page", "track", "config"},
+    "run_record": {"track", "compose", "config"},
     "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},
     "tasks": {
         "pipeline",
@@ -34,7 +50,9 @@ MAY_IMPORT = {
     "data": {"augment"},
     "distributed": {"device"},
     "device": {"allocator"},
-    "track": {"config"},
+    "track": {"config", "tracker", "track_wandb", "track_tensorboard"},
+    "track_wandb": {"tracker"},
+    "track_tensorboard": {"tracker"},
 }
 
 
