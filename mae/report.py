@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from mae import run_record
 from mae.config import ConfigError, flatten, read, write_text
 from mae.page import data_url, page
@@ -38,7 +40,7 @@ def gather(run: Path) -> dict[str, Any]:
     """All that a page shows of a run. Raises ConfigError where the directory is not one of a run."""
     cfg = read(run)
     record = run_record.read_record(run)
-    stages = {name: run / name for name in cfg.task.get("stages", []) if (run / name / "config.yaml").exists()}
+    parts = [run, *stages_of(run, cfg).values()]
     about = f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name} · {run.absolute()}"
     return {
         "name": run.absolute().name,
@@ -46,9 +48,9 @@ def gather(run: Path) -> dict[str, Any]:
         "state": record.state,
         "tiles": tiles(record.summary),
         "command": record.command,
-        "series": series(record.metrics) | in_stages(stages),
-        "pictures": [one for part in [run, *stages.values()] for one in pictures(part)],
-        "classes": next((found for part in [run, *reversed(stages.values())] if (found := classes(part))), None),
+        "series": curves(run, cfg),
+        "pictures": [one for part in parts for one in pictures(part)],
+        "classes": next((found for part in reversed(parts) if (found := classes(part))), None),
         "config": run_record.compared(cfg, record.overrides),
         "events": [[f"step {row.get('step')}", str(row.get("event"))] for row in record.events] + bad_files(run),
         "environment": environment(run),
@@ -69,11 +71,16 @@ def tiles(summary: dict[str, Any]) -> list[list[Any]]:
     return [[f"k-NN top-1 %, k = {k}", v] for k, v in knn.items()] + found if isinstance(knn, dict) else found
 
 
-def in_stages(stages: dict[str, Path]) -> dict[str, Any]:
-    """The curves of a pipeline's stages, each named by its own."""
-    return {
+def stages_of(run: Path, cfg: DictConfig) -> dict[str, Path]:
+    """The runs that a pipeline's run consists of, as far as they have begun; none of any other run."""
+    return {name: run / name for name in cfg.task.get("stages", []) if (run / name / "config.yaml").exists()}
+
+
+def curves(run: Path, cfg: DictConfig) -> dict[str, Any]:
+    """A run's metrics over its steps; of a pipeline, those of its stages, each named by its own."""
+    return series(read_lines(run / "metrics.jsonl")) | {
         f"{name}: {key}": column
-        for name, path in stages.items()
+        for name, path in stages_of(run, cfg).items()
         for key, column in series(read_lines(path / "metrics.jsonl")).items()
         if "/" not in key or key.startswith("val/")
     }
@@ -108,7 +115,7 @@ def pictures(run: Path) -> list[dict[str, Any]]:
     for path in sorted((run / "images").glob("*.png")):
         if match := re.fullmatch(r"(\w+?)_(\d{8})", path.stem):
             groups.setdefault(match[1], []).append((int(match[2]), path))
-        elif not path.stem.endswith(".tmp"):
+        elif not path.stem.endswith(".tmp") and path.stem != "confusion":  # which is a table of the page
             groups[path.stem.replace("_", " ")] = [(-1, path)]
     found = []
     for name, frames in groups.items():

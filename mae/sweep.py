@@ -181,9 +181,7 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
     }
     if best is not None and metric is not None:
         data |= {"best": best.name, "best_value": best.results[metric], "command": best.record.command}
-    runs = [
-        {"name": m.name, "series": report.series(m.record.metrics)} for m in sweep.members[:CURVES] if m.record.metrics
-    ]
+    runs = [{"name": m.name, "series": report.curves(m.path, m.cfg)} for m in sweep.members[:CURVES]]
     write_text(sweep.directory / report.NAME, page(sweep.name, {"sweep": data, "runs": runs}))
 
 
@@ -231,9 +229,10 @@ def told(sweep: Sweep) -> str:
             f"{len(left)} of {len(sweep.members)} members are not finished; the same command goes on with them:"
         )
         lines += [f"  {m.name}: {m.record.state}" for m in left]
+    lines.append(f"sweep.csv sweep.png sweep.svg report.html are in {sweep.directory}")
     if best is not None and metric is not None:
         lines += ["Best member:", f"  {best.record.command}", f"{metric} {best.results[metric]:.4f}  {best.path}"]
-    return "\n".join([*lines, f"sweep.csv sweep.png report.html  {sweep.directory}"]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

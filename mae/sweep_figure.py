@@ -116,13 +116,14 @@ def paper(axes: Axes, published: Published) -> None:
         [published.points[x] for x in at],
         marker="D",
         markerfacecolor="white",
-        linestyle=":",
+        linestyle=":" if len(at) > 2 else "none",
         color=PAPER,
         label=f"the paper's ({published.source})",
     )
     right.set_ylabel("the paper's top-1 (%), ImageNet-1k", color=PAPER)
     right.tick_params(axis="y", colors=PAPER)
     right.spines[["top", "left"]].set_visible(False)
+    right.spines["right"].set_color(PAPER)
     right.margins(y=0.2)
     left_handles, left_labels = axes.get_legend_handles_labels()
     handles, labels = right.get_legend_handles_labels()

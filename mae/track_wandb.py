@@ -47,7 +47,7 @@ class WandB(Tracker):
     def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         import wandb
 
-        self._log({name: wandb.Table(columns=columns, data=rows)}, step)
+        self._log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))}, step)
 
     def event(self, text: str, step: int | None) -> None:
         title = text.split(":", 1)[0]
@@ -83,6 +83,7 @@ class WandB(Tracker):
 def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """The W&B run of this directory; offline where the service does not answer or refuses."""
     import wandb
+    from wandb.errors import Error as WandbError
 
     identity = run / "wandb_id.txt"
     if not identity.exists():
@@ -97,7 +98,7 @@ def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         given["id"] = identity.read_text().strip()
     try:
         return wandb.init(**given)
-    except wandb.errors.Error as error:
+    except WandbError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         log.warning(
             "W&B cannot be used (%s): the run is recorded offline, `wandb sync %s/wandb/*` sends it", reason, run

@@ -3,7 +3,7 @@
 
 function groupOf(key, several) {
   const family = ["lr", "grad_norm", "weight_norm"].find((f) => key.startsWith(`${f}/`));
-  if (family) return family === "lr" ? "learning rate of each layer" : family.replace("_", " ") + " of each block";
+  if (family) return family === "lr" ? "learning rate of each layer" : family.replace("grad_norm", "gradient norm").replace("_", " ") + " of each block";
   if (key === "val/loss" && !several) return "loss";
   return key;
 }
@@ -25,7 +25,8 @@ function curves(runs) {
       if (!groups.has(group)) groups.set(group, []);
       groups.get(group).push({label, x: s.x[x] || s.x.step, y: s.y});
     }
-    const made = [...groups].map(([group, series]) => lineChart(TITLES[group] || group, series, x));
+    const rank = ([group]) => group === "loss" ? 0 : group.includes("val/") ? 1 : group.includes("loss") ? 2 : group.includes("norm") ? 4 : 3;
+    const made = [...groups].sort((a, b) => rank(a) - rank(b)).map(([group, series]) => lineChart(TITLES[group] || group, series, x));
     made.forEach((card) => card.setLogarithmic(log.checked));
     charts.replaceChildren(...made);
   }
