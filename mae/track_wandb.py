@@ -1,9 +1,12 @@
 """Weights & Biases. Never fatal: whatever is wrong with the service costs a warning, and what could not be sent
 lies in the run's directory, for `wandb sync`."""
 
+import http.client
 import logging
 import os
 import secrets
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +17,7 @@ log = logging.getLogger(__name__)
 
 AGENT = "WANDB_SWEEP_ID"  # set by `wandb agent`, which then gives the run its id
 START_S = 30.0  # that a run's start waits for the service; after that it goes on offline
+CALL_S = 10.0  # that a single call, such as an alert, may take
 
 
 class WandB(Tracker):
@@ -96,15 +100,30 @@ def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     }
     if AGENT not in os.environ:
         given["id"] = identity.read_text().strip()
-    try:
-        return wandb.init(**given)
-    except WandbError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    if given["mode"] == "online":
+        trouble = unreachable(wandb.setup().settings.base_url, given["settings"].init_timeout)
+        try:
+            if trouble is None:
+                return wandb.init(**given)
+        except WandbError as error:
+            trouble = str(error).splitlines()[0].rstrip(".")
+            wandb.teardown()  # the client holds on to the id otherwise
         log.warning(
-            "W&B cannot be used (%s): the run is recorded offline, `wandb sync %s/wandb/*` sends it", reason, run
+            "W&B cannot be used (%s): the run is recorded offline; wandb sync %s/wandb/* sends it", trouble, run
         )
-    given["mode"] = "offline"
+        given["mode"] = "offline"
     return wandb.init(**given)
+
+
+def unreachable(url: str, timeout_s: float) -> str | None:
+    """Why a service does not answer, or None where it does. The client itself would wait for minutes."""
+    try:
+        with urllib.request.urlopen(f"{url}/healthz", timeout=timeout_s):
+            return None
+    except urllib.error.HTTPError as error:
+        return str(error) if error.code >= 500 else None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(error)
 
 
 def wandb_tracker(
@@ -129,7 +148,12 @@ def wandb_tracker(
     def make() -> Tracker:
         import wandb
 
-        limits = wandb.Settings(init_timeout=min(START_S, timeout_s), login_timeout=START_S, finish_timeout=timeout_s)
+        limits = wandb.Settings(
+            init_timeout=min(START_S, timeout_s),
+            finish_timeout=timeout_s,
+            x_graphql_timeout_seconds=min(CALL_S, timeout_s),  # an alert that is not taken would hold up the end
+            x_graphql_retry_max=1,
+        )
         given = {"mode": mode, "project": project, "entity": entity, "group": group, "job_type": job_type}
         return WandB(run, config, given | {"notes": notes, "tags": tags, "settings": limits}, artifacts, alerts)
 
