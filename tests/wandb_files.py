@@ -33,8 +33,15 @@ def records(path: Path) -> list[Any]:
 
 
 def items(message: Any) -> dict[str, Any]:
-    """Key -> value of a history, summary or config record."""
-    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in message}
+    """Key -> value of a history, summary or config record; a picture or table is a dict of its own."""
+    found: dict[str, Any] = {}
+    for item in message:
+        *parents, last = list(item.nested_key) or [item.key]
+        place = found
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = json.loads(item.value_json)
+    return found
 
 
 class OfflineRun:
