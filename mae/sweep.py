@@ -20,6 +20,7 @@ from mae.run_record import Record, plain, read_record
 from mae.sweep_names import params, short, swept, values_of
 
 STAGES = ("finetune", "linprobe", "knn", "pretrain")  # in the order in which they say how good a member is
+SEARCHED = "search.yaml"  # the keys of a search by Optuna
 CURVES = 24  # members whose curves are in the page
 
 
@@ -126,6 +127,9 @@ def read_sweep(directory: Path) -> Sweep:
 
 def told_keys(path: Path) -> list[str]:
     """What Hydra's record of a sweep says was swept; nothing where there is no record."""
+    searched = path.with_name(SEARCHED)
+    if searched.exists():
+        return [str(key) for key in OmegaConf.load(searched)]
     if not path.exists():
         return []
     told = OmegaConf.load(path)
@@ -198,8 +202,20 @@ def curves(sweep: Sweep) -> Iterable[sweep_figure.Curve]:
                 x = m.values[keys[0]] if keys else m.values.get("seed")
                 groups.setdefault(others, {}).setdefault(x, []).append(m.results[metric])
         stage = metric.split(" ")[0] if " " in metric else sweep.members[0].cfg.task.name
+        if len(groups) > len(sweep_figure.COLOURS):  # a search: no two members have much in common
+            yield from (scattered(sweep, metric, stage, key) for key in keys)
+            continue
         for label, points in groups.items():
             yield sweep_figure.Curve(metric, stage, keys[0] if keys else "seed", label, points)
+
+
+def scattered(sweep: Sweep, metric: str, stage: str, key: str) -> sweep_figure.Curve:
+    """A result against one key, whatever the others are."""
+    points: dict[Any, list[float]] = {}
+    for m in sweep.members:
+        if metric in m.results:
+            points.setdefault(m.values[key], []).append(m.results[metric])
+    return sweep_figure.Curve(metric, stage, key, "", points, scatter=True)
 
 
 def make(directory: Path) -> Sweep:

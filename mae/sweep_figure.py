@@ -27,16 +27,17 @@ class Curve:
     key: str  # what is swept
     label: str  # values of further swept keys; empty where there are none
     points: dict[Any, list[float]]  # swept value -> a result a seed
+    scatter: bool = False  # the members differ in more than this key
 
 
 def draw(curves: list[Curve], cfg: DictConfig, png: Path, svg: Path) -> bool:
     """Writes the figure as PNG and SVG; nothing where there is no result yet. Returns whether it did."""
-    metrics = list(dict.fromkeys(c.metric for c in curves))
-    if not metrics:
+    panels = list(dict.fromkeys((c.metric, c.key) for c in curves))
+    if not panels:
         return False
-    figure = Figure(figsize=(5.6 * len(metrics), 4.0), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        panel(axes, [c for c in curves if c.metric == metric], cfg)
+    figure = Figure(figsize=(5.6 * len(panels), 4.0), layout="constrained")
+    for axes, shown in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, [c for c in curves if (c.metric, c.key) == shown], cfg)
     for path in (png, svg):
         temporary = path.with_name(f".{path.name}")
         figure.savefig(temporary, dpi=130, format=path.suffix[1:], metadata={"Date": None} if path is svg else None)
@@ -56,7 +57,8 @@ def panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     if logarithmic:
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.set_xticks([place[x] for x in values], [f"{x:g}" if numeric else str(x) for x in values])
+    if not numeric or not first.scatter:
+        axes.set_xticks([place[x] for x in values], [f"{x:g}" if numeric else str(x) for x in values])
     axes.set(xlabel=first.key, ylabel=NAMES[first.metric.split(" ")[-1]])
     axes.set_title(f"{TITLES.get(first.stage, first.stage)}: {cfg.model.name} on {cfg.data.name}", fontsize=11)
     axes.grid(alpha=0.25)
@@ -77,8 +79,9 @@ def line(axes: Axes, curve: Curve, place: Mapping[Any, float], colour: str) -> N
     mean = np.array([np.mean(curve.points[x]) for x in ordered])
     deviation = np.array([np.std(curve.points[x], ddof=1) if len(curve.points[x]) > 1 else 0.0 for x in ordered])
     several = max(len(v) for v in curve.points.values())
-    label = ", ".join(t for t in (curve.label, f"mean of {several} seeds ± deviation" if several > 1 else "") if t)
-    style = "none" if curve.key == "seed" else "-"
+    spread_label = f"mean of {several} seeds ± deviation" if several > 1 and not curve.scatter else ""
+    label = ", ".join(t for t in (curve.label, spread_label) if t)
+    style = "none" if curve.key == "seed" or curve.scatter else "-"
     axes.errorbar(
         at,
         mean,

@@ -30,6 +30,8 @@ MAY_IMPORT = {
     },
     "sweep": {"sweep_names", "sweep_figure", "report", "run_record", "page", "config"},
     "sweep_figure": {"published"},
+    "search": {"config", "search_trial", "sweep", "compose", "launch", "pipeline"},
+    "search_trial": {"track"},
     "report": {"run_record", "page", "track", "config"},
     "run_record": {"track", "compose", "config"},
     "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},
