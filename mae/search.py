@@ -3,7 +3,7 @@
 python -m mae.search runs/search --trials 12 task=finetune init=auto 'optimizer.base_lr=tag(log,interval(1e-3,1e-1))' \\
     'optimizer.layer_decay=interval(0.5,1.0)'
 
-What is searched is written as Hydra writes sweeps: choice(a,b), range(1,9), interval(0.5,1), tag(log, interval(1e-4,1)).
+What is searched is written as Hydra writes sweeps: choice(a,b), range(1,9), interval(0.5,1), tag(log,interval(1,9)).
 Each trial is a run in a folder of the search's directory. The same command goes on after a kill, and started several
 times (`srun -n 4 python -m mae.search ...`) it works in parallel on the same trials. Needs the extra `search`.
 """
