@@ -38,8 +38,8 @@ def short(keys: list[str]) -> dict[str, str]:
 
 
 def safe(name: str) -> str:
-    """A name that any file system and shell takes as it is."""
-    name = re.sub(r"[^\w.+=,-]+", "_", name)
+    """A name that any file system, shell and Hydra's own grammar (init=NAME) take as it is."""
+    name = re.sub(r"[^\w.+-]+", "_", name)
     if len(name) > LONGEST:
         name = f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
@@ -52,9 +52,9 @@ def values_of(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def member_name(keys: list[str], overrides: Iterable[str]) -> str:
-    """`layer_decay=0.65,seed=1`: what is swept, with the values of one member."""
+    """`layer_decay_0.65-seed_1`: what is swept, with the values of one member."""
     given, names = values_of(overrides), short(keys)
-    return safe(",".join(f"{names[key]}={given[key]}" for key in keys if key in given)) or "member"
+    return safe("-".join(f"{names[key]}_{given[key]}" for key in keys if key in given)) or "member"
 
 
 def register() -> None:
@@ -64,5 +64,5 @@ def register() -> None:
     def member_dir(*, _root_: Any) -> str:
         return member_name(list(dict.fromkeys(params(_root_.hydra) + typed)), _root_.hydra.overrides.task)
 
-    OmegaConf.register_new_resolver("sweep_dir", lambda: "runs/" + safe("sweep-" + ",".join(typed)))
+    OmegaConf.register_new_resolver("sweep_dir", lambda: "runs/" + safe("sweep-" + "-".join(typed)))
     OmegaConf.register_new_resolver("member_dir", member_dir)

@@ -26,16 +26,16 @@ def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("report")
     for ratio in ("0.5", "0.75"):
         given = [*TINY_PRETRAIN, f"task.mask_ratio={ratio}", "task.eval_every_epochs=0.5"]
-        assert run_here(place / "sweep" / f"mask_ratio={ratio}", *given) == 0
+        assert run_here(place / "sweep" / f"mask_ratio_{ratio}", *given) == 0
     small = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
-    assert run_here(place / "finetune", *small, f"init={place / 'sweep' / 'mask_ratio=0.5'}") == 0
+    assert run_here(place / "finetune", *small, f"init={place / 'sweep' / 'mask_ratio_0.5'}") == 0
     sweep.make(place / "sweep")
     return place
 
 
 @pytest.fixture(scope="module")
 def pretrained(place) -> Path:
-    return place / "sweep" / "mask_ratio=0.75"
+    return place / "sweep" / "mask_ratio_0.75"
 
 
 # ---------------------------------------------------------------- what is in it
@@ -89,7 +89,7 @@ def test_what_goes_wrong_with_a_page_is_a_warning(pretrained, tmp_path, caplog):
 
 
 def test_several_runs_lie_side_by_side(place, tmp_path, capsys):
-    runs = [str(place / "sweep" / name) for name in ("mask_ratio=0.5", "mask_ratio=0.75")]
+    runs = [str(place / "sweep" / name) for name in ("mask_ratio_0.5", "mask_ratio_0.75")]
     out = tmp_path / "both.html"
     assert report.main([*runs, "--out", str(out)]) == 0 and capsys.readouterr().out.strip() == str(out)
     data = data_of(out)
@@ -156,7 +156,7 @@ def test_the_page_of_a_classifier_and_of_several_runs_live_in_a_browser(place, t
     assert seen.console == [] and seen.requests == []
     assert 'id="per-class"' in seen.document and 'id="confusion"' in seen.document
     out = tmp_path / "both.html"
-    assert report.main([str(place / "finetune"), str(place / "sweep" / "mask_ratio=0.5"), "--out", str(out)]) == 0
+    assert report.main([str(place / "finetune"), str(place / "sweep" / "mask_ratio_0.5"), "--out", str(out)]) == 0
     seen = look(out, tmp_path)
     assert seen.console == [] and seen.requests == [] and 'id="differences"' in seen.document
 
@@ -173,7 +173,7 @@ def test_a_sweep_s_page_lives_in_a_browser(place, tmp_path):
     seen = look(place / "sweep" / "report.html", tmp_path, SORT)
     assert seen.console == [] and seen.requests == []
     assert seen.count(r'<img src="data:image/svg\+xml') == 1 and seen.count(r"<path d=") >= 2
-    assert 'data-first="mask_ratio=0.75' in seen.document and 'id="best"' in seen.document
+    assert 'data-first="mask_ratio_0.75' in seen.document and 'id="best"' in seen.document
 
 
 @needs_browser

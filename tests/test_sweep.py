@@ -39,12 +39,12 @@ def table(directory: Path) -> list[dict[str, str]]:
 def test_a_member_is_named_by_what_is_swept():
     name = sweep_names.member_name
     assert name(["optimizer.layer_decay", "seed"], ["seed=1", "optimizer.layer_decay=0.65", "task=finetune"]) == (
-        "layer_decay=0.65,seed=1"
+        "layer_decay_0.65-seed_1"
     )
     assert name(["model.depth", "model.decoder.depth"], ["model.depth=1", "model.decoder.depth=2"]) == (
-        "model.depth=1,model.decoder.depth=2"
+        "model.depth_1-model.decoder.depth_2"
     )
-    assert name(["a.x"], ["+a.x=1", "+a.x=[1, 2]"]) == "x=_1_2_"
+    assert name(["a.x"], ["+a.x=1", "+a.x=[1, 2]"]) == "x__1_2_"
     assert name([], []) == "member" and len(name(["x"], ["x=" + "y" * 400])) < 140
 
 
@@ -62,7 +62,7 @@ def test_every_sweep_composes_from_any_directory(name, tmp_path):
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
     expected = ["7"] if key == "seed" else str(values).split(",")  # the command line wins over the file
     assert len(members) == len(expected)
-    assert all(m.startswith(f"{key.rsplit('.', 1)[-1]}=") for m in members)
+    assert all(m.startswith(f"{key.rsplit('.', 1)[-1]}_") for m in members)
 
 
 # ---------------------------------------------------------------- a whole sweep
@@ -74,7 +74,7 @@ def ratios(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("ratios")
     told = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=place)
     assert told.returncode == 0, told.stderr
-    assert told.stdout.splitlines()[-1].split("  ")[1].startswith("runs/sweep_mask_ratio/mask_ratio=")
+    assert told.stdout.splitlines()[-1].split("  ")[1].startswith("runs/sweep_mask_ratio/mask_ratio_")
     return place / "runs" / "sweep_mask_ratio"
 
 
@@ -89,8 +89,8 @@ def test_a_sweep_ends_in_a_table_a_figure_and_a_page(ratios):
     drawn = (ratios / "sweep.svg").read_text()
     assert drawn.startswith("<?xml") and "<path" in drawn
     page = (ratios / "report.html").read_text()
-    assert '"metric": "finetune top1"' in page and '"best": "mask_ratio=' in page
-    assert (ratios / "mask_ratio=0.5" / "report.html").exists()
+    assert '"metric": "finetune top1"' in page and '"best": "mask_ratio_' in page
+    assert (ratios / "mask_ratio_0.5" / "report.html").exists()
 
 
 def test_the_best_member_s_command_composes_to_its_config(ratios):
@@ -102,7 +102,7 @@ def test_the_best_member_s_command_composes_to_its_config(ratios):
 
 
 def test_a_sweep_started_again_runs_only_what_is_missing(ratios):
-    kept, lost = ratios / "mask_ratio=0.5", ratios / "mask_ratio=0.75"
+    kept, lost = ratios / "mask_ratio_0.5", ratios / "mask_ratio_0.75"
     before = {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()}
     figure, rows = (ratios / "sweep.svg").read_bytes(), table(ratios)
     for path in (lost / "summary.json", lost / "finetune" / "summary.json"):
@@ -163,15 +163,15 @@ def test_a_sweep_killed_in_the_middle_goes_on(tmp_path):
     place = tmp_path / "runs" / "sweep-task.mask_ratio"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not list((place / "mask_ratio=0.75" / "checkpoints").glob("step_*")):
+    while not list((place / "mask_ratio_0.75" / "checkpoints").glob("step_*")):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     process.kill()
     process.wait()
-    done = (place / "mask_ratio=0.5" / "metrics.jsonl").stat().st_mtime_ns
+    done = (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns
     told = run_cli(*arguments, cwd=tmp_path)
     assert told.returncode == 0 and "goes on from" in told.stderr
-    assert (place / "mask_ratio=0.5" / "metrics.jsonl").stat().st_mtime_ns == done
+    assert (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns == done
     assert [row["state"] for row in table(place)] == ["finished", "finished"]
 
 
@@ -182,7 +182,7 @@ def test_a_sweep_that_is_asked_to_stop_stops_as_a_whole(tmp_path):
     place = tmp_path / "runs" / "sweep-task.mask_ratio"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not (place / "mask_ratio=0.5" / "metrics.jsonl").exists():
+    while not (place / "mask_ratio_0.5" / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -231,7 +231,7 @@ def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
     )
     assert told.returncode == 1 and "Traceback" not in told.stderr
     states = {row["member"]: row["state"] for row in table(tmp_path / "s")}
-    assert states == {"fraction=0.0001": "failed", "fraction=0.1": "finished"}
+    assert states == {"fraction_0.0001": "failed", "fraction_0.1": "finished"}
     assert "1 of 2 members are not finished" in told.stdout
 
 
