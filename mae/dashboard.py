@@ -1,4 +1,4 @@
-"""Lays out a W&B project as a saved workspace: `python -m mae.dashboard ENTITY PROJECT`. Needs the extra `workspace`."""
+"""Lays out a W&B project as a saved workspace: `python -m mae.dashboard ENTITY PROJECT`; needs extra `workspace`."""
 
 import sys
 from typing import Any

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "sweep_figure": {"published"},
     "search": {"config", "search_trial", "sweep", "compose", "launch", "pipeline"},
     "search_trial": {"track"},
+    "dashboard": {"config"},
     "report": {"run_record", "page", "track", "config"},
     "run_record": {"track", "compose", "config"},
     "setup": {"tasks", "data", "augment", "optim", "plan", "checkpoint", "distributed", "device", "track", "config"},

@@ -182,3 +182,7 @@ def test_the_browser_test_would_notice_a_request_and_an_error(pretrained, tmp_pa
     assert any("noticed" in line for line in seen.console)
     seen = look(pretrained / "report.html", tmp_path, "fetch('http://127.0.0.1:9/x').catch(() => 0);")
     assert any("Content Security Policy" in line for line in seen.console)  # which keeps the promise by itself
+    bare = tmp_path / "bare.html"
+    bare.write_text((pretrained / "report.html").read_text().replace("Content-Security-Policy", "x"))
+    seen = look(bare, tmp_path, "fetch('http://127.0.0.1:9/x').catch(() => 0);")
+    assert seen.requests == ["http://127.0.0.1:9/x"]

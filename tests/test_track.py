@@ -266,3 +266,16 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(tmp_path, monkeypatch
 def test_blocks_are_named_as_the_model_names_them():
     names = ["blocks.10.mlp.fc1.weight", "decoder_blocks.0.norm1.bias", "patch_embed.proj.weight", "cls_token"]
     assert [norms.block(name) for name in names] == ["blocks.10", "decoder_blocks.0", "patch_embed", "cls_token"]
+
+
+def test_the_dashboard_shows_what_runs_log(capsys, monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    from mae import dashboard
+
+    text = dashboard.workspace("e", "p")._to_model().model_dump_json()
+    for shown in ("val/loss", "lr/layer_", "images_per_second", "reconstruction", "confusion", "task.mask_ratio"):
+        assert shown in text
+    assert dashboard.main(["only"]) == 2 and "ENTITY PROJECT" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert dashboard.main(["e", "p"]) == 1 and "mae-experiments[workspace]" in capsys.readouterr().err
