@@ -49,6 +49,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
                 f"{run} holds a run of another config, which differs in:{listed}\n"
                 "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
+    if (run / "summary.json").exists():  # a finished run stays as it is
+        return run
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     return run
@@ -85,12 +87,12 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if cfg.init == AUTO:
         parent = pretraining(cfg, composed)
         if not Path(parent.output_dir, "summary.json").exists():
-            log.info("init=auto: pre-training comes first, in %s", parent.output_dir)
+            sys.stderr.write(f"init=auto: pre-training comes first, in {parent.output_dir}\n")
             code = launch(parent, ["task=pretrain"])
             if code:
                 return code
             if not Path(parent.output_dir, "summary.json").exists():
-                log.info("pre-training was submitted: once it is finished the same command goes on")
+                sys.stderr.write("Pre-training was submitted: once it is finished the same command goes on.\n")
                 return 0
         cfg = config.changed(cfg, init=parent.output_dir)
     run = prepare(cfg, overrides)
