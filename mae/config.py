@@ -23,6 +23,7 @@ NEUTRAL = (
     ("output_dir",),
     ("resume",),
     ("dry_run",),
+    ("tensorboard",),
     ("launcher",),
     ("wandb",),
     ("checkpoint",),
@@ -109,6 +110,15 @@ def check(cfg: DictConfig) -> DictConfig:
     if problems:
         raise ConfigError("\n".join(problems))
     made = OmegaConf.create(out)
+    OmegaConf.set_readonly(made, True)
+    return made
+
+
+def changed(cfg: DictConfig, **values: Any) -> DictConfig:
+    """A checked config with other values at its top."""
+    plain = OmegaConf.to_container(cfg)
+    assert isinstance(plain, dict)
+    made = OmegaConf.create({**plain, **values})
     OmegaConf.set_readonly(made, True)
     return made
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, fence, track
+from mae import checkpoint, device, environment, fence, norms, report, track
 from mae.config import build, call, read, write_text
 from mae.distributed import Interruption, Ranks, lost_peer, start
 from mae.profiling import profiled
@@ -95,14 +95,14 @@ def train(
                 continue
 
             lr = t.schedule.set(t.optimizer, p.step / plan.steps_per_epoch)
-            grad_norm = take_step(t, clip_grad)
+            last = p.step + 1 == plan.steps
+            logged = last or (p.step + 1) % log_every_steps == 0
+            watched = take_step(t, clip_grad, by_block=logged)
             p.step += 1
-            last = p.step == plan.steps
             profiler.step()
 
-            logged = last or p.step % log_every_steps == 0
             if logged:
-                t.tracker.log(t.where() | {"lr": lr, "grad_norm": float(grad_norm)} | measure(t, clock))
+                t.tracker.log(t.where() | {"lr": lr} | norms.numbers(watched) | measure(t, clock))
             if last or plan.crosses(eval_every_epochs, p.step):
                 metrics = t.evaluate()
                 clock.restart(p.step)
@@ -126,11 +126,13 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def take_step(t: Training, clip_grad: float | None) -> Tensor:
-    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns the norm."""
+def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str, Tensor]:
+    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns its norm, and
+    those of each block's gradient and weights where asked."""
     t.scaler.unscale_(t.optimizer)
     parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
     norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    watched = {"grad_norm": norm} | (gathered(norms.norms(t.task.trained)) if by_block else {})
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     bad = (~norm.isfinite()).to(torch.float32)
@@ -146,7 +148,7 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
     t.task.after_step(bad)
     t.progress.bad_steps += bad
     t.progress.bad_run = (t.progress.bad_run + bad) * bad
-    return norm
+    return watched
 
 
 def measure(t: Training, clock: Clock) -> dict[str, Any]:
@@ -161,11 +163,14 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
         p.skips_told += skipped
     images = t.plan.images_seen(p.step) - t.plan.images_seen(clock.step)
     seconds, waited = clock.restart(p.step)
+    scale = {"amp_scale": t.scaler.get_scale()} if t.scaler.is_enabled() else {}
     return {
         "loss": float(loss),
         "images_per_second": round(images / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "memory_mb": device.peak_memory(t.ranks.device) // 2**20,
+        **norms.rates(t.optimizer),
+        **scale,
     }
 
 
@@ -175,6 +180,8 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
     tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
     metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
     t.loader.close()
+    if ranks.main:
+        t.task.conclude(run, t.progress.step, tracker, cfg.data.name)
     seen, seconds = t.plan.images_seen(t.plan.steps), t.progress.seconds
     return {
         "task": cfg.task.name,
@@ -208,7 +215,9 @@ def work(run: Path) -> int:
     code, summary = 1, {}
     try:
         ranks = call(start, cfg.launcher, cfg.device)
-        tracker = track.trackers(run, cfg) if ranks.main else tracker
+        if ranks.main:
+            tracker = track.trackers(run, cfg)
+            environment.keep(run, ranks.device, ranks.world)
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
             fence.check(run)
@@ -216,17 +225,22 @@ def work(run: Path) -> int:
         code = 0
     except Interrupted as stopped:
         log.info("%s A checkpoint is saved; the same command goes on from it.", stopped)
+        tracker.event("interrupted: a checkpoint is saved", None)
         code = 130
     except Diverged as stopped:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
         track.write_failure(run, rank, stopped)
+        tracker.event(f"diverged: {stopped}", None)
         code = 3
     except Exception as error:
         track.write_failure(run, rank, error, lost_peer(error))
+        tracker.event(f"failed: {error}", None)
         ranks = None  # the others may be anywhere: to take leave of them could block
         raise
     finally:
         tracker.finish(summary, failed=code != 0)
+        if rank == 0:
+            report.write(run)
         if ranks is not None:
             ranks.close()
     return code

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
+from mae.compose import composed
 from mae.config import ConfigError, build, difference, run_directory, write_text
-from mae.pipeline import run_pipeline
+from mae.pipeline import pretraining, run_pipeline
 from mae.rules import missing_init
 from mae.schema import near
 from mae.slurm.submit import slurm, submit, submit_last
@@ -52,6 +51,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
                 f"{run} holds a run of another config, which differs in:{listed}\n"
                 "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
+    if (run / "summary.json").exists():  # a finished run stays as it is
+        return run
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
@@ -84,10 +85,24 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 # ---------------------------------------------------------------- launchers
 
 
+AUTO = "auto"  # as init: the pretrained weights that this program makes itself
+
+
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
     if problem := missing_init(cfg.task.name, cfg.init):
         raise ConfigError(problem)
+    if cfg.init == AUTO:
+        parent = pretraining(cfg, composed)
+        if not Path(parent.output_dir, "summary.json").exists():
+            sys.stderr.write(f"init=auto: pre-training comes first, in {parent.output_dir}\n")
+            code = launch(parent, ["task=pretrain"])
+            if code:
+                return code
+            if not Path(parent.output_dir, "summary.json").exists():
+                sys.stderr.write("Pre-training was submitted: once it is finished the same command goes on.\n")
+                return 0
+        cfg = config.changed(cfg, init=parent.output_dir)
     run = prepare(cfg, overrides)
     summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():
@@ -95,6 +110,10 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
             if not code and not summary.exists():  # its stages are queued
                 submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
+            if first:
+                from mae import report
+
+                report.write(run)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
@@ -104,14 +123,6 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if first:
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    """What a command line composes to, inside of Hydra's main or out of it."""
-    if GlobalHydra.instance().is_initialized():
-        return compose("config", overrides)
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        return compose("config", overrides)
 
 
 def work(run: str) -> int:

@@ -88,6 +88,7 @@ INTERVALS = {
     "launcher.rendezvous_timeout_s": "[1, inf)",
     "launcher.probe_s": "[0, inf)",
     "launcher.poll_s": "(0, inf)",
+    "wandb.timeout_s": "(0, inf)",
 }
 
 

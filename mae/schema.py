@@ -23,7 +23,7 @@ SCHEMA = {
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
     "task": ["tasks:TASKS[name]"],
     "launcher": ["launch:LAUNCHERS[name]", "distributed:start"],
-    "wandb": ["track:wandb_tracker"],
+    "wandb": ["track_wandb:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
     "estimate": ["forecast:forecast"],
 }
@@ -31,7 +31,7 @@ TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.t
 TRAIN_SCHEMA = ["plan:make_plan", "setup:set_up", "engine:train", "accelerate:accelerate"]
 TOP = ast.parse(
     "def top(*, seed: int, output_dir: str | None, init: str | None, resume: str | None,"
-    " dry_run: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
+    " dry_run: bool, tensorboard: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
 ).body[0]
 # What may change between two starts of one run: where and how it runs, not what it computes.
 

@@ -211,6 +211,8 @@ def set_up(
     if restored is not None:
         t.restore(restored)
     tracker.start(t.progress.step, plan.steps)
+    if t.progress.step:
+        tracker.event(f"resumed at step {t.progress.step}", t.progress.step)
     log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
     return t
 

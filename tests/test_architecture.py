@@ -10,8 +10,8 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
-    "run": {"config", "launch", "slurm", "dry_run"},
-    "launch": {"config", "schema", "rules", "pipeline", "slurm", "engine"},  # the engine only inside a worker
+    "run": {"config", "launch", "slurm", "dry_run", "sweep_names", "sweep"},
+    "launch": {"config", "compose", "schema", "rules", "pipeline", "report", "slurm", "engine"},  # engine: in a worker
     "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config"},
     "config": {"rules", "schema"},
@@ -26,6 +26,9 @@ MAY_IMPORT = {
         "sharding",
         "profiling",
         "device",
+        "environment",
+        "norms",
+        "report",
         "track",
         "config",
         "fence",
@@ -48,6 +51,13 @@ MAY_IMPORT = {
     "accelerate": {"models"},
     "fitting": {"distributed", "device", "rules", "config"},
     "sharding": {"models"},
+    "sweep": {"sweep_names", "sweep_figure", "report", "run_record", "page", "config"},
+    "sweep_figure": {"published"},
+    "search": {"config", "search_trial", "sweep", "compose", "launch", "pipeline"},
+    "search_trial": {"track"},
+    "dashboard": {"config"},
+    "report": {"run_record", "page", "track", "config"},
+    "run_record": {"track", "compose", "config"},
     "tasks": {
         "pipeline",
         "models",
@@ -67,8 +77,10 @@ MAY_IMPORT = {
     "augment": {"chance"},
     "distributed": {"device", "watchdog", "sharding"},
     "device": {"allocator"},
-    "track": {"config", "fence"},
+    "track": {"config", "fence", "tracker", "track_wandb", "track_tensorboard"},
     "checkpoint": {"fence"},
+    "track_wandb": {"tracker"},
+    "track_tensorboard": {"tracker"},
 }
 
 

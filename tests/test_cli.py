@@ -131,7 +131,7 @@ def test_a_sweep_runs_its_members_and_names_the_one_that_failed(tmp_path):
         "-m", *TINY_PRETRAIN, "task.max_steps=1", "task.mask_ratio=0.5,0.999", f"hydra.sweep.dir={tmp_path / 's'}"
     )
     assert told.returncode == 1
-    assert (tmp_path / "s" / "0" / "summary.json").exists()
+    assert (tmp_path / "s" / "mask_ratio_0.5" / "summary.json").exists()
     assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in told.stderr and "Traceback" not in told.stderr
 
 

@@ -77,8 +77,7 @@ class Linprobe(Classify):
                 features = self.features(batch)
             found.add(batch["index"], batch["label"], self.logits(features))
         self.train()
-        results = found.results(ranks)
-        return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
+        return self.told(found.results(ranks))
 
     def train(self, mode: bool = True) -> "Linprobe":
         """The encoder stays as in evaluation."""
