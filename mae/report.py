@@ -41,7 +41,7 @@ def gather(run: Path) -> dict[str, Any]:
     cfg = read(run)
     record = run_record.read_record(run)
     parts = [run, *stages_of(run, cfg).values()]
-    about = f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name} · {run.absolute()}"
+    about = f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name}"
     return {
         "name": run.absolute().name,
         "about": about,

@@ -176,7 +176,7 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
         rows.append({"name": m.name, "state": m.record.state, "values": values, "report": link})
     done = sum(m.record.state == "finished" for m in sweep.members)
     data: dict[str, Any] = {
-        "about": f"{done} of {len(sweep.members)} members finished · {sweep.directory.absolute()}",
+        "about": f"{done} of {len(sweep.members)} members finished",
         "columns": [*columns, "seconds"],
         "members": rows,
         "metric": metric,
