@@ -93,16 +93,9 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if problem := missing_init(cfg.task.name, cfg.init):
         raise ConfigError(problem)
     if cfg.init == AUTO:
-        parent = pretraining(cfg, composed)
-        if not Path(parent.output_dir, "summary.json").exists():
-            sys.stderr.write(f"init=auto: pre-training comes first, in {parent.output_dir}\n")
-            code = launch(parent, ["task=pretrain"])
-            if code:
-                return code
-            if not Path(parent.output_dir, "summary.json").exists():
-                sys.stderr.write("Pre-training was submitted: once it is finished the same command goes on.\n")
-                return 0
-        cfg = config.changed(cfg, init=parent.output_dir)
+        cfg, code = after_pretraining(cfg)
+        if code:
+            return code
     run = prepare(cfg, overrides)
     summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():
@@ -123,6 +116,21 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if first:
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
+
+
+def after_pretraining(cfg: DictConfig) -> tuple[DictConfig, int]:
+    """A config whose `init=auto` names a finished pre-training, made first where there is none, or on a cluster one
+    that is queued and waited for; and the exit code of that."""
+    parent = pretraining(cfg, composed)
+    made, cfg = Path(parent.output_dir), config.changed(cfg, init=parent.output_dir)
+    if (made / "summary.json").exists():
+        return cfg, 0
+    sys.stderr.write(f"init=auto: pre-training comes first, in {made}\n")
+    code = launch(parent, ["task=pretrain"])
+    if not code and not (made / "summary.json").exists():
+        job = json.loads((made / "slurm" / "job.json").read_text())["job"]
+        cfg = config.changed(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
+    return cfg, code
 
 
 def work(run: str) -> int:
@@ -181,6 +189,12 @@ def queues(cfg: DictConfig) -> bool:
 
 def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
     """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
+    if members[0][0].init == AUTO:  # the same for all
+        first, code = after_pretraining(members[0][0])
+        if code:
+            return code
+        same = {"init": first.init, "launcher": first.launcher}
+        members = [(config.changed(cfg, **same), overrides) for cfg, overrides in members]
     runs = [(prepare(cfg, overrides), cfg.launcher) for cfg, overrides in members]
     return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
 
