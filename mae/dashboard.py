@@ -18,6 +18,8 @@ def workspace(entity: str, project: str) -> Any:
             "The dashboard needs the package wandb-workspaces: pip install 'mae-experiments[workspace]'."
         ) from error
 
+    column: Any = panels.__dict__["ParallelCoordinatesPlotColumn"]  # public by its documentation alone
+
     def line(title: str, *metrics: str, regex: str | None = None, **more: Any) -> Any:
         return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **more)
 
@@ -46,10 +48,10 @@ def workspace(entity: str, project: str) -> Any:
             panels.ScatterPlot(title="top-1 by mask ratio", x=ratio, y=panels.SummaryMetric("top1")),
             panels.ParallelCoordinatesPlot(
                 columns=[
-                    panels.ParallelCoordinatesPlotColumn(ratio),
-                    panels.ParallelCoordinatesPlotColumn(panels.Config("optimizer.base_lr"), log=True),
-                    panels.ParallelCoordinatesPlotColumn(panels.Config("optimizer.layer_decay")),
-                    panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric("top1")),
+                    column(ratio),
+                    column(panels.Config("optimizer.base_lr"), log=True),
+                    column(panels.Config("optimizer.layer_decay")),
+                    column(panels.SummaryMetric("top1")),
                 ]
             ),
         ],

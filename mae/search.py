@@ -59,7 +59,7 @@ def suggested(trial: Any, key: str, override: Override) -> str:
         assert space.start is not None and space.end is not None
         if "log" in space.tags and space.start <= 0:
             raise ConfigError(f"{key} is searched on a logarithmic scale, which begins above 0, got {space.start}.")
-        integer = isinstance(space.start, int) and isinstance(space.end, int) and not space.is_cast
+        integer = isinstance(space.start, int) and isinstance(space.end, int)  # int(interval(1,9))
         suggest = trial.suggest_int if integer else trial.suggest_float
         return f"{suggest(key, space.start, space.end, log='log' in space.tags):.6g}"
     if isinstance(space, RangeSweep):
