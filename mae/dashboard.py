@@ -18,6 +18,8 @@ def workspace(entity: str, project: str) -> Any:
             "The dashboard needs the package wandb-workspaces: pip install 'mae-experiments[workspace]'."
         ) from error
 
+    column: Any = panels.__dict__["ParallelCoordinatesPlotColumn"]  # public by its documentation alone
+
     def line(title: str, *metrics: str, regex: str | None = None, **more: Any) -> Any:
         return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **more)
 
