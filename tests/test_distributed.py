@@ -92,6 +92,7 @@ def test_one_rank_equals_two_and_gradients_are_exchanged_once_a_step(tmp_path, m
     assert two[0]["accumulation"] == (1 if micro == "null" else 2)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images_in_the_last_step(tmp_path):
     overrides = [*TINY_PRETRAIN, "data.fraction=0.0675", "task.batch_size=96"]  # 97 images: each second step holds one
     overrides += ["task.precision=fp64"]  # one image's gradient is small enough for Adam to turn rounding into steps
@@ -164,6 +165,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read_weights(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", ["null", "8"])
 def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, micro):
     overrides = [*BASE, f"task.micro_batch_size={micro}", "task.clip_grad=0.5"]
@@ -232,6 +234,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_and_says_where(tmp_path):
     script = tmp_path / "hanging.py"
     script.write_text(HANGING.format(root=str(ROOT)))
@@ -250,6 +253,7 @@ def test_a_rank_that_hangs_ends_the_run_and_says_where(tmp_path):
     assert "stuck_in_a_mount" in log and log.count("rank 0: process") == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_one_that_waits_for_it(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "run.py"), *TINY_PRETRAIN, "task.epochs=200", "launcher.processes=2"]

@@ -367,7 +367,9 @@ def script(monkeypatch, tmp_path, *overrides: str, members: int = 1) -> str:
     """The sbatch script of a run, or of a sweep's members."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("sbatch", "echo Submitted batch job 7"), ("srun", "true"), ("squeue", "false")):
+    counted = f"n=$(cat {programs}/n 2>/dev/null || echo 7); echo $((n + 1)) > {programs}/n"
+    queued = f"{counted}; echo Submitted batch job $n"
+    for name, text in (("sbatch", queued), ("srun", "true"), ("squeue", "false")):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -378,7 +380,7 @@ def script(monkeypatch, tmp_path, *overrides: str, members: int = 1) -> str:
         (run / "config.yaml").touch()
     folder = runs[0] if members == 1 else tmp_path / "sweep"
     assert submit.submit([(run, settings("launcher.probe_s=0", *overrides)) for run in runs], folder) == 0
-    return next((folder / "slurm").glob("*_submission.sh")).read_text()
+    return (folder / "slurm" / "7_submission.sh").read_text()
 
 
 def test_every_option_reaches_sbatch(monkeypatch, tmp_path):
@@ -404,6 +406,8 @@ def test_a_sweep_is_one_bounded_array(monkeypatch, tmp_path):
     told = script(monkeypatch, tmp_path, "launcher.array_parallelism=2", members=6)
     assert "#SBATCH --array=0-5%2" in told.splitlines()
     assert json.loads((tmp_path / "sweep" / "3" / "slurm" / "job.json").read_text())["job"] == "7_3"
+    last = (tmp_path / "sweep" / "slurm" / "8_submission.sh").read_text()
+    assert "#SBATCH --dependency=afterany:7" in last and "mae.sweep" in last  # table, figure and page at the end
 
 
 def test_the_code_is_kept_under_a_name_made_from_its_contents(tmp_path):

@@ -53,6 +53,7 @@ def test_only_what_has_several_values_is_swept():
     assert sweep_names.swept(typed) == ["task.mask_ratio", "seed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_sweep_composes_from_any_directory(name, tmp_path):
     told = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
