@@ -6,6 +6,7 @@ python run.py --help             the groups to choose from
 
 import os
 import sys
+from pathlib import Path
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
@@ -17,7 +18,12 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae import config, launch  # noqa: E402
+from mae import config, launch, sweep_names  # noqa: E402
+from mae.slurm import plugin, status  # noqa: E402
+
+INTERRUPTED = 130  # a run's exit code
+MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
+SWEEPS: set[str] = set()  # directories of those that this command runs: at their end a report is made of each
 
 
 class Failed(Exception):
@@ -34,6 +40,10 @@ def main(cfg: DictConfig) -> None:
             raise
         sys.stderr.write(f"{launch.explain(error)}\n")
         code = 1
+    if code and plugin.inside():
+        plugin.leave(code)
+    if code == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise KeyboardInterrupt  # the whole sweep was asked to stop, not this member alone
     if code and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise Failed(code)  # so that Hydra goes on with the other members
     if code:
@@ -42,6 +52,8 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Checks a composed config and launches it; returns the exit code."""
+    if plugin.inside():
+        plugin.join()
     here = HydraConfig.get()
     overrides = list(here.overrides.task)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
@@ -54,18 +66,45 @@ def run(cfg: DictConfig) -> int:
 
         sys.stdout.write(dry_run.report(checked))
         return 0
+    if here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        MEMBERS.append((checked, overrides))
+        return 0
+    if here.mode == RunMode.MULTIRUN:
+        SWEEPS.add(here.sweep.dir)
     return launch.launch(checked, overrides)
 
 
-if __name__ == "__main__":
+def start() -> int:
+    """The command, one run or a whole sweep; returns the exit code."""
     try:
+        if status.is_asked(sys.argv[1:]):
+            return status.answer(sys.argv[1:])
         main()
+        if MEMBERS:
+            return launch.launch_sweep(MEMBERS)
     except Failed as failed:
-        sys.exit(failed.args[0])
+        return failed.args[0]
     except KeyboardInterrupt:
-        sys.exit(130)
+        return INTERRUPTED
     except Exception as error:
         if TRACEBACK:
             raise
         sys.stderr.write(f"{launch.explain(error)}\n")
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def end_sweeps() -> None:
+    """Leaves table, figure and report in the directory of each sweep."""
+    for directory in sorted(SWEEPS):
+        from mae import sweep
+
+        sys.stdout.write(sweep.finish(Path(directory)))
+
+
+if __name__ == "__main__":
+    sweep_names.register()
+    exit_code = start()
+    if os.environ.get("RANK", "0") == "0":
+        end_sweeps()
+    sys.exit(exit_code)

@@ -1,25 +1,30 @@
 """What pre-training is worth: fine-tuning on few labels of CIFAR-10 from a masked autoencoder, and from scratch.
 
-    python benchmarks/cifar10.py DIR [--seeds 3] [--out runs/cifar10] [--json FILE]
+    python benchmarks/cifar10.py DIR [--seeds 3] [--out runs/cifar10] [--jobs 2] [--json FILE]
 
 DIR holds train/CLASS/*.jpg and test/CLASS/*.jpg. One pre-training without labels, then for each seed the same
-fine-tuning (experiment=cifar10_finetune) from it and from scratch. What is finished is not run again.
+fine-tuning (experiment=cifar10_finetune) from it and from scratch, `jobs` of them at a time, each with its share of
+the cores. What is finished is not run again.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(out: Path, *overrides: str) -> dict:
-    """A run of run.py; returns its summary."""
+def run(out: Path, threads: int, *overrides: str) -> dict:
+    """A run of run.py on so many cores; returns its summary."""
     command = [sys.executable, str(ROOT / "run.py"), *overrides, f"output_dir={out}"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -28,16 +33,23 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="more overrides for the fine-tuning runs")
     given = parser.parse_args()
-    out, data = given.out.absolute(), f"data.root={given.root.absolute()}"
-    pretrained = run(out / "pretrain", "experiment=cifar10_pretrain", data)
-    rows = {"from scratch": [], "masked autoencoder": []}
-    for seed in range(given.seeds):
-        tuning = ["experiment=cifar10_finetune", data, f"seed={seed}", *given.overrides]
-        rows["from scratch"].append(run(out / f"scratch_{seed}", *tuning, "optimizer.layer_decay=null"))
-        rows["masked autoencoder"].append(run(out / f"finetune_{seed}", *tuning, f"init={out / 'pretrain'}"))
+    out, data, cores = given.out.absolute(), f"data.root={given.root.absolute()}", os.cpu_count() or 1
+    begun = time.monotonic()
+    pretrained = run(out / "pretrain", cores, "experiment=cifar10_pretrain", data)
+    starts = {"from scratch": "optimizer.layer_decay=null", "masked autoencoder": f"init={out / 'pretrain'}"}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        asked = {name: [] for name in starts}
+        for seed in range(given.seeds):
+            tuning = ["experiment=cifar10_finetune", data, f"seed={seed}", *given.overrides]
+            for name, start in starts.items():
+                folder = out / f"{name.replace(' ', '_')}_{seed}"
+                asked[name].append(pool.submit(run, folder, max(1, cores // given.jobs), *tuning, start))
+        rows = {name: [one.result() for one in runs] for name, runs in asked.items()}
+    print(f"{(time.monotonic() - begun) / 60:.1f} minutes in all, {given.jobs} fine-tunings at a time")
     print(f"pre-training: {pretrained['epochs']:g} epochs, {pretrained['seconds'] / 60:.1f} minutes")
     print(f"{'start':<20} {'top-1 of each seed':<24} {'mean':>6} {'dev.':>5} {'minutes a run':>14}")
     for name, runs in rows.items():

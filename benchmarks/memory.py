@@ -26,7 +26,7 @@ def ours() -> tuple[nn.Module, Loss]:
 
 def ours_checkpointed() -> tuple[nn.Module, Loss]:
     model, loss = ours()
-    set_checkpointing(model, True)
+    set_checkpointing(model, "blocks")
     return model, loss
 
 

@@ -27,6 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mae import fence
+
 log = logging.getLogger(__name__)
 
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
@@ -59,7 +61,7 @@ def _flush(path: Path) -> None:
 
 def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` exists whole or not at all. Raises OSError, leaving nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get(fence.NAME, '')}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -73,6 +75,7 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
         for name in (WEIGHTS, TRAINER, MANIFEST):
             _flush(temporary / name)
+        fence.check(path.parent.parent)
         if path.exists():  # a damaged one of the same step
             shutil.rmtree(path)
         temporary.rename(path)
@@ -253,8 +256,23 @@ class Checkpoints:
             if best:
                 point_to(path, self.run / "checkpoints" / BEST)
             self._remove_old()
+            self._compare_with_warning(time.monotonic() - self.saved_at)
         except BaseException as error:  # raised in the main thread by the next wait()
             self._error = error
+
+    def _compare_with_warning(self, seconds: float) -> None:
+        """Tells where a cluster's warning comes too late for a save; the launcher reads it before the next start."""
+        delay = os.environ.get("MAE_SIGNAL_DELAY_S")
+        if delay is None:
+            return
+        if seconds > float(delay):
+            log.warning(
+                "saving took %.0f s, and launcher.signal_delay_s=%s is the warning before a time limit: raise it, or "
+                "the work since the last checkpoint is lost there",
+                seconds,
+                delay,
+            )
+        (self.run / "slurm" / "save_seconds").write_text(f"{seconds:.2f}")
 
     def wait(self) -> None:
         """Waits for the write under way. Raises its error."""

@@ -7,7 +7,7 @@ from it (see `mae.schema`).
 import hashlib
 import inspect
 import json
-import os
+import secrets
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,10 +23,14 @@ NEUTRAL = (
     ("output_dir",),
     ("resume",),
     ("dry_run",),
+    ("tensorboard",),
     ("launcher",),
     ("wandb",),
     ("checkpoint",),
+    ("estimate",),
     ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "checkpointing"),  # the same numbers, computed again
+    ("task", "profile"),
     ("task", "log_every_steps"),
     *(
         ("data", key)
@@ -110,6 +114,15 @@ def check(cfg: DictConfig) -> DictConfig:
     return made
 
 
+def changed(cfg: DictConfig, **values: Any) -> DictConfig:
+    """A checked config with other values at its top."""
+    plain = OmegaConf.to_container(cfg)
+    assert isinstance(plain, dict)
+    made = OmegaConf.create({**plain, **values})
+    OmegaConf.set_readonly(made, True)
+    return made
+
+
 def read(run: Path) -> DictConfig:
     """The saved config of a run, checked. Raises ConfigError where there is none."""
     path = run / "config.yaml"
@@ -126,7 +139,7 @@ def read(run: Path) -> DictConfig:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises ConfigError where the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other nodes have the same process ids
     try:
         temporary.write_text(text)
         temporary.replace(path)

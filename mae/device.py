@@ -1,9 +1,11 @@
 """Everything that depends on the device: which one, its number formats, its memory, transfers to it."""
 
 import contextlib
+import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,22 @@ def sent(batches: Iterable[tuple[Batch, bool]], device: torch.device) -> Iterato
         ahead = arriving
     if ahead is not None:
         yield ahead
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now: of the GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform.startswith("linux"):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a failed attempt left reserved."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:

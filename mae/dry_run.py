@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mae import data, device, optim, rules
 from mae.config import build, call, run_directory
 from mae.data.source import reduced
+from mae.forecast import forecast
 from mae.models.flops import Flops, flops
 from mae.models.mae import MaskedAutoencoder
 from mae.plan import Plan, make_plan, steps_in_epoch
@@ -68,6 +69,11 @@ def cost(cfg: DictConfig, model: nn.Module) -> Flops:
     return whole if isinstance(model, MaskedAutoencoder) else Flops(whole.encoder, 0)
 
 
+def training(cfg: DictConfig, work: Flops) -> int:
+    """Operations of one image in training: a backward pass takes twice a forward one, and a frozen encoder has none."""
+    return work.total if cfg.task.name == "linprobe" else 3 * work.total
+
+
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps for one image's backward pass, counted on tensors without memory."""
     kept: dict[int, int] = {}
@@ -105,7 +111,8 @@ def report(cfg: DictConfig) -> str:
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     work = cost(cfg, model)
-    dtype = device.number_format(cfg.task.precision, device.pick(cfg.device))
+    here = device.pick(cfg.device)
+    dtype = device.number_format(cfg.task.precision, here)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
     state = size + 4 * trained  # gradients
@@ -118,7 +125,7 @@ def report(cfg: DictConfig) -> str:
         if decoder
         else f"{encoder:,}",
         "GFLOPs an image": f"{work.total / 1e9:.3f} forward (encoder {work.encoder / 1e9:.3f}, decoder "
-        f"{work.decoder / 1e9:.3f}), {3 * work.total / 1e9:.3f} in training",
+        f"{work.decoder / 1e9:.3f}), {training(cfg, work) / 1e9:.3f} in training",
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
         f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
@@ -127,11 +134,21 @@ def report(cfg: DictConfig) -> str:
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
+        **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), here, dtype),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "runs on": where(cfg),
         "writes to": str(run_directory(cfg)),
     }
     width = max(map(len, rows))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def where(cfg: DictConfig) -> str:
+    """The launcher, and what it starts."""
+    count, nodes = rules.devices(cfg), cfg.launcher.get("nodes")
+    if nodes is not None:
+        return f"{cfg.launcher.name}: {nodes} node{'s' * (nodes > 1)} x {count // nodes} of its devices"
+    return f"{cfg.launcher.name}: {count} process{'es' * (count > 1)} of this machine"
 
 
 def states_per_weight(cfg: Mapping[str, Any]) -> int:

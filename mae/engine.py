@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, track
+from mae import checkpoint, device, environment, fence, norms, report, track
 from mae.config import build, call, read, write_text
-from mae.distributed import Interruption, Ranks, start
+from mae.distributed import Interruption, Ranks, lost_peer, start
+from mae.profiling import profiled
 from mae.schema import TRAINED
 from mae.setup import Training, set_up
+from mae.sharding import beside, gathered
 from mae.tasks import TASKS
 from mae.tasks.linprobe_cached import probe_features
 
@@ -69,6 +72,7 @@ def train(
     log_every_steps: int,
     eval_every_epochs: float,
     max_bad_steps: int,
+    profile: bool,
 ) -> dict[str, Any]:
     """Trains to the end of the plan and returns the last validation's metrics.
 
@@ -78,24 +82,27 @@ def train(
     p, plan, ranks = t.progress, t.plan, t.ranks
     metrics: dict[str, Any] = {}
     clock = Clock(p.step)
-    with Interruption() as interruption:
+    profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
+    with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
         for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
             with ranks.accumulating(t.model, more=not last_of_step):
                 with t.autocast():
                     loss = t.model(batch)["loss"] * batch["weight"]
+                ranks.alive()
                 t.scaler.scale(poisoned(loss)).backward()
             p.loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0)
             if not last_of_step:
                 continue
 
             lr = t.schedule.set(t.optimizer, p.step / plan.steps_per_epoch)
-            grad_norm = take_step(t, clip_grad)
+            last = p.step + 1 == plan.steps
+            logged = last or (p.step + 1) % log_every_steps == 0
+            watched = take_step(t, clip_grad, by_block=logged)
             p.step += 1
-            last = p.step == plan.steps
+            profiler.step()
 
-            logged = last or p.step % log_every_steps == 0
             if logged:
-                t.tracker.log(t.where() | {"lr": lr, "grad_norm": float(grad_norm)} | measure(t, clock))
+                t.tracker.log(t.where() | {"lr": lr} | norms.numbers(watched) | measure(t, clock))
             if last or plan.crosses(eval_every_epochs, p.step):
                 metrics = t.evaluate()
                 clock.restart(p.step)
@@ -119,11 +126,13 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def take_step(t: Training, clip_grad: float | None) -> Tensor:
-    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns the norm."""
+def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str, Tensor]:
+    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns its norm, and
+    those of each block's gradient and weights where asked."""
     t.scaler.unscale_(t.optimizer)
     parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    watched = {"grad_norm": norm} | (gathered(norms.norms(t.task.trained)) if by_block else {})
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     bad = (~norm.isfinite()).to(torch.float32)
@@ -131,7 +140,7 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
         t.scaler.step(t.optimizer)
         t.scaler.update()
     elif t.optimizer.defaults.get("fused"):
-        t.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
+        t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
         t.optimizer.step()
     elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
         t.optimizer.step()
@@ -139,7 +148,7 @@ def take_step(t: Training, clip_grad: float | None) -> Tensor:
     t.task.after_step(bad)
     t.progress.bad_steps += bad
     t.progress.bad_run = (t.progress.bad_run + bad) * bad
-    return norm
+    return watched
 
 
 def measure(t: Training, clock: Clock) -> dict[str, Any]:
@@ -154,11 +163,14 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
         p.skips_told += skipped
     images = t.plan.images_seen(p.step) - t.plan.images_seen(clock.step)
     seconds, waited = clock.restart(p.step)
+    scale = {"amp_scale": t.scaler.get_scale()} if t.scaler.is_enabled() else {}
     return {
         "loss": float(loss),
         "images_per_second": round(images / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "memory_mb": device.peak_memory(t.ranks.device) // 2**20,
+        **norms.rates(t.optimizer),
+        **scale,
     }
 
 
@@ -168,6 +180,8 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
     tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
     metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
     t.loader.close()
+    if ranks.main:
+        t.task.conclude(run, t.progress.step, tracker, cfg.data.name)
     seen, seconds = t.plan.images_seen(t.plan.steps), t.progress.seconds
     return {
         "task": cfg.task.name,
@@ -195,25 +209,38 @@ def work(run: Path) -> int:
     An error of this rank is logged and raised, so that whoever started it ends the other ranks.
     """
     cfg = read(run)
-    ranks = start(cfg.device)
-    track.set_up_logging(run, ranks.rank)
-    tracker = track.trackers(run, cfg) if ranks.main else track.Tracker()
+    rank = int(os.environ.get("RANK", 0))
+    track.set_up_logging(run, rank)
+    tracker, ranks = track.Tracker(), None
     code, summary = 1, {}
     try:
+        ranks = call(start, cfg.launcher, cfg.device)
+        if ranks.main:
+            tracker = track.trackers(run, cfg)
+            environment.keep(run, ranks.device, ranks.world)
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
+            fence.check(run)
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         code = 0
     except Interrupted as stopped:
         log.info("%s A checkpoint is saved; the same command goes on from it.", stopped)
+        tracker.event("interrupted: a checkpoint is saved", None)
         code = 130
     except Diverged as stopped:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
+        track.write_failure(run, rank, stopped)
+        tracker.event(f"diverged: {stopped}", None)
         code = 3
-    except Exception:
-        track.write_traceback(run, ranks.rank)
+    except Exception as error:
+        track.write_failure(run, rank, error, lost_peer(error))
+        tracker.event(f"failed: {error}", None)
+        ranks = None  # the others may be anywhere: to take leave of them could block
         raise
     finally:
         tracker.finish(summary, failed=code != 0)
-        ranks.close()
+        if rank == 0:
+            report.write(run)
+        if ranks is not None:
+            ranks.close()
     return code

@@ -1,4 +1,4 @@
-"""Where a run runs: in this process, or in several of this machine."""
+"""Where a run runs: in this process, in several of this machine, or on a cluster."""
 
 import errno
 import json
@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
+from mae.compose import composed
 from mae.config import ConfigError, build, difference, run_directory, write_text
-from mae.pipeline import run_pipeline
+from mae.pipeline import pretraining, run_pipeline
+from mae.rules import missing_init
 from mae.schema import near
+from mae.slurm.submit import slurm, submit, submit_last
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,12 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
                 f"{run} holds a run of another config, which differs in:{listed}\n"
                 "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
+    if (run / "summary.json").exists():  # a finished run stays as it is
+        return run
     write_text(stored, OmegaConf.to_yaml(cfg))
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
+        (run / "failure.json").unlink(missing_ok=True)
     return run
 
 
@@ -69,7 +74,9 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             )
     merged = OmegaConf.create(OmegaConf.to_container(stored))
     for key in given:
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+        OmegaConf.update(
+            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
+        )  # another launcher has other keys
     merged.output_dir, merged.resume = str(run), None
     assert isinstance(merged, DictConfig)
     return config.check(merged)
@@ -78,13 +85,28 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 # ---------------------------------------------------------------- launchers
 
 
+AUTO = "auto"  # as init: the pretrained weights that this program makes itself
+
+
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise ConfigError(problem)
+    if cfg.init == AUTO:
+        cfg, code = after_pretraining(cfg)
+        if code:
+            return code
     run = prepare(cfg, overrides)
     summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
+            if not code and not summary.exists():  # its stages are queued
+                submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
+            if first:
+                from mae import report
+
+                report.write(run)
         else:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
@@ -96,12 +118,19 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     return 0
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """What a command line composes to, inside of Hydra's main or out of it."""
-    if GlobalHydra.instance().is_initialized():
-        return compose("config", overrides)
-    with initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3"):
-        return compose("config", overrides)
+def after_pretraining(cfg: DictConfig) -> tuple[DictConfig, int]:
+    """A config whose `init=auto` names a finished pre-training, made first where there is none, or on a cluster one
+    that is queued and waited for; and the exit code of that."""
+    parent = pretraining(cfg, composed)
+    made, cfg = Path(parent.output_dir), config.changed(cfg, init=parent.output_dir)
+    if (made / "summary.json").exists():
+        return cfg, 0
+    sys.stderr.write(f"init=auto: pre-training comes first, in {made}\n")
+    code = launch(parent, ["task=pretrain"])
+    if not code and not (made / "summary.json").exists():
+        job = json.loads((made / "slurm" / "job.json").read_text())["job"]
+        cfg = config.changed(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
+    return cfg, code
 
 
 def work(run: str) -> int:
@@ -148,6 +177,26 @@ def local(run: Path, *, processes: int) -> int:
         raise RankFailed(rank, failure) from error
     except SignalException as error:
         return 128 + error.sigval
+
+
+# ---------------------------------------------------------------- clusters
+
+
+def queues(cfg: DictConfig) -> bool:
+    """Whether a run is one that a sweep submits together with its others."""
+    return cfg.launcher.name == "slurm" and cfg.task.name != "pipeline"  # whose stages are jobs of their own
+
+
+def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
+    """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
+    if members[0][0].init == AUTO:  # the same for all
+        first, code = after_pretraining(members[0][0])
+        if code:
+            return code
+        same = {"init": first.init, "launcher": first.launcher}
+        members = [(config.changed(cfg, **same), overrides) for cfg, overrides in members]
+    runs = [(prepare(cfg, overrides), cfg.launcher) for cfg, overrides in members]
+    return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
 
 
 class RankFailed(RuntimeError):
@@ -201,7 +250,7 @@ def _composition(text: str, error: BaseException) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-LAUNCHERS = {"local": local, "inline": inline}
+LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
 
 
 def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:

@@ -31,29 +31,47 @@ def pipeline(
     start: Start,
     *,
     stages: list[Literal["pretrain", "linprobe", "finetune", "knn", "evaluate", "visualize", "export"]],
+    mask_ratio: float | None,
     overrides: dict,
 ) -> tuple[int, dict[str, Any] | None]:
     """Runs the stages in order; returns the exit code, and the summary once all are finished.
 
-    `overrides` holds, for a stage, what it alone changes, as on a command line. Raises ConfigError before
+    `overrides` holds, for a stage, what it alone changes, as on a command line; `mask_ratio` is that of stage
+    pretrain, where a number is given. Raises ConfigError before
     the first stage starts where one of them is not possible.
     """
     if strange := [name for name, given in overrides.items() if given and name not in stages]:
         raise ConfigError(f"task.overrides names {strange[0]}, which is not among task.stages={list(stages)}.")
     if len(set(stages)) < len(stages) or not stages:
         raise ConfigError(f"task.stages must name each stage once, got {list(stages)}.")
+    if mask_ratio is not None:
+        if "pretrain" not in stages:
+            raise ConfigError("task.mask_ratio is of stage pretrain, which is not among task.stages.")
+        given = overrides.get("pretrain") or []
+        overrides = overrides | {"pretrain": [f"task.mask_ratio={mask_ratio}", *given]}
     made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or []) for name in stages}
     summaries: dict[str, Any] = {}
+    jobs: dict[str, str] = {}
     for number, (name, stage) in enumerate(made.items(), start=1):
         log.info("stage %d of %d: %s", number, len(made), name)
+        if job := jobs.get(parent_of(name, stages) or ""):
+            stage = OmegaConf.merge(stage, {"launcher": {"dependency": f"afterok:{job}"}})
+            assert isinstance(stage, DictConfig)
         if code := start(stage, [f"task={name}", *(overrides.get(name) or [])]):
             return code, None
         summary = run / name / "summary.json"
-        if not summary.exists():
-            log.info("stage %s was submitted: once it is finished the same command goes on with the next", name)
-            return 0, None
-        summaries[name] = json.loads(summary.read_text())
-    return 0, together(summaries)
+        if summary.exists():
+            summaries[name] = json.loads(summary.read_text())
+        else:  # it waits in a queue, and so will those that start from it
+            jobs[name] = json.loads((run / name / "slurm" / "job.json").read_text())["job"]
+    return 0, None if jobs else together(summaries)
+
+
+def conclude(run: str) -> None:
+    """Writes the summary of a pipeline whose stages are finished."""
+    stages = config.read(Path(run)).task.stages
+    summaries = {name: json.loads((Path(run) / name / "summary.json").read_text()) for name in stages}
+    write_text(Path(run) / "summary.json", json.dumps(together(summaries), indent=1) + "\n")
 
 
 def stage_config(
@@ -64,15 +82,8 @@ def stage_config(
         raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
     if fixed := [one for one in given if one.startswith(("task=", "output_dir=", "init=", "resume="))]:
         raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
-    stage = compose([f"task={name}", f"model={cfg.model.name}", f"data={cfg.data.name}", *given])
-    OmegaConf.set_struct(stage, False)
-    changed = {one.lstrip("+").split("=")[0] for one in given}
-    for section in SHARED:
-        for key, value in cfg[section].items():
-            if f"{section}.{key}" not in changed:
-                stage[section][key] = value
-    for key in ("seed", "device"):
-        stage[key] = cfg[key]
+    stage = alike(cfg, compose, name, given)
+    stage.seed = cfg.seed
     stage.output_dir = str(run / name)
     parent = parent_of(name, stages)
     stage.init = cfg.init if parent is None else str(run / parent)
@@ -82,6 +93,28 @@ def stage_config(
         return config.check(config.resolve(stage))
     except ConfigError as error:
         raise ConfigError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
+
+
+def alike(cfg: DictConfig, compose: Compose, name: str, given: list[str]) -> DictConfig:
+    """Another task on the model, data, launcher and device of a config; not resolved yet."""
+    same = [f"{group}={cfg[group].name}" for group in ("model", "data", "launcher")]
+    stage = compose([f"task={name}", *same, *given])
+    OmegaConf.set_struct(stage, False)
+    changed = {one.lstrip("+").split("=")[0] for one in given}
+    for section in SHARED:
+        for key, value in cfg[section].items():
+            if f"{section}.{key}" not in changed:
+                stage[section][key] = value
+    if cfg.wandb.job_type == cfg.task.name:
+        stage.wandb.job_type = name
+    stage.device, stage.tensorboard = cfg.device, cfg.tensorboard
+    return stage
+
+
+def pretraining(cfg: DictConfig, compose: Compose) -> DictConfig:
+    """The run that `init=auto` stands for: task=pretrain with the same model and data, whatever the seed."""
+    checked = config.check(config.resolve(alike(cfg, compose, "pretrain", [])))
+    return config.changed(checked, output_dir=str(config.run_directory(checked)))
 
 
 def parent_of(name: str, stages: Sequence[str]) -> str | None:

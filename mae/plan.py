@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Plan:
         )
 
 
-def micro_batch(batch_size: int, devices: int, micro_batch_size: int | None) -> int:
-    """Images that one device holds at a time: its whole share of the batch where nothing is said."""
+def micro_batch(batch_size: int, devices: int, micro_batch_size: int | Literal["auto"] | None) -> int:
+    """Images that one device holds at a time: its whole share of the batch where no number is said."""
     share = max(1, batch_size // devices)
-    return min(micro_batch_size or share, share)
+    return min(micro_batch_size, share) if isinstance(micro_batch_size, int) else share
 
 
 def steps_in_epoch(images: int, batch_size: int, drop_last: bool) -> int:
@@ -67,13 +68,13 @@ def make_plan(
     epochs: float,
     max_steps: int | None,
     batch_size: int,
-    micro_batch_size: int | None,
+    micro_batch_size: int | Literal["auto"] | None,
     drop_last: bool,
 ) -> Plan:
     """Steps and accumulation from the config's numbers.
 
     `batch_size` is the effective batch, whatever the number of devices; `max_steps` ends the run early and
-    leaves the schedule alone.
+    leaves the schedule alone. A micro-batch of `auto` counts as a device's whole share.
     """
     micro = micro_batch(batch_size, devices, micro_batch_size)
     steps = math.ceil(epochs * steps_per_epoch - 1e-9)

@@ -71,10 +71,29 @@ INTERVALS = {
     "checkpoint.keep": "[1, inf)",
     "checkpoint.keep_every_epochs": "(0, inf)",
     "launcher.processes": "[1, inf)",
+    "launcher.timeout_s": "(0, inf)",
+    "estimate.tflops": "(0, inf)",
+    "estimate.utilisation": "(0, 1]",
+    "estimate.loader_images_per_second": "(0, inf)",
+    "estimate.cost_per_hour": "[0, inf)",
+    "launcher.nodes": "[1, inf)",
+    "launcher.gpus_per_node": "[0, inf)",
+    "launcher.tasks_per_node": "[1, inf)",
+    "launcher.cpus_per_task": "[1, inf)",
+    "launcher.mem_gb": "[0, inf)",
+    "launcher.timeout_min": "[1, inf)",
+    "launcher.array_parallelism": "[1, inf)",
+    "launcher.max_requeues": "[0, inf)",
+    "launcher.signal_delay_s": "[1, 65535]",  # sbatch's own bounds
+    "launcher.rendezvous_timeout_s": "[1, inf)",
+    "launcher.probe_s": "[0, inf)",
+    "launcher.poll_s": "(0, inf)",
+    "wandb.timeout_s": "(0, inf)",
 }
 
 
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
+NEED_INIT = ("linprobe", "knn", "evaluate", "visualize", "export")
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -192,6 +211,20 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     launcher = cfg["launcher"]
     if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
         yield "device=mps is one device: launcher.processes must be 1."
+    if launcher["sharding"] == "full" and cfg["task"].get("ema_decay") is not None:
+        yield "task.ema_decay keeps a whole second model: set it to null, or launcher.sharding=none."
+    if launcher["sharding"] == "full" and cfg["task"].get("micro_batch_size") == "auto":
+        yield (
+            "task.micro_batch_size=auto tries one device by itself: give a number with launcher.sharding=full, or set "
+            "launcher.sharding=none."
+        )
+    if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
+        yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
+    if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
+        yield (
+            f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="
+            f"{launcher['timeout_min']}: the job would be asked to save as soon as it begins."
+        )
     if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
 
@@ -243,8 +276,18 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
 ]
 
 
+def missing_init(task: str, init: str | None) -> str | None:
+    """A sentence where a task has nothing to start from."""
+    if init is not None or task not in NEED_INIT:
+        return None
+    return f"task={task} needs init=: name a run's directory, one of its checkpoints, or a file of another library."
+
+
 def devices(cfg: Mapping[str, Any]) -> int:
     """Devices that take part: as torchrun says where it started us, else as the launcher is set."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return cfg["launcher"].get("processes", 1)
+    launcher = cfg["launcher"]
+    if launcher["name"] == "slurm":
+        return launcher["nodes"] * (launcher["tasks_per_node"] or launcher["gpus_per_node"] or 1)
+    return launcher.get("processes", 1)

@@ -22,15 +22,16 @@ SCHEMA = {
     "augmentation": ["augment:AUGMENTATIONS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
     "task": ["tasks:TASKS[name]"],
-    "launcher": ["launch:LAUNCHERS[name]"],
-    "wandb": ["track:wandb_tracker"],
+    "launcher": ["launch:LAUNCHERS[name]", "distributed:start"],
+    "wandb": ["track_wandb:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
+    "estimate": ["forecast:forecast"],
 }
 TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.train
-TRAIN_SCHEMA = ["plan:make_plan", "setup:set_up", "engine:train"]
+TRAIN_SCHEMA = ["plan:make_plan", "setup:set_up", "engine:train", "accelerate:accelerate"]
 TOP = ast.parse(
     "def top(*, seed: int, output_dir: str | None, init: str | None, resume: str | None,"
-    " dry_run: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
+    " dry_run: bool, tensorboard: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
 ).body[0]
 # What may change between two starts of one run: where and how it runs, not what it computes.
 

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from mae import checkpoint, data, device, optim, track
+from mae import checkpoint, data, device, fitting, optim, sharding, track
+from mae.accelerate import accelerate
 from mae.augment import AUGMENTATIONS
 from mae.config import build, call
 from mae.data.loader import EvalLoader, Loader
@@ -96,6 +98,10 @@ class Training:
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the validation set, told to the tracker together with pictures."""
+        with sharding.whole(self.model), self.ranks.unwatched():
+            return self._evaluate()
+
+    def _evaluate(self) -> dict[str, Any]:
         batches = (device.send(batch, self.ranks.device) for batch in self.val_loader)
         metrics = self.task.evaluate(batches, self.ranks, self.autocast)
         metrics |= self.task.signal(self.where()["epoch"], self.ranks, self.autocast)
@@ -108,9 +114,11 @@ class Training:
     def save(self) -> None:
         """A checkpoint of this moment; all ranks must call."""
         states = self.ranks.gather(checkpoint.random_state())
+        weights = sharding.gathered(self.task.model.state_dict())
+        optimizer = sharding.gathered(self.optimizer.state_dict())
         if self.ranks.main:
             trainer = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress),
                 "task": self.task.extra_state(),
@@ -118,17 +126,13 @@ class Training:
                 "config": OmegaConf.to_yaml(self.cfg),
             }
             epoch = self.progress.step / self.plan.steps_per_epoch
-            self.saver.save(self.progress.step, epoch, self.task.model.state_dict(), trainer, self.improved)
+            self.saver.save(self.progress.step, epoch, weights, trainer, self.improved)
         self.improved = False
 
-    def restore(self) -> None:
-        """Takes up the newest valid checkpoint, where there is one."""
-        path = checkpoint.newest_valid(self.run)
-        if path is None:
-            return
+    def restore(self, path: Path) -> None:
+        """Takes up all of a checkpoint but its weights, which `restore_weights` did."""
         trainer = checkpoint.read_trainer(path)
-        self.task.model.load_state_dict(checkpoint.read_weights(path))
-        self.optimizer.load_state_dict(trainer["optimizer"])
+        self.optimizer.load_state_dict(sharding.spread(trainer["optimizer"], self.optimizer))
         self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
         self.progress.load(trainer["progress"])
@@ -137,9 +141,11 @@ class Training:
         log.info("goes on from %s", path)
 
 
-def load(run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int | None) -> tuple[Loader, Plan]:
-    """The training batches, and the plan that follows from how many there are."""
-    micro = micro_batch(cfg.task.batch_size, ranks.world, cfg.task.micro_batch_size)
+def load(
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int | None, held: int | None
+) -> tuple[Loader, Plan]:
+    """The training batches of at most `held` images, and the plan that follows from how many there are."""
+    micro = micro_batch(cfg.task.batch_size, ranks.world, held)
     loader = call(
         Loader,
         cfg.data,
@@ -155,7 +161,7 @@ def load(run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int
         ranks.device.type == "cuda",
         bad_files(run, ranks),
     )
-    plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world)
+    plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     return loader, plan
 
 
@@ -176,7 +182,12 @@ def set_up(
     task = build(TASKS, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    loader, plan = load(run, cfg, ranks, train_set, task.num_patches)
+    restored = restore_weights(run, task)
+    held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
+    loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
+    if ranks.world > 1:  # a digest of large weights takes seconds
+        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
+    model = ranks.wrap(task, accumulating=plan.accumulation > 1)
     groups = call(optim.param_groups, cfg.optimizer, task.trained)
     schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, warmup_epochs)
     t = Training(
@@ -186,7 +197,7 @@ def set_up(
         tracker=tracker,
         plan=plan,
         task=task,
-        model=task,
+        model=model,
         optimizer=build(optim.OPTIMIZERS, cfg.optimizer, groups),
         schedule=schedule,
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16),  # type: ignore[attr-defined]
@@ -197,13 +208,32 @@ def set_up(
         dtype=dtype,
     )
     seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks
-    t.restore()
-    if ranks.world > 1:  # a digest of large weights takes seconds
-        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
-    t.model = ranks.wrap(task)
+    if restored is not None:
+        t.restore(restored)
     tracker.start(t.progress.step, plan.steps)
+    if t.progress.step:
+        tracker.event(f"resumed at step {t.progress.step}", t.progress.step)
     log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
     return t
+
+
+def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) -> int | None:
+    """Sets how the model computes, and finds how many images it holds at a time; None: its whole share."""
+    few = min(2, max(1, cfg.task.batch_size // ranks.world))
+
+    def trial() -> None:
+        fitting.step(task, fitting.invented(cfg, few, task.num_patches, ranks.device), autocast)
+
+    call(accelerate, cfg.task, task.trained, ranks.device, trial)
+    return call(fitting.micro_batch_size, cfg.task, run, cfg, ranks, task, autocast)
+
+
+def restore_weights(run: Path, task: Any) -> Path | None:
+    """Takes up the weights of the newest valid checkpoint; returns it, or None where there is none."""
+    path = checkpoint.newest_valid(run)
+    if path is not None:
+        task.model.load_state_dict(checkpoint.read_weights(path))
+    return path
 
 
 def seed_everything(seed: int) -> None:

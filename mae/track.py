@@ -1,80 +1,41 @@
-"""Where a run's numbers and pictures go: console, metrics.jsonl, W&B. The loop knows none of them by name."""
+"""Where a run's numbers and pictures go: console, metrics.jsonl, W&B, TensorBoard. The loop knows none by name."""
 
+import contextlib
+import importlib.util
 import json
 import logging
 import math
 import os
-import secrets
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mae import fence
 from mae.config import call
+from mae.track_tensorboard import TensorBoard
+from mae.track_wandb import wandb_tracker
+from mae.tracker import Careful, Tracker, Trackers
 
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
-
-
-class Tracker:
-    """Takes what a run tells and does nothing with it; the others override what they care for."""
-
-    def start(self, step: int, steps: int) -> None:
-        """The run begins, or goes on, at `step` of `steps`."""
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """A line of numbers; `step`, `images_seen` and `epoch` are among them."""
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        """A picture file."""
-
-    def event(self, text: str, step: int) -> None:
-        """Something that happened once: resumed, skipped, stopped."""
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        """The run ends."""
-
-
-class Trackers(Tracker):
-    """Several trackers as one."""
-
-    def __init__(self, members: list[Tracker]):
-        self.members = members
-
-    def start(self, step: int, steps: int) -> None:
-        for member in self.members:
-            member.start(step, steps)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        for member in self.members:
-            member.log(metrics)
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        for member in self.members:
-            member.picture(name, path, step, caption)
-
-    def event(self, text: str, step: int) -> None:
-        for member in self.members:
-            member.event(text, step)
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        for member in self.members:
-            member.finish(summary, failed)
 
 
 class JsonLines(Tracker):
     """metrics.jsonl and events.jsonl: one object a line. On resume, what lies behind the checkpoint is cut off."""
 
     def __init__(self, run: Path):
-        self.run = run
+        self.run, self.step = run, 0
 
     def start(self, step: int, steps: int) -> None:
+        self.step = step
         for name in ("metrics.jsonl", "events.jsonl"):
             path = self.run / name
             if path.exists():
@@ -85,11 +46,17 @@ class JsonLines(Tracker):
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         self._append("metrics.jsonl", metrics)
+        self.step = metrics["step"]
 
-    def event(self, text: str, step: int) -> None:
-        self._append("events.jsonl", {"step": step, "event": text})
+    def event(self, text: str, step: int | None) -> None:
+        row = {"step": self.step if step is None else step, "event": text, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
+            self._append("events.jsonl", row)
+        except OSError:  # a full disk must not hide the error that is being told
+            log.warning("events.jsonl cannot be written to")
 
     def _append(self, name: str, value: Mapping[str, Any]) -> None:
+        fence.check(self.run)
         with (self.run / name).open("a") as file:
             file.write(json.dumps({k: _finite(v) for k, v in value.items()}) + "\n")
 
@@ -143,8 +110,9 @@ class Terminal(Tracker):
         elif text:
             log.info("step %d/%d  epoch %.1f  %s", metrics["step"], self.steps, metrics["epoch"], text)
 
-    def event(self, text: str, step: int) -> None:
-        log.info("step %d: %s", step, text)
+    def event(self, text: str, step: int | None) -> None:
+        if step is not None:  # without one it is an end, which is told in other words
+            log.info("step %d: %s", step, text)
 
     def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
         if self.bar is not None:
@@ -159,100 +127,17 @@ def in_words(metrics: Mapping[str, Any]) -> str:
     return "  ".join(parts + [f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("val/")])
 
 
-class WandB(Tracker):
-    """Weights & Biases. Never fatal: the first error is a warning, and the run goes on without it."""
-
-    def __init__(self, run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]):
-        import wandb
-
-        identity = run / "wandb_id.txt"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
-        # under a sweep agent the id is the agent's
-        name = {} if "WANDB_SWEEP_ID" in os.environ else {"id": identity.read_text().strip(), "resume": "allow"}
-        self.wandb = wandb.init(dir=str(run), config=dict(config), name=run.name, **name, **settings)
-        self.wandb.define_metric("images_seen")
-        self.wandb.define_metric("*", step_metric="images_seen")
-        self.wandb.define_metric("loss", step_metric="images_seen", summary="min")
-        self.wandb.define_metric("val/*", step_metric="images_seen", summary="min,max,last")
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        self.wandb.log(dict(metrics), step=int(metrics["step"]))
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        import wandb
-
-        self.wandb.log({name: wandb.Image(str(path), caption=caption)}, step=step)
-
-    def event(self, text: str, step: int) -> None:
-        if "diverged" in text:
-            self.wandb.alert("diverged", text)
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        self.wandb.summary.update(dict(summary))
-        self.wandb.finish(exit_code=int(failed))
-
-
-class Careful(Tracker):
-    """Another tracker whose errors are warnings: after the first it is left alone."""
-
-    def __init__(self, make: Any, what: str):
-        self.what, self.inner = what, Tracker()
-        try:
-            self.inner = make()
-        except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        log.warning("%s is switched off for this run: %s", self.what, error)
-        self.inner = Tracker()
-
-    def _try(self, name: str, *arguments: Any) -> None:
-        try:
-            getattr(self.inner, name)(*arguments)
-        except Exception as error:
-            self._give_up(error)
-
-    def start(self, step: int, steps: int) -> None:
-        self._try("start", step, steps)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        self._try("log", metrics)
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        self._try("picture", name, path, step, caption)
-
-    def event(self, text: str, step: int) -> None:
-        self._try("event", text, step)
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        self._try("finish", summary, failed)
-
-
-def wandb_tracker(
-    run: Path,
-    config: Mapping[str, Any],
-    *,
-    mode: Literal["online", "offline", "off"],
-    project: str,
-    entity: str | None,
-    group: str | None,
-    job_type: str | None,
-    notes: str | None,
-    tags: list[str],
-) -> Tracker:
-    """The W&B tracker, or none for `mode: off`."""
-    if mode == "off":
-        return Tracker()
-    settings = {"mode": mode, "project": project, "entity": entity, "group": group, "job_type": job_type}
-    settings |= {"notes": notes, "tags": tags}
-    return Careful(lambda: WandB(run, config, settings), "W&B")
-
-
 def trackers(run: Path, cfg: DictConfig) -> Tracker:
-    """All that the config asks for, as one."""
-    plain = OmegaConf.to_container(cfg)
-    return Trackers([JsonLines(run), Terminal(), call(wandb_tracker, cfg.wandb, run, plain)])
+    """All that the config asks for, as one. Raises ValueError where TensorBoard is asked for and not installed."""
+    members = [JsonLines(run), Terminal(), call(wandb_tracker, cfg.wandb, run, OmegaConf.to_container(cfg))]
+    if cfg.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "tensorboard=true needs the package tensorboard: pip install 'mae-experiments[tensorboard]', or leave "
+                "it out."
+            )
+        members.append(Careful(lambda: TensorBoard(run), "TensorBoard"))
+    return Trackers(members)
 
 
 def log_file(run: Path, rank: int) -> Path:
@@ -260,11 +145,18 @@ def log_file(run: Path, rank: int) -> Path:
     return run / "log.txt" if rank == 0 else run / "logs" / f"rank_{rank}.txt"
 
 
-def write_traceback(run: Path, rank: int) -> None:
-    """Adds the error being handled to the run's log.txt, whichever rank it is of; the console gets a sentence later."""
+def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:
+    """Adds the error being handled to the run's log.txt, whichever rank it is of, and leaves it as `failure.json`
+    where it is the first one; the console gets a sentence later. `lost_peer`: another rank was gone before."""
+    if not fence.holds(run):
+        return
+    told = {"rank": rank, "error": f"{type(error).__name__}: {error}", "lost_peer": lost_peer, "time": time.time()}
+    told |= {"attempt": os.environ.get(fence.NAME), "traceback": traceback.format_exc()}
     try:
         with (run / "log.txt").open("a") as file:
-            file.write(f"rank {rank} failed\n{traceback.format_exc()}")
+            file.write(f"rank {rank} failed\n{told['traceback']}")
+        with contextlib.suppress(FileExistsError), (run / "failure.json").open("x") as file:
+            json.dump(told, file)
     except OSError:  # a full disk must not hide the error itself
         log.warning("log.txt cannot be written to")
 

@@ -72,6 +72,23 @@ def test_dry_run_builds_nothing_on_disk(tmp_path):
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_tells_time_and_cost():
+    told = run_cli(
+        *("dry_run=true", "model=vit_base", "data=imagenet", "launcher.processes=8", "estimate.tflops=312"),
+        *("estimate.cost_per_hour=2", "device=cpu", "task.precision=fp32"),
+    )
+    rows = dict(line.split("  ", 1) for line in told.stdout.splitlines() if "  " in line)
+    # 57.16 GFLOPs x 1,281,167 x 800 epochs / (8 x 312e12 x .35)
+    assert "about 18.6 hours, computed: 312 TFLOP/s a device (given) x 35% x 8" in rows["time"], told
+    assert "149.1 device hours at 2" in rows["cost"]
+    told = run_cli("dry_run=true", "estimate.tflops=1000", "estimate.loader_images_per_second=288", "device=cpu")
+    assert "the loader's 288 images/s hold the devices back" in told.stdout
+    told = run_cli("dry_run=true", "device=cpu")
+    assert "measured on this cpu" in told.stdout and "cost" not in told.stdout
+    told = run_cli("dry_run=true", "estimate.utilisation=35")
+    assert told.returncode == 1 and "estimate.utilisation must lie in (0, 1], got 35" in told.stderr
+
+
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,7 +131,7 @@ def test_a_sweep_runs_its_members_and_names_the_one_that_failed(tmp_path):
         "-m", *TINY_PRETRAIN, "task.max_steps=1", "task.mask_ratio=0.5,0.999", f"hydra.sweep.dir={tmp_path / 's'}"
     )
     assert told.returncode == 1
-    assert (tmp_path / "s" / "0" / "summary.json").exists()
+    assert (tmp_path / "s" / "mask_ratio_0.5" / "summary.json").exists()
     assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in told.stderr and "Traceback" not in told.stderr
 
 

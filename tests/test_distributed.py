@@ -2,6 +2,11 @@
 
 import functools
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY_PRETRAIN, composed
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_here
+from torch.distributed.tensor import DTensor
 
 from mae import checkpoint, engine, launch, setup, track
 from mae.distributed import assert_same, start
+from mae.sharding import gathered
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -37,16 +44,21 @@ def on_ranks(world: int, folder: Path, work: Callable[[int, Path], Any]) -> list
     return [torch.load(folder / f"told_{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a weight."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains on this rank and counts the gradient all-reduces of DDP."""
     cfg = composed(*overrides)
-    ranks = start("cpu")
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     tracker = track.JsonLines(run) if ranks.main else track.Tracker()
     t = engine.call(setup.set_up, cfg.task, run, cfg, ranks, tracker)
     calls = [0]
-    if ranks.world > 1:
+    if ranks.world > 1 and ranks.sharding == "none":
 
         def counted(state, bucket):
             calls[0] += bucket.is_last()
@@ -56,9 +68,11 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
         t.model.register_comm_hook(None, counted)
     engine.call(engine.train, cfg.task, t)
-    digest = checkpoint.weights_digest(t.task.model.state_dict())
+    held = sum(local(p).numel() for p in t.task.model.parameters())
+    digest = checkpoint.weights_digest(gathered(t.task.model.state_dict()))
     ranks.close()
-    return {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
+    told = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
+    return told | {"held": held}
 
 
 def losses(folder: Path) -> list[float]:
@@ -78,6 +92,7 @@ def test_one_rank_equals_two_and_gradients_are_exchanged_once_a_step(tmp_path, m
     assert two[0]["accumulation"] == (1 if micro == "null" else 2)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images_in_the_last_step(tmp_path):
     overrides = [*TINY_PRETRAIN, "data.fraction=0.0675", "task.batch_size=96"]  # 97 images: each second step holds one
     overrides += ["task.precision=fp64"]  # one image's gradient is small enough for Adam to turn rounding into steps
@@ -87,7 +102,7 @@ def test_more_ranks_than_images_in_the_last_step(tmp_path):
 
 
 def agreeing(rank: int, folder: Path) -> list[list[bool]]:
-    ranks = start("cpu")
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     told = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
     ranks.close()
     return told
@@ -100,7 +115,7 @@ def test_a_wish_of_one_rank_is_known_to_all_at_the_same_step(tmp_path):
 
 
 def different(rank: int, folder: Path) -> str:
-    ranks = start("cpu")
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     try:
         assert_same(ranks, f"digest of {rank}", "weights")
     except RuntimeError as error:
@@ -115,11 +130,6 @@ def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
 
 
 def test_torchrun_gives_the_same_run(tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     overrides = [*BASE, "task.max_steps=4"]
     command = [
         sys.executable,
@@ -144,3 +154,133 @@ def test_torchrun_gives_the_same_run(tmp_path):
     ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6) and len(rows[0]) == 4
     assert told.stdout.count("val_loss") == 1
+
+
+# ---------------------------------------------------------------- spread weights
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.newest_valid(run)
+    assert path is not None
+    return checkpoint.read_weights(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", ["null", "8"])
+def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, micro):
+    overrides = [*BASE, f"task.micro_batch_size={micro}", "task.clip_grad=0.5"]
+    overrides += ["task.precision=fp64"]  # keys' biases have no gradient but rounding, which Adam turns into steps
+    whole = on_ranks(2, tmp_path / "whole", functools.partial(trained, overrides=overrides))
+    overrides += ["launcher.sharding=full", "checkpoint.every_epochs=1", "checkpoint.keep=100"]
+    spread = on_ranks(2, tmp_path / "spread", functools.partial(trained, overrides=overrides))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "spread"), rel=1e-5)
+    assert spread[0]["held"] + spread[1]["held"] == whole[0]["held"] and spread[0]["held"] < 0.6 * whole[0]["held"]
+    ends = [weights(tmp_path / name / "run") for name in ("whole", "spread")]
+    assert list(ends[0]) == list(ends[1])
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-5, atol=1e-5)
+    saved = checkpoint.checkpoints_of(tmp_path / "spread" / "run")
+    for path in saved[2:]:  # as if the run had been stopped halfway
+        for file in path.iterdir():
+            file.unlink()
+    for world, sharding in ((1, "none"), (2, "full")):
+        again = [*overrides[:-3], f"launcher.sharding={sharding}"]
+        folder = tmp_path / f"on_{world}"
+        shutil.copytree(tmp_path / "spread" / "run", folder / "run")
+        on_ranks(world, folder, functools.partial(trained, overrides=again))
+        for name, tensor in weights(folder / "run").items():
+            torch.testing.assert_close(ends[0][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_spread_weights_and_an_average_of_them_are_refused():
+    with pytest.raises(ValueError, match="task.ema_decay keeps a whole second model: set it to null"):
+        composed(*TINY, "task=finetune", "task.ema_decay=0.9", "launcher.sharding=full")
+    with pytest.raises(ValueError, match="task.micro_batch_size=auto tries one device by itself"):
+        composed(*TINY_PRETRAIN, "task.micro_batch_size=auto", "launcher.sharding=full")
+
+
+def test_a_probe_s_statistics_are_those_of_all_ranks(tmp_path):
+    assert run_here(tmp_path / "encoder", *TINY_PRETRAIN, "task.epochs=1") == 0
+    overrides = [*TINY, "task=linprobe", "task.batch_size=32", "task.epochs=2", "task.warmup_epochs=0"]
+    overrides += [f"init={tmp_path / 'encoder'}", "task.log_every_steps=1"]
+    one = on_ranks(1, tmp_path / "one", functools.partial(trained, overrides=overrides))
+    two = on_ranks(2, tmp_path / "two", functools.partial(trained, overrides=overrides))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
+    ends = [weights(tmp_path / name / "run") for name in ("one", "two")]
+    for name in ("head.0.running_mean", "head.0.running_var"):
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-5, atol=1e-7)
+    assert two[0]["digest"] == two[1]["digest"] and one[0]["steps"] == two[0]["steps"]
+
+
+# ---------------------------------------------------------------- a rank that hangs
+
+
+HANGING = """
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+from mae.tasks.pretrain import Pretrain
+
+forward, calls = Pretrain.forward, []
+
+def stuck_in_a_mount(self, batch):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) > 4:
+        time.sleep(1000)
+    return forward(self, batch)
+
+Pretrain.forward = stuck_in_a_mount
+if __name__ == "__main__":
+    runpy.run_path({root!r} + "/run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_and_says_where(tmp_path):
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING.format(root=str(ROOT)))
+    overrides = [*BASE, "launcher.timeout_s=12", f"output_dir={tmp_path / 'run'}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    told = subprocess.run(
+        [*torchrun, str(script), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode == 1
+    assert "process 1 has not moved for" in told.stderr and "launcher.timeout_s=12" in told.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "stuck_in_a_mount" in log and log.count("rank 0: process") == 0
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_by_one_that_waits_for_it(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "run.py"), *TINY_PRETRAIN, "task.epochs=200", "launcher.processes=2"]
+    process = subprocess.Popen(
+        [*command, "launcher.timeout_s=10", f"output_dir={run}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while sum("loss" in row for row in track.read_lines(run / "metrics.jsonl")) < 5:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        victim = ranks_of(process.pid)[1]
+        os.kill(victim, signal.SIGSTOP)
+        _, told = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "process 1 has not moved for" in told and "it was stopped, or lost" in told
+    with pytest.raises(ProcessLookupError):
+        os.kill(victim, 0)
+
+
+def ranks_of(parent: int) -> list[int]:
+    """The processes that a run started as its ranks, in their order."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return sorted(int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())

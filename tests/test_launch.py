@@ -113,6 +113,7 @@ def ranks_of(run: Path) -> list[int]:
     return [p for p in living(run) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
     for name, kill in (("whole", False), ("cut", True)):
         run = tmp_path / name

@@ -136,6 +136,8 @@ def _leave_signals_to_main(worker: int) -> None:
     """Ctrl-C and a cluster's warning reach the whole process group: the main process decides when to stop."""
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if "SLURM_JOB_ID" in os.environ:  # which sends TERM to workers too, and KILL to what is left in the end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """What every model shares: the transformer block, the choice of its attention kernel, position embeddings."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from mae.models.lean import gelu_linear, norm_linear, plain_attention
 
 Kernel = Literal["plain", "fused"]
+Checkpointing = Literal["none", "light", "blocks"]
 LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default is 1e-5
 
 
@@ -42,11 +43,11 @@ class Block(TimmBlock):
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
-    checkpointed: bool = False  # keep the block's input alone, run its forward again in backward
+    checkpointing: Checkpointing = "light"  # what backward computes again, see `set_checkpointing`
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
         """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""
-        if self.checkpointed and torch.is_grad_enabled():
+        if self.checkpointing == "blocks" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, first, use_reentrant=False)
         return self._forward(x, first)
 
@@ -56,19 +57,19 @@ class Block(TimmBlock):
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
         attn: Any = self.attn
-        weight, bias, dim = attn.qkv.weight, attn.qkv.bias, x.shape[-1]
+        weight, bias, dim, lean = attn.qkv.weight, attn.qkv.bias, x.shape[-1], self.checkpointing != "none"
         if first:
-            q = norm_linear(x[:, first:], self.norm1, weight[:dim], bias[:dim])
-            k, v = norm_linear(x, self.norm1, weight[dim:], bias[dim:]).chunk(2, -1)
+            q = norm_linear(x[:, first:], self.norm1, weight[:dim], bias[:dim], lean)
+            k, v = norm_linear(x, self.norm1, weight[dim:], bias[dim:], lean).chunk(2, -1)
         else:
-            q, k, v = norm_linear(x, self.norm1, weight, bias).chunk(3, -1)
+            q, k, v = norm_linear(x, self.norm1, weight, bias, lean).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
         return attn.proj(attention(q, k, v, self.kernel).flatten(2))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        mlp: Any = self.mlp
-        hidden = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias)
-        return gelu_linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+        mlp, lean = cast(Any, self.mlp), self.checkpointing != "none"
+        hidden = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias, lean)
+        return gelu_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, lean)
 
 
 def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
@@ -78,11 +79,15 @@ def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
             module.kernel = kernel
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Activation checkpointing by block: a third more computation, a fraction of the memory."""
+def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
+    """What the backward pass of every block computes again instead of keeping it from the forward pass.
+
+    `none`: nothing, as PyTorch does by itself; `light`: LayerNorms and GELUs, which cost next to nothing (see
+    `mae.models.lean`); `blocks`: all but a block's input: a third more computation, a fraction of the memory.
+    """
     for module in model.modules():
         if isinstance(module, Block):
-            module.checkpointed = on
+            module.checkpointing = what
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:

@@ -13,27 +13,32 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
-    """`linear(norm(x))` that keeps `x` (..., D) alone."""
-    if not torch.is_grad_enabled():
+def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, lean: bool = True) -> Tensor:
+    """`linear(norm(x))` that keeps `x` (..., D) alone, or where it is not `lean` what PyTorch keeps."""
+    if not (lean and _recomputes()):
         return F.linear(norm(x), weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps, product_dtype(x))
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, lean: bool = True) -> Tensor:
     """`linear(gelu(x))` that keeps `x` (..., D) alone; exact GELU, as in the paper's code."""
-    if not torch.is_grad_enabled():
+    if not (lean and _recomputes()):
         return F.linear(F.gelu(x), weight, bias)
     return _GeluLinear.apply(x, weight, bias, product_dtype(x))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention by batched products: (B, M, H, d) over (B, N, H, d), gives (B, M, H, d)."""
-    if torch.is_grad_enabled():
+    if _recomputes():
         return _PlainAttention.apply(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (weights.softmax(-1) @ v).transpose(1, 2)
+
+
+def _recomputes() -> bool:
+    """Whether there will be a backward pass, and no compiler that decides itself what is computed again in it."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from mae.augment import Prepare
 from mae.config import call
 from mae.data.source import Source
-from mae.metrics import Collector
+from mae.metrics import Collector, Results
 from mae.tasks.common import check_classes, keep_classes
+from mae.tasks.results import tell, write_all
 
 
 class Classify(nn.Module):
@@ -25,6 +26,8 @@ class Classify(nn.Module):
         super().__init__()
         self.classes = list(val_set.classes)
         self.prepare = call(Prepare, cfg.data)
+        self.val_set = val_set
+        self.results: Results | None = None  # of the last validation
         self.best = -1.0  # top-1 of the best validation so far
 
     def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
@@ -51,7 +54,11 @@ class Classify(nn.Module):
                 logits = self.model(images)
             found.add(batch["index"], batch["label"], logits)
         self.train()
-        results = found.results(ranks)
+        return self.told(found.results(ranks))
+
+    def told(self, results: Results | None) -> dict[str, float]:
+        """Metrics of a validation, which is remembered for what is drawn of it."""
+        self.results = results
         return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
 
     def signal(self, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
@@ -65,8 +72,15 @@ class Classify(nn.Module):
         return better
 
     def draw(self, run: Path, where: Mapping[str, Any], tracker: Any, autocast: Any) -> None:
-        """No pictures; the names of the classes are left for evaluation and export."""
+        """Names of the classes, for evaluation and export, and accuracy and confusion of each."""
         keep_classes(run, self.classes)
+        if self.results is not None:
+            write_all(run, self.classes, self.results)
+
+    def conclude(self, run: Path, step: int, tracker: Any, data: str) -> None:
+        """The last validation's confusion matrix and predictions, for whoever listens."""
+        if self.results is not None:
+            tell(run, self.classes, self.val_set, self.results, step, tracker, data)
 
     def after_step(self, skipped: Tensor) -> None:
         """Nothing to do between steps."""

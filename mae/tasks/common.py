@@ -15,6 +15,7 @@ from mae.augment import center_crop
 from mae.config import call, write_text
 from mae.data.loader import EvalLoader
 from mae.data.source import Source, reduced
+from mae.rules import missing_init
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,6 @@ def kept_classes(init: str) -> list[str] | None:
 
 def need_init(cfg: DictConfig) -> str:
     """`init`. Raises ValueError where it is not given."""
-    if cfg.init is None:
-        raise ValueError(
-            f"task={cfg.task.name} needs init=: name a run's directory, one of its checkpoints, or a file of "
-            "another library."
-        )
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise ValueError(problem)
     return cfg.init

@@ -22,6 +22,7 @@ from mae.models.vit import classifier
 from mae.tasks import charts
 from mae.tasks.common import bad_files, eval_loader, kept_classes, need_init, need_labels, sent
 from mae.tasks.linprobe import head as probe_head
+from mae.tasks.results import tell, write_all
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,11 @@ def evaluate(
     tracker.log(where | {f"val/{k}": v for k, v in figures.items() if isinstance(v, float)})
     if ranks.main:
         write_predictions(run, source, results, names, predictions)
-        write_per_class(run, names, counts)
-        charts.confusion(results.confusion(model.num_classes), names, run / "images" / "confusion.png")
-        charts.calibration(bins, figures["ece"], run / "images" / "calibration.png")
-        for name in ("confusion", "calibration"):
-            tracker.picture(name, run / "images" / f"{name}.png", 0, f"{name} on {cfg.data.name}")
+        write_all(run, names, results)
+        tell(run, names, source, results, 0, tracker, cfg.data.name)
+        path = run / "images" / "calibration.png"
+        charts.calibration(bins, figures["ece"], path)
+        tracker.picture("calibration", path, 0, f"calibration on {cfg.data.name}")
     seconds = time.perf_counter() - begun
     return {
         "task": "evaluate",
@@ -180,13 +181,3 @@ def write_predictions(run: Path, source: Source, results: Results, names: list[s
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-
-
-def write_per_class(run: Path, names: list[str], counts: np.ndarray) -> None:
-    """per_class.csv: class, images, correct, accuracy in percent; classes without images are left out."""
-    with (run / "per_class.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "images", "correct", "accuracy"))
-        for name, (count, hits) in zip(names, counts.tolist(), strict=True):
-            if count:
-                writer.writerow((name, count, hits, round(100.0 * hits / count, 4)))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -68,10 +69,7 @@ class Linprobe(Classify):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
-        """top1 and top5 in percent, and loss; the BatchNorm's statistics are first made the mean over ranks."""
-        for buffer in self.model.head.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(ranks.sum(buffer.clone()) / ranks.world)
+        """top1 and top5 in percent, and loss."""
         self.eval()
         found = Collector()
         for batch in batches:
@@ -79,8 +77,7 @@ class Linprobe(Classify):
                 features = self.features(batch)
             found.add(batch["index"], batch["label"], self.logits(features))
         self.train()
-        results = found.results(ranks)
-        return {f"val/{name}": value for name, value in results.figures().items()} if results else {}
+        return self.told(found.results(ranks))
 
     def train(self, mode: bool = True) -> "Linprobe":
         """The encoder stays as in evaluation."""
@@ -96,4 +93,28 @@ def head(width: int, classes: int) -> nn.Sequential:
     linear = nn.Linear(width, classes)
     nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS), linear)
+    return nn.Sequential(RanksBatchNorm(width, affine=False, eps=BATCH_NORM_EPS), linear)
+
+
+class RanksBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the batches of all ranks together, on any device, for inputs (B, D) that need no gradient.
+
+    torch's SyncBatchNorm wants a GPU. Statistics count unbiased, as there.
+    """
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D) to (B, D), normalised over all ranks' B in training."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(input)
+        sums = torch.cat([input.sum(0, dtype=torch.float64), input.new_tensor([len(input)], dtype=torch.float64)])
+        dist.all_reduce(sums)
+        count, mean = sums[-1], sums[:-1] / sums[-1]
+        squares = ((input - mean) ** 2).sum(0)
+        dist.all_reduce(squares)
+        running_mean, running_var, seen, share = self.running_mean, self.running_var, self.num_batches_tracked, 0.1
+        assert running_mean is not None and running_var is not None and seen is not None and self.momentum == share
+        running_mean.lerp_(mean.to(running_mean.dtype), share)
+        running_var.lerp_((squares / (count - 1)).to(running_var.dtype), share)
+        seen += 1
+        return ((input - mean) / (squares / count + self.eps).sqrt()).to(input.dtype)

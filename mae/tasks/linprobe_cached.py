@@ -20,6 +20,7 @@ from mae.plan import make_plan, steps_in_epoch
 from mae.tasks.common import eval_loader, keep_classes, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.linprobe import Linprobe, head
+from mae.tasks.results import tell, write_all
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def probe_features(
     tracker.log(where | {f"val/{name}": value for name, value in found[best].figures().items()})
     if ranks.main:
         keep_classes(run, task.classes)
+        write_all(run, task.classes, found[best])
+        tell(run, task.classes, val_set, found[best], plan.steps, tracker, cfg.data.name)
         checkpoint.write(path, task.model.state_dict(), {}, {"step": plan.steps, "epoch": where["epoch"]})
     return {
         "task": "linprobe",

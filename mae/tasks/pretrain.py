@@ -123,6 +123,9 @@ class Pretrain(nn.Module):
         caption = f"mask ratio {self.mask_ratio:g}, epoch {where['epoch']:g}"
         tracker.picture("reconstruction", path, where["step"], caption)
 
+    def conclude(self, run: Path, step: int, tracker: Any, data: str) -> None:
+        """Nothing that the validations have not told."""
+
     def improved(self, metrics: Mapping[str, float]) -> bool:
         """No checkpoint is kept as the best: the last one serves best downstream."""
         return False

@@ -1,0 +1,53 @@
+"""Time and device hours of the paper's recipes on eight A100 and eight H100, computed from their operations.
+
+python benchmarks/recipes.py > docs/cost.md
+"""
+
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mae import config, dry_run  # noqa: E402
+
+PEAK = {"8 x A100": 312e12, "8 x H100": 989e12}  # dense bf16, from NVIDIA's data sheets
+UTILISATION = (0.35, 0.5)
+RECIPES = {
+    f"{task}, {model}{', 1600 epochs' if more else ''}": [f"task={task}", f"model={model}", *more]
+    for task, more in (("pretrain", []), ("pretrain", ["task.epochs=1600"]), ("finetune", []), ("linprobe", []))
+    for model in ("vit_base", "vit_large", "vit_huge")
+}
+
+
+def hours(overrides: list[str], rate: float) -> tuple[float, float, float]:
+    """(epochs, GFLOPs of an image in training, hours on eight devices of `rate` each)."""
+    cfg = config.check(config.resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
+    plan = dry_run.plan_of(cfg)
+    work = dry_run.training(cfg, dry_run.cost(cfg, dry_run.model_on_meta(cfg)))
+    return plan.steps / plan.steps_per_epoch, work / 1e9, plan.images_seen(plan.steps) * work / (8 * rate) / 3600
+
+
+def main() -> None:
+    heads = [f"{name} at {part:.0%}" for name in PEAK for part in UTILISATION]
+    print("# Time of the paper's recipes on ImageNet-1k\n")
+    print(
+        "Hours, **computed, not measured**: `python benchmarks/recipes.py > docs/cost.md`. Operations of a step "
+        "(three times a forward pass) over the peak of dense bf16 products of eight devices (A100 312, H100 989 "
+        "TFLOP/s) times the part of it that a step reaches; a loader that keeps up is taken for granted. "
+        "For another device or a price: `python run.py dry_run=true model=vit_large data=imagenet "
+        "launcher.processes=8 estimate.tflops=312 estimate.cost_per_hour=2`.\n"
+    )
+    print(f"| recipe | epochs | GFLOPs an image | {' | '.join(heads)} |")
+    print(f"|---|---|---|{'---|' * len(heads)}")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for name, overrides in RECIPES.items():
+            found = [hours(overrides, peak * part) for peak in PEAK.values() for part in UTILISATION]
+            times = " | ".join(f"{h:.1f}" for _, _, h in found)
+            print(f"| {name} | {found[0][0]:g} | {found[0][1]:.1f} | {times} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Images a second of one process and of several on this machine, the same effective batch and the same cores.
+
+With `--device cuda` a process is a GPU, and the last column what is left of perfect scaling. On a CPU all share the
+same cores, so that it shows what the exchange of gradients costs.
+
+python benchmarks/scaling.py --processes 1 2
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from protocol import arguments
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=3, batch=32)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--model", default="vit_tiny")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    found: dict[int, list[float]] = {n: [] for n in args.processes}
+    for _ in range(args.rounds):
+        for processes in args.processes:
+            found[processes].append(images_per_second(args, processes))
+    base = max(found[args.processes[0]]) / args.processes[0]
+    rows = []
+    print(f"{'processes':>9} {'images/s':>9} {'of perfect':>10}   {args.model}, batch {args.batch}, {args.device}")
+    for processes, speeds in found.items():
+        perfect = base * (processes if args.device == "cuda" else 1)
+        print(f"{processes:>9} {max(speeds):9.1f} {max(speeds) / perfect:10.2f}")
+        rows.append({"processes": processes, "images_per_second": max(speeds), "of_perfect": max(speeds) / perfect})
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def images_per_second(args, processes: int) -> float:
+    """The fastest stretch between two log points of a run on the digits, scaled up to the model's image size."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        overrides = [f"model={args.model}", "model.img_size=112", "data=digits", f"device={args.device}"]
+        overrides += [f"task.batch_size={args.batch}", f"task.max_steps={args.steps}", "task.log_every_steps=5"]
+        overrides += ["data.val_fraction=0", f"launcher.processes={processes}", f"output_dir={run}"]
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, args.threads // processes))}
+        command = [sys.executable, str(ROOT / "run.py"), *overrides]
+        subprocess.run(command, check=True, env=env, capture_output=True)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(line["images_per_second"] for line in lines if line.get("step", 0) > 5 and "loss" in line)
+
+
+if __name__ == "__main__":
+    main()

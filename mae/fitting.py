@@ -1,0 +1,146 @@
+"""What one device can hold: a trial step on invented images, and the largest micro-batch that passes it."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mae import device, rules
+from mae.config import write_text
+from mae.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+KEPT = "micro_batch_size.json"  # in the run's directory: a run that goes on does not try again
+SHARE_OF_FREE = 0.8  # of the free memory of a host, which others use too
+
+
+def invented(cfg: DictConfig, images: int, num_patches: int | None, where: torch.device) -> dict[str, Tensor]:
+    """A batch of `images` grey images as the loader would send it."""
+    size = rules.pair(cfg.model.img_size)
+    batch = {
+        "image": torch.full((images, cfg.model.in_chans, *size), 128, dtype=torch.uint8),
+        "label": torch.zeros(images, dtype=torch.int64),
+        "index": torch.arange(images),
+        "flip": torch.zeros(images, dtype=torch.bool),
+    }
+    if num_patches is not None:
+        batch["noise"] = torch.rand(images, num_patches)
+    return device.send(batch, where)
+
+
+@contextmanager
+def unchanged(task: nn.Module) -> Iterator[None]:
+    """Puts statistics, gradients and the host's random numbers back to what they were before a trial."""
+    kept = {name: buffer.clone() for name, buffer in task.named_buffers()}
+    drawn, torch_drawn = np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        for name, buffer in task.named_buffers():
+            buffer.copy_(kept[name])
+        task.zero_grad(set_to_none=True)
+        np.random.set_state(drawn)
+        torch.set_rng_state(torch_drawn)
+
+
+def step(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
+    """Forward and backward."""
+    with unchanged(task):
+        with autocast():
+            loss = task(batch)["loss"]
+        loss.backward()
+
+
+def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> int:
+    """Bytes that autograd holds between forward and backward."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with unchanged(task), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast():
+        held = task(batch)["loss"]
+    del held
+    own = {p.untyped_storage().data_ptr() for p in task.parameters()}
+    return sum(size for where, size in storages.items() if where not in own)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def micro_batch_size(
+    run: Path,
+    cfg: DictConfig,
+    ranks: Ranks,
+    task: Any,
+    autocast: Callable[[], Any],
+    *,
+    micro_batch_size: int | Literal["auto"] | None,
+) -> int | None:
+    """`task.micro_batch_size`, found by trying where it is `auto`: the largest part of a device's share that fits.
+
+    Parts divide the share, so that the effective batch stays what it is. All ranks take the smallest finding.
+    Raises ValueError where not even one image fits.
+    """
+    if micro_batch_size != "auto":
+        return micro_batch_size
+    share = cfg.task.batch_size // ranks.world
+    kept = run / KEPT
+    if kept.exists():
+        found = json.loads(kept.read_text())
+        if found["share"] == share and found["device"] == ranks.device.type:
+            return int(found["micro_batch_size"])
+    found = min(ranks.gather(largest(cfg, ranks.device, task, autocast, share)))
+    if not found:
+        raise ValueError(
+            f"task.micro_batch_size=auto: not even the smallest part of a batch of model={cfg.model.name} fits in the "
+            "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
+        )
+    if ranks.main:
+        told = {"micro_batch_size": found, "share": share, "device": ranks.device.type}
+        write_text(kept, json.dumps(told) + "\n")
+    log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", found, share)
+    return found
+
+
+def parts(share: int, smallest: int, even: bool) -> list[int]:
+    """The numbers that divide `share`, largest first."""
+    return [n for n in range(share, smallest - 1, -1) if share % n == 0 and not (even and n % 2)]
+
+
+def largest(cfg: DictConfig, where: torch.device, task: Any, autocast: Callable[[], Any], share: int) -> int:
+    """The largest part of `share` images for which a trial step fits, or 0.
+
+    A host that runs out of memory kills instead of refusing, so that there parts are first judged by what
+    autograd keeps for few images.
+    """
+    mixing = bool(cfg.task.get("mixup") or cfg.task.get("cutmix"))
+    smallest = 2 if cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
+    candidates = parts(share, smallest, mixing)
+    if where.type == "cpu" and candidates:
+        few = min(candidates[0], 2)
+        needed = kept_bytes(task, invented(cfg, few, task.num_patches, where), autocast) / few
+        # gradients, optimizer states, and as much again as autograd keeps for what backward computes
+        states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+        free = SHARE_OF_FREE * device.free_memory(where) - states
+        candidates = [n for n in candidates if 1.5 * n * needed <= free]
+    for images in candidates:
+        try:
+            step(task, invented(cfg, images, task.num_patches, where), autocast)
+            return images
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        device.release(where)
+    return 0

@@ -1,0 +1,61 @@
+"""How long a run would take and what it would cost, from its operations and a rate. Computed, not measured."""
+
+import time
+from typing import Any
+
+import torch
+
+from mae.plan import Plan
+
+SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of the products that are timed: large enough to fill the device
+
+
+def forecast(
+    plan: Plan,
+    operations: int,
+    machines: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tflops: float | None,
+    utilisation: float,
+    loader_images_per_second: float | None,
+    cost_per_hour: float | None,
+) -> dict[str, str]:
+    """Rows of a plan: time and cost, from the `operations` of a training image.
+
+    `tflops` is the rate of one device in matrix products, measured here where null, of which a step reaches the
+    part `utilisation`; `loader_images_per_second` what the workers of one machine deliver.
+    """
+    rate, source = (tflops, "given") if tflops else (matrix_rate(device, dtype) / 1e12, f"measured on this {device}")
+    images = plan.images_seen(plan.steps)
+    speed = rate * 1e12 * utilisation / operations * plan.devices  # images a second
+    why = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {plan.devices}: {speed:,.0f} images/s"
+    if loader_images_per_second is not None and loader_images_per_second * machines < speed:
+        speed = loader_images_per_second * machines
+        why = f"the loader's {speed:,.0f} images/s hold the devices back"
+    seconds = images / speed
+    rows = {"time": f"about {in_words(seconds)}, computed: {why}"}
+    if cost_per_hour is not None:
+        hours = seconds / 3600 * plan.devices
+        rows["cost"] = f"about {hours * cost_per_hour:,.2f}: {hours:,.1f} device hours at {cost_per_hour:g}"
+    return rows
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations a second of large matrix products, the best of those that fit in `seconds`."""
+    side = SIDE.get(device.type, 1024)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def in_words(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    units: list[tuple[float, Any]] = [(86400 * 2, (86400, "days")), (5400, (3600, "hours")), (90, (60, "minutes"))]
+    size, name = next((unit for least, unit in units if seconds >= least), (1, "seconds"))
+    return f"{seconds / size:.3g} {name}"

@@ -1,0 +1,43 @@
+"""One HTML file that holds its data, scripts and pictures: opens anywhere, asks no network for anything."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+WEB = Path(__file__).parent / "web"
+SCRIPTS = ("chart.js", "sweep.js", "page.js")
+LARGE = 120_000  # bytes of a PNG above which a lossy picture is tried
+# Browsers hold the page to its promise: nothing but what stands in it is loaded
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(title: str, data: Mapping[str, Any]) -> str:
+    """The page of `data`: `runs`, and `differences` or `sweep`, as `web/page.js` reads them."""
+    text = json.dumps({"title": title, **data}, allow_nan=False).replace("<", "\\u003c")
+    scripts = "\n".join((WEB / name).read_text().replace('"use strict";\n', "") for name in SCRIPTS)
+    return (
+        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        "<meta name='viewport' content='width=device-width'>\n<link rel='icon' href='data:,'>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{(WEB / 'style.css').read_text()}</style>\n</head>\n"
+        f"<body>\n<main></main>\n<script type='application/json' id='data'>{text}</script>\n"
+        f'<script>\n"use strict";\n{scripts}</script>\n</body>\n</html>\n'
+    )
+
+
+def data_url(path: Path) -> str:
+    """A picture as a URL that holds it; large photographs are made smaller."""
+    raw, kind = path.read_bytes(), path.suffix.lstrip(".").replace("svg", "svg+xml")
+    if kind == "png" and len(raw) > LARGE:
+        packed = io.BytesIO()
+        with Image.open(io.BytesIO(raw)) as picture:
+            picture.convert("RGB").save(packed, "WEBP", quality=80)
+        if packed.tell() < len(raw):
+            raw, kind = packed.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"

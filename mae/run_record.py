@@ -1,0 +1,115 @@
+"""What a run has left in its directory, read back: state, metrics, events, and how its config was made."""
+
+import json
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from mae.compose import CONF, composed
+from mae.config import flatten, resolve
+from mae.track import read_lines
+
+log = logging.getLogger(__name__)
+
+GROUPS = ("task", "model", "data")
+
+
+@dataclass
+class Record:
+    """The files of a run, as they are at this moment."""
+
+    state: str  # finished, interrupted, diverged, failed, unfinished
+    summary: dict[str, Any]  # empty until the run is finished
+    overrides: list[str]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def command(self) -> str:
+        """What makes the same run again."""
+        return command_of(self.overrides)
+
+
+def command_of(overrides: list[str]) -> str:
+    """Overrides as a command for a shell."""
+    return shlex.join(["python", "run.py", *(one for one in overrides if not one.startswith("output_dir="))])
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists."""
+    found = OmegaConf.to_container(cfg)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def read_record(run: Path) -> Record:
+    """Reads a run's directory; a file that is not there yet is empty."""
+    events = read_lines(run / "events.jsonl")
+    summary = read_json(run / "summary.json")
+    state = "finished" if summary else "unfinished"
+    if not summary and events:
+        first = str(events[-1].get("event", "")).split(":", 1)[0]
+        state = first if first in ("interrupted", "diverged", "failed", "pruned") else state
+    return Record(state, summary, overrides_of(run), read_lines(run / "metrics.jsonl"), events)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, or none yet."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def overrides_of(run: Path) -> list[str]:
+    """The command line of a run."""
+    path = run / "overrides.yaml"
+    stored = OmegaConf.load(path) if path.exists() else None
+    return [str(one) for one in stored] if isinstance(stored, ListConfig) else []
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """Where and when the run was started, each time."""
+    return read_lines(run / "environment.jsonl")
+
+
+def compared(cfg: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """Each leaf of a config as (key, value), with the default as a third where it differs from that."""
+    standard = defaults(cfg, overrides)
+    rows = []
+    for path, value in flatten(plain(cfg)):
+        row = [".".join(path), json.dumps(value)]
+        if standard is not None and row[0] != "output_dir":
+            known = standard.get(row[0])
+            if known != value:
+                row.append(json.dumps(known))
+        rows.append(row)
+    return rows
+
+
+def defaults(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
+    """The leaves of the same choice of groups with nothing else changed, or None where that does not compose."""
+    chosen = [one for one in overrides if is_group(one)]
+    named = {one.split("=", 1)[0].lstrip("+~") for one in chosen}
+    chosen += [
+        f"{group}={cfg[group].name}"
+        for group in GROUPS
+        if group not in named and "experiment" not in named and (CONF / group / f"{cfg[group].name}.yaml").exists()
+    ]
+    try:
+        found = plain(resolve(composed(chosen)))
+    except Exception as error:  # a group of another version of this code
+        log.debug("the defaults of %s do not compose: %s", chosen, error)
+        return None
+    return {".".join(path): value for path, value in flatten(found)}
+
+
+def is_group(override: str) -> bool:
+    """Whether an override chooses a file of conf/ rather than a value."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    return "." not in key and (CONF / key).is_dir()

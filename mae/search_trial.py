@@ -1,0 +1,111 @@
+"""One trial of a search: a run in a process of its own, watched, and ended early where it is not worth its time."""
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mae.track import JsonLines, read_lines
+
+log = logging.getLogger(__name__)
+
+RUN = Path(__file__).parent.parent / "run.py"
+LOOK_S = 0.5  # between two looks at a running trial's metrics
+PR_SET_PDEATHSIG = 1  # Linux: a signal for the child when its parent is gone
+
+
+def folder(directory: Path, number: int) -> Path:
+    """The run of a trial."""
+    return directory / f"trial_{number:04d}"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file; waits for whoever holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def try_lock(run: Path) -> Any:
+    """The open lock file of a trial, or None where another worker, or what it started, still holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    os.set_inheritable(file.fileno(), True)
+    return file
+
+
+def run(study: Any, trial: Any, directory: Path, overrides: list[str], metric: str, prune: bool) -> None:
+    """Runs a trial to its end, or goes on with it, and tells the study how it went."""
+    import optuna
+
+    place = folder(directory, trial.number)
+    log.info("trial %d: %s", trial.number, " ".join(overrides))
+    pruned = watch(place, trial, overrides, metric, prune)
+    summary = json.loads((place / "summary.json").read_text()) if (place / "summary.json").exists() else {}
+    if pruned:
+        JsonLines(place).event("pruned: other trials were better at this point", None)
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    elif isinstance(summary.get(metric), int | float):
+        study.tell(trial, summary[metric])
+        log.info("trial %d: %s %.4f", trial.number, metric, summary[metric])
+    else:
+        log.warning("trial %d failed: see %s", trial.number, place / "log.txt")
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def watch(place: Path, trial: Any, overrides: list[str], metric: str, prune: bool) -> bool:
+    """Starts the run and reports its validations until it ends; whether it was pruned.
+
+    Raises KeyboardInterrupt where we are asked to stop; the run has saved a checkpoint by then.
+    """
+    command = [sys.executable, str(RUN), *overrides, f"output_dir={place}"]
+    with (place / "output.txt").open("a") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, close_fds=False, start_new_session=True, preexec_fn=end_with_parent
+        )
+    key, told, pruned = f"val/{metric.removeprefix('val_')}", set(trial_steps(trial)), False
+    try:
+        while process.poll() is None:
+            time.sleep(LOOK_S)
+            for row in read_lines(place / "metrics.jsonl"):
+                if row.get(key) is not None and row["step"] not in told:
+                    told.add(row["step"])
+                    trial.report(row[key], row["step"])
+                    if prune and not pruned and trial.should_prune():
+                        pruned = True
+                        process.terminate()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if process.returncode == 130 and not pruned:
+        raise KeyboardInterrupt
+    return pruned and not (place / "summary.json").exists()
+
+
+def trial_steps(trial: Any) -> list[int]:
+    """Steps that an earlier worker has reported already."""
+    frozen = trial.study.get_trials(deepcopy=False)[trial.number]
+    return list(frozen.intermediate_values)
+
+
+def end_with_parent() -> None:
+    """Asks for SIGTERM when the search is killed, so that no trial goes on without its worker."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,70 @@
+"""Weights, gradients and optimizer states spread over ranks (FSDP2), whole again for checkpoints and validation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from mae.models.layers import Block
+
+
+def shard(task: nn.Module) -> nn.Module:
+    """Spreads the weights over all ranks, a block at a time; the same module, its parameters now DTensors."""
+    for module in task.modules():
+        if isinstance(module, Block):
+            fully_shard(module)
+    fully_shard(task)
+    return task
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """All weights on every rank for a while: ranks may then run it a different number of times, or one alone."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not module, recurse=False)  # as `fully_shard` chooses it
+
+
+def gathered(tree: Any) -> Any:
+    """The same nested state with whole tensors instead of a rank's shards; every rank must call."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, Mapping):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(gathered(value) for value in tree)
+    return tree
+
+
+def spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole optimizer state as this rank holds it: each tensor laid out as the weight that it belongs to."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    made = {}
+    for number, values in state["state"].items():
+        weight = weights[number]
+        made[number] = {
+            name: distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+            if isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape
+            else value
+            for name, value in values.items()
+        }
+    return {**state, "state": made}
+
+
+def beside(value: Tensor, weights: list[nn.Parameter]) -> Tensor:
+    """A number that every rank has, in the form in which it can meet `weights` in one operation."""
+    if weights and isinstance(weights[0], DTensor):
+        mesh = weights[0].device_mesh
+        return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return value

@@ -1,0 +1,151 @@
+// Lays out the page from the data that stands in it: one run, several side by side, or a sweep.
+"use strict";
+
+function groupOf(key, several) {
+  const family = ["lr", "grad_norm", "weight_norm"].find((f) => key.startsWith(`${f}/`));
+  if (family) return family === "lr" ? "learning rate of each layer" : family.replace("grad_norm", "gradient norm").replace("_", " ") + " of each block";
+  if (key === "val/loss" && !several) return "loss";
+  return key;
+}
+
+const TITLES = {lr: "learning rate", grad_norm: "gradient norm", images_per_second: "images a second",
+  data_wait: "share of time waiting for data", memory_mb: "memory, MB", loss: "loss", amp_scale: "AMP scale"};
+
+function curves(runs) {
+  const several = runs.length > 1, charts = el("div", {class: "grid"}), xs = new Set();
+  for (const run of runs) for (const s of Object.values(run.series)) Object.keys(s.x).forEach((x) => xs.add(x));
+  if (!xs.size) return [];
+  let x = "step";
+  function draw() {
+    const groups = new Map();
+    for (const run of runs) for (const [key, s] of Object.entries(run.series)) {
+      const group = groupOf(key, several);
+      if (several && group.includes(" of each ")) continue;
+      const label = several ? run.name : key.replace(/^(lr|grad_norm|weight_norm)\//, "");
+      if (!groups.has(group)) groups.set(group, []);
+      groups.get(group).push({label, x: s.x[x] || s.x.step, y: s.y});
+    }
+    const rank = ([group]) => group === "loss" ? 0 : group.includes("val/") ? 1 : group.includes("loss") ? 2 : group.includes("norm") ? 4 : 3;
+    const made = [...groups].sort((a, b) => rank(a) - rank(b)).map(([group, series]) => lineChart(TITLES[group] || group, series, x));
+    made.forEach((card) => card.setLogarithmic(log.checked));
+    charts.replaceChildren(...made);
+  }
+  const choice = el("select", {id: "x", onchange: (e) => { x = e.target.value; draw(); }},
+    ...[...xs].map((name) => el("option", {value: name}, name.replace("_", " "))));
+  const log = el("input", {type: "checkbox", id: "log", onchange: () => {
+    charts.querySelectorAll(".chart").forEach((card) => card.setLogarithmic(log.checked));
+  }});
+  draw();
+  return [el("h2", {}, "Curves"), el("div", {class: "bar"}, el("label", {}, "against ", choice),
+    el("label", {}, log, " logarithmic"), el("span", {}, "drag to zoom in, double-click to see all, click a name to hide it")), charts];
+}
+
+function slider(group) {
+  const last = group.items.length - 1, image = el("img", {alt: group.name}), caption = el("p", {class: "soft"});
+  const range = el("input", {type: "range", min: 0, max: last, value: last, "aria-label": `${group.name} over time`});
+  const show = () => {
+    const item = group.items[range.value];
+    image.src = item.src;
+    caption.textContent = item.caption;
+  };
+  range.addEventListener("input", show);
+  show();
+  return el("div", {class: "card pictures"}, el("h3", {}, group.name), image, last ? range : null, caption);
+}
+
+function classes(run) {
+  const c = run.classes;
+  if (!c) return [];
+  const parts = [];
+  if (c.rows.length) {
+    const rows = [...c.rows].sort((a, b) => a.accuracy - b.accuracy);
+    const body = rows.map((r) => {
+      const bar = el("span", {class: "share"});
+      bar.style.width = `${1.6 * r.accuracy}px`;
+      return el("tr", {}, el("td", {}, r.name), el("td", {class: "number"}, shown(r.images)),
+        el("td", {class: "number"}, r.accuracy.toFixed(1) + " %"), el("td", {}, bar));
+    });
+    const table = (list) => el("table", {}, el("tr", {}, ...["class", "images", "accuracy", ""].map((t) => el("th", {}, t))), ...list);
+    const card = el("div", {class: "card", id: "per-class"}, el("h3", {}, "Accuracy of each class, the worst first"), table(body.slice(0, 40)));
+    if (body.length > 40) card.append(el("details", {}, el("summary", {}, `${body.length - 40} more`), table(body.slice(40))));
+    parts.push(card);
+  }
+  if (c.confusion.length) parts.push(confusion(c));
+  return [el("h2", {}, "Classes"), el("div", {class: "grid"}, ...parts)];
+}
+
+function confusion(c) {
+  const names = [...new Set(c.confusion.flatMap(([t, p]) => [t, p]))];
+  const order = c.rows.map((r) => r.name).filter((n) => names.includes(n));
+  names.forEach((n) => { if (!order.includes(n)) order.push(n); });
+  if (order.length > 30) {
+    const wrong = c.confusion.filter(([t, p]) => t !== p).sort((a, b) => b[2] - a[2]).slice(0, 40);
+    return el("div", {class: "card", id: "confusion"}, el("h3", {}, "Most often confused"), el("table", {},
+      el("tr", {}, el("th", {}, "class"), el("th", {}, "taken for"), el("th", {}, "images")),
+      ...wrong.map(([t, p, n]) => el("tr", {}, el("td", {}, t), el("td", {}, p), el("td", {class: "number"}, shown(n))))));
+  }
+  const count = new Map(c.confusion.map(([t, p, n]) => [`${t}\n${p}`, n]));
+  const total = new Map(order.map((t) => [t, c.confusion.filter((r) => r[0] === t).reduce((s, r) => s + r[2], 0)]));
+  const rows = order.map((t) => el("tr", {}, el("th", {}, t), ...order.map((p) => {
+    const n = count.get(`${t}\n${p}`) || 0, share = n / (total.get(t) || 1);
+    const cell = el("td", {title: `${t} taken for ${p}: ${n}`}, n ? String(n) : "");
+    if (n) cell.style.background = t === p ? `rgba(37,99,168,${0.12 + 0.75 * share})` : `rgba(217,102,43,${0.15 + 0.85 * Math.min(1, share * 4)})`;
+    if (n && t === p && share > 0.5) cell.style.color = "#fff";
+    return cell;
+  })));
+  return el("div", {class: "card", id: "confusion"}, el("h3", {}, "Confusion: rows the true class, columns the predicted one"),
+    el("table", {class: "confusion"}, el("thead", {}, el("tr", {}, el("th", {}), ...order.map((p) => el("th", {}, p)))), ...rows));
+}
+
+function settings(run) {
+  const row = ([key, value, standard]) => el("tr", {class: standard === undefined ? "" : "changed"}, el("td", {}, el("code", {}, key)),
+    el("td", {class: "value"}, el("code", {}, value)), el("td", {class: "value soft"}, standard === undefined ? "" : `default ${standard}`));
+  const changed = run.config.filter((c) => c.length > 2);
+  const parts = [el("h2", {}, "Configuration")];
+  if (run.command) parts.push(el("pre", {}, run.command));
+  parts.push(el("div", {class: "card", id: "config"},
+    el("h3", {}, changed.length ? "What differs from the defaults" : "Nothing differs from the defaults"), el("table", {}, ...changed.map(row)),
+    el("details", {}, el("summary", {}, `all ${run.config.length} keys`), el("table", {}, ...run.config.map(row)))));
+  return parts;
+}
+
+function pairs(title, id, rows) {
+  if (!rows.length) return [];
+  return [el("h2", {}, title), el("div", {class: "card", id}, el("table", {},
+    ...rows.map(([k, v]) => el("tr", {}, el("td", {class: "soft"}, k), el("td", {class: "value"}, v)))))];
+}
+
+function tiles(run) {
+  return el("div", {class: "tiles"}, ...run.tiles.map(([name, value]) => el("div", {class: "tile"}, el("b", {}, shown(value)), el("span", {}, name))));
+}
+
+function oneRun(run) {
+  const parts = [el("h1", {}, run.name, el("span", {class: `badge ${run.state}`}, run.state)), el("p", {class: "soft"}, run.about), tiles(run)];
+  if (run.pictures.length) parts.push(el("h2", {}, "Pictures"), ...run.pictures.map(slider));
+  parts.push(...curves([run]), ...classes(run), ...settings(run), ...pairs("Events", "events", run.events),
+    ...pairs("Environment", "environment", run.environment));
+  return parts;
+}
+
+function several(runs, differences) {
+  const keys = [...new Set(runs.flatMap((r) => r.tiles.map(([k]) => k)))];
+  const head = (first) => el("tr", {}, el("th", {}, first), ...runs.map((r) => el("th", {}, r.name)));
+  const results = keys.map((k) => el("tr", {}, el("td", {class: "soft"}, k),
+    ...runs.map((r) => el("td", {}, shown((r.tiles.find(([n]) => n === k) || [])[1])))));
+  const differ = differences.map(([key, ...values]) => el("tr", {}, el("td", {}, el("code", {}, key)), ...values.map((v) => el("td", {class: "value"}, el("code", {}, v)))));
+  const parts = [el("h2", {}, "Results"), el("div", {class: "card"}, el("table", {}, head(""), ...results)),
+    el("h2", {}, "Where the configurations differ"),
+    el("div", {class: "card", id: "differences"}, differ.length ? el("table", {}, head("key"), ...differ) : el("p", {}, "Nowhere."))];
+  parts.push(...curves(runs));
+  for (const run of runs) if (run.pictures.length) parts.push(el("h2", {}, run.name), ...run.pictures.map(slider));
+  for (const run of runs) if (run.classes) { const made = classes(run); made[0].textContent = `Classes: ${run.name}`; parts.push(...made); }
+  return parts;
+}
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const MAIN = document.querySelector("main");
+if (DATA.sweep) {
+  MAIN.append(el("h1", {}, DATA.title), el("p", {class: "soft"}, DATA.sweep.about), ...sweepParts(DATA.sweep), ...curves(DATA.runs));
+} else if (DATA.runs.length === 1) MAIN.append(...oneRun(DATA.runs[0]));
+else MAIN.append(el("h1", {}, DATA.title), ...several(DATA.runs, DATA.differences));
+document.body.dataset.ready = "yes";

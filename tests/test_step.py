@@ -1,0 +1,224 @@
+"""The levers of a training step: none changes what is computed, and none waits for the device."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_PRETRAIN, composed, run_cli, run_here
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mae import device, fitting, optim, track
+from mae.config import build, call
+from mae.data import SOURCES
+from mae.distributed import Ranks
+from mae.models.layers import Block
+from mae.tasks import TASKS
+
+CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in track.read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A pre-trained run to start classifiers from."""
+    run = tmp_path_factory.mktemp("encoder") / "run"
+    assert run_here(run, *TINY_PRETRAIN, "task.epochs=1") == 0
+    return run
+
+
+# ---------------------------------------------------------------- profile, compilation, checkpointing
+
+
+def test_profile_leaves_a_trace_and_a_table_and_changes_no_number(tmp_path):
+    assert run_here(tmp_path / "plain", *TINY_PRETRAIN, "task.epochs=3") == 0
+    assert run_here(tmp_path / "profiled", *TINY_PRETRAIN, "task.epochs=3", "task.profile=true") == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "profiled")
+    events = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
+    assert any("aten::mm" in event.get("name", "") for event in events)
+    table = (tmp_path / "profiled" / "profile" / "operations.txt").read_text()
+    assert "Self CPU" in table and "aten::mm" in table
+    assert not (tmp_path / "plain" / "profile").exists()
+
+
+@pytest.mark.parametrize("what", ["none", "blocks"])
+def test_checkpointing_of_a_run_changes_no_loss(tmp_path, what):
+    assert run_here(tmp_path / "light", *TINY_PRETRAIN) == 0
+    assert run_here(tmp_path / what, *TINY_PRETRAIN, f"task.checkpointing={what}") == 0
+    assert losses(tmp_path / "light") == pytest.approx(losses(tmp_path / what), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(tmp_path):
+    assert run_here(tmp_path / "plain", *TINY_PRETRAIN) == 0
+    told = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'compiled'}")
+    assert told.returncode == 0, told.stderr
+    assert "switched off" not in told.stderr
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_where_blocks_cannot_be_compiled_the_run_goes_on_with_a_warning(tmp_path):
+    env = {"CXX": str(tmp_path / "no_compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    told = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'run'}", env=env)
+    assert told.returncode == 0, told.stderr
+    assert "task.compile=blocks is switched off: compiling the blocks failed" in told.stderr
+    assert run_here(tmp_path / "plain", *TINY_PRETRAIN) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="task.compile=graphs needs a GPU: use off or blocks with device=cpu"):
+        composed(*TINY_PRETRAIN, "task.compile=graphs")
+
+
+@pytest.mark.slow
+def test_bf16_learns_as_float32_does(tmp_path):
+    """300 steps on the digits: the difference of the curves lies within what another seed makes."""
+    base = ["device=cpu", "task.max_steps=300", "task.log_every_steps=10", "checkpoint.every_epochs=100"]
+    curves = {}
+    for name, more in {
+        "bf16": ["task.precision=bf16"],
+        "fp32": ["task.precision=fp32"],
+        "other": ["task.precision=fp32", "seed=1"],
+    }.items():
+        assert run_here(tmp_path / name, *base, *more) == 0
+        curves[name] = torch.tensor(losses(tmp_path / name))[10:]
+    rounding = (curves["bf16"] - curves["fp32"]).abs().mean() / curves["fp32"].mean()
+    noise = (curves["other"] - curves["fp32"]).abs().mean() / curves["fp32"].mean()
+    assert len(curves["fp32"]) == 20 and rounding < noise and rounding < 0.03
+
+
+# ---------------------------------------------------------------- what one device holds
+
+
+def hungry(most: int):
+    """A forward that runs out of memory for more than `most` images, as CUDA says it."""
+    from mae.tasks.pretrain import Pretrain
+
+    forward = Pretrain.forward
+
+    def limited(self, batch):
+        if len(batch["image"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch)
+
+    return limited
+
+
+def test_auto_finds_the_largest_part_that_fits_and_keeps_the_batch(tmp_path, monkeypatch):
+    from mae.tasks.pretrain import Pretrain
+
+    assert run_here(tmp_path / "known", *TINY_PRETRAIN, "task.micro_batch_size=8") == 0
+    monkeypatch.setattr(Pretrain, "forward", hungry(11))
+    assert run_here(tmp_path / "auto", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
+    assert losses(tmp_path / "auto") == losses(tmp_path / "known")
+    assert "8 of the 32 images" in (tmp_path / "auto" / "log.txt").read_text()
+    derived = next(r for r in track.read_lines(tmp_path / "auto" / "metrics.jsonl") if "derived/accumulation" in r)
+    assert derived["derived/accumulation"] == 4 and derived["derived/micro_batch_size"] == 8
+
+
+def test_auto_keeps_what_it_found_when_the_run_goes_on(tmp_path, monkeypatch):
+    from mae.tasks.pretrain import Pretrain
+
+    run, fit = tmp_path / "run", fitting.largest
+    monkeypatch.setattr(Pretrain, "forward", hungry(11))
+    assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
+    (run / "summary.json").unlink()
+    monkeypatch.setattr(fitting, "largest", lambda *_: pytest.fail("tried again"))
+    assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
+    assert fit is not fitting.largest
+
+
+def test_auto_on_a_host_judges_by_what_autograd_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "free_memory", lambda _: 1_500_000)
+    assert run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
+    found = json.loads((tmp_path / "run" / fitting.KEPT).read_text())["micro_batch_size"]
+    assert 1 <= found < 32 and 32 % found == 0
+
+
+def test_auto_where_nothing_fits_is_a_sentence(tmp_path, monkeypatch):
+    from mae.tasks.pretrain import Pretrain
+
+    monkeypatch.setattr(Pretrain, "forward", hungry(0))
+    monkeypatch.setattr(fitting, "kept_bytes", lambda *_: 1)
+    with pytest.raises(ValueError, match="task.micro_batch_size=auto: not even the smallest part of a batch"):
+        run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto")
+
+
+@pytest.mark.parametrize("task", ["finetune", "linprobe"])
+def test_a_trial_leaves_no_trace(tmp_path, encoder, task):
+    base = [*TINY, f"task={task}", *CLASSIFY, f"init={encoder}", "task.log_every_steps=1"]
+    base += ["augmentation=linprobe"]
+    assert run_here(tmp_path / "plain", *base) == 0
+    assert run_here(tmp_path / "tried", *base, "task.micro_batch_size=auto") == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "tried")
+
+
+# ---------------------------------------------------------------- no wait for the device
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "linprobe"])
+@pytest.mark.parametrize("mixing", [False, True])
+def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
+    """Forward, loss, masking and augmentation on a fake GPU, which raises where it would wait or mix devices."""
+    if mixing and task != "finetune":
+        pytest.skip("only fine-tuning mixes images")
+    more = [] if task == "pretrain" else [f"init={encoder}", "augmentation=linprobe"]
+    if task == "finetune" and not mixing:
+        more += ["task.mixup=0", "task.cutmix=0"]
+    cfg = composed(*TINY, f"task={task}", *CLASSIFY, *more)
+    sets = build(SOURCES, cfg.data, "train"), build(SOURCES, cfg.data, "val")
+    made = build(TASKS, cfg.task, cfg, sets[1])
+    made.begin(cfg, *sets)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made.to("cuda")
+        batch = fitting.invented(cfg, 4, made.num_patches, torch.device("cuda"))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = made.train()(batch)["loss"]
+    assert loss.device.type == "cuda" and loss.shape == ()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd", "lion"])
+def test_no_optimizer_step_waits_for_the_gpu(optimizer):
+    cfg = composed(*TINY_PRETRAIN, f"optimizer={optimizer}")
+    val_set = build(SOURCES, cfg.data, "val")
+    made = build(TASKS, cfg.task, cfg, val_set)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made.to("cuda")
+        groups = call(optim.param_groups, cfg.optimizer, made.trained)
+        stepping = build(optim.OPTIMIZERS, cfg.optimizer, groups)
+        for parameter in made.trained.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in made.trained.parameters() if p.grad is not None])
+        if stepping.defaults.get("fused"):
+            stepping.found_inf = (~norm.isfinite()).float()
+        stepping.step()
+    assert norm.device.type == "cuda"
+
+
+def test_backward_runs_without_a_device():
+    """On `meta`, which has no values to wait for."""
+    cfg = composed(*TINY_PRETRAIN)
+    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
+    made(fitting.invented(cfg, 4, made.num_patches, torch.device("meta")))["loss"].backward()
+    assert all(p.grad is not None for p in made.trained.parameters() if p.requires_grad)
+
+
+def test_parts_of_a_share():
+    assert fitting.parts(12, 1, False) == [12, 6, 4, 3, 2, 1]
+    assert fitting.parts(12, 2, True) == [12, 6, 4, 2]
+    assert fitting.parts(7, 2, True) == []
+
+
+def test_blocks_compute_again_by_default():
+    cfg = composed(*TINY_PRETRAIN)
+    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    assert {m.checkpointing for m in made.modules() if isinstance(m, Block)} == {"light"}
+    assert math.isfinite(made(fitting.invented(cfg, 2, made.num_patches, Ranks(torch.device("cpu")).device))["loss"])

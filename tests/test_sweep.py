@@ -1,0 +1,283 @@
+"""Sweeps: members and their directories, starting again, the end, and the same for W&B's agent."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
+
+from mae import sweep, sweep_names
+from mae.config import ConfigError
+from mae.pipeline import pretraining
+from mae.run_record import Record
+
+FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
+SMALL = [one for one in TINY if "precision" not in one]
+QUICK = [
+    *SMALL,
+    'task.overrides.pretrain=["task.batch_size=32","task.epochs=1","task.warmup_epochs=0"]',
+    'task.overrides.linprobe=["task.batch_size=32","task.epochs=1","task.warmup_epochs=0"]',
+    'task.overrides.finetune=["task.batch_size=32","task.epochs=1","task.warmup_epochs=0"]',
+]
+
+
+def table(directory: Path) -> list[dict[str, str]]:
+    with (directory / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_member_is_named_by_what_is_swept():
+    name = sweep_names.member_name
+    assert name(["optimizer.layer_decay", "seed"], ["seed=1", "optimizer.layer_decay=0.65", "task=finetune"]) == (
+        "layer_decay_0.65-seed_1"
+    )
+    assert name(["model.depth", "model.decoder.depth"], ["model.depth=1", "model.decoder.depth=2"]) == (
+        "model.depth_1-model.decoder.depth_2"
+    )
+    assert name(["a.x"], ["+a.x=1", "+a.x=[1, 2]"]) == "x__1_2_"
+    assert name([], []) == "member" and len(name(["x"], ["x=" + "y" * 400])) < 140
+
+
+def test_only_what_has_several_values_is_swept():
+    typed = ["-m", "+sweeps=seeds", "task.mask_ratio=0.5,0.75", "task.k=[1,2]", "seed=range(0,3)", "--bad", "x=[1"]
+    assert sweep_names.swept(typed) == ["task.mask_ratio", "seed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_every_sweep_composes_from_any_directory(name, tmp_path):
+    told = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    members = sorted(p.name for p in (tmp_path / "runs" / f"sweep_{name}").iterdir() if p.is_dir())
+    given = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+    ((key, values),) = given["hydra"]["sweeper"]["params"].items()
+    expected = ["7"] if key == "seed" else str(values).split(",")  # the command line wins over the file
+    assert len(members) == len(expected)
+    assert all(m.startswith(f"{key.rsplit('.', 1)[-1]}_") for m in members)
+
+
+# ---------------------------------------------------------------- a whole sweep
+
+
+@pytest.fixture(scope="module")
+def ratios(tmp_path_factory) -> Path:
+    """The working directory of a finished sweep of two pipelines."""
+    place = tmp_path_factory.mktemp("ratios")
+    told = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=place)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines()[-1].split("  ")[1].startswith("runs/sweep_mask_ratio/mask_ratio_")
+    return place / "runs" / "sweep_mask_ratio"
+
+
+def test_a_sweep_ends_in_a_table_a_figure_and_a_page(ratios):
+    rows = table(ratios)
+    assert [row["task.mask_ratio"] for row in rows] == ["0.5", "0.75"]
+    for row in rows:
+        stage = json.loads((ratios / row["member"] / "finetune" / "summary.json").read_text())
+        assert float(row["finetune top1"]) == stage["top1"] and row["linprobe top1"] and row["state"] == "finished"
+        assert row["command"].startswith("python run.py task.mask_ratio=")
+    assert (ratios / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = (ratios / "sweep.svg").read_text()
+    assert drawn.startswith("<?xml") and "<path" in drawn
+    page = (ratios / "report.html").read_text()
+    assert '"metric": "finetune top1"' in page and '"best": "mask_ratio_' in page
+    assert (ratios / "mask_ratio_0.5" / "report.html").exists()
+
+
+def test_the_best_member_s_command_composes_to_its_config(ratios):
+    found = sweep.read_sweep(ratios)
+    assert found.best is not None and found.metric == "finetune top1"
+    again = composed(*found.best.record.overrides)
+    kept = found.best.cfg
+    assert again.task == kept.task and again.model == kept.model and again.seed == kept.seed
+
+
+def test_a_sweep_started_again_runs_only_what_is_missing(ratios):
+    kept, lost = ratios / "mask_ratio_0.5", ratios / "mask_ratio_0.75"
+    before = {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()}
+    figure, rows = (ratios / "sweep.svg").read_bytes(), table(ratios)
+    for path in (lost / "summary.json", lost / "finetune" / "summary.json"):
+        path.unlink()
+    told = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=ratios.parent.parent)
+    assert told.returncode == 0, told.stderr
+    assert {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()} == before
+    same = ("member", "state", "task.mask_ratio", "finetune top1", "linprobe top1", "pretrain val_loss", "command")
+    assert [[row[k] for k in same] for row in table(ratios)] == [[row[k] for k in same] for row in rows]
+    strip = [line for line in figure.decode().splitlines() if "#" not in line and "id=" not in line]
+    now = (ratios / "sweep.svg").read_text().splitlines()
+    assert [line for line in now if "#" not in line and "id=" not in line] == strip
+
+
+def test_the_end_is_made_again_from_the_directories_alone(ratios):
+    for name in ("sweep.csv", "sweep.png", "sweep.svg", "report.html"):
+        (ratios / name).unlink()
+    (ratios / "multirun.yaml").rename(ratios / "kept.yaml")
+    command = [sys.executable, "-m", "mae.sweep", str(ratios)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (ratios / "kept.yaml").rename(ratios / "multirun.yaml")
+    assert told.returncode == 0 and "finetune top1" in told.stdout.splitlines()[-1]
+    assert [row["task.mask_ratio"] for row in table(ratios)] == ["0.5", "0.75"]
+    assert (ratios / "sweep.png").exists() and (ratios / "report.html").exists()
+
+
+def test_a_directory_without_runs_is_said(tmp_path, capsys):
+    assert sweep.main([str(tmp_path / "none")]) == 1
+    assert "is not the directory of a sweep: it does not exist." in capsys.readouterr().err
+    assert sweep.main([str(tmp_path)]) == 1
+    assert "holds no run: a sweep's members lie in folders of it" in capsys.readouterr().err
+    assert sweep.main([]) == 2
+
+
+@pytest.mark.slow
+def test_one_checkpoint_is_made_once_for_all_members(tmp_path):
+    small = [*TINY, "task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
+    told = run_cli("-m", "+sweeps=layer_decay", "optimizer.layer_decay=0.5,1.0", *small, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stderr.count("init=auto: pre-training comes first") == 1
+    (parent,) = (tmp_path / "runs").glob("pretrain-*")
+    members = sweep.read_sweep(tmp_path / "runs" / "sweep_layer_decay").members
+    assert [str(m.cfg.init) for m in members] == [f"runs/{parent.name}"] * 2
+    assert [m.values["optimizer.layer_decay"] for m in members] == [0.5, 1.0]
+
+
+def test_the_automatic_parent_is_what_a_plain_run_leaves():
+    from mae.compose import composed as plain
+    from mae.config import run_directory
+
+    parent = pretraining(composed("task=finetune", "init=auto", "seed=3"), plain)
+    assert parent.output_dir == str(run_directory(composed()))
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_the_middle_goes_on(tmp_path):
+    arguments = ["-m", *TINY_PRETRAIN, "task.epochs=12", "checkpoint.every_epochs=1", "task.mask_ratio=0.5,0.75"]
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    place = tmp_path / "runs" / "sweep-task.mask_ratio"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list((place / "mask_ratio_0.75" / "checkpoints").glob("step_*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns
+    told = run_cli(*arguments, cwd=tmp_path)
+    assert told.returncode == 0 and "goes on from" in told.stderr
+    assert (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns == done
+    assert [row["state"] for row in table(place)] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_stops_as_a_whole(tmp_path):
+    arguments = ["-m", *TINY_PRETRAIN, "task.epochs=200", "task.mask_ratio=0.5,0.75"]
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    place = tmp_path / "runs" / "sweep-task.mask_ratio"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (place / "mask_ratio_0.5" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert [row["state"] for row in table(place)] == ["interrupted"]
+
+
+# ---------------------------------------------------------------- parts of the end
+
+
+def member(name: str, task: str = "task=pretrain", **results: float) -> sweep.Member:
+    record = Record("finished", {}, [], [], [])
+    return sweep.Member(Path(name), composed(task), record, results=dict(results))
+
+
+def test_the_best_is_the_lowest_loss_or_the_highest_accuracy():
+    losses = sweep.Sweep(Path(), "s", [], [member("a", val_loss=0.3), member("b", val_loss=0.2)])
+    assert losses.best is not None and losses.best.name == "b"
+    hits = sweep.Sweep(Path(), "s", [], [member("a", top1=3.0), member("b", top1=2.0)])
+    assert hits.best is not None and hits.best.name == "a"
+
+
+def test_a_figure_shows_mean_and_deviation_over_seeds():
+    members = []
+    for ratio in (0.5, 0.75):
+        for seed, top1 in enumerate((80.0, 84.0)):
+            one = member(f"{ratio}{seed}", "task=linprobe", top1=top1)
+            one.values = {"task.mask_ratio": ratio, "seed": seed}
+            members.append(one)
+    (curve,) = sweep.curves(sweep.Sweep(Path(), "s", ["task.mask_ratio", "seed"], members))
+    assert curve.points == {0.5: [80.0, 84.0], 0.75: [80.0, 84.0]} and curve.stage == "linprobe"
+
+
+def test_only_published_numbers_are_drawn_as_the_paper_s():
+    from mae.published import PUBLISHED
+
+    assert PUBLISHED["task.mask_ratio"]["linprobe"].points == {0.1: 54.6, 0.75: 73.5}
+    depth = PUBLISHED["model.decoder_depth"]
+    assert depth["finetune"].points == {1: 84.8, 2: 84.9, 4: 84.9, 8: 84.9, 12: 84.4}
+    assert depth["linprobe"].points == {1: 65.5, 2: 70.0, 4: 71.9, 8: 73.5, 12: 73.3}
+
+
+def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
+    sizes = ["task.max_steps=1", "task.drop_last=true", "task.batch_size=1024,32"]
+    told = run_cli("-m", *TINY_PRETRAIN, *sizes, f"hydra.sweep.dir={tmp_path / 's'}")
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    states = {row["member"]: row["state"] for row in table(tmp_path / "s")}
+    assert states == {"batch_size_1024": "failed", "batch_size_32": "finished"}
+    assert "1 of 2 members are not finished" in told.stdout
+
+
+def test_members_that_have_not_begun_make_no_report(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        sweep.read_sweep(tmp_path)
+
+
+# ---------------------------------------------------------------- the same under `wandb agent`
+
+
+def agent_command(path: Path, values: dict) -> list[str]:
+    """The command line that `wandb agent` builds of a sweep's file, by the client's own code."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    given = yaml.safe_load(path.read_text())
+    pieces = create_sweep_command(given["command"])
+    arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    replaced = {"${program}": given["program"], "${interpreter}": sys.executable, "${env}": "/usr/bin/env"}
+    found = []
+    for piece in pieces:
+        if piece == "${args_no_hyphens}":
+            found += arguments["args_no_hyphens"]
+        else:
+            found.append(replaced.get(piece, piece))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "layer_decay" else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+)
+def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_path):
+    path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
+    ours = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+    ((key, values),) = ours["hydra"]["sweeper"]["params"].items()
+    theirs = yaml.safe_load(path.read_text())["parameters"][key]["values"]
+    assert theirs == [float(v) if isinstance(theirs[0], float) else int(v) for v in str(values).split(",")]
+    odd = {"task.clip_grad": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "optimizer.min_lr": 1e-07}
+    if ours.get("defaults") == [{"override /task": "pipeline"}]:
+        odd = {"init": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "data.max_bad_fraction": 1e-07}
+    command = agent_command(path, {key: theirs[0]} | odd)
+    told = subprocess.run(
+        [*command, "dry_run=true"], cwd=ROOT, env=os.environ | {"WANDB_SWEEP_ID": "s"}, text=True, capture_output=True
+    )
+    assert told.returncode == 0, told.stderr
+    told = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, text=True, capture_output=True)
+    cfg = yaml.safe_load(told.stdout)
+    assert cfg["data"]["hflip"] is True and cfg["data"]["mean"] == [0.25, 0.5, 0.75]

@@ -1,0 +1,283 @@
+"""W&B and TensorBoard get everything a run tells, keep one run a directory, and never end or stall it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli, run_here
+from wandb_files import OfflineRun
+from wandb_server import Service, serving
+
+from mae import norms, track
+from mae.track_wandb import wandb_tracker
+from mae.tracker import Tracker
+
+OFFLINE = ["wandb=offline", "wandb.group=g", "wandb.tags=[a,b]", "wandb.notes=hello"]
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return track.read_lines(run / name)
+
+
+def offline_runs(run: Path) -> list[OfflineRun]:
+    return [OfflineRun(path) for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_client(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb_cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb_data"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
+
+
+# ---------------------------------------------------------------- offline, read back
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> Path:
+    """A finished pre-training run that was recorded offline, with artifacts."""
+    run = tmp_path_factory.mktemp("offline") / "run"
+    assert run_here(run, *TINY_PRETRAIN, *OFFLINE, "wandb.artifacts=true") == 0
+    return run
+
+
+def test_an_offline_run_holds_config_metrics_pictures_and_summary(offline):
+    (told,) = offline_runs(offline)
+    assert told.config["task"]["mask_ratio"] == 0.75 and told.config["model"]["embed_dim"] == 32
+    assert (told.group, told.tags, told.notes, told.job_type) == ("g", ["a", "b"], "hello", "pretrain")
+    ours = {key for row in lines(offline) for key in row}
+    assert ours <= {key for row in told.history for key in row}
+    by_step = {row["_step"]: row for row in told.history}
+    for row in lines(offline):
+        for key, value in row.items():
+            if value is not None and key not in ("step", "images_seen", "epoch"):
+                assert by_step[row["step"]][key] == pytest.approx(value)
+    picture = next(row["reconstruction"] for row in told.history if "reconstruction" in row)
+    assert picture["_type"] == "image-file" and "mask ratio 0.75" in picture["caption"]
+    assert list((offline / "wandb").glob(f"offline-run-*/files/{picture['path']}"))
+    assert told.summary["val_loss"] == json.loads((offline / "summary.json").read_text())["val_loss"]
+
+
+def test_metrics_stand_against_images_seen_with_min_max_and_last(offline):
+    (told,) = offline_runs(offline)
+    assert told.metrics["*"].step_metric_index or told.metrics["*"].step_metric == "images_seen"
+    kept = told.metrics["val/*"].summary
+    assert kept.min and kept.max and kept.last
+
+
+def test_checkpoints_become_artifacts_and_the_end_an_alert(offline):
+    (told,) = offline_runs(offline)
+    (artifact,) = told.artifacts
+    assert artifact.type == "model" and {"latest", "final", "step_00000010"} <= set(artifact.aliases)
+    assert [alert.title for alert in told.alerts] == ["finished"]
+
+
+def test_norms_of_blocks_and_rates_of_layers_are_on_the_log_points(offline, tmp_path):
+    row = next(row for row in lines(offline) if "loss" in row)
+    assert {"grad_norm/blocks.0", "weight_norm/blocks.1", "grad_norm/decoder_blocks.0"} <= row.keys()
+    squares = sum(value**2 for key, value in row.items() if key.startswith("grad_norm/"))
+    assert squares**0.5 == pytest.approx(row["grad_norm"], rel=1e-4)
+    assert not any(key.startswith("lr/") for key in row)  # one rate for all
+    run = tmp_path / "run"
+    steps = ["task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1", *OFFLINE]
+    assert run_here(run, *TINY, *steps, f"init={offline}") == 0
+    row = next(row for row in lines(run) if "loss" in row and row["lr"])
+    assert row["lr/layer_00"] == pytest.approx(row["lr"] * 0.85**3) and row["lr/layer_03"] == row["lr"]
+    (told,) = offline_runs(run)
+    tables = {key: row[key] for row in told.history for key in row if "table" in str(row[key])}
+    assert {"predictions", "confusion_cells"} <= tables.keys() and tables["predictions"]["nrows"] == 200
+    assert any(row.get("confusion", {}).get("_type") == "image-file" for row in told.history)
+    assert told.job_type == "finetune"
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_keeps_its_id(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*TINY_PRETRAIN, "task.epochs=60", "checkpoint.every_epochs=1", *OFFLINE, f"output_dir={run}"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not any(told.history for told in offline_runs(run)):  # the client writes a block of its file at a time
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert run_cli(*arguments).returncode == 0
+    first, second = offline_runs(run)
+    assert first.id == second.id == (run / "wandb_id.txt").read_text().strip()
+    resumed = next(row["event"] for row in lines(run, "events.jsonl") if "resumed at step" in row["event"])
+    since = int(resumed.split()[-1])
+    assert {row["_step"] for row in second.history} >= set(range(since + 1, 301)) and since > 0
+    known = sorted({row["_step"] for row in first.history})
+    assert known == list(range(known[-1] + 1))  # what the client had not written yet is in metrics.jsonl alone
+
+
+# ---------------------------------------------------------------- online, on loopback
+# each in a process of its own: the client reads its environment once a process, and what its end takes counts too
+
+
+@pytest.fixture
+def service():
+    with serving() as service:
+        yield service
+
+
+def only(service: Service) -> dict:
+    (run,) = service.runs.values()
+    return run
+
+
+@pytest.mark.slow
+def test_everything_arrives_online_and_a_resumed_run_goes_on(service, tmp_path):
+    run = tmp_path / "run"
+    start = [*TINY_PRETRAIN, "wandb=online", "wandb.group=g", f"output_dir={run}"]
+    assert run_cli(*start, env=service.environment()).returncode == 0
+    told = only(service)
+    assert told["config"]["task"]["value"]["mask_ratio"] == 0.75 and told["groupName"] == "g"
+    assert [row["loss"] for row in told["history"] if "loss" in row] == [r["loss"] for r in lines(run) if "loss" in r]
+    assert "val_loss" in told["summary"] and told["exitcode"] == 0
+    assert any(name.startswith("media/images/reconstruction") for name in told["files"])
+    (run / "summary.json").unlink()
+    assert run_cli(*start, env=service.environment()).returncode == 0
+    assert len(service.runs) == 1 and only(service)["resumes"] >= 1
+
+
+TALK = """
+import sys, time
+from pathlib import Path
+from mae.track_wandb import wandb_tracker
+given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False, alerts=True)
+begin = time.monotonic()
+tracker = wandb_tracker(Path(sys.argv[1]), {}, mode="online", timeout_s=float(sys.argv[2]), **given)
+for step, loss in enumerate(range(int(sys.argv[3]))):
+    tracker.log({"step": step, "images_seen": step, "epoch": 0.0, "loss": loss})
+    if sys.argv[4:] and step == 1:
+        print("two", flush=True)
+        sys.stdin.readline()
+told = time.monotonic()
+tracker.finish({"val_loss": 0.5}, failed=False)
+print(f"{told - begin:.1f} {time.monotonic() - told:.1f}")
+"""
+
+
+def talk(service: Service, run: Path, *arguments: str) -> subprocess.Popen[str]:
+    run.mkdir()
+    command = [sys.executable, "-c", TALK, str(run), *arguments]
+    environment = os.environ | service.environment()
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_service_that_fails_dies_and_comes_back_gets_all(service, tmp_path):
+    process = talk(service, tmp_path / "run", "60", "50", "pause")
+    assert process.stdout is not None and process.stdout.readline() == "two\n"
+    service.failing, before = True, service.calls
+    print("go on", file=process.stdin, flush=True)
+    wait_for(lambda: service.calls > before)
+    service.stop()  # and then it is gone altogether
+    time.sleep(0.5)
+    service.failing = False
+    service.start()
+    assert process.wait(60) == 0
+    assert [row["loss"] for row in only(service)["history"] if "loss" in row] == list(range(50))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 600.0], ids=["500s", "hangs"])
+def test_a_service_that_breaks_for_good_does_not_stall_a_run(service, tmp_path, pause):
+    process = talk(service, tmp_path / "run", "2", "200", "pause")
+    assert process.stdout is not None and process.stdout.readline() == "two\n"
+    service.failing, service.pause = True, pause
+    told, _ = process.communicate("go on\n", timeout=60)
+    logged, finished = (float(value) for value in told.split())
+    assert process.returncode == 0 and logged < 20 and finished < 20
+
+
+@pytest.mark.parametrize("trouble", ["absent", pytest.param("hangs", marks=pytest.mark.slow), "refuses"])
+def test_a_run_begins_offline_where_the_service_does_not_answer(service, tmp_path, trouble):
+    if trouble == "absent":
+        service.stop()
+    service.failing = trouble != "absent"
+    service.pause, service.code = (600.0, 500) if trouble == "hangs" else (0.0, 401)
+    run = tmp_path / "run"
+    told, errors = talk(service, run, "2", "5").communicate(timeout=60)
+    assert told and "W&B cannot be used" in errors and f"wandb sync {run}" in errors
+    (kept,) = offline_runs(run)
+    assert [row["loss"] for row in kept.history if "loss" in row] == list(range(5))
+
+
+def online(run: Path, timeout_s: float) -> Tracker:
+    given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False)
+    return wandb_tracker(run, {}, mode="online", alerts=True, timeout_s=timeout_s, **given)
+
+
+def test_an_error_inside_the_client_is_a_warning(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def broken(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    monkeypatch.setattr("mae.track_wandb.unreachable", lambda url, timeout_s: None)
+    with caplog.at_level("WARNING"):
+        tracker = online(tmp_path, 3.0)
+    tracker.log({"step": 0, "loss": 1.0})
+    tracker.finish({}, failed=True)
+    assert "W&B is switched off for this run: [Errno 28] No space left on device" in caplog.text
+
+
+# ---------------------------------------------------------------- TensorBoard, norms
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert run_here(run, *TINY_PRETRAIN, "tensorboard=true") == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    ours = [row["loss"] for row in lines(run) if "loss" in row]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(ours)
+    assert "reconstruction" in tags["images"] and "val/loss" in tags["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_once(tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tensorboard=true needs the package tensorboard"):
+        run_here(tmp_path / "run", *TINY_PRETRAIN, "tensorboard=true")
+
+
+def test_blocks_are_named_as_the_model_names_them():
+    names = ["blocks.10.mlp.fc1.weight", "decoder_blocks.0.norm1.bias", "patch_embed.proj.weight", "cls_token"]
+    assert [norms.block(name) for name in names] == ["blocks.10", "decoder_blocks.0", "patch_embed", "cls_token"]
+
+
+def test_the_dashboard_shows_what_runs_log(capsys, monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    from mae import dashboard
+
+    text = dashboard.workspace("e", "p")._to_model().model_dump_json()
+    for shown in ("val/loss", "lr/layer_", "images_per_second", "reconstruction", "confusion", "mask_ratio"):
+        assert shown in text
+    assert dashboard.main(["only"]) == 2 and "ENTITY PROJECT" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert dashboard.main(["e", "p"]) == 1 and "mae-experiments[workspace]" in capsys.readouterr().err
