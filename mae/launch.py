@@ -189,13 +189,13 @@ def queues(cfg: DictConfig) -> bool:
 
 def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
     """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
-    if members[0][0].init == AUTO:  # the same for all
-        first, code = after_pretraining(members[0][0])
-        if code:
-            return code
-        same = {"init": first.init, "launcher": first.launcher}
-        members = [(config.changed(cfg, **same), overrides) for cfg, overrides in members]
-    runs = [(prepare(cfg, overrides), cfg.launcher) for cfg, overrides in members]
+    runs = []
+    for cfg, overrides in members:
+        if cfg.init == AUTO:
+            cfg, code = after_pretraining(cfg)
+            if code:
+                return code
+        runs.append((prepare(cfg, overrides), cfg.launcher))
     return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
 
 
