@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mae.models.layers import Block, set_checkpointing
+from mae.models.layers import blocks_of, set_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +50,11 @@ def compile_blocks(model: nn.Module, mode: str | None) -> None:
 
     settings: Any = _dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(mode=mode, dynamic=False)
+    for block in blocks_of(model):
+        block.compile(mode=mode, dynamic=False)
 
 
 def plain_blocks(model: nn.Module) -> None:
     """Takes `compile_blocks` back."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module._compiled_call_impl = None  # what nn.Module.compile sets; torch has no way back of its own
+    for block in blocks_of(model):
+        block._compiled_call_impl = None  # what nn.Module.compile sets; torch has no way back of its own

@@ -114,11 +114,16 @@ def check(cfg: DictConfig) -> DictConfig:
     return made
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists."""
+    found = OmegaConf.to_container(cfg)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
 def changed(cfg: DictConfig, **values: Any) -> DictConfig:
     """A checked config with other values at its top."""
-    plain = OmegaConf.to_container(cfg)
-    assert isinstance(plain, dict)
-    made = OmegaConf.create({**plain, **values})
+    made = OmegaConf.create(plain(cfg) | values)
     OmegaConf.set_readonly(made, True)
     return made
 
@@ -175,10 +180,15 @@ def flatten(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
         yield path, tree
 
 
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """All values of a config: dotted key -> value."""
+    return {".".join(path): value for path, value in flatten(plain(cfg))}
+
+
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The leaves that decide what a run computes: dotted key -> value."""
-    leaves = flatten(OmegaConf.to_container(cfg))
-    return {".".join(p): v for p, v in leaves if not any(p[: len(n)] == n for n in NEUTRAL)}
+    found = flatten(plain(cfg))
+    return {".".join(p): v for p, v in found if not any(p[: len(n)] == n for n in NEUTRAL)}
 
 
 def difference(old: DictConfig, new: DictConfig) -> list[str]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from mae import data, device, optim, rules
+from mae.activations import kept_for_backward
 from mae.config import build, call, run_directory
 from mae.data.source import reduced
 from mae.forecast import forecast
@@ -76,19 +77,8 @@ def training(cfg: DictConfig, work: Flops) -> int:
 
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps for one image's backward pass, counted on tensors without memory."""
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # so that no later storage gets the same number
-        return tensor
-
-    alive: list[Tensor] = []
     images = torch.empty(1, cfg.model.in_chans, *rules.pair(cfg.model.img_size), device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype.itemsize == 2):
+    with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
         if isinstance(model, MaskedAutoencoder):
             model(images, cfg.task.mask_ratio, torch.empty(1, model.num_patches, device="meta"))
         else:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import device, rules
+from mae.activations import kept_for_backward
 from mae.config import write_text
 from mae.distributed import Ranks
 
@@ -61,17 +62,9 @@ def step(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> No
 
 def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> int:
     """Bytes that autograd holds between forward and backward."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with unchanged(task), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast():
-        held = task(batch)["loss"]
-    del held
-    own = {p.untyped_storage().data_ptr() for p in task.parameters()}
-    return sum(size for where, size in storages.items() if where not in own)
+    with unchanged(task), kept_for_backward(task.parameters()) as kept, autocast():
+        task(batch)
+    return sum(kept.values())
 
 
 def out_of_memory(error: Exception) -> bool:

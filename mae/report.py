@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mae import run_record
-from mae.config import ConfigError, flatten, read, write_text
+from mae.config import ConfigError, leaves, read, write_text
 from mae.page import data_url, page
 from mae.track import read_lines
 
@@ -166,9 +166,9 @@ def environment(run: Path) -> list[list[str]]:
 
 def differences(runs: list[Path]) -> Iterator[list[str]]:
     """Each key whose value is not the same in all runs, with the values."""
-    leaves = [{".".join(path): value for path, value in flatten(run_record.plain(read(run)))} for run in runs]
-    for key in sorted(set().union(*leaves)):
-        values = [json.dumps(one[key]) if key in one else "–" for one in leaves]
+    found = [leaves(read(run)) for run in runs]
+    for key in sorted(set().union(*found)):
+        values = [json.dumps(one[key]) if key in one else "–" for one in found]
         if len(set(values)) > 1:
             yield [key, *values]
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mae.compose import CONF, composed
-from mae.config import flatten, resolve
+from mae.config import leaves, resolve
 from mae.track import read_lines
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,6 @@ class Record:
 def command_of(overrides: list[str]) -> str:
     """Overrides as a command for a shell."""
     return shlex.join(["python", "run.py", *(one for one in overrides if not one.startswith("output_dir="))])
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists."""
-    found = OmegaConf.to_container(cfg)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
 
 
 def read_record(run: Path) -> Record:
@@ -82,8 +75,8 @@ def compared(cfg: DictConfig, overrides: list[str]) -> list[list[str]]:
     """Each leaf of a config as (key, value), with the default as a third where it differs from that."""
     standard = defaults(cfg, overrides)
     rows = []
-    for path, value in flatten(plain(cfg)):
-        row = [".".join(path), json.dumps(value)]
+    for key, value in leaves(cfg).items():
+        row = [key, json.dumps(value)]
         if standard is not None and row[0] != "output_dir":
             known = standard.get(row[0])
             if known != value:
@@ -102,11 +95,10 @@ def defaults(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
         if group not in named and "experiment" not in named and (CONF / group / f"{cfg[group].name}.yaml").exists()
     ]
     try:
-        found = plain(resolve(composed(chosen)))
+        return leaves(resolve(composed(chosen)))
     except Exception as error:  # a group of another version of this code
         log.debug("the defaults of %s do not compose: %s", chosen, error)
         return None
-    return {".".join(path): value for path, value in flatten(found)}
 
 
 def is_group(override: str) -> bool:

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from mae.models.layers import Block
+from mae.models.layers import blocks_of
 
 
 def shard(task: nn.Module) -> nn.Module:
     """Spreads the weights over all ranks, a block at a time; the same module, its parameters now DTensors."""
-    for module in task.modules():
-        if isinstance(module, Block):
-            fully_shard(module)
+    for block in blocks_of(task):
+        fully_shard(block)
     fully_shard(task)
     return task
 

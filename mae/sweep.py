@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mae import report, sweep_figure
-from mae.config import ConfigError, flatten, read, write_text
+from mae.config import ConfigError, leaves, read, write_text
 from mae.page import data_url, page
-from mae.run_record import Record, plain, read_record
+from mae.run_record import Record, read_record
 from mae.sweep_names import params, short, swept, values_of
 
 STAGES = ("finetune", "linprobe", "knn", "pretrain")  # in the order in which they say how good a member is
@@ -110,15 +110,15 @@ def read_sweep(directory: Path) -> Sweep:
     if not members:
         raise ConfigError(f"{directory} holds no run: a sweep's members lie in folders of it, each with a config.yaml.")
     keys = told_keys(directory / "multirun.yaml")
-    leaves = [{".".join(path): value for path, value in flatten(plain(m.cfg))} for m in members]
+    found = [leaves(m.cfg) for m in members]
     if not keys:
         neutral = {"output_dir", "init"}
         keys = [
             key
-            for key in dict.fromkeys(k for one in leaves for k in one)
-            if key not in neutral and len({str(one.get(key)) for one in leaves}) > 1
+            for key in dict.fromkeys(k for one in found for k in one)
+            if key not in neutral and len({str(one.get(key)) for one in found}) > 1
         ]
-    for member, one in zip(members, leaves, strict=True):
+    for member, one in zip(members, found, strict=True):
         given = values_of(member.record.overrides)
         member.values = {key: one[key] if key in one else written(given.get(key)) for key in keys}
     members.sort(key=lambda m: [order(v) for v in m.values.values()])

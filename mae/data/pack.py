@@ -142,17 +142,16 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
+def data_group(overrides: list[str]) -> dict[str, Any]:
     """The `data` group of the configuration, as `run.py` would compose it."""
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    conf = Path(__file__).parents[2] / "conf"
+    from mae.compose import composed
+
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            data = OmegaConf.to_container(compose("config", overrides=overrides).data, resolve=True)
+        data = OmegaConf.to_container(composed(overrides).data, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(str(error).split("\n")[0]) from error
     assert isinstance(data, dict)
@@ -178,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
-        data = composed(options.overrides)
+        data = data_group(options.overrides)
         for split in ("train", "val"):
             form = Form(options.size, options.quality)
             given = (form, options.per_shard, options.workers)

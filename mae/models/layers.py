@@ -72,11 +72,15 @@ class Block(TimmBlock):
         return gelu_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, lean)
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The transformer blocks of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
     """Make every block of `model` use `kernel`, whatever its inputs; None gives the choice back."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.kernel = kernel
+    for block in blocks_of(model):
+        block.kernel = kernel
 
 
 def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
@@ -85,9 +89,8 @@ def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
     `none`: nothing, as PyTorch does by itself; `light`: LayerNorms and GELUs, which cost next to nothing (see
     `mae.models.lean`); `blocks`: all but a block's input: a third more computation, a fraction of the memory.
     """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.checkpointing = what
+    for block in blocks_of(model):
+        block.checkpointing = what
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:

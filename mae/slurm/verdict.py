@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mae.config import write_text
+
 ASKED = 130  # exit code of a process that was asked to stop
 STOPPED = ("Terminated", "User defined signal 2", f"Exited with exit code {ASKED}")  # srun's words for such ends
 
@@ -97,7 +99,4 @@ def cause_in(line: str) -> str:
 
 def write_verdict(run: Path, job: str, number: int, action: str, reason: str) -> None:
     told = {"job": job, "attempt": number, "action": action, "reason": reason, "time": time.time()}
-    path = run / "slurm" / "verdict.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(told))
-    temporary.replace(path)
+    write_text(run / "slurm" / "verdict.json", json.dumps(told))
