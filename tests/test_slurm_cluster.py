@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_PRETRAIN, run_cli
+from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli
 from slurm_cluster import Cluster, missing, wait_for
 
-from mae import checkpoint, track
+from mae import checkpoint, config, track
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -51,7 +51,7 @@ class Job:
         overrides = tuple(o for o in overrides if o != "-m")
         return [sys.executable, str(checkout / "run.py"), *output, *CPU, f"launcher.setup=['{faults}']", *overrides]
 
-    def start(self, *overrides: str, checkout: Path = ROOT) -> subprocess.Popen:
+    def start(self, *overrides: str, checkout: Path = ROOT, cwd: Path | None = None) -> subprocess.Popen:
         """Types the command; what it says goes to a file."""
         self.told = (self.folder / "told.txt").open("w+")
         return subprocess.Popen(
@@ -59,12 +59,12 @@ class Job:
             env=self.cluster.env | {"OMP_NUM_THREADS": "1"},
             stdout=self.told,
             stderr=subprocess.STDOUT,
-            cwd=checkout,
+            cwd=cwd or checkout,
         )
 
-    def type(self, *overrides: str, code: int = 0, seconds: float = 200) -> str:
+    def type(self, *overrides: str, code: int = 0, seconds: float = 200, cwd: Path | None = None) -> str:
         """Types the command and waits for it; returns what it says."""
-        process = self.start(*overrides)
+        process = self.start(*overrides, cwd=cwd)
         process.wait(seconds)
         self.told.seek(0)
         text = self.told.read()
@@ -323,6 +323,22 @@ def test_a_sweep_is_one_array_and_a_failed_member_ends_no_other(job):
     told = job.ask(f"retry_failed={sweep}", "launcher.wait=true", "launcher.timeout_min=30")
     assert "1 node x 1 task" in told and len(list(sweep.glob("*/summary.json"))) == 6
     assert "Nothing" in job.ask(f"retry_failed={sweep}") and "Nothing" in job.ask(f"cancel={sweep}")
+    wait_for("the sweep's last job", lambda: (sweep / "sweep.csv").exists() and (sweep / "sweep.svg").exists(), 60, 0.5)
+    assert sum("finished" in row for row in (sweep / "sweep.csv").read_text().splitlines()) >= 5
+
+
+def test_members_wait_for_the_pretraining_that_init_auto_makes(job):
+    sweep = job.folder / "sweep"
+    asked = [*TINY, "task=knn", "init=auto", "task.k=[5]", "seed=0,1", f"hydra.sweep.dir={sweep}"]
+    told = job.type("-m", *asked, cwd=job.folder)  # queued all at once
+    assert "init=auto: pre-training comes first" in told and "2 jobs" in told
+    assert not list(job.folder.glob("**/summary.json"))
+    wait_for("both members", lambda: len(list(sweep.glob("*/summary.json"))) == 2, 200, 0.5)
+    done = list(sweep.glob("*/summary.json"))
+    parents = {str(config.read(path.parent).init) for path in done}
+    assert len(done) == 2 and len(parents) == 1
+    assert json.loads((job.folder / parents.pop() / "summary.json").read_text())["task"] == "pretrain"
+    assert len(list((job.folder / "runs").glob("pretrain-*/summary.json"))) == 1
 
 
 def test_the_stages_of_a_pipeline_wait_for_each_other_even_if_one_is_requeued(job):
