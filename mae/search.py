@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,20 @@ def open_study(directory: Path, metric: str) -> Any:
     except ImportError as error:
         raise ConfigError("A search needs the package optuna: pip install 'mae-experiments[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directory.mkdir(parents=True, exist_ok=True)
     direction = "minimize" if sweep.lower_is_better(metric) else "maximize"
-    return optuna.create_study(
-        study_name="search",
-        storage=f"sqlite:///{(directory / STORAGE).absolute()}",
-        direction=direction,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-        load_if_exists=True,
-    )
+    with held(directory):  # two that create its tables at once fail
+        return optuna.create_study(
+            study_name="search",
+            storage=f"sqlite:///{(directory / STORAGE).absolute()}",
+            direction=direction,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+            load_if_exists=True,
+        )
+
+
+def held(directory: Path) -> AbstractContextManager[None]:
+    """What all workers of a search share is touched by one at a time."""
+    return search_trial.locked(directory / ".lock")
 
 
 def next_trial(study: Any, directory: Path, trials: int, seed: int) -> tuple[Any, Any] | None:
@@ -95,7 +100,7 @@ def next_trial(study: Any, directory: Path, trials: int, seed: int) -> tuple[Any
     """
     import optuna
 
-    with search_trial.locked(directory / ".lock"):
+    with held(directory):
         known = study.get_trials(deepcopy=False)
         for one in known:
             if one.state == optuna.trial.TrialState.RUNNING:
@@ -127,7 +132,8 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
         with lock:
             values = [f"{key}={suggested(trial, key, space)}" for key, space in searched.items()]
             search_trial.run(study, trial, directory, [*fixed, *values], metric, prune)
-    return sweep.finish(directory)
+    with held(directory):
+        return sweep.finish(directory)
 
 
 def first_values(searched: dict[str, Override]) -> Iterator[str]:

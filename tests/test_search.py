@@ -83,6 +83,34 @@ def test_two_workers_share_the_trials(tmp_path):
     assert [trial.state.name for trial in trials_of(place)] == ["COMPLETE"] * 4
 
 
+OPEN = """
+import sys, time
+from pathlib import Path
+from mae import search
+Path(sys.argv[2]).touch()
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.001)
+search.open_study(Path(sys.argv[1]), "val_loss")
+"""
+
+
+def test_workers_that_begin_at_the_same_moment_open_one_study(tmp_path):
+    ready, go = [tmp_path / name for name in "abc"], tmp_path / "go"
+    words = [sys.executable, "-c", OPEN, str(tmp_path / "search")]
+    workers = [
+        subprocess.Popen([*words, str(one), str(go)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for one in ready
+    ]
+    until = time.monotonic() + 100
+    while not all(one.exists() for one in ready):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    go.touch()
+    for worker in workers:
+        told = worker.communicate(timeout=60)[1]
+        assert worker.returncode == 0, told
+    assert trials_of(tmp_path / "search") == []
+
+
 @pytest.mark.slow
 def test_a_search_that_is_asked_to_stop_leaves_a_trial_to_go_on_with(tmp_path):
     place = tmp_path / "search"
