@@ -28,7 +28,8 @@ def workspace(entity: str, project: str) -> Any:
         "Loss": [
             line("training loss", "loss", smoothing_factor=0.5),
             line("masked validation loss", "val/loss"),
-            line("masked validation loss by mask ratio", "val/loss", groupby=ratio),
+            line("masked validation loss at several ratios", regex="val/loss_at_.*"),
+            line("masked validation loss by the ratio of pre-training", "val/loss", groupby=ratio),
         ],
         "Accuracy": [line("top-1", "val/top1"), line("top-5", "val/top5"), line("k-NN", regex="val/knn_.*")],
         "Pictures": [panels.MediaBrowser(media_keys=["reconstruction"]), panels.MediaBrowser(media_keys=["confusion"])],

@@ -36,6 +36,7 @@ INTERVALS = {
     "task.knn_every_epochs": "(0, inf)",
     "task.knn_images": "[1, inf)",
     "task.mask_ratios": "(0, 1)",
+    "task.eval_mask_ratios": "(0, 1)",
     "task.measured_images": "[1, inf)",
     "task.max_workers": "[1, inf)",
     "task.batches": "[1, inf)",
@@ -157,14 +158,17 @@ def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
             yield f"model.{width}={model[width]} is not a multiple of model.{heads}={model[heads]}."
         elif model[width] % 4:
             yield f"model.{width}={model[width]} is not a multiple of 4, which the sine-cosine positions need."
-    ratio = cfg["task"].get("mask_ratio")
     patches = (image[0] // patch[0]) * (image[1] // patch[1])
-    if isinstance(ratio, float) and not 0 < int(patches * (1 - ratio)) < patches:
-        kept = int(patches * (1 - ratio))
-        yield (
-            f"task.mask_ratio={ratio} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
-            f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
-        )
+    for key in ("mask_ratio", "eval_mask_ratios"):
+        given = cfg["task"].get(key)
+        for ratio in given if isinstance(given, list) else [given]:
+            kept = None if ratio is None else int(patches * (1 - ratio))
+            if kept is not None and not 0 < kept < patches:
+                yield (
+                    f"task.{key}={given} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
+                    f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
+                )
+                return
 
 
 def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:

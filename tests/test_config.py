@@ -106,6 +106,8 @@ def refused(**values) -> str:
         ({"model__num_heads": 5}, "model.embed_dim=96 is not a multiple of model.num_heads=5."),
         ({"model__img_size": [32, 32, 32]}, "model.img_size must be one number or [height, width]"),
         ({"task__mask_ratio": 0.999}, "task.mask_ratio=0.999 keeps 0 of the 64 patches"),
+        ({"task__eval_mask_ratios": [0.5, 0.999]}, "task.eval_mask_ratios=[0.5, 0.999] keeps 0 of the 64 patches"),
+        ({"task__eval_mask_ratios": [0.5, 1.5]}, "task.eval_mask_ratios must lie in (0, 1)"),
         (
             {"optimizer__name": "adam"},
             "optimizer.name must be one of adamw, lars, lion, muon, sgd, got 'adam'. Did you mean adamw?",

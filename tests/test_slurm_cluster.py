@@ -168,9 +168,19 @@ def cut_in_a_long_step(job: Job) -> None:
 
 
 def limit(job: Job, seconds: float) -> None:
-    """Lets the job's time be over then; SLURM looks every 30 s."""
+    """Lets this attempt's time be over then (SLURM looks every 30 s), and gives the next one its time back.
+
+    While it still waits: an attempt that starts under the short limit is warned at once, and rightly stops again.
+    """
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
     job.cluster.run("scontrol", "update", f"JobId={job.id}", f"EndTime={end}")
+    wait_for("the end of the attempt", lambda: job.cluster.field(job.id, "JobState") != "RUNNING", 100, 0.1)
+
+    def restored() -> bool:
+        job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+        return job.cluster.field(job.id, "TimeLimit") == "01:00:00"
+
+    wait_for("its time limit", restored, 30, 0.1)
 
 
 def requeue(job: Job) -> None:
@@ -219,7 +229,6 @@ def test_disturbed_in_every_way_in_a_random_order_a_job_ends_with_the_same_bits(
         wait_for(f"the next attempt after {way.__name__}\n{job.log()}", lambda: job.attempt != attempt, 120)  # noqa: B023
         print(f"{way.__name__} at step {step}: {time.monotonic() - begin:.1f} s")  # noqa: T201
         job.say(pace=0.2, slow_save=0)
-        job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")  # what a test of the limit has lowered
         if way is power_off:
             job.cluster.start_node(job.lost)
     job.say(pace=0)

@@ -28,10 +28,8 @@ TINY_OTHER = [one for one in TINY if "precision" not in one]
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("pretrained")
-    assert (
-        run_here(run, *TINY_PRETRAIN, "task.max_steps=4", "task.knn_every_epochs=0.5", "task.eval_every_epochs=0.5")
-        == 0
-    )
+    validated = ["task.knn_every_epochs=0.5", "task.eval_every_epochs=0.5", "task.eval_mask_ratios=[0.5,0.75]"]
+    assert run_here(run, *TINY_PRETRAIN, "task.max_steps=4", *validated) == 0
     return run
 
 
@@ -259,6 +257,13 @@ def test_knn_gives_an_accuracy_for_each_k(pretrained, tmp_path):
 def test_pretraining_measures_knn_every_so_many_epochs(pretrained):
     measured = [line["step"] for line in lines(pretrained) if "val/knn_20" in line]
     assert measured == [3]  # of 5 steps an epoch; the last validation, at step 4, is not another half epoch away
+
+
+def test_pretraining_takes_its_validation_loss_at_further_ratios(pretrained):
+    measured = [line for line in lines(pretrained) if "val/loss" in line]
+    assert len(measured) == 2
+    for line in measured:
+        assert line["val/loss_at_0.75"] == line["val/loss"] != line["val/loss_at_0.5"]
 
 
 # ---------------------------------------------------------------- pictures, export, pipeline

@@ -28,6 +28,7 @@ class Pretrain(nn.Module):
         mask_ratio: float,
         norm_pix_loss: bool,
         num_images: int,
+        eval_mask_ratios: list[float],
         knn_every_epochs: float | None,
         knn_images: int,
         knn_k: int,
@@ -36,6 +37,7 @@ class Pretrain(nn.Module):
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
         self.prepare = call(Prepare, cfg.data)
         self.mask_ratio, self.num_images = mask_ratio, num_images
+        self.eval_mask_ratios = eval_mask_ratios
         self.val_count = len(val_set)
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
         self.knn_settings = (knn_every_epochs, knn_images, knn_k)
@@ -71,7 +73,8 @@ class Pretrain(nn.Module):
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
         """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean."""
         self.eval()
-        total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, loss of the mean, images
+        names = ["val/loss", "val/loss_of_patch_mean", *(f"val/loss_at_{r:g}" for r in self.eval_mask_ratios)]
+        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=ranks.device)  # and the number of images
         chosen: list[dict[str, Tensor]] = []
         for batch in batches:
             if ranks.main and not self.samples:
@@ -79,13 +82,15 @@ class Pretrain(nn.Module):
             images = self.images(batch)
             with autocast():
                 loss, mask = self.model(images, self.mask_ratio, batch["noise"])
+                more = [self.model(images, ratio, batch["noise"]).loss for ratio in self.eval_mask_ratios]
             flat = ((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum()
-            total += torch.stack([loss.double(), flat.double(), torch.ones_like(loss).double()]) * len(images)
+            found = torch.stack([loss, flat, *more, torch.ones_like(loss)])
+            total += found.double() * len(images)
         if chosen:
             self.samples = {k: torch.cat([c[k] for c in chosen])[: self.num_images] for k in ("image", "noise")}
         self.train()
-        loss, flat, count = ranks.sum(total).tolist()
-        return {"val/loss": loss / count, "val/loss_of_patch_mean": flat / count} if count else {}
+        *sums, count = ranks.sum(total).tolist()
+        return {name: value / count for name, value in zip(names, sums, strict=True)} if count else {}
 
     def signal(self, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
         """k-NN accuracy of the class token, where `knn_every_epochs` asks for it."""

@@ -4,6 +4,7 @@
 function groupOf(key, several) {
   const family = ["lr", "grad_norm", "weight_norm"].find((f) => key.startsWith(`${f}/`));
   if (family) return family === "lr" ? "learning rate of each layer" : family.replace("grad_norm", "gradient norm").replace("_", " ") + " of each block";
+  if (key.startsWith("val/loss_at_") && !several) return "val/loss at several mask ratios";
   if (key === "val/loss" && !several) return "loss";
   return key;
 }
