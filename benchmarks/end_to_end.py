@@ -54,7 +54,7 @@ def main() -> None:
     for name, values in seconds.items():
         print(f"  {name}: {images / statistics.median(values):.2f} images/s over the whole process")
     name = "whole pre-training run from JPEGs against the reference's loop"
-    report([compare(12, name, seconds["ours"], seconds["peer"], 2.5, None)], args.json)
+    report([compare(12, name, seconds["ours"], seconds["peer"], 2.5)], args.json)
 
 
 def ours(args, run: Path) -> list[str]:

@@ -88,10 +88,12 @@ def print_times(seconds: dict[str, list[float]]) -> None:
         print(f"  {name:<42} min {min(values):8.4f} s   median {statistics.median(values):8.4f} s")
 
 
-def compare(row: int, name: str, ours: list[float], peer: list[float], goal: float, cap: float | None) -> Row:
-    """The row whose ratio is the peer's median over ours."""
+def compare(
+    row: int, name: str, ours: list[float], peer: list[float], goal: float, floor: list[float] | None = None
+) -> Row:
+    """The row whose ratio is the peer's median over ours; its cap is the peer's over that of `floor`."""
     a, b = statistics.median(ours), statistics.median(peer)
-    return Row(row, name, a, b, b / a, goal, cap)
+    return Row(row, name, a, b, b / a, goal, b / statistics.median(floor) if floor else None)
 
 
 def report(rows: list[Row], path: Path | None) -> None:
