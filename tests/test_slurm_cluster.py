@@ -421,6 +421,19 @@ def test_hydra_s_own_launcher_works_and_sees_a_crash_in_any_rank(job):
     assert "2 cpu devices" in next((job.folder / "good").glob("*/log.txt")).read_text()
 
 
+def test_workers_of_a_search_on_two_nodes_share_its_trials(job):
+    pytest.importorskip("optuna")
+    searched = ["optimizer.base_lr=tag(log,interval(1e-3,1e-1))", "model.decoder_depth=1,2"]
+    options = ["--trials", "6", "--metric", "val_loss", "--no-prune", *TINY_PRETRAIN, *searched]
+    workers = ["srun", "--label", "--nodes=2", "--ntasks=2", sys.executable, "-m", "mae.search", str(job.run), *options]
+    env = job.cluster.env | {"OMP_NUM_THREADS": "1"}
+    told = subprocess.run(workers, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert len(list(job.run.glob("trial_*/summary.json"))) == 6
+    assert all(f"{task}: trial " in told.stderr for task in (0, 1)), told.stderr
+    assert len((job.run / "sweep.csv").read_text().splitlines()) == 7
+
+
 # ---------------------------------------------------------------- what cannot run, said before it is queued
 
 
