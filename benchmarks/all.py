@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     rows: list[Row] = []
+    failed: list[str] = []
     env = os.environ | {"PYTHONPATH": str(HERE.parent)}
     with tempfile.TemporaryDirectory() as folder:
         for part in args.only:
@@ -36,10 +37,14 @@ def main() -> None:
             command += [str(args.photos.absolute())] if part in WITH_PHOTOS else []
             command += ["--device", args.device] if part != "loader" else []
             print(f"\n== {' '.join(command[1:2])}", flush=True)
-            subprocess.run(command, check=True, env=env)
-            rows += [Row(**row) for row in json.loads(out.read_text())]
+            if subprocess.run(command, env=env).returncode:
+                failed.append(part)
+            else:
+                rows += [Row(**row) for row in json.loads(out.read_text())]
     print("\nScoreboard")
     report(sorted(rows, key=lambda row: row.row), args.json)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ CHECKPOINT = "peer.pth"
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=3, batch=16)
+    parser = arguments(__doc__, rounds=2, batch=16)
     parser.add_argument("root", type=Path, help="a folder with one sub-folder a class, or with images alone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
@@ -46,7 +46,7 @@ def main() -> None:
             for name, command in commands.items():
                 start = time.perf_counter()
                 env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
-                subprocess.run(command, check=True, env=env, capture_output=True)
+                subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
                 seconds[name].append(time.perf_counter() - start)
     print(f"{args.device}, {args.steps} steps of {args.batch} images, {args.threads} threads, {args.workers} workers")
     print_times(seconds)
@@ -59,7 +59,7 @@ def main() -> None:
 
 def ours(args, run: Path) -> list[str]:
     """The command line of the same run with run.py."""
-    overrides = ["model=vit_base", "data=folder", f"data.root={args.root.absolute()}", "data.val_fraction=0"]
+    overrides = ["model=vit_base", "data=folder", f"data.root={args.root.absolute()}", "data.val_fraction=0.005"]
     overrides += [f"task.batch_size={args.batch}", f"task.max_steps={args.steps}", f"data.num_workers={args.workers}"]
     overrides += ["task.drop_last=true", "task.epochs=400", "task.log_every_steps=20", f"device={args.device}"]
     return [sys.executable, str(ROOT / "run.py"), *overrides, f"output_dir={run}"]
