@@ -236,7 +236,8 @@ def test_disturbed_in_every_way_in_a_random_order_a_job_ends_with_the_same_bits(
     text = (job.folder / "told.txt").read_text()
     assert code == 0 and text.splitlines()[-1].startswith("val_loss"), text + job.log()
     assert digest(job.run) == digest(undisturbed) and losses(job.run) == losses(undisturbed)
-    assert job.cluster.field(job.id, "Restarts") == str(len(ways)) and job.tasks() == [], job.log()
+    # at most one more after either cut: SLURM may warn the next attempt too, which rightly saves and stops again
+    assert 0 <= int(job.cluster.field(job.id, "Restarts")) - len(ways) <= 2 and job.tasks() == [], job.log()
 
 
 # ---------------------------------------------------------------- own faults
