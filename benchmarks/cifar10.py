@@ -40,7 +40,7 @@ def main() -> None:
     out, data, cores = given.out.absolute(), f"data.root={given.root.absolute()}", os.cpu_count() or 1
     begun = time.monotonic()
     pretrained = run(out / "pretrain", cores, "experiment=cifar10_pretrain", data)
-    scratch = ["optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3"]  # 8e-3, the other's, is too high for it
+    scratch = ["optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3"]  # with 8e-3 it reached 38 % (one seed)
     starts = {"masked autoencoder": [f"init={out / 'pretrain'}"], "from scratch": scratch}
     with ThreadPoolExecutor(given.jobs) as pool:
         asked = {name: [] for name in starts}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward, aten.linear}
@@ -33,21 +33,21 @@ class Outline:
     def __init__(self, x: Tensor):
         self.size, self.stride, self.dtype, self.device = x.size(), x.stride(), x.dtype, x.device
 
-    def filled(self, pools: dict[torch.dtype, Tensor]) -> Tensor:
-        """A view of its dtype's pool of numbers, which grows where it is too small."""
-        wanted = 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if self.dtype not in pools or pools[self.dtype].numel() < wanted:
-            pools[self.dtype] = torch.randn(wanted, device=self.device).to(self.dtype)
-        return pools[self.dtype].as_strided(self.size, self.stride)
+    @property
+    def span(self) -> int:
+        """From its first number in memory to its last."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
 
 
 def products(step: Callable[[], object]) -> Callable[[], None]:
     """Only the matrix products of a step, attention's among them, forward and backward."""
     with Recorder() as recorder:
         step()
-    pools: dict[torch.dtype, Tensor] = {}
-    for _ in range(2):  # a pool that has grown is another tensor: the second time all views are of the last ones
-        calls = [tree_map_only(Outline, lambda o: o.filled(pools), call) for call in recorder.calls]
+    outlines = [x for x in tree_leaves(recorder.calls) if isinstance(x, Outline)]
+    pools = {}  # of numbers, one a dtype, of which all arguments are views
+    for one in {x.dtype: x for x in sorted(outlines, key=lambda x: x.span)}.values():  # the widest of each
+        pools[one.dtype] = torch.randn(one.span, device=one.device).to(one.dtype)
+    calls = tree_map_only(Outline, lambda o: pools[o.dtype].as_strided(o.size, o.stride), recorder.calls)
 
     def run() -> None:
         with torch.no_grad():

@@ -161,14 +161,13 @@ def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
     patches = (image[0] // patch[0]) * (image[1] // patch[1])
     for key in ("mask_ratio", "eval_mask_ratios"):
         given = cfg["task"].get(key)
-        for ratio in given if isinstance(given, list) else [given]:
-            kept = None if ratio is None else int(patches * (1 - ratio))
-            if kept is not None and not 0 < kept < patches:
-                yield (
-                    f"task.{key}={given} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
-                    f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
-                )
-                return
+        ratios = [ratio for ratio in (given if isinstance(given, list) else [given]) if ratio is not None]
+        kept = next((k for k in (int(patches * (1 - ratio)) for ratio in ratios) if not 0 < k < patches), None)
+        if kept is not None:
+            yield (
+                f"task.{key}={given} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
+                f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
+            )
 
 
 def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:

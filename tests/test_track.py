@@ -275,7 +275,8 @@ def test_the_dashboard_shows_what_runs_log(capsys, monkeypatch):
     from mae import dashboard
 
     text = dashboard.workspace("e", "p")._to_model().model_dump_json()
-    for shown in ("val/loss_at_", "lr/layer_", "images_per_second", "reconstruction", "confusion", "mask_ratio"):
+    panels = ('"val/loss"', "val/loss_at_", "lr/layer_", "images_per_second", "reconstruction", "confusion")
+    for shown in (*panels, "mask_ratio"):
         assert shown in text
     assert dashboard.main(["only"]) == 2 and "ENTITY PROJECT" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
