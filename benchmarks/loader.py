@@ -38,29 +38,12 @@ from mae.data.listing import scan
 from mae.data.loader import Loader
 from mae.data.pack import Form, pack
 from mae.data.shards import tar_shards
-from mae.data.source import Source
+from mae.data.source import Source, Subset
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
 Found = dict[str, list[tuple[float, float]]]  # name -> (images a second, CPU ms an image) a round
 GOALS = {6: 3.0, 7: 6.0, 8: 10.0}
-
-
-class Many:
-    """A source gone through so often that a round is long enough."""
-
-    def __init__(self, source: Source, times: int):
-        self.source, self.times, self.classes = source, times, source.classes
-        self.labels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.source) * self.times
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.source[index % len(self.source)]
-
-    def name(self, index: int) -> str:
-        return self.source.name(index % len(self.source))
 
 
 def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
@@ -82,7 +65,7 @@ def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1
     """Images in each batch of our way of loading."""
     transform = random_resized_crop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
     loader = Loader(
-        Many(source, -(-images // len(source))),
+        Subset(source, np.tile(np.arange(len(source)), -(-images // len(source)))),  # so that a round is long enough
         transform,
         batch,
         batch,

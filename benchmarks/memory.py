@@ -1,10 +1,12 @@
-"""Row 5: activations kept for backward by a ViT-B/16 pretraining step, an image; and the peak of a whole step.
+"""Row 5: activations kept for backward by a ViT-B/16 pretraining step, an image; the peak of a whole step and its
+time, and what `task.checkpointing` saves and costs.
 
-python benchmarks/memory.py --json memory.json --peak-batch 64
+python benchmarks/memory.py --json memory.json --peak-batch 64 [--dtypes float32]
 """
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, tr
 from protocol import Row, arguments, report
 from torch import Tensor, nn
 
-from mae.models.layers import set_checkpointing
+from mae.allocator import keep_freed_memory
+from mae.models.layers import Checkpointing, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 
 Loss = Callable[[Tensor], Tensor]
@@ -24,10 +27,13 @@ def ours() -> tuple[nn.Module, Loss]:
     return model, lambda images: model(images, MASK_RATIO).loss
 
 
-def ours_checkpointed() -> tuple[nn.Module, Loss]:
-    model, loss = ours()
-    set_checkpointing(model, "blocks")
-    return model, loss
+def ours_with(checkpointing: Checkpointing) -> Callable[[], tuple[nn.Module, Loss]]:
+    def made() -> tuple[nn.Module, Loss]:
+        model, loss = ours()
+        set_checkpointing(model, checkpointing)
+        return model, loss
+
+    return made
 
 
 def reference() -> tuple[nn.Module, Loss]:
@@ -40,30 +46,39 @@ def transformers() -> tuple[nn.Module, Loss]:
     return model, lambda images: model(images).loss
 
 
-MODELS = {"ours": ours, "ours, checkpointed": ours_checkpointed, "reference": reference, "transformers": transformers}
+MODELS = {
+    "ours": ours,  # task.checkpointing=light, as it comes
+    "ours, none": ours_with("none"),
+    "ours, blocks": ours_with("blocks"),
+    "reference": reference,
+    "transformers": transformers,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--peak-batch", type=int, default=16, help="images of the step whose peak is measured")
-    parser.add_argument("--only", nargs=2, metavar=("MODEL", "DTYPE"), help="take one step and print its peak")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--only", nargs=2, metavar=("MODEL", "DTYPE"), help="take steps and print their peak")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only:
-        print(peak_of_a_step(*args.only, batch=args.peak_batch))
+        print(*peak_of_a_step(*args.only, batch=args.peak_batch))
         return
-    kept = {(model, dtype): saved_per_image(model, dtype) for model in MODELS for dtype in DTYPES}
-    print(f"{'':<32} {'kept, MB an image':>18} {f'peak, GB at {args.peak_batch}':>18}")
+    kept = {(model, dtype): saved_per_image(model, dtype) for model in MODELS for dtype in args.dtypes}
+    print(f"{'':<32} {'kept, MB an image':>18} {f'peak, GB at {args.peak_batch}':>18} {'s a step':>9}")
     for (model, dtype), saved in kept.items():
         command = [sys.executable, __file__, "--only", model, dtype, "--peak-batch", str(args.peak_batch)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        print(f"{model + ', ' + dtype:<32} {saved / 1e6:18.1f} {int(done.stdout.split()[-1]) / 1e9:18.2f}")
-    theirs = kept["reference", "float32"]
+        peak, seconds = done.stdout.split()[-2:]
+        figures = f"{saved / 1e6:18.1f} {int(peak) / 1e9:18.2f} {float(seconds):9.2f}"
+        print(f"{model + ', ' + dtype:<32} {figures}", flush=True)
     name = "MB of saved activations an image, both {} (less is better)"
-    rows = [row(name.format("float32"), kept["ours", "float32"], theirs)]
-    rows += [row(name.format("bfloat16"), kept["ours", "bfloat16"], kept["reference", "bfloat16"])]
-    rows += [row("the same, ours in bfloat16, the reference in float32", kept["ours", "bfloat16"], theirs)]
+    rows = [row(name.format(dtype), kept["ours", dtype], kept["reference", dtype]) for dtype in args.dtypes]
+    if len(args.dtypes) == len(DTYPES):
+        name = "the same, ours in bfloat16, the reference in float32"
+        rows.append(row(name, kept["ours", "bfloat16"], kept["reference", "float32"]))
     report(rows, args.json)
 
 
@@ -94,16 +109,21 @@ def saved_per_image(model: str, dtype: str, small: int = 1, large: int = 3) -> f
     return (held[large] - held[small]) / (large - small)
 
 
-def peak_of_a_step(model: str, dtype: str, batch: int) -> int:
-    """The most bytes this process held over two whole steps, weights and optimiser included (Linux)."""
+def peak_of_a_step(model: str, dtype: str, batch: int) -> tuple[int, float]:
+    """The most bytes this process held over two whole steps, weights and optimiser included (Linux), and the
+    seconds of the second."""
+    if "ours" in model:  # as our runs have it
+        keep_freed_memory()
     net, loss = MODELS[model]()
     images = torch.randn(batch, 3, 224, 224)
     step = training_step(net, lambda: loss(images), device="cpu", dtype=DTYPES[dtype], fused="ours" in model)
     step()
+    start = time.perf_counter()
     step()
+    seconds = time.perf_counter() - start
     # not getrusage's maximum, which a child process inherits from its parent
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return int(line.split()[1]) * 1024, seconds
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Augmentation: a host half on integer images, drawn from (seed, epoch, index) alone, and a device half.
 
-A transform takes an image (C, H, W) and a `Draw` and gives an image (C, h, w) of the same type. It reads no
+A transform takes an image (C, H, W) and a `Draw` and gives an image (C, h, w) of the same type. One that looks
+at a part of the image only says which (`box`) and takes that part, so that no more need be decoded. It reads no
 generator, so what a sample looks like hangs neither on workers, nor ranks, nor on where a run was resumed.
 The flip is drawn with the sample but done on the device, after the transfer, with the normalisation.
 """
@@ -18,6 +19,9 @@ from mae.chance import seeded
 DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), the position, jitter
 
 
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
 class Draw(NamedTuple):
     """All the chance a transform may use for one sample."""
 
@@ -31,6 +35,12 @@ class Draw(NamedTuple):
 def pair(size: int | list[int]) -> tuple[int, int]:
     """A side or [height, width] as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def cut(image: Tensor, box: Box) -> Tensor:
+    """What of (C, H, W) lies inside the box."""
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width]
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -49,8 +59,8 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: list[float]
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop: up to ten tries at an area and an aspect ratio,
+) -> Box:
+    """The box of a random resized crop: up to ten tries at an area and an aspect ratio,
     then the largest centred box within `ratio` (torchvision's RandomResizedCrop; uses 22 numbers)."""
     area, low, high = height * width, math.log(ratio[0]), math.log(ratio[1])
     for k in range(0, 20, 2):
@@ -85,9 +95,11 @@ class RandomResizedCrop:
         self.size, self.hflip = size, hflip
         self.scale, self.ratio = (scale[0], scale[1]), (ratio[0], ratio[1])
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        top, left, h, w = crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, draw.numbers)
-        return resize(image[:, top : top + h, left : left + w], self.size)
+    def box(self, height: int, width: int, draw: Draw) -> Box:
+        return crop_box(height, width, self.scale, self.ratio, draw.numbers)
+
+    def __call__(self, part: Tensor, draw: Draw | None = None) -> Tensor:
+        return resize(part, self.size)
 
 
 class Crop:
@@ -114,13 +126,13 @@ class ColorJitter:
     """Brightness, contrast, saturation, hue by factors around 1 (hue: turns around 0), in a drawn order."""
 
     def __init__(self, crop: RandomResizedCrop, strengths: list[float]):
-        self.crop, self.hflip, self.strengths = crop, crop.hflip, strengths
+        self.crop, self.hflip, self.strengths, self.box = crop, crop.hflip, strengths, crop.box
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+    def __call__(self, part: Tensor, draw: Draw) -> Tensor:
         from torchvision.transforms.v2 import functional as TF  # slow to import, and only needed here
 
-        _need_rgb(image, "color_jitter")
-        image = self.crop(image, draw)
+        _need_rgb(part, "color_jitter")
+        image = self.crop(part)
         steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
         for k in np.argsort(draw.numbers[26:30]):
             shift = self.strengths[k] * (2 * draw.numbers[22 + k] - 1)
@@ -142,7 +154,7 @@ class RandAugment:
         from timm.data.auto_augment import rand_augment_transform  # timm imports all its models
         from timm.data.random_erasing import RandomErasing
 
-        self.crop, self.hflip, self.erase = crop, crop.hflip, erase
+        self.crop, self.hflip, self.erase, self.box = crop, crop.hflip, erase, crop.box
         fill = tuple(min(255, round(255 * m)) for m in (mean * 3)[:3])
         bicubic = Image.Resampling.BICUBIC
         hints = {"translate_const": int(min(crop.size) * 0.45), "img_mean": fill, "interpolation": bicubic}
@@ -154,11 +166,11 @@ class RandAugment:
         self.mean = torch.tensor((mean * 3)[:3]).view(3, 1, 1)
         self.std = torch.tensor((std * 3)[:3]).view(3, 1, 1)
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+    def __call__(self, part: Tensor, draw: Draw) -> Tensor:
         from PIL import Image
 
-        _need_rgb(image, "rand_augment")
-        pixels = self.crop(image, draw).permute(1, 2, 0).contiguous().numpy()
+        _need_rgb(part, "rand_augment")
+        pixels = self.crop(part).permute(1, 2, 0).contiguous().numpy()
         with seeded(draw.key):
             image = torch.from_numpy(np.array(self.policy(Image.fromarray(pixels)))).permute(2, 0, 1)
             if draw.numbers[22] >= self.erase:

@@ -1,8 +1,11 @@
 """Sampling and loading: every image once, weights that sum to one, the same bits however they were made."""
 
 import random
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from mae.data.source import Arrays, reduced, split_indices
 # three workers on two cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "max_bad_fraction": 0.01}
 TRAINING = OPTIONS | {"repeats": 1, "fraction": 1.0, "per_class": None}
 
@@ -186,6 +190,33 @@ def test_threads_end_when_their_batches_are_no_longer_wanted(source):
     same(whole, stream(loader))
     time.sleep(0.2)
     assert count() <= before  # an earlier test's thread may hang for a while, as it is meant to
+
+
+LEAVES_EARLY = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from test_data import make
+from mae.data.source import Arrays
+
+class Slow(Arrays):
+    def __getitem__(self, index):
+        torch.ops.aten.mm(torch.ones(700, 700), torch.ones(700, 700))  # without Python's lock, as decoders work
+        return super().__getitem__(index)
+
+loader = make(Slow(torch.zeros(400, 1, 20, 20, dtype=torch.uint8), None, [], "slow"), 2, workers="thread")
+for step in loader.steps(0):
+    next(iter(step))
+    break
+loader.close()
+"""
+
+
+def test_a_program_that_ends_while_threads_make_batches_ends_well():
+    # Python aborts where it ends while a daemon thread is about to come back from C++
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", LEAVES_EARLY], capture_output=True, text=True, cwd=ROOT)
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_step_not_read_to_its_end_does_not_shift_the_next(source):

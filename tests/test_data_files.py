@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from mae import augment
-from mae.data import decode, folder, listing
-from mae.data.decode import Decoder, jpeg_header, oriented
+from mae.data import decode, folder, jpeg, listing
+from mae.data.decode import Decoder, oriented
 from mae.data.folder import image_folder
 from mae.data.known import cifar10, given_root
 from mae.data.loader import Loader
@@ -75,7 +75,7 @@ def opened(root, split="train", **changes):
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30, "subsampling": 0}, {"optimize": True}])
 def test_jpegs_are_decoded_as_pillow_does(options):
     data = encoded(photo(), "JPEG", **options)
-    assert jpeg_header(data) is not None
+    assert jpeg.read_header(data) is not None
     assert torch.equal(decoder()(data), pillow(data))
 
 
@@ -87,26 +87,67 @@ def test_real_photos_are_decoded_as_pillow_does(path):
     assert torch.equal(decoder(4)(data), pillow(data, "RGBA"))
 
 
+def some_box(height, width, chance):
+    top, left = int(chance.integers(height)), int(chance.integers(width))
+    return top, left, int(chance.integers(1, height - top + 1)), int(chance.integers(1, width - left + 1))
+
+
+@pytest.mark.skipif(jpeg._library() is None, reason="nvImageCodec is not installed")
 @pytest.mark.parametrize("grey", [False, True])
-def test_simplejpeg_and_torchvision_agree_on_whole_and_damaged_files(grey):
-    pytest.importorskip("simplejpeg")
+@pytest.mark.parametrize("options", [{"subsampling": k} for k in range(3)] + [{"progressive": True}, {"restart": 2}])
+def test_a_part_decoded_alone_is_what_the_whole_has_there(grey, options):
     chance = np.random.default_rng(0)
-    whole = encoded(photo((80, 60)).convert("L" if grey else "RGB"), "JPEG")
-    files = [whole, *map(bytearray, bad_files().values())] + [bytearray(p.read_bytes()) for p in PHOTOS.glob("*.jpg")]
-    for _ in range(200):
-        files.append(bytearray(whole))
-        at = chance.integers(2, len(whole) - 2, chance.integers(1, 4))
-        for place in at.tolist():
+    keys = {"restart_marker_blocks" if key == "restart" else key: value for key, value in options.items()}
+    for size in ((97, 75), (16, 16), (8, 200), (1, 1)):
+        data = encoded(photo(size).convert("L" if grey else "RGB"), "JPEG", **keys)
+        whole = jpeg.whole(data, grey)
+        for _ in range(40):
+            box = some_box(*whole.shape[1:], chance)
+            part = jpeg.part(data, grey, box)
+            assert part is not None and torch.equal(part, augment.cut(whole, box))
+
+
+@pytest.mark.skipif(jpeg._library() is None, reason="nvImageCodec is not installed")
+def test_a_part_of_a_damaged_file_is_left_to_the_whole_or_has_its_size():
+    chance = np.random.default_rng(0)
+    sound = encoded(photo((80, 60)), "JPEG")
+    files = [*map(bytearray, bad_files().values())] + [bytearray(p.read_bytes()) for p in PHOTOS.glob("*.jpg")]
+    for _ in range(300):
+        files.append(bytearray(sound))
+        for place in chance.integers(2, len(sound) - 2, chance.integers(1, 4)).tolist():
             files[-1][place] = int(chance.integers(256))
 
     taken = 0
     for data in files:
-        header = jpeg_header(data)
-        if header is not None and header.height * header.width < 10**6 and grey == (header.components == 1):
-            fast = decode.by_simplejpeg(data, grey)
-            taken += fast is not None
-            assert fast is None or torch.equal(fast, decode.by_torchvision(data, grey))
-    assert taken > 10
+        header = jpeg.read_header(data)
+        if header is not None and header.height * header.width < 10**6 and header.components == 3:
+            box = some_box(header.height, header.width, chance)
+            part = jpeg.part(data, False, box)
+            taken += part is not None
+            assert part is None or part.shape == (3, *box[2:])
+    assert 100 < taken < len(files)
+
+
+@pytest.mark.parametrize("workers", [("thread", 2), ("process", 1)])
+@pytest.mark.parametrize("exif", [False, True])
+def test_batches_are_the_same_where_parts_cannot_be_decoded_alone(tree, workers, exif, monkeypatch):
+    turned = Image.Exif()
+    turned[decode.EXIF_ORIENTATION] = 6
+    photo((64, 48)).save(tree / "cat" / "turned.jpg", exif=turned)
+    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+
+    def images():
+        source = opened(tree, exif_orientation=exif)
+        options = {"num_workers": workers[1], "workers": workers[0], "repeats": 1, "max_bad_fraction": 0.0}
+        options |= {"prefetch": 2, "timeout_s": 60.0, "fraction": 1.0, "per_class": None}
+        loader = Loader(source, transform, 4, 4, 0, **options)
+        found = [batch["image"] for step in loader.steps(0) for batch in step]
+        loader.close()
+        return torch.cat(found)
+
+    alone = images()
+    monkeypatch.setattr(jpeg, "_library", lambda: None)
+    assert torch.equal(alone, images()) and alone.unique().numel() > 50
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -147,22 +188,22 @@ def test_exif_orientation_is_an_option(orientation, kind):
 
 def bad_files():
     """Name -> bytes of files that cannot be used."""
-    jpeg, png = encoded(photo(), "JPEG"), encoded(photo((60, 50)), "PNG")
-    header = jpeg_header(jpeg)
+    jpg, png = encoded(photo(), "JPEG"), encoded(photo((60, 50)), "PNG")
+    header = jpeg.read_header(jpg)
     assert header is not None
     size = header.height.to_bytes(2, "big") + header.width.to_bytes(2, "big")
     return {
         "empty.jpg": b"",
-        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.jpg": jpg[: len(jpg) // 2],
         "one_byte_short.png": png[: len(png) // 2],
-        "head_only.jpg": jpeg[:20],
+        "head_only.jpg": jpg[:20],
         "text.jpg": b"<html>404 not found</html>",
         "zeros.png": bytes(1000),
         "noise.jpg": np.random.default_rng(0).bytes(5000),
-        "cut_after_header.jpg": jpeg[:700],
+        "cut_after_header.jpg": jpg[:700],
         "bomb.png": encoded(Image.new("1", (4000, 4000)), "PNG"),
         "bomb.jpg": encoded(Image.new("L", (4000, 4000)), "JPEG"),
-        "lies_about_size.jpg": jpeg.replace(size, b"\xff\xff\xff\xff", 1),
+        "lies_about_size.jpg": jpg.replace(size, b"\xff\xff\xff\xff", 1),
         "corrupt.png": png[:60] + bytes(200) + png[260:],
     }
 

@@ -97,15 +97,17 @@ def test_timm_classifier(tmp_path, changes, size, chans):
         **config["model_args"],
     ).eval()
     for other in (whole, named):
-        same(other(images(size, chans)), model(images(size, chans)))
         same_bits(model, other.state_dict())
+        same(other.double()(images(size, chans).double()), model.double()(images(size, chans).double()))
+        model.float()
 
 
 def test_timm_encoder_of_an_autoencoder(tmp_path):
     model = autoencoder()
     export(model, format="timm", path=str(tmp_path), facts=UNLABELLED)
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    same(other.forward_features(images()), model.forward_features(images()))
+    fine = images().double()  # in float32 the two round differently by up to 1.4e-6 on some processors
+    same(other.double().forward_features(fine), model.double().forward_features(fine))
     assert other.num_classes == 0
     found = read(str(tmp_path))
     assert found.kind == "timm, pretrained (encoder only)" and found.arch["num_heads"] == 3

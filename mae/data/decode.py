@@ -1,56 +1,21 @@
 """Bytes of an image file to uint8 (C, H, W).
 
-JPEG goes through torchvision's `decode_jpeg`, whose pixels are those of Pillow at twice the speed, or where it is
-installed through simplejpeg, whose pixels are the same and which is a tenth faster still; all that they cannot
+JPEG goes through the fast decoders of `mae.data.jpeg`, whose pixels are those of Pillow; all that they cannot
 decode, or would decode without noticing that it is damaged, goes through Pillow.
 """
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
-from mae.data.source import BadImage
+from mae.augment import cut
+from mae.data import jpeg
+from mae.data.source import BadImage, Boxed
 
-try:
-    import simplejpeg  # type: ignore[import-not-found]
-except ImportError:  # an extra
-    simplejpeg = None
-
-# Start-of-frame markers of Huffman-coded JPEG: baseline, extended, progressive (ITU T.81, table B.1).
-FRAMES = {0xC0, 0xC1, 0xC2}
 EXIF_ORIENTATION = 0x0112
-
-
-class JpegHeader(NamedTuple):
-    height: int
-    width: int
-    components: int
-    exif: bool  # an Exif segment comes before the frame
-
-
-def jpeg_header(data: bytearray) -> JpegHeader | None:
-    """Size and components of an 8-bit JPEG that is whole to its end marker, else None."""
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-32:]:
-        return None
-    at, exif = 2, False
-    while at + 10 < len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker in FRAMES:
-            height, width = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
-            return JpegHeader(height, width, data[at + 9], exif) if data[at + 4] == 8 and height and width else None
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return None  # lossless or arithmetic: Pillow's to judge
-        else:
-            exif |= marker == 0xE1 and data[at + 4 : at + 8] == b"Exif"
-            at += 2 + length
-    return None
 
 
 class Decoder:
@@ -62,23 +27,27 @@ class Decoder:
         if self.mode is None:
             raise ValueError(f"data.in_chans={in_chans}: image files have 1, 3 or 4 channels.")
 
-    def __call__(self, data: bytearray) -> Tensor:
-        """(C, H, W) uint8."""
+    def __call__(self, data: bytearray, box: Boxed | None = None) -> Tensor:
+        """(C, H, W) uint8: the image, or what lies inside `box` of its height and width."""
         if not data:
             raise BadImage("the file is empty")
-        header = jpeg_header(data)
-        if header is not None and self._fast(header):
+        header = jpeg.read_header(data)
+        if header is None or not self._fast(header):
+            image = self._pillow(data)
+        else:
             self._check_size(header.width, header.height)
+            turned = exif_orientation(data) if self.exif_orientation and header.exif else 1
+            if box and turned == 1:
+                image = jpeg.part(data, self.in_chans == 1, box(header.height, header.width))
+                if image is not None:
+                    return image
             try:
-                image = by_simplejpeg(data, self.in_chans == 1)
-                if image is None:
-                    image = by_torchvision(data, self.in_chans == 1)
+                image = oriented(jpeg.whole(data, self.in_chans == 1), turned)
             except RuntimeError as error:
                 raise BadImage(f"not a valid JPEG ({str(error).splitlines()[0]})") from error
-            return oriented(image, exif_orientation(data)) if self.exif_orientation and header.exif else image
-        return self._pillow(data)
+        return image if box is None else cut(image, box(*image.shape[1:]))
 
-    def _fast(self, header: JpegHeader) -> bool:
+    def _fast(self, header: jpeg.Header) -> bool:
         # Pillow makes grey from RGB, libjpeg from YCbCr: not the same bits
         return self.in_chans == 3 and header.components in (1, 3) or self.in_chans == 1 == header.components
 
@@ -103,25 +72,6 @@ class Decoder:
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise BadImage(f"{type(error).__name__}: {error}") from error
         return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
-
-
-def by_torchvision(data: bytearray, grey: bool) -> Tensor:
-    """A JPEG's pixels. Raises RuntimeError."""
-    mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
-    image = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode)
-    assert isinstance(image, Tensor)
-    return image
-
-
-def by_simplejpeg(data: bytearray, grey: bool) -> Tensor | None:
-    """A JPEG's pixels; None where it is not installed, or the file has a flaw that torchvision is to judge."""
-    if simplejpeg is None:
-        return None
-    try:
-        pixels = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", strict=True)
-    except ValueError:
-        return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def exif_orientation(data: bytearray) -> int:

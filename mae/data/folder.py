@@ -11,23 +11,20 @@ from torch import Tensor
 from mae.data.decode import Decoder
 from mae.data.known import given_root
 from mae.data.listing import SUFFIXES, Listing, cached_scan
-from mae.data.source import BadImage, Source, Subset, split_indices
+from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 
 
-class Files:
+class Files(Encoded):
     """The image files of a listing."""
 
-    def __init__(self, listing: Listing, decoder: Callable[[bytearray], Tensor]):
+    def __init__(self, listing: Listing, decoder: Callable[..., Tensor]):
         self.listing, self.decoder, self.classes = listing, decoder, listing.classes
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
 
     def __len__(self) -> int:
         return len(self.listing)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
 
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
@@ -80,7 +77,7 @@ def image_folder(
 def tree(
     split: str,
     root: str | None,
-    decoder: Callable[[bytearray], Tensor],
+    decoder: Callable[..., Tensor],
     val_fraction: float,
     follow_links: bool,
     cache_dir: str | None,

@@ -5,20 +5,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from mae.data.decode import Decoder
 from mae.data.folder import read
 from mae.data.known import given_root
 from mae.data.listing import cache_folder
 from mae.data.rowgroups import RowGroups, indexed, numbered
-from mae.data.source import BadImage, Source, Subset, split_indices
+from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
 from mae.data.store import Local, Remote, is_remote
 
 HUB = "hf://"
 
 
-class Rows:
+class Rows(Encoded):
     """The rows of a data set; the image column stays encoded until it is asked for."""
 
     def __init__(self, rows: Any, image: str, labels: np.ndarray | None, classes: list[str], decoder: Decoder):
@@ -26,9 +25,6 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"row {index}"

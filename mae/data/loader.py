@@ -79,7 +79,7 @@ class Loader:
         reader = Reader(self.source, transform, seed, num_patches, repeats)
         tickets = Tickets(self._tickets)
         self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
-        weakref.finalize(self, shut, self._loader).atexit = False  # threads do not end by themselves
+        weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:
         return self.sampler.tickets(*self._start)
@@ -139,7 +139,7 @@ class EvalLoader:
         reader = Reader(source, transform, seed, num_patches)
         tickets = Tickets(self._tickets)
         self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
-        weakref.finalize(self, shut, self._loader).atexit = False  # threads do not end by themselves
+        weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:
         for start in range(0, len(self.indices), self.batch_size):

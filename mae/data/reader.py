@@ -3,7 +3,9 @@
 import csv
 import logging
 import os
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from mae import augment, chance
 from mae.data.sampler import Ticket
-from mae.data.source import BadImage, Source
+from mae.data.source import BadImage, Boxed, Source, part
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +56,14 @@ class Reader(Dataset):
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any] | Failure:
         try:
-            return self._batch(ticket)
+            return self.batch(ticket)
         except ValueError as error:
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
 
-    def _batch(self, ticket: Ticket) -> dict[str, Any]:
+    def batch(self, ticket: Ticket, over: threading.Event | None = None) -> dict[str, Any]:
+        """Raises InterruptedError as soon as nobody waits for it any more."""
         if hasattr(self.source, "ahead"):  # a source that fetches what comes next meanwhile
             self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
         wanted = ticket.indices.tolist()
@@ -68,12 +71,18 @@ class Reader(Dataset):
         keys = [chance.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
         numbers = [chance.uniform(key, augment.DRAWS + 1) for key in keys]
         draws = [n[:, 1:].tolist() for n in numbers]
+        find = getattr(self.transform, "box", None)  # the part of an image that the transform looks at
         for k, index in enumerate(wanted):
-            index, image, label = self._readable(index, bad)
+            if over is not None and over.is_set():
+                raise InterruptedError("the pass is over")
+            drawn = [augment.Draw(draws[r][k], int(keys[r][k])) for r in range(self.repeats)]
+            once = partial(find, draw=drawn[0]) if find and self.repeats == 1 else None
+            index, image, label = self._readable(index, bad, once)
             taken.append(index)
             labels.append(label)
-            for r in range(self.repeats):
-                images[r].append(self.transform(image, augment.Draw(draws[r][k], int(keys[r][k]))))
+            for one, draw in zip(images, drawn, strict=True):
+                seen = augment.cut(image, find(*image.shape[1:], draw)) if find and not once else image
+                one.append(self.transform(seen, draw))
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
             "image": stacked([image for part in images for image in part]),
@@ -90,11 +99,11 @@ class Reader(Dataset):
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
-    def _readable(self, index: int, bad: list[Bad]) -> tuple[int, Tensor, int]:
-        """The image, or the first readable one of a sequence that hangs on its index alone."""
+    def _readable(self, index: int, bad: list[Bad], box: Boxed | None) -> tuple[int, Tensor, int]:
+        """The image, or the first readable one of a sequence that hangs on its index alone; or a part of it."""
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return index, *self.source[index]
+                return index, *(part(self.source, index, box) if box else self.source[index])
             except (BadImage, OSError) as error:
                 bad.append(Bad(index, self.source.name(index), str(error)))
             key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
@@ -105,7 +114,15 @@ class Reader(Dataset):
 
 
 def stacked(images: list[Tensor]) -> Tensor:
-    """(B, C, H, W); in a worker process in memory that it shares."""
+    """(B, C, H, W); in a worker process in memory that it shares. In memory the colours of a pixel lie side by
+    side where they do so in the images, as decoding and resizing leave them: to part them would take as long as to
+    read the file."""
+    if images[0].stride(0) == 1:
+        return _stacked([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return _stacked(images)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
     if get_worker_info() is not None:
         return default_collate(images)
     out = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype)

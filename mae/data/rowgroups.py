@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from mae.data import flat
 from mae.data.decode import Decoder
 from mae.data.shards import laned
-from mae.data.source import BadImage
+from mae.data.source import BadImage, Encoded
 from mae.data.store import Local, Remote
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class Kept:
         return future.result()
 
 
-class RowGroups:
+class RowGroups(Encoded):
     """The rows of Parquet files, whose column `image` holds encoded images."""
 
     def __init__(
@@ -92,9 +91,6 @@ class RowGroups:
 
     def __len__(self) -> int:
         return int(self.groups.count.sum())
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         file = int(self.groups.file[self._group(index)])

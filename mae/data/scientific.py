@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae.augment import cut
 from mae.data.folder import tree
-from mae.data.source import BadImage, Source
+from mae.data.source import BadImage, Boxed, Source
 
 SUFFIXES = (".npy", ".tif", ".tiff")
 KEPT = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32
@@ -20,7 +21,7 @@ class Bands:
     def __init__(self, in_chans: int, layout: str, max_pixels: int):
         self.in_chans, self.layout, self.max_pixels = in_chans, layout, max_pixels
 
-    def __call__(self, data: bytearray) -> Tensor:
+    def __call__(self, data: bytearray, box: Boxed | None = None) -> Tensor:
         if not data:
             raise BadImage("the file is empty")
         try:
@@ -29,7 +30,8 @@ class Bands:
             raise
         except Exception as error:  # damaged files raise nearly anything
             raise BadImage(f"{type(error).__name__}: {error}") from error
-        return self._checked(values)
+        image = self._checked(values)
+        return image if box is None else cut(image, box(*image.shape[1:]))
 
     def _npy(self, data: bytearray) -> np.ndarray:
         return np.load(io.BytesIO(data), allow_pickle=False)

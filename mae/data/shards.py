@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from mae.data import flat
 from mae.data.decode import Decoder
 from mae.data.known import given_root
 from mae.data.listing import cache_folder
-from mae.data.source import BadImage, Source, Subset, split_indices
+from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
 from mae.data.store import Local, Remote, is_remote
 from mae.data.tar import Members, joined, members
 
@@ -74,7 +73,7 @@ class OpenFiles(threading.local):
             os.close(descriptor)
 
 
-class Shards:
+class Shards(Encoded):
     """The images of an index, read from a store."""
 
     def __init__(self, index: Index, store: Local | Remote, decoder: Decoder, lanes: int, window: int):
@@ -89,9 +88,6 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.index.members.offsets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decoder(self.raw(index)), -1 if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"{self.index.names[self.index.shard(index)]}/{self.index.key(index)}"

@@ -1,12 +1,16 @@
-"""What a source of images is, and the plain ones: tensors in memory, a part of another source."""
+"""What a source of images is, and the plain ones: tensors in memory, encoded files, a part of another source."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mae.augment import Box, cut
+
 UNLABELLED = -1
+Boxed = Callable[[int, int], Box]  # the part that is wanted of an image of such a height and width
 
 
 class BadImage(ValueError):
@@ -23,6 +27,33 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
     def name(self, index: int) -> str: ...
+
+
+def part(source: Source, index: int, box: Boxed) -> tuple[Tensor, int]:
+    """`source[index]`, but of the image the part inside `box`, decoded alone where the source can do that."""
+    if hasattr(source, "part"):
+        return source.part(index, box)  # type: ignore[attr-defined]
+    image, label = source[index]
+    return cut(image, box(*image.shape[1:])), label
+
+
+class Encoded:
+    """What sources share whose images are files, or their bytes, until they are asked for.
+
+    `decoder(data, box)` gives the part inside the box, or without one the whole. Raises BadImage."""
+
+    decoder: Callable[..., Tensor]
+    labels: np.ndarray | None
+
+    def raw(self, index: int) -> bytearray:
+        """An image's file. Raises BadImage."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.part(index)
+
+    def part(self, index: int, box: Boxed | None = None) -> tuple[Tensor, int]:
+        return self.decoder(self.raw(index), box), UNLABELLED if self.labels is None else int(self.labels[index])
 
 
 class Arrays:
@@ -56,6 +87,9 @@ class Subset:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.source[int(self.indices[index])]
+
+    def part(self, index: int, box: Boxed) -> tuple[Tensor, int]:
+        return part(self.source, int(self.indices[index]), box)
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))

@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from mae.data.sampler import Ticket
 
 Kind = Literal["auto", "thread", "process"]
 MAX_THREADS = 8  # above so many, `auto` takes processes
+ENDING_S = 5.0  # how long the end of threads is waited for: one may hang on dead storage
 
 
 class Tickets:
@@ -45,19 +47,28 @@ class Threads:
         self.device = torch.cuda.current_device() if pin_memory else None
         self.orders: queue.SimpleQueue = queue.SimpleQueue()  # of the pass that is going on
         self.over = threading.Event()
+        self.threads: list[threading.Thread] = []
 
     def __iter__(self) -> Iterator[Any]:
         self.stop()  # one pass at a time
         self.orders, self.over = queue.SimpleQueue(), threading.Event()
-        for _ in range(self.count):
-            threading.Thread(target=self._work, args=(self.orders, self.over), daemon=True).start()
+        work = self.orders, self.over
+        self.threads = [threading.Thread(target=self._work, args=work, daemon=True) for _ in range(self.count)]
+        for thread in self.threads:
+            thread.start()
         return self._in_order(self.orders, self.over)
 
     def stop(self) -> None:
-        """Ends the threads, each after the batch that it is at."""
+        """Ends the threads, each after the image that it is at."""
         self.over.set()
         for _ in range(self.count):
             self.orders.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Waits until they have ended: the interpreter aborts where it ends while one of them decodes."""
+        until = time.monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _in_order(self, orders: queue.SimpleQueue, over: threading.Event) -> Iterator[Any]:
         coming: deque[Future] = deque()
@@ -77,7 +88,7 @@ class Threads:
         while (order := orders.get()) is not None and not over.is_set():
             ticket, future = order
             try:
-                batch = self.reader[ticket]
+                batch = self.reader.batch(ticket, over)
                 if self.device is not None:
                     assert isinstance(batch, dict)
                     batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -166,6 +177,7 @@ def shut(made_by: DataLoader | Threads) -> None:
     """Ends the workers."""
     if isinstance(made_by, Threads):
         made_by.stop()
+        made_by.join(ENDING_S)
         return
     iterator = made_by._iterator  # torch has no public way to end persistent workers
     if made_by.num_workers and iterator is not None:
