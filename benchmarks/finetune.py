@@ -1,4 +1,4 @@
-"""Row 11: the fine-tuning step of ViT-B/16 against timm's model as it comes, both bf16.
+"""Row 11: the fine-tuning step of ViT-B/16 against timm's model as it comes, both in the device's best format.
 
 python benchmarks/finetune.py --json finetune.json
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from floor import products
 from peers import VIT_BASE, soft_targets, timm_classifier, training_step
-from protocol import Case, arguments, compare, interleave, print_times, report
+from protocol import Case, arguments, best_format, compare, interleave, print_times, report
 from torch import nn
 
 from mae.models.vit import classifier
@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = args.device
+    device, (dtype, dtype_name) = args.device, best_format(args.device)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     targets = soft_targets(args.batch, 1000, device)
 
@@ -31,7 +31,7 @@ def main() -> None:
             model,
             lambda: F.cross_entropy(model(images).float(), targets),
             device=device,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             fused=fused,
         )
 
@@ -44,7 +44,7 @@ def main() -> None:
     seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     print_times(seconds)
-    name = "fine-tune step against timm's model as it comes, both bf16"
+    name = f"fine-tune step against timm's model as it comes, both {dtype_name}"
     report([compare(11, name, seconds["ours"], seconds["timm"], 1.3, seconds[cases[-1].name])], args.json)
 
 

@@ -1,7 +1,7 @@
 """Row 5: activations kept for backward by a ViT-B/16 pretraining step, an image; the peak of a whole step and its
 time, and what `task.checkpointing` saves and costs.
 
-python benchmarks/memory.py --json memory.json --peak-batch 64 [--dtypes float32]
+python benchmarks/memory.py --json memory.json --peak-batch 64
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Row, arguments, report
+from protocol import Row, arguments, best_format, report
 from torch import Tensor, nn
 
 from mae.allocator import keep_freed_memory
@@ -59,9 +59,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--peak-batch", type=int, default=16, help="images of the step whose peak is measured")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=None, help="what the CPU computes in")
     parser.add_argument("--only", nargs=2, metavar=("MODEL", "DTYPE"), help="take steps and print their peak")
     args = parser.parse_args()
+    args.dtypes = args.dtypes or sorted({"float32", best_format("cpu")[1]}, reverse=True)
     torch.set_num_threads(args.threads)
     if args.only:
         print(*peak_of_a_step(*args.only, batch=args.peak_batch))

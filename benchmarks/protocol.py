@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mae.allocator import keep_freed_memory, return_freed_memory
+from mae.device import number_format
 
 UNTIMED = 2  # of a turn: after one alone a step of ours still faults in pages that its later ones have, measured
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -39,6 +40,13 @@ class Case:
     name: str
     run: Callable[[], object]
     keeps_memory: bool = False
+
+
+def best_format(device: str) -> tuple[torch.dtype, str]:
+    """The number format of our runs on this device, and its name: float32 where bfloat16 is merely emulated, which
+    would take a benchmark hours."""
+    dtype = number_format("auto", torch.device(device))
+    return dtype, str(dtype).removeprefix("torch.")
 
 
 def arguments(description: str | None, **defaults: int) -> argparse.ArgumentParser:

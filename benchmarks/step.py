@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from floor import products
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Case, Row, arguments, compare, interleave, print_times, report
+from protocol import Case, Row, arguments, best_format, compare, interleave, print_times, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.flops import flops
 from mae.models.mae import MaskedAutoencoder
 
-HALF, SINGLE = torch.bfloat16, torch.float32
+SINGLE = torch.float32
 
 
 def main() -> None:
@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device, timing = args.device, dict(rounds=args.rounds, warmups=args.warmups, device=args.device, clock=args.clock)
+    (best, best_name), device = best_format(args.device), args.device
+    timing = dict(rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     ours = MaskedAutoencoder(**VIT_BASE, **DECODER).to(device)
     keeps = device == "cpu" and not args.same_allocator
@@ -34,17 +35,19 @@ def main() -> None:
         step = training_step(ours, lambda: ours(images, MASK_RATIO).loss, device=device, dtype=dtype, fused=True)
         return Case(f"ours {dtype}", step, keeps)
 
-    half, single = case(HALF), case(SINGLE)
+    half = case(best)
+    single = half if best == SINGLE else case(SINGLE)
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     rows = [flop_row()]
 
     theirs = reference_step(images, device)
     floors = {c.name: Case(f"{c.name}, its products alone", products(c.run), keeps) for c in (half, single)}
-    seconds = interleave([half, single, Case("reference float32", theirs), *floors.values()], **timing)
+    mine = [half] if half is single else [half, single]
+    seconds = interleave([*mine, Case("reference float32", theirs), *floors.values()], **timing)
     print_times(seconds)
     reference = seconds["reference float32"]
     for row, case_, name, goal in (
-        (1, half, "pretrain step, bf16, against the reference as shipped (float32)", 2.8),
+        (1, half, f"pretrain step, {best_name}, against the reference as shipped (float32)", 2.8),
         (2, single, "pretrain step, both float32", 1.35),
     ):
         rows.append(compare(row, name, seconds[case_.name], reference, goal, seconds[floors[case_.name].name]))
@@ -53,11 +56,11 @@ def main() -> None:
 
     if not args.skip_transformers:
         hf = transformers_mae().to(device).train()
-        theirs = training_step(hf, lambda: hf(images).loss, device=device, dtype=HALF)
+        theirs = training_step(hf, lambda: hf(images).loss, device=device, dtype=best)
         floor = floors[half.name]
-        seconds = interleave([half, Case("transformers bfloat16", theirs), floor], **timing)
+        seconds = interleave([half, Case("transformers", theirs), floor], **timing)
         print_times(seconds)
-        name, peer = "pretrain step against transformers' ViTMAE, both bf16", seconds["transformers bfloat16"]
+        name, peer = f"pretrain step against transformers' ViTMAE, both {best_name}", seconds["transformers"]
         rows.append(compare(3, name, seconds[half.name], peer, 1.45, seconds[floor.name]))
     if device == "cuda":
         print_mfu(seconds[half.name], args.batch)
@@ -85,7 +88,7 @@ def flop_row() -> Row:
 
 def print_mfu(seconds: list[float], batch: int) -> None:
     """Model FLOPs utilisation against the rate this device reaches on large bf16 products."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=HALF)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     product = interleave([Case("product", lambda: a @ a)], rounds=10, warmups=5, device="cuda")["product"]
     rate = 2 * 8192**3 / min(product)
     numbers = {k: v for k, v in {**VIT_BASE, **DECODER}.items() if "num_heads" not in k and k != "norm_pix_loss"}

@@ -1,6 +1,7 @@
 """Everything that depends on the device: which one, its number formats, its memory, transfers to it."""
 
 import contextlib
+import logging
 import os
 import resource
 import sys
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mae.allocator import keep_freed_memory
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -49,6 +52,12 @@ def number_format(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass: `auto` is bf16 where the device has it and float32 elsewhere."""
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32
+    if precision == "bf16" and not has_bf16(device):
+        log.warning(
+            "task.precision=bf16: this %s has no arithmetic of its own for it and can take a hundred times as long "
+            "as with task.precision=fp32.",
+            device.type,
+        )
     formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     return formats[precision]
 

@@ -81,10 +81,12 @@ def test_dry_run_tells_time_and_cost():
     # 57.16 GFLOPs x 1,281,167 x 800 epochs / (8 x 312e12 x .35)
     assert "about 18.6 hours, computed: 312 TFLOP/s a device (given) x 35% x 8" in rows["time"], told
     assert "149.1 device hours at 2" in rows["cost"]
-    told = run_cli("dry_run=true", "estimate.tflops=1000", "estimate.loader_images_per_second=288", "device=cpu")
-    assert "the loader's 288 images/s hold the devices back" in told.stdout
-    told = run_cli("dry_run=true", "device=cpu")
-    assert "measured on this cpu" in told.stdout and "cost" not in told.stdout
+    from mae import dry_run
+
+    fast = composed("dry_run=true", "estimate.tflops=1000", "estimate.loader_images_per_second=288", "device=cpu")
+    assert "the loader's 288 images/s hold the devices back" in dry_run.report(fast)
+    here = dry_run.report(composed("dry_run=true", "device=cpu"))
+    assert "measured on this cpu" in here and "cost" not in here
     told = run_cli("dry_run=true", "estimate.utilisation=35")
     assert told.returncode == 1 and "estimate.utilisation must lie in (0, 1], got 35" in told.stderr
 
@@ -242,7 +244,7 @@ def test_a_directory_with_another_config_lists_the_differences_and_is_left_alone
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     told = run_cli(*TINY_PRETRAIN, "task.mask_ratio=0.5", "optimizer.base_lr=1e-3", f"output_dir={finished}")
     assert told.returncode == 1 and "holds a run of another config" in told.stderr
-    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.012 -> 0.001" in told.stderr
+    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.024 -> 0.001" in told.stderr
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 

@@ -113,7 +113,7 @@ def refused(**values) -> str:
             "optimizer.name must be one of adamw, lars, lion, muon, sgd, got 'adam'. Did you mean adamw?",
         ),
         ({"optimizer__base_lr": float("nan")}, "optimizer.base_lr must be greater than 0, got nan."),
-        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1 is above the peak learning rate 0.0015"),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1 is above the peak learning rate 0.003"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas must lie in [0, 1), got 1.5."),
         ({"optimizer__betas": 0.9}, "optimizer.betas must be a list, each a number, got 0.9."),
         ({"optimizer__momentum": 0.9}, "optimizer.momentum is not a key of the configuration."),
@@ -170,7 +170,7 @@ def test_none_as_a_word_is_null_where_null_is_allowed():
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("~recipe").optimizer.base_lr == 1.5e-4
-    assert composed().task.epochs == 28
+    assert composed().task.epochs == 20
     assert composed("task.epochs=25").task.epochs == 25
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_PRETRAIN, composed, run_here
 from torch import Tensor
 
-from mae import checkpoint, engine, launch, plan, track
+from mae import checkpoint, device, engine, launch, plan, track
 from mae.distributed import Ranks
 from mae.setup import set_up
 
@@ -171,6 +171,16 @@ def test_bf16_trains_to_the_same_loss_within_noise(tmp_path):
     run_here(tmp_path / "bf16", *TINY_PRETRAIN, "task.precision=bf16")
     a, b = (lines(tmp_path / name)[-1]["val/loss"] for name in ("fp32", "bf16"))
     assert a == pytest.approx(b, rel=0.02) and a != b
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+def test_bf16_is_auto_where_it_is_fast_and_a_warning_elsewhere(its_own, monkeypatch, caplog):
+    monkeypatch.setattr(device, "has_bf16", lambda _: its_own)
+    cpu = torch.device("cpu")
+    assert device.number_format("auto", cpu) == (torch.bfloat16 if its_own else torch.float32)
+    assert not caplog.records
+    assert device.number_format("bf16", cpu) == torch.bfloat16
+    assert ("this cpu has no arithmetic of its own for it" in caplog.text) is not its_own
 
 
 def test_a_trainer_state_that_carries_code_is_refused(tmp_path):

@@ -85,7 +85,7 @@ class Reader(Dataset):
                 one.append(self.transform(seen, draw))
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
-            "image": stacked([image for part in images for image in part]),
+            "image": stacked([image for seen in images for image in seen]),
             "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & hflip),
             "label": torch.tensor(labels * self.repeats),
             "index": torch.tensor(taken * self.repeats),
