@@ -244,7 +244,7 @@ def test_a_directory_with_another_config_lists_the_differences_and_is_left_alone
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     told = run_cli(*TINY_PRETRAIN, "task.mask_ratio=0.5", "optimizer.base_lr=1e-3", f"output_dir={finished}")
     assert told.returncode == 1 and "holds a run of another config" in told.stderr
-    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.024 -> 0.001" in told.stderr
+    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.012 -> 0.001" in told.stderr
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 

@@ -93,7 +93,7 @@ def refused(**values) -> str:
         ({"task__norm_pix_loss": 1}, "task.norm_pix_loss must be true or false, got 1."),
         ({"task__precision": "bf61"}, "Did you mean bf16?"),
         ({"task__batch_size": True}, "task.batch_size must be a whole number, got True."),
-        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=28: lower it too."),
+        ({"task__warmup_epochs": 99}, "task.warmup_epochs=99 is longer than task.epochs=22: lower it too."),
         ({"task__micro_batch_size": 7}, "the nearest that do: 28 or 35."),
         (
             {"launcher__processes": 3},
@@ -113,7 +113,7 @@ def refused(**values) -> str:
             "optimizer.name must be one of adamw, lars, lion, muon, sgd, got 'adam'. Did you mean adamw?",
         ),
         ({"optimizer__base_lr": float("nan")}, "optimizer.base_lr must be greater than 0, got nan."),
-        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1 is above the peak learning rate 0.003"),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr=1 is above the peak learning rate 0.0015"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas must lie in [0, 1), got 1.5."),
         ({"optimizer__betas": 0.9}, "optimizer.betas must be a list, each a number, got 0.9."),
         ({"optimizer__momentum": 0.9}, "optimizer.momentum is not a key of the configuration."),
@@ -170,7 +170,7 @@ def test_none_as_a_word_is_null_where_null_is_allowed():
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("~recipe").optimizer.base_lr == 1.5e-4
-    assert composed().task.epochs == 20
+    assert composed().task.epochs == 22
     assert composed("task.epochs=25").task.epochs == 25
 
 
