@@ -78,6 +78,7 @@ def test_graphs_without_a_gpu_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not device.has_bf16(torch.device("cpu")), reason="bfloat16 emulated takes a hundred times as long")
 def test_bf16_learns_as_float32_does(tmp_path):
     """300 steps on the digits: the difference of the curves lies within what another seed makes."""
     base = ["device=cpu", "task.max_steps=300", "task.log_every_steps=10", "checkpoint.every_epochs=100"]
