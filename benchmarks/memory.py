@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,18 +23,10 @@ from mae.models.mae import MaskedAutoencoder
 Loss = Callable[[Tensor], Tensor]
 
 
-def ours() -> tuple[nn.Module, Loss]:
+def ours(checkpointing: Checkpointing = "light") -> tuple[nn.Module, Loss]:
     model = MaskedAutoencoder(**VIT_BASE, **DECODER)
+    set_checkpointing(model, checkpointing)
     return model, lambda images: model(images, MASK_RATIO).loss
-
-
-def ours_with(checkpointing: Checkpointing) -> Callable[[], tuple[nn.Module, Loss]]:
-    def made() -> tuple[nn.Module, Loss]:
-        model, loss = ours()
-        set_checkpointing(model, checkpointing)
-        return model, loss
-
-    return made
 
 
 def reference() -> tuple[nn.Module, Loss]:
@@ -48,8 +41,8 @@ def transformers() -> tuple[nn.Module, Loss]:
 
 MODELS = {
     "ours": ours,  # task.checkpointing=light, as it comes
-    "ours, none": ours_with("none"),
-    "ours, blocks": ours_with("blocks"),
+    "ours, none": partial(ours, "none"),
+    "ours, blocks": partial(ours, "blocks"),
     "reference": reference,
     "transformers": transformers,
 }

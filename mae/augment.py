@@ -7,6 +7,7 @@ The flip is drawn with the sample but done on the device, after the transfer, wi
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), th
 
 
 Box = tuple[int, int, int, int]  # top, left, height, width
+Boxed = Callable[[int, int], Box]  # the part that is wanted of an image of such a height and width
 
 
 class Draw(NamedTuple):
@@ -41,6 +43,11 @@ def cut(image: Tensor, box: Box) -> Tensor:
     """What of (C, H, W) lies inside the box."""
     top, left, height, width = box
     return image[:, top : top + height, left : left + width]
+
+
+def inside(image: Tensor, box: Boxed) -> Tensor:
+    """What of (C, H, W) is wanted."""
+    return cut(image, box(image.shape[1], image.shape[2]))
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

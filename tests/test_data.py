@@ -5,11 +5,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from mae.data.source import Arrays, reduced, split_indices
 # three workers on two cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "max_bad_fraction": 0.01}
 TRAINING = OPTIONS | {"repeats": 1, "fraction": 1.0, "per_class": None}
 

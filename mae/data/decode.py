@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mae.augment import cut
+from mae.augment import Boxed, inside
 from mae.data import jpeg
-from mae.data.source import BadImage, Boxed
+from mae.data.source import BadImage
 
 EXIF_ORIENTATION = 0x0112
 
@@ -45,7 +45,7 @@ class Decoder:
                 image = oriented(jpeg.whole(data, self.in_chans == 1), turned)
             except RuntimeError as error:
                 raise BadImage(f"not a valid JPEG ({str(error).splitlines()[0]})") from error
-        return image if box is None else cut(image, box(*image.shape[1:]))
+        return image if box is None else inside(image, box)
 
     def _fast(self, header: jpeg.Header) -> bool:
         # Pillow makes grey from RGB, libjpeg from YCbCr: not the same bits

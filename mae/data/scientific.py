@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.augment import cut
+from mae.augment import Boxed, inside
 from mae.data.folder import tree
-from mae.data.source import BadImage, Boxed, Source
+from mae.data.source import BadImage, Source
 
 SUFFIXES = (".npy", ".tif", ".tiff")
 KEPT = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32
@@ -31,7 +31,7 @@ class Bands:
         except Exception as error:  # damaged files raise nearly anything
             raise BadImage(f"{type(error).__name__}: {error}") from error
         image = self._checked(values)
-        return image if box is None else cut(image, box(*image.shape[1:]))
+        return image if box is None else inside(image, box)
 
     def _npy(self, data: bytearray) -> np.ndarray:
         return np.load(io.BytesIO(data), allow_pickle=False)

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.augment import Box, cut
+from mae.augment import Boxed, inside
 
 UNLABELLED = -1
-Boxed = Callable[[int, int], Box]  # the part that is wanted of an image of such a height and width
 
 
 class BadImage(ValueError):
@@ -34,7 +33,7 @@ def part(source: Source, index: int, box: Boxed) -> tuple[Tensor, int]:
     if hasattr(source, "part"):
         return source.part(index, box)  # type: ignore[attr-defined]
     image, label = source[index]
-    return cut(image, box(*image.shape[1:])), label
+    return inside(image, box), label
 
 
 class Encoded:
