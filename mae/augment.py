@@ -56,9 +56,12 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[1:] == size:
         return image
     if image.dtype == torch.uint8 or image.is_floating_point():
-        batch = image[None]
-        if image.dtype == torch.uint8 and image.shape[0] in (3, 4):  # the same bits, 1.3 times as fast on a crop
-            batch = batch.contiguous(memory_format=torch.channels_last)
+        if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
+            # With the colours of a pixel side by side: the same bits, twice as fast. The kernel takes it as such by
+            # the strides alone, of which `image[None]` would not have the right one for the batch.
+            batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+        else:
+            batch = image[None]
         return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
     info = torch.iinfo(image.dtype)
     return resize(image.to(torch.float32), size).round_().clamp_(info.min, info.max).to(image.dtype)
