@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from mae import augment, chance
+from mae import augment, chance, geometry
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -34,7 +34,7 @@ def picture(height=30, width=40):
 def seen(transform, image, drawn):
     """A sample as the reader makes it: of the part that the transform asks for."""
     box = getattr(transform, "box", None)
-    return transform(augment.cut(image, box(*image.shape[1:], drawn)) if box else image, drawn)
+    return transform(geometry.cut(image, box(*image.shape[1:], drawn)) if box else image, drawn)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -70,7 +70,7 @@ def test_numbers_are_uniform_and_uncorrelated():
 )
 @settings(max_examples=300, deadline=None)
 def test_crop_boxes_lie_inside(height, width, low, index):
-    top, left, h, w = augment.crop_box(height, width, (low, 1.0), (0.75, 4 / 3), draw(index).numbers)
+    top, left, h, w = geometry.crop_box(height, width, (low, 1.0), (0.75, 4 / 3), draw(index).numbers)
     assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
 
 
@@ -81,7 +81,7 @@ def test_crop_boxes_are_spread_as_torchvisions():
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500, dtype=torch.uint8)
     n = 4000
-    a = np.array([augment.crop_box(375, 500, (0.2, 1.0), (0.75, 4 / 3), draw(i).numbers) for i in range(n)])
+    a = np.array([geometry.crop_box(375, 500, (0.2, 1.0), (0.75, 4 / 3), draw(i).numbers) for i in range(n)])
     b = [theirs.make_params([image]) for _ in range(n)]
     b = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in b])
     for k in range(4):
@@ -145,7 +145,7 @@ def test_resizing_gives_the_bits_of_interpolate_whatever_the_layout(channels, dt
     for image in (pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()):
         crop = image[:, 5:90, 3:70]
         plain = torch.nn.functional.interpolate(crop[None], size=(32, 48), mode="bicubic", antialias=True)[0]
-        resized = augment.resize(crop, (32, 48))
+        resized = geometry.resize(crop, (32, 48))
         assert torch.equal(resized, plain)
         if dtype == torch.uint8 and channels in (3, 4):  # as batches travel, so that none is laid out anew
             assert resized.permute(1, 2, 0).is_contiguous()

@@ -19,6 +19,7 @@ from mae.data.folder import image_folder
 from mae.data.known import cifar10, given_root
 from mae.data.loader import Loader
 from mae.data.source import BadImage
+from mae.geometry import cut
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg
 FOLDER = {
@@ -104,7 +105,7 @@ def test_a_part_decoded_alone_is_what_the_whole_has_there(grey, options):
         for _ in range(40):
             box = some_box(*whole.shape[1:], chance)
             part = jpeg.part(data, grey, box)
-            assert part is not None and torch.equal(part, augment.cut(whole, box))
+            assert part is not None and torch.equal(part, cut(whole, box))
 
 
 @pytest.mark.skipif(jpeg._library() is None, reason="nvImageCodec is not installed")

@@ -13,6 +13,7 @@ from mae.data.known import digits
 from mae.data.loader import Loader
 from mae.data.scientific import Bands, scientific_folder
 from mae.data.source import Arrays, BadImage
+from mae.geometry import resize
 
 
 def npy(values, **options):
@@ -162,7 +163,7 @@ def test_worker_counts():
 
 def test_the_numbers_of_digits_yaml():
     source = digits("train", in_chans=3, val_fraction=0.2)
-    larger = Arrays(augment.resize(source.images.flatten(0, 1), (32, 32)).unflatten(0, (-1, 3)), None, [], "x")
+    larger = Arrays(resize(source.images.flatten(0, 1), (32, 32)).unflatten(0, (-1, 3)), None, [], "x")
     found = stats.statistics(larger, np.arange(len(larger)))
     assert found.mean == pytest.approx([0.31] * 3, abs=0.005) and found.std == pytest.approx([0.35] * 3, abs=0.005)
 

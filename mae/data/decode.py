@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mae.augment import Boxed, inside
 from mae.data import jpeg
 from mae.data.source import BadImage
+from mae.geometry import Boxed, inside
 
 EXIF_ORIENTATION = 0x0112
 

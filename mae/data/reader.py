@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from mae import augment, chance
 from mae.data.sampler import Ticket
 from mae.data.source import BadImage, Source, part
+from mae.geometry import Boxed, inside
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Reader(Dataset):
             taken.append(index)
             labels.append(label)
             for one, draw in zip(images, drawn, strict=True):
-                seen = augment.inside(image, partial(find, draw=draw)) if find and not once else image
+                seen = inside(image, partial(find, draw=draw)) if find and not once else image
                 one.append(self.transform(seen, draw))
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
@@ -99,7 +100,7 @@ class Reader(Dataset):
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
-    def _readable(self, index: int, bad: list[Bad], box: augment.Boxed | None) -> tuple[int, Tensor, int]:
+    def _readable(self, index: int, bad: list[Bad], box: Boxed | None) -> tuple[int, Tensor, int]:
         """The image, or the first readable one of a sequence that hangs on its index alone; or a part of it."""
         for attempt in range(MAX_REPLACEMENTS):
             try:

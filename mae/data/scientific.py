@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.augment import Boxed, inside
 from mae.data.folder import tree
 from mae.data.source import BadImage, Source
+from mae.geometry import Boxed, inside
 
 SUFFIXES = (".npy", ".tif", ".tiff")
 KEPT = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32

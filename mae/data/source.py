@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.augment import Boxed, inside
+from mae.geometry import Boxed, inside
 
 UNLABELLED = -1
 
