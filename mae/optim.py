@@ -1,5 +1,6 @@
 """Parameter groups with layer decay, the learning-rate schedule, and the optimizers."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -9,6 +10,10 @@ import torch
 from timm.optim.lion import Lion
 from timm.optim.muon import Muon
 from torch import Tensor, nn
+
+from mae.device import has_bf16
+
+log = logging.getLogger(__name__)
 
 
 def layer_id(name: str, depth: int) -> int:
@@ -127,7 +132,13 @@ def lion(groups: list[dict], *, betas: list[float]) -> torch.optim.Optimizer:
 
 
 def muon(groups: list[dict], *, betas: list[float], momentum: float) -> torch.optim.Optimizer:
-    """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's."""
+    """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's, which orthogonalises in bfloat16."""
+    device = groups[0]["params"][0].device
+    if device.type == "cpu" and not has_bf16(device):
+        log.warning(
+            "optimizer=muon computes in bfloat16, for which this cpu has no arithmetic of its own: a step can take "
+            "many times as long as with optimizer=adamw."
+        )
     return Muon(groups, lr=0.02, betas=(betas[0], betas[1]), momentum=momentum)
 
 

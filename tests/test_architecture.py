@@ -90,6 +90,7 @@ MAY_IMPORT = {
     "augment": {"chance", "geometry"},
     "distributed": {"device", "watchdog", "sharding"},
     "device": {"allocator"},
+    "optim": {"device"},
     "track": {"config", "fence", "tracker", "track_wandb", "track_tensorboard"},
     "checkpoint": {"fence"},
     "track_wandb": {"tracker"},

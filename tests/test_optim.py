@@ -120,6 +120,13 @@ def test_lars_against_its_formula():
     torch.testing.assert_close(bias.detach(), expected_b)
 
 
+@pytest.mark.parametrize("its_own", [True, False])
+def test_muon_warns_where_its_bfloat16_is_emulated(its_own, monkeypatch, caplog):
+    monkeypatch.setattr(optim, "has_bf16", lambda _: its_own)
+    optim.muon([{"params": [nn.Parameter(torch.zeros(4, 4))]}], betas=[0.9, 0.95], momentum=0.95)
+    assert ("optimizer=muon computes in bfloat16, for which this cpu has no arithmetic" in caplog.text) is not its_own
+
+
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
 def test_every_optimizer_lowers_a_loss_and_its_state_survives_a_save(name):
     from conftest import composed
