@@ -185,6 +185,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     assert loss.device.type == "cuda" and loss.shape == ()
 
 
+# Without muon: it reads its count of steps, a tensor on the host, which waits for no GPU but which this mode refuses.
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd", "lion"])
 def test_no_optimizer_step_waits_for_the_gpu(optimizer):
     cfg = composed(*TINY_PRETRAIN, f"optimizer={optimizer}")
