@@ -34,8 +34,8 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     if image.dtype == torch.uint8 or image.is_floating_point():
         if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
-            # With the colours of a pixel side by side: the same bits, twice as fast. The kernel takes it as such by
-            # the strides alone, of which `image[None]` would not have the right one for the batch.
+            # With the colours of a pixel side by side: the same bits, faster. The kernel judges that by the strides
+            # alone, of which `image[None]` has the wrong one for the batch: its result would be laid out anew.
             batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
         else:
             batch = image[None]

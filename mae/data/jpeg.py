@@ -68,17 +68,14 @@ def part(data: bytearray, grey: bool, box: Box) -> Tensor | None:
     if not hasattr(OWN, "decoder"):
         backends = [library.Backend(library.CPU_ONLY)]
         OWN.decoder = library.Decoder(library.NVIMGCODEC_DEVICE_CPU_ONLY, 1, backends, ":fancy_upsampling=1")
-        OWN.colours = [
-            library.DecodeParams(apply_exif_orientation=False, color_spec=spec)
-            for spec in (library.ColorSpec.SRGB, library.ColorSpec.GRAY)
-        ]
     top, left, height, width = box
-    region = library.Region(top, left, top + height, left + width)
-    image = OWN.decoder.decode(library.CodeStream(data).get_sub_code_stream(region=region), params=OWN.colours[grey])
+    view = library.CodeStream(data).get_sub_code_stream(region=library.Region(top, left, top + height, left + width))
+    colours = library.ColorSpec.GRAY if grey else library.ColorSpec.SRGB
+    image = OWN.decoder.decode(view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours))
     return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
 
-OWN = threading.local()  # each thread's decoder, and how it is to show RGB and grey
+OWN = threading.local()  # each thread's decoder
 
 
 @functools.cache
