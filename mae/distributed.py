@@ -230,13 +230,16 @@ def assert_same(ranks: Ranks, digest: str, what: str) -> None:
 class Interruption:
     """Turns SIGTERM, SIGUSR2 and Ctrl-C into a flag that the train loop reads between steps.
 
-    A second Ctrl-C interrupts at once. Earlier handlers are put back at the end.
+    A second Ctrl-C interrupts at once: one that comes a second later, since a rank hears the same one from the
+    terminal and from its launcher. Earlier handlers are put back at the end.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    SAME_S = 1.0
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.received_at = 0.0
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -251,6 +254,8 @@ class Interruption:
 
     def _note(self, number: int, frame: Any) -> None:
         again = self.received is signal.SIGINT and number == signal.SIGINT
-        self.received = signal.Signals(number)
+        if again and time.monotonic() - self.received_at < self.SAME_S:
+            return
+        self.received, self.received_at = signal.Signals(number), time.monotonic()
         if again:
             raise KeyboardInterrupt

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import config
 from mae.compose import composed
 from mae.config import ConfigError, build, difference, run_directory, write_text
+from mae.local import RankFailed, inline, local
 from mae.pipeline import pretraining, run_pipeline
 from mae.rules import missing_init
 from mae.schema import near
@@ -133,52 +133,6 @@ def after_pretraining(cfg: DictConfig) -> tuple[DictConfig, int]:
     return cfg, code
 
 
-def work(run: str) -> int:
-    """What every process of a run does: the engine is imported here and not before."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from mae import engine
-
-    worker = record(engine.work) if "TORCHELASTIC_RUN_ID" in os.environ else engine.work
-    code = worker(Path(run))
-    assert isinstance(code, int)
-    return code
-
-
-def inline(run: Path) -> int:
-    """In this very process."""
-    return work(str(run))
-
-
-def local(run: Path, *, processes: int) -> int:
-    """In `processes` processes of this machine; where torchrun started us, as one of its."""
-    if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        return work(str(run))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    try:
-        return max(elastic_launch(settings, work)(str(run)).values())
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankFailed(rank, failure) from error
-    except SignalException as error:
-        return 128 + error.sigval
-
-
 # ---------------------------------------------------------------- clusters
 
 
@@ -197,18 +151,6 @@ def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
                 return code
         runs.append((prepare(cfg, overrides), cfg.launcher))
     return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
-
-
-class RankFailed(RuntimeError):
-    """One of several processes of a run failed: which, and why."""
-
-    def __init__(self, rank: int, failure: Any):
-        told = failure.message
-        why = str(told.get("message", told) if isinstance(told, dict) else told).strip()
-        if failure.exitcode < 0:
-            why = f"it was killed by {signal.Signals(-failure.exitcode).name}"
-        user_error = why.startswith(("ValueError: ", "ConfigError: "))
-        super().__init__(why.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {why}")
 
 
 def explain(error: BaseException) -> str:

@@ -45,6 +45,10 @@ def digest(run: Path) -> str:
     return checkpoint.weights_digest(checkpoint.read_weights(path))
 
 
+def told_losses(run: Path) -> list[float]:
+    return [row["loss"] for row in track.read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -64,9 +68,7 @@ def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path):
     told = run_cli(*OFTEN, f"output_dir={run}")
     assert told.returncode == 0, told.stderr
     assert digest(run) == digest(undisturbed)
-    assert [r["loss"] for r in track.read_lines(run / "metrics.jsonl") if "loss" in r] == [
-        r["loss"] for r in track.read_lines(undisturbed / "metrics.jsonl") if "loss" in r
-    ]
+    assert told_losses(run) == told_losses(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -84,10 +86,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, numb
     assert digest(run) == digest(undisturbed)
 
 
-@pytest.mark.parametrize("workers", ["thread", "process"])
-def test_ctrl_c_in_a_terminal_reaches_workers_too_and_stops_none_of_them(tmp_path, workers):
+@pytest.mark.parametrize("more", [["data.workers=thread"], ["data.workers=process"], ["launcher.processes=2"]])
+def test_ctrl_c_in_a_terminal_reaches_workers_and_ranks_too_and_stops_none_of_them(tmp_path, more):
     run = tmp_path / "run"
-    process = started(run, "checkpoint.every_epochs=100", "data.num_workers=2", f"data.workers={workers}")
+    process = started(run, "checkpoint.every_epochs=100", "task.epochs=60", "data.num_workers=2", *more)
     wait_for_step(run, process, 5)
     os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=60)
@@ -115,18 +117,20 @@ def ranks_of(run: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
+    two = ["launcher.processes=2", "task.epochs=2", "task.log_every_steps=3"]  # a mean that spans the kill, too
     for name, kill in (("whole", False), ("cut", True)):
         run = tmp_path / name
-        process = started(run, "launcher.processes=2", "task.epochs=2")
+        process = started(run, *two)
         if kill:
             wait_for_step(run, process, 4)
             for pid in living(run):
                 os.kill(pid, signal.SIGKILL)
             process.wait()
-            process = started(run, "launcher.processes=2", "task.epochs=2")
+            process = started(run, *two)
         told, _ = process.communicate(timeout=200)
         assert process.returncode == 0, told
     assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
+    assert told_losses(tmp_path / "whole") == told_losses(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("victim", ["one", "all"])
@@ -154,6 +158,33 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path):
     assert process.returncode == 1 and time.monotonic() - begin < 60
     assert "it was killed by SIGKILL" in told and "Traceback" not in told
     assert living(run) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("raise", "a deliberate mistake"), ("exit", "it ended by itself with exit code 3")]
+)
+def test_a_rank_that_fails_ends_the_run_in_its_own_words(tmp_path, monkeypatch, fault, says):
+    run = tmp_path / "run"
+    (tmp_path / fault).write_text("1 3")  # rank 1 at step 3
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "faults"))
+    monkeypatch.setenv("MAE_TEST_FOLDER", str(tmp_path))
+    process = started(run, "launcher.processes=2", "task.epochs=100")
+    wait_for_step(run, process, 3)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Process 1 of the run failed" in told and says in told, told
+    assert living(run) == []
+
+
+def test_ranks_end_where_their_launcher_alone_is_killed(tmp_path):
+    run = tmp_path / "run"
+    process = started(run, "launcher.processes=2", "checkpoint.every_epochs=100", "task.epochs=100")
+    wait_for_step(run, process, 5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 60
+    while living(run) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert living(run) == [] and checkpoint.newest_valid(run) is not None
 
 
 def test_a_user_s_error_in_several_processes_is_one_sentence(tmp_path):

@@ -47,7 +47,7 @@ class Job:
             (self.folder / name).write_text(str(text))
 
     def command(self, *overrides: str, checkout: Path = ROOT) -> list[str]:
-        faults = f"export PYTHONPATH={ROOT}/tests/slurm_faults MAE_TEST_FOLDER={self.folder}"
+        faults = f"export PYTHONPATH={ROOT}/tests/faults MAE_TEST_FOLDER={self.folder}"
         output = ["-m"] if "-m" in overrides else [f"output_dir={self.run}"]
         overrides = tuple(o for o in overrides if o != "-m")
         return [sys.executable, str(checkout / "run.py"), *output, *CPU, f"launcher.setup=['{faults}']", *overrides]
@@ -425,7 +425,7 @@ def test_hydra_s_own_launcher_works_and_sees_a_crash_in_any_rank(job):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
     given = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 30, "signal_delay_s": 20}
     plugin = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{key}={value}" for key, value in given.items())]
-    faults = f"export PYTHONPATH={ROOT}/tests/slurm_faults:$PYTHONPATH MAE_TEST_FOLDER={job.folder}"
+    faults = f"export PYTHONPATH={ROOT}/tests/faults:$PYTHONPATH MAE_TEST_FOLDER={job.folder}"
     plugin.append(f"hydra.launcher.setup=['{faults}']")
     for name, code in (("good", 0), ("bad", 1)):
         if code:

@@ -1,4 +1,4 @@
-"""Loaded by every Python of a test's job (PYTHONPATH): slows steps and saves, and breaks ranks, as files in
+"""Loaded by every Python of a test's run (PYTHONPATH): slows steps and saves, and breaks ranks, as files in
 MAE_TEST_FOLDER say. The product knows nothing of it."""
 
 import importlib.abc
@@ -27,6 +27,8 @@ def patch(engine):
         time.sleep(float(said("pace") or 0))
         if said("raise") == f"{rank} {t.progress.step}":
             raise RuntimeError("a deliberate mistake")
+        if said("exit") == f"{rank} {t.progress.step}":
+            os._exit(3)
         return step(t, *rest, **more)
 
     def slow_write(path, *rest):
@@ -54,5 +56,5 @@ class Hook(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "SLURM_PROCID" in os.environ:
+if "SLURM_PROCID" in os.environ or "SLURM_JOB_ID" not in os.environ:  # of a job its ranks alone
     sys.meta_path.insert(0, Hook())
