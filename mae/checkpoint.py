@@ -75,6 +75,7 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
         for name in (WEIGHTS, TRAINER, MANIFEST):
             _flush(temporary / name)
+        _flush(temporary)
         fence.check(path.parent.parent)
         if path.exists():  # a damaged one of the same step
             shutil.rmtree(path)
@@ -163,6 +164,14 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
 
 
+def _epoch(path: Path) -> float:
+    """What a checkpoint says its epoch is; 0 where it is too damaged to say."""
+    try:
+        return float(json.loads((path / MANIFEST).read_text())["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def best_of(run: Path) -> Path | None:
     """The checkpoint that `checkpoints/best` points to, or None."""
     link = run / "checkpoints" / BEST
@@ -203,6 +212,7 @@ class Checkpoints:
         self.run, self.keep, self.keep_every = run, keep, keep_every_epochs
         self.every_epochs, self.every_seconds = every_epochs, (every_minutes or float("inf")) * 60
         self.saved_at = time.monotonic()
+        self._told_late = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}
@@ -210,8 +220,13 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
 
     def late(self) -> bool:
-        """Whether `every_minutes` have passed (the clock of one rank: the others must be told)."""
-        return time.monotonic() - self.saved_at > self.every_seconds
+        """Whether `every_minutes` have passed, said once for each save.
+
+        It is the clock of one rank: all learn of it a step later, and by then a second yes would ask for another save.
+        """
+        late = not self._told_late and time.monotonic() - self.saved_at > self.every_seconds
+        self._told_late |= late
+        return late
 
     def save(
         self,
@@ -226,7 +241,7 @@ class Checkpoints:
         Raises the error of an earlier write.
         """
         self.wait()
-        self.saved_at = time.monotonic()
+        self.saved_at, self._told_late = time.monotonic(), False
         staged = {name: self._stage(f"weights/{name}", tensor) for name, tensor in weights.items()}
         rest = self._stage_tree("trainer", trainer)
         self._thread = threading.Thread(target=self._write, args=(step, epoch, staged, rest, best), daemon=False)
@@ -255,7 +270,7 @@ class Checkpoints:
             write(path, weights, trainer, {"step": step, "epoch": epoch, "saved": time.time()})
             if best:
                 point_to(path, self.run / "checkpoints" / BEST)
-            self._remove_old()
+            self._remove_old(step)
             self._compare_with_warning(time.monotonic() - self.saved_at)
         except BaseException as error:  # raised in the main thread by the next wait()
             self._error = error
@@ -283,13 +298,14 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, step: int) -> None:
+        """Removes what the config does not keep of the checkpoints up to this step; later ones were passed over as
+        damaged when the run began, and take no other's place."""
         kept_forever: dict[int, Path] = {}
-        paths = checkpoints_of(self.run)
+        paths = [path for path in checkpoints_of(self.run) if path.name <= step_name(step)]
         if self.keep_every:
             for path in paths:  # the first one of each period
-                epoch = json.loads((path / MANIFEST).read_text()).get("epoch", 0.0)
-                kept_forever.setdefault(int(epoch / self.keep_every + 1e-9), path)
+                kept_forever.setdefault(int(_epoch(path) / self.keep_every + 1e-9), path)
             kept_forever.pop(0, None)
         best = best_of(self.run)
         for path in paths[: -self.keep]:

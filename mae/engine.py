@@ -81,6 +81,7 @@ def train(
     """
     p, plan, ranks = t.progress, t.plan, t.ranks
     metrics: dict[str, Any] = {}
+    losses: Tensor | float = 0.0  # of this step's micro-batches
     clock = Clock(p.step)
     profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
     with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
@@ -90,7 +91,7 @@ def train(
                     loss = t.model(batch)["loss"] * batch["weight"]
                 ranks.alive()
                 t.scaler.scale(poisoned(loss)).backward()
-            p.loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0)
+            losses = losses + loss.detach()
             if not last_of_step:
                 continue
 
@@ -98,6 +99,8 @@ def train(
             last = p.step + 1 == plan.steps
             logged = last or (p.step + 1) % log_every_steps == 0
             watched = take_step(t, clip_grad, by_block=logged)
+            p.loss_sum += torch.where(p.bad_run > 0, 0.0, losses)  # a skipped step has no loss
+            losses = 0.0
             p.step += 1
             profiler.step()
 
@@ -155,7 +158,8 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
     """Figures since the last log point, over all ranks. The one place where the host waits for the device."""
     p = t.progress
     skipped = int(p.bad_steps) - p.skips_told
-    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / max(1, p.step - p.logged_at - skipped)
+    counted = p.step - p.logged_at - skipped
+    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / (counted or math.nan)
     p.loss_sum.zero_()
     p.logged_at = p.step
     if skipped:

@@ -113,7 +113,9 @@ class Training:
 
     def save(self) -> None:
         """A checkpoint of this moment; all ranks must call."""
-        states = self.ranks.gather(checkpoint.random_state())
+        states, losses = zip(
+            *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
+        )
         weights = sharding.gathered(self.task.model.state_dict())
         optimizer = sharding.gathered(self.optimizer.state_dict())
         if self.ranks.main:
@@ -121,8 +123,9 @@ class Training:
                 "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress),
+                "loss_sums": list(losses),
                 "task": self.task.extra_state(),
-                "random": states,
+                "random": list(states),
                 "config": OmegaConf.to_yaml(self.cfg),
             }
             epoch = self.progress.step / self.plan.steps_per_epoch
@@ -136,6 +139,9 @@ class Training:
         self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
         self.progress.load(trainer["progress"])
+        losses = trainer.get("loss_sums", [float(self.progress.loss_sum)])
+        mean = sum(losses) / len(losses)  # where there are other ranks now
+        self.progress.loss_sum.fill_(losses[self.ranks.rank] if len(losses) == self.ranks.world else mean)
         if self.ranks.rank < len(trainer["random"]):
             checkpoint.set_random_state(trainer["random"][self.ranks.rank])
         log.info("goes on from %s", path)

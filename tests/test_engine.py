@@ -201,6 +201,26 @@ def test_old_checkpoints_are_removed_but_for_every_nth(tmp_path):
     assert [int(p.name[5:]) for p in checkpoint.checkpoints_of(tmp_path)] == [30, 60, 70, 80]
 
 
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_place(tmp_path):
+    damaged = tmp_path / "checkpoints" / checkpoint.step_name(100)
+    damaged.mkdir(parents=True)  # after a power cut, perhaps
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=1, keep_every_epochs=1)
+    for step in (10, 20, 100, 110):
+        saver.save(step, step / 100, {"w": torch.ones(2)}, {"step": step})
+        saver.wait()
+        kept = [int(p.name[5:]) for p in checkpoint.checkpoints_of(tmp_path)]
+        assert kept == {10: [10, 100], 20: [20, 100], 100: [100], 110: [100, 110]}[step]
+    assert checkpoint.verify(damaged)["epoch"] == 1.0
+
+
+def test_a_late_save_is_asked_for_once(tmp_path):
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=1e-9, keep=2, keep_every_epochs=None)
+    for step in (1, 2):
+        assert saver.late() and not saver.late()
+        saver.save(step, 0.1, {"w": torch.ones(2)}, {})
+    saver.wait()
+
+
 def test_saving_copies_before_it_returns(tmp_path):
     saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=2, keep_every_epochs=None)
     weight, moment = torch.zeros(1000), {"m": [torch.zeros(1000)]}
@@ -260,3 +280,31 @@ def test_a_skipped_step_leaves_metrics_readable(tmp_path):
     first = next(row for row in track.read_lines(tmp_path / "metrics.jsonl") if "loss" in row)
     assert first["loss"] == pytest.approx(1.5, rel=0.3) and first["grad_norm"] is None
     assert "skipped 1 steps" in (tmp_path / "events.jsonl").read_text()
+
+
+class Overflowing(torch.nn.Module):
+    """A task whose loss is finite and whose gradient is not, at its second call: as float16 overflows."""
+
+    def __init__(self, task: torch.nn.Module):
+        super().__init__()
+        self.task, self.calls = task, 0
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        loss = self.task(batch)["loss"]
+        if self.calls == 2:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+            loss = loss * 1.0
+        return {"loss": loss}
+
+
+def test_the_loss_told_is_that_of_the_steps_taken(tmp_path):
+    told = []
+    for every in (1, 2):
+        t = set_up_here(tmp_path / str(every), "task.max_steps=2", f"task.log_every_steps={every}")
+        t.tracker = track.JsonLines(t.run)
+        t.model = Overflowing(t.task)
+        engine.call(engine.train, t.cfg.task, t)
+        told.append([row["loss"] for row in track.read_lines(t.run / "metrics.jsonl") if "loss" in row])
+    (first, skipped), (both,) = told
+    assert skipped is None and both == first
