@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from floor import products
 from peers import VIT_BASE, soft_targets, timm_classifier, training_step
-from protocol import Case, arguments, best_format, compare, interleave, print_times, report
+from protocol import Case, arguments, as_run, best_format, compare, interleave, print_mfu, print_times, report
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.vit import classifier
 
@@ -41,9 +42,14 @@ def main() -> None:
         Case("timm", step(timm_classifier(), fused=False)),
     ]
     cases.append(Case("ours, its products alone", products(cases[0].run), cases[0].keeps_memory))
+    as_run(ours, device)
     seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     print_times(seconds)
+    if device == "cuda":
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            classifier(**VIT_BASE, num_classes=1000, drop_path=0.0, global_pool="avg")(torch.empty(1, 3, 224, 224))
+        print_mfu(seconds["ours"], 3 * args.batch * counter.get_total_flops())
     name = f"fine-tune step against timm's model as it comes, both {dtype_name}"
     report([compare(11, name, seconds["ours"], seconds["timm"], 1.3, seconds[cases[-1].name])], args.json)
 

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from mae.accelerate import compile_blocks
 from mae.allocator import keep_freed_memory, return_freed_memory
-from mae.device import number_format
+from mae.device import number_format, pick
 
 UNTIMED = 2  # of a turn: after one alone a step of ours still faults in pages that its later ones have, measured
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -49,6 +51,22 @@ def best_format(device: str) -> tuple[torch.dtype, str]:
     return dtype, str(dtype).removeprefix("torch.")
 
 
+def as_run(model: nn.Module, device: str) -> None:
+    """On a GPU: TF32 and compiled blocks, as our runs have them."""
+    if device == "cuda":
+        pick(device)
+        compile_blocks(model, mode=None)
+
+
+def print_mfu(seconds: list[float], operations: int) -> None:
+    """Model FLOPs utilisation of a step of so many operations, against the rate that this GPU reaches on large bf16
+    products."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = interleave([Case("product", lambda: a @ a)], rounds=10, warmups=5, device="cuda")["product"]
+    rate = 2 * 8192**3 / min(product)
+    print(f"measured matrix rate {rate / 1e12:.1f} TFLOP/s, MFU {operations / min(seconds) / rate:.3f}")
+
+
 def arguments(description: str | None, **defaults: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -77,13 +95,14 @@ def interleave(
                 keep_freed_memory() if case.keeps_memory else return_freed_memory()
             for _ in range(UNTIMED):
                 case.run()
-            taken = _timed(case.run, device, CLOCKS[clock])
+            taken = timed(case.run, device, CLOCKS[clock])
             if turn >= warmups:
                 seconds[case.name].append(taken)
     return seconds
 
 
-def _timed(run: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
+def timed(run: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
+    """Seconds from the call to the end of the work that it gave the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = clock()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from protocol import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -20,10 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     parser = arguments(__doc__, rounds=3, batch=32)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="+", help="1 2, on GPUs as many of 1 2 4 8 as there are")
     parser.add_argument("--model", default="vit_tiny")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    args.processes = args.processes or ([n for n in (1, 2, 4, 8) if n <= gpus] if args.device == "cuda" else [1, 2])
     found: dict[int, list[float]] = {n: [] for n in args.processes}
     for _ in range(args.rounds):
         for processes in args.processes:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from floor import products
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Case, Row, arguments, best_format, compare, interleave, print_times, report
+from protocol import Case, Row, arguments, as_run, best_format, compare, interleave, print_mfu, print_times, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.flops import flops
@@ -42,6 +42,7 @@ def main() -> None:
 
     theirs = reference_step(images, device)
     floors = {c.name: Case(f"{c.name}, its products alone", products(c.run), keeps) for c in (half, single)}
+    as_run(ours, device)
     mine = [half] if half is single else [half, single]
     seconds = interleave([*mine, Case("reference float32", theirs), *floors.values()], **timing)
     print_times(seconds)
@@ -63,7 +64,8 @@ def main() -> None:
         name, peer = f"pretrain step against transformers' ViTMAE, both {best_name}", seconds["transformers"]
         rows.append(compare(3, name, seconds[half.name], peer, 1.45, seconds[floor.name]))
     if device == "cuda":
-        print_mfu(seconds[half.name], args.batch)
+        numbers = {k: v for k, v in {**VIT_BASE, **DECODER}.items() if "num_heads" not in k and k != "norm_pix_loss"}
+        print_mfu(seconds[half.name], 3 * args.batch * flops(**numbers, mask_ratio=MASK_RATIO).total)
     report(sorted(rows, key=lambda row: row.row), args.json)
 
 
@@ -84,16 +86,6 @@ def flop_row() -> Row:
             counts.append(counter.get_total_flops() / 1e9)
     name = "GFLOP a training image, ours over the reference's (less is better)"
     return Row(4, name, counts[0], counts[1], counts[0] / counts[1], 0.978)
-
-
-def print_mfu(seconds: list[float], batch: int) -> None:
-    """Model FLOPs utilisation against the rate this device reaches on large bf16 products."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = interleave([Case("product", lambda: a @ a)], rounds=10, warmups=5, device="cuda")["product"]
-    rate = 2 * 8192**3 / min(product)
-    numbers = {k: v for k, v in {**VIT_BASE, **DECODER}.items() if "num_heads" not in k and k != "norm_pix_loss"}
-    work = 3 * batch * flops(**numbers, mask_ratio=MASK_RATIO).total
-    print(f"measured matrix rate {rate / 1e12:.1f} TFLOP/s, MFU {work / min(seconds) / rate:.3f}")
 
 
 if __name__ == "__main__":
