@@ -18,6 +18,7 @@ from mae.data.decode import Decoder, oriented
 from mae.data.folder import image_folder
 from mae.data.known import cifar10, given_root
 from mae.data.loader import Loader
+from mae.data.reader import Record
 from mae.data.source import BadImage
 from mae.geometry import cut
 
@@ -360,6 +361,45 @@ def spoilt(tmp_path):
     return root
 
 
+def test_what_no_image_can_be_is_not_read(tmp_path, monkeypatch):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for k in range(4):
+        photo((30, 30)).save(root / f"{k}.jpg")
+    os.mkfifo(root / "5.jpg")
+    with open(root / "6.jpg", "wb") as file:
+        file.truncate(2 << 40)  # a hole of two terabytes
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    (root / "7.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    source = opened(root, val_fraction=0.01).source
+    said = {}
+    for k in range(len(source)):
+        try:
+            source[k]
+        except BadImage as error:
+            said[source.name(k)] = str(error)
+    assert said == {
+        "5.jpg": "is not a regular file",
+        "6.jpg": f"{2 << 40} bytes are more than an image of data.max_pixels takes",
+        "7.jpg": "not an image of a known kind",
+    }
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_rank_judges_its_share_of_the_bad_files():
+    def bad(record, seen, count):
+        batch = {"index": torch.arange(seen), "bad": [(k, f"{k}.jpg", "empty") for k in range(count)]}
+        record.receive(batch)
+
+    for world, repeats in ((1, 1), (8, 1), (8, 4)):
+        record = Record(8000, 0.01, None, world=world, repeats=repeats)
+        bad(record, repeats * 1000 * 8 // world, 10 * 8 // world)  # a whole epoch of this rank, 1 % of it
+        with pytest.raises(ValueError, match="cannot be used, more than data.max_bad_fraction=0.01"):
+            bad(record, repeats, 1 + 10 * 8 // world)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_are_replaced_and_reported_once(spoilt, tmp_path, workers):
     source = opened(spoilt, val_fraction=0.03)
@@ -391,10 +431,10 @@ def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
 def test_files_that_may_not_be_read_are_bad_files(spoilt, tmp_path, monkeypatch):
     plain = folder.read
 
-    def refused(path):  # by the file system, whoever runs the tests
+    def refused(path, most):  # by the file system, whoever runs the tests
         if path.endswith("good_07.jpg"):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path)
+        return plain(path, most)
 
     monkeypatch.setattr(folder, "read", refused)
     loader = load(opened(spoilt, val_fraction=0.03), tmp_path, 0, max_bad_fraction=0.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_here
+from PIL import Image
 
 from mae.data import flat, pack, store
 from mae.data.hub import hf
@@ -77,6 +78,24 @@ def test_rows(made, kind):
     words = opened(made / kind, label_column="kind")
     assert words.classes == ["bar", "zoo"] and words.labels[:3].tolist() == [1, 0, 0]
     assert opened(made / kind, label_column=None)[0][1] == -1
+
+
+def test_a_row_that_names_a_file_elsewhere_is_a_bad_image(tmp_path):
+    import pandas as pd
+
+    root = tmp_path / "set"
+    root.mkdir()
+    for place in (root, tmp_path):
+        Image.fromarray(PICTURES[0]).save(place / "x.png")
+    paths = ["x.png", str(root / "x.png"), str(tmp_path / "x.png"), "../x.png"]
+    rows = pd.DataFrame({"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1, 0, 1]})
+    rows.to_parquet(root / "train.parquet")
+    source = opened(root, val_split=None, val_fraction=0.5).source
+    for k in (0, 1):
+        assert torch.equal(source[k][0], torch.from_numpy(PICTURES[0]).permute(2, 0, 1))
+    for k in (2, 3):
+        with pytest.raises(BadImage, match="which leads out of"):
+            source[k]
 
 
 def test_a_part_is_held_out_where_there_is_no_second_split(made):
@@ -255,6 +274,9 @@ def test_parquet_files_that_we_pack_are_read_by_datasets_as_a_stream_and_in_runs
     out = tmp_path / "out"
     command = [str(out), "data=folder", f"data.root={folder}", f"data.cache_dir={tmp_path / 'cache'}"]
     command += ["--format", "parquet", "--per-shard", "20", "--workers", "1"]
+    assert pack.main(command) == 1
+    assert "1 of 55 images cannot be used, more than data.max_bad_fraction=0.01 allows" in capsys.readouterr().err
+    command.append("data.max_bad_fraction=0.05")
     assert pack.main(command) == 0
     assert "train: " in (told := capsys.readouterr().out) and "3 shards" in told
     head, _ = flat.read(out / "train" / "index.bin")

@@ -117,6 +117,18 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
 # ---------------------------------------------------------------- statistics
 
 
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_files_of_two_types_are_named(root, workers):
+    for path in root.glob("town/*.npy"):
+        path.write_bytes(npy((bands(np.uint16) // 256).astype(np.uint8)))
+    transform = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    options = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
+    source = opened(root, val_fraction=0.01)
+    loader = Loader(source, transform, 14, 14, 0, num_workers=1, workers=workers, max_bad_fraction=0.0, **options)
+    with pytest.raises(ValueError, match=r"holds uint(8|16) and .* uint(16|8): all files must be of one type"):
+        list(map(list, loader.steps(0)))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 def test_statistics_are_those_of_all_pixels(dtype):
     images = (torch.rand(40, 3, 7, 9) * torch.tensor([50, 150, 250]).view(3, 1, 1)).to(dtype)

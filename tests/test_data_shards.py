@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 import time
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mae import augment
-from mae.data import pack, shards, store
+from mae.data import folder, pack, shards, store
 from mae.data.decode import Decoder
 from mae.data.folder import image_folder
 from mae.data.known import digits
@@ -185,6 +186,44 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         opened(tmp_path / "damaged", tmp_path)[0]
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other.tar", "a/../../other.tar", "a\0.tar"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_that_leads_out_of_the_root_is_refused(packed, tmp_path, name, remote):
+    root, index = tmp_path / "set", Index.load(packed / "train" / "index.bin")
+    root.mkdir()
+    index.names[3] = name
+    index.save(root / "index.bin")
+    with pytest.raises(ValueError, match=r"name '.*', which leads out of data\.root"):
+        opened(f"file://{root}" if remote else root, tmp_path)
+
+
+def test_a_link_that_leads_out_of_the_root_is_refused(packed, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.tar").symlink_to(packed / "train" / "shard-000000.tar")
+    with pytest.raises(ValueError, match=r"the shard x\.tar in .* is a link that leads out of data\.root"):
+        opened(tmp_path / "set", tmp_path)
+
+
+def test_members_that_are_no_images_are_refused(tmp_path):
+    def shard(label, size):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "set" / "x.tar", "w") as archive:
+            for name, data in (("a.jpg", bytes(size)), ("a.cls", label)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+    for label in (b"2000000000", b"-1", b"99999999999999"):
+        shard(label, 10)
+        with pytest.raises(ValueError, match=r"a\.cls holds the label .*: it must be from 0 to 999999"):
+            opened(tmp_path / "set", tmp_path)
+    shard(b"1", 1000)
+    source = opened(tmp_path / "set", tmp_path).source
+    source.decoder.most_bytes = 999
+    with pytest.raises(BadImage, match="1000 bytes are more than an image of data.max_pixels takes"):
+        source[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -279,6 +318,19 @@ def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeyp
     assert source.store.fs.count > 10
 
 
+def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, tmp_path, monkeypatch):
+    root = shutil.copytree(packed / "train", tmp_path / "foreign")
+    (root / "index.bin").unlink()
+    monkeypatch.setattr(store, "PAUSE", 0.01)
+    plain = store.Remote(f"file://{root}", tmp_path / "cache", 1.0, 1.0).fs
+    monkeypatch.setattr(store.Remote, "fs", Flaky(plain))
+    found = opened(f"file://{root}", tmp_path).source.index
+    assert found.names == Index.load(packed / "train" / "index.bin").names and found.counts.sum() == 110
+    monkeypatch.setattr(store.Remote, "fs", Flaky(plain, lost="shard-000003.tar"))
+    with pytest.raises(ValueError, match="the shard shard-000003.tar in data.root=.* cannot be read: .*went away"):
+        opened(f"file://{root}", tmp_path / "other", retry_s=0.1)
+
+
 def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
@@ -288,6 +340,30 @@ def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeyp
     assert len(seen) == 110 and not any(source.index.shard(i) == 2 for i in seen)
     with pytest.raises(BadImage, match="the shard shard-000002.tar cannot be fetched: .*went away"):
         source[30]
+
+
+def test_threads_that_want_a_shard_which_fails_wait_for_one_try(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.01)
+    source = opened(f"file://{packed}", tmp_path, retry_s=0.3)
+    source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    tries = []
+    plain = source.store._tried
+    source.store._tried = lambda *given, **more: tries.append(given[0]) or plain(*given, **more)
+    refused = []
+
+    def want():
+        with pytest.raises(BadImage, match="the shard shard-000002.tar cannot be fetched"):
+            source[30]
+        refused.append(1)
+
+    threads = [threading.Thread(target=want) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3 and tries == ["shard-000002.tar"]
+    later = opened(f"file://{packed}", tmp_path)  # a new start tries again
+    assert later[30][1] == source.labels[30]
 
 
 @pytest.mark.parametrize("root", ["nonsense://x", "file:///nowhere/at/all"])
@@ -360,6 +436,45 @@ def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
         assert "bad.jpg" in (tmp_path / "kept" / "bad_files.csv").read_text()
     pack.pack(source, tmp_path / "small", pack.Form(60, 90), 9, workers=1)
     assert opened(tmp_path / "small", tmp_path, val_fraction=0.3)[0][0].shape == (3, 60, 80)
+
+
+def test_a_place_that_cannot_be_read_is_not_packed_as_if_it_were_empty(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for k in range(30):
+        Image.new("RGB", (9, 9), (k, k, k)).save(root / f"{k}.png")
+    command = [str(tmp_path / "out"), "data=folder", f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}"]
+    command += ["--workers", "1", "--per-shard", "10"]
+    plain = folder.read
+
+    def stale(path, most):  # as of a mount whose server is gone
+        raise OSError(116, "Stale file handle", path)
+
+    monkeypatch.setattr(folder, "read", stale)
+    assert pack.main(command) == 1
+    told = capsys.readouterr().err
+    assert "27 of 27 images cannot be used, more than data.max_bad_fraction=0.01" in told and "Stale file" in told
+    monkeypatch.setattr(folder, "read", plain)
+    assert pack.main(command) == 0 and "27 images in 3 shards" in capsys.readouterr().out
+
+
+def test_what_cannot_be_packed_is_said(tmp_path, capsys):
+    assert pack.main([str(tmp_path / "a"), "data=scientific", f"data.root={tmp_path}"]) == 1
+    assert "data=scientific cannot be packed" in capsys.readouterr().err
+    for option in (["--per-shard", "0"], ["--size", "-1"], ["--quality", "200"], ["--workers", "0"]):
+        with pytest.raises(SystemExit):
+            pack.main([str(tmp_path / "a"), "data=digits", *option])
+        assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_is_one_sentence(source, tmp_path, monkeypatch, workers):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "write", full)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar cannot be written: No space left on device\.$"):
+        pack.pack(source, tmp_path / "out", KEEP, 60, workers=workers)
 
 
 def test_the_program(tmp_path, capsys):

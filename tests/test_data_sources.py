@@ -154,6 +154,12 @@ def test_tables(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_without_a_label_have_none(root, kind):
+    train = listed(root, written(FRAME.assign(label=["zebra", None, "ant", "ant"]), root, kind))
+    assert train.classes == ["ant", "zebra"] and train.labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_faults_of_tables(root, kind):
     with pytest.raises(ValueError, match="data.file=.*has no column path"):
         listed(root, written(FRAME[["label"]], root, kind))
@@ -167,6 +173,8 @@ def test_faults_of_tables(root, kind):
     (root / "link.png").symlink_to("/etc/hosts")
     with pytest.raises(ValueError, match="which leads out of data.root"):
         listed(root, written(FRAME.assign(path="link.png"), root, kind))
+    with pytest.raises(ValueError, match="data.file=.*names no path in row 2"):
+        listed(root, written(FRAME.assign(path=["train/cow/0.png", None, *FRAME.path[2:]]), root, kind))
     with pytest.raises(ValueError, match="data.file=.*cannot be read"):
         listed(root, str(root / f"nowhere.{kind}"))
     with pytest.raises(ValueError, match="data.file is not set"):

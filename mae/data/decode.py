@@ -16,6 +16,11 @@ from mae.data.source import BadImage
 from mae.geometry import Boxed, inside
 
 EXIF_ORIENTATION = 0x0112
+# Pillow would start Ghostscript for a file that is PostScript whatever its name says
+Image.init()
+WANTED = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
+KINDS = [kind for kind in WANTED if kind in Image.OPEN]
+BYTES_A_PIXEL, SLACK = 8, 64 << 20  # no image file takes more than 16 bits of four channels, and what goes with them
 
 
 class Decoder:
@@ -23,6 +28,7 @@ class Decoder:
 
     def __init__(self, in_chans: int, exif_orientation: bool, max_pixels: int):
         self.in_chans, self.exif_orientation, self.max_pixels = in_chans, exif_orientation, max_pixels
+        self.most_bytes = BYTES_A_PIXEL * max_pixels + SLACK  # of a file
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans)
         if self.mode is None:
             raise ValueError(f"data.in_chans={in_chans}: image files have 1, 3 or 4 channels.")
@@ -57,7 +63,7 @@ class Decoder:
 
     def _pillow(self, data: bytearray) -> Tensor:
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=KINDS) as image:
                 self._check_size(*image.size)
                 if self.exif_orientation:
                     image = ImageOps.exif_transpose(image)
@@ -77,7 +83,7 @@ class Decoder:
 def exif_orientation(data: bytearray) -> int:
     """1 to 8 (Exif 2.32, table 4); 1 where nothing is said."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=KINDS) as image:
             return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # a damaged Exif block does not make the pixels bad
         return 1

@@ -1,6 +1,7 @@
 """Any tree of images: labelled by sub-folder, or flat or nested and unlabelled."""
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ class Files(Encoded):
     def __init__(self, listing: Listing, decoder: Callable[..., Tensor]):
         self.listing, self.decoder, self.classes = listing, decoder, listing.classes
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
+        self.most_bytes = decoder.most_bytes if isinstance(decoder, Decoder) else None
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -29,7 +31,7 @@ class Files(Encoded):
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
         try:
-            return read(self.listing.path(index))
+            return read(self.listing.path(index), self.most_bytes)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
 
@@ -37,13 +39,23 @@ class Files(Encoded):
         return self.listing.name(index)
 
 
-def read(path: str) -> bytearray:
-    """A file's bytes, writable so that torch can look at them without a copy."""
-    with open(path, "rb", buffering=0) as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
+def read(path: str, most: int | None = None) -> bytearray:
+    """A file's bytes, writable so that torch can look at them without a copy. Raises OSError, BadImage for more than
+    `most`."""
+    with open(path, "rb", buffering=0, opener=_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("is not a regular file")
+        if most is not None and status.st_size > most:
+            raise BadImage(f"{status.st_size} bytes are more than an image of data.max_pixels takes")
+        data = bytearray(status.st_size)
         count = file.readinto(data)
     assert count is not None
     return data if count == len(data) else data[:count]
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would be waited for
 
 
 def image_folder(

@@ -1,5 +1,6 @@
 """Hugging Face `datasets`: Parquet or Arrow files, in a folder or on the Hub; or Parquet files as a stream."""
 
+import os
 import posixpath
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import numpy as np
 from mae.data.decode import Decoder
 from mae.data.folder import read
 from mae.data.known import given_root
-from mae.data.listing import cache_folder
+from mae.data.listing import cache_folder, inside
 from mae.data.rowgroups import RowGroups, indexed, numbered
 from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
 from mae.data.store import Local, Remote, is_remote
@@ -20,8 +21,11 @@ HUB = "hf://"
 class Rows(Encoded):
     """The rows of a data set; the image column stays encoded until it is asked for."""
 
-    def __init__(self, rows: Any, image: str, labels: np.ndarray | None, classes: list[str], decoder: Decoder):
+    def __init__(
+        self, rows: Any, image: str, labels: np.ndarray | None, classes: list[str], decoder: Decoder, root: str
+    ):
         self.rows, self.image, self.labels, self.classes, self.decoder = rows, image, labels, classes, decoder
+        self.root = root  # the folder in which files that a row names must lie
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,7 +41,10 @@ class Rows(Encoded):
         if isinstance(value, dict) and value.get("bytes") is not None:
             return bytearray(value["bytes"])
         try:
-            return read(value["path"])
+            path = os.path.join(self.root, value["path"])
+            if not inside(os.path.realpath(self.root), path):
+                raise BadImage(f"names {path}, which leads out of {self.root}")
+            return read(path, self.decoder.most_bytes)
         except (OSError, KeyError, TypeError) as error:
             raise BadImage(f"no image in its column {self.image}") from error
 
@@ -95,7 +102,9 @@ def hf(
     labels, classes = _labels(rows, label_column)
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    source = Rows(rows, image_column, labels, classes, Decoder(in_chans, exif_orientation, max_pixels))
+    decoder = Decoder(in_chans, exif_orientation, max_pixels)
+    place = str(cache_dir or datasets.config.HF_CACHE_HOME) if root.startswith(HUB) else root
+    source = Rows(rows, image_column, labels, classes, decoder, os.path.expanduser(place))
     if val_split is not None:
         return source
     return Subset(source, split_indices(labels, len(source), val_fraction, split))
@@ -138,6 +147,8 @@ def parquet_files(
     found = [name for name in names if any(mark in f"/{name}" for mark in marks)]
     if not found:
         raise ValueError(f"data.root={root} holds no Parquet files of the split {part}: {part}/* or {part}-*.parquet.")
+    for name in found:
+        store.check(name)
     return store, found
 
 

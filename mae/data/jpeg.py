@@ -69,17 +69,30 @@ def part(data: bytearray, grey: bool, box: Box) -> Tensor | None:
         backends = [library.Backend(library.CPU_ONLY)]
         OWN.decoder = library.Decoder(library.NVIMGCODEC_DEVICE_CPU_ONLY, 1, backends, ":fancy_upsampling=1")
     top, left, height, width = box
-    view = library.CodeStream(data).get_sub_code_stream(region=library.Region(top, left, top + height, left + width))
+    region = library.Region(top, left, top + height, left + width)
     colours = library.ColorSpec.GRAY if grey else library.ColorSpec.SRGB
-    image = OWN.decoder.decode(view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours))
+    try:
+        view = library.CodeStream(data).get_sub_code_stream(region=region)
+        image = OWN.decoder.decode(view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours))
+    except RuntimeError:  # what it can throw on a damaged file
+        return None
     return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
 
 OWN = threading.local()  # each thread's decoder
 
 
-@functools.cache
+LOADING = threading.Lock()  # functools.cache lets two threads in at first
+
+
 def _library() -> Any:
+    """nvImageCodec, or None; loaded once."""
+    with LOADING:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
     """nvImageCodec with its JPEG decoder for the CPU and no other; None where it is not installed.
 
     Otherwise it loads the decoders of all kinds, each of which writes to the terminal that it misses a GPU's library.

@@ -42,19 +42,21 @@ def table(
     real_root = os.path.realpath(top)
     for row in rows(Path(file).expanduser()):
         path, label, part = row
+        if not path:
+            raise ValueError(f"data.file={file} names no path in row {len(held) + 1}.")
         leads_out = os.path.isabs(path) or ".." in path.split("/")
         if leads_out or not follow_links and not inside(real_root, os.path.join(real_root, path)):
             raise ValueError(f"data.file={file} names {path}, which leads out of data.root={root}.")
         if part is not None and part not in SPLITS:
             raise ValueError(f"data.file={file} has split={part}: it must be one of {', '.join(SPLITS)}.")
-        found.add(path, -1 if label is None else number.setdefault(label, len(number)))
+        found.add(path, -1 if label in (None, "") else number.setdefault(label, len(number)))
         held.append(part is not None and SPLITS[part] == "val")
     if not held:
         raise ValueError(f"data.file={file} has no rows.")
     listing = found.listing(str(top), sorted(number))
     if number:
         rank = np.argsort(np.argsort([*number]))  # numbers as met -> numbers in sorted order
-        listing.labels = rank[listing.labels].astype(np.int32)
+        listing.labels = np.where(listing.labels < 0, -1, rank[listing.labels]).astype(np.int32)
     files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
     if any(held):
         return Subset(files, np.flatnonzero(np.array(held) == (split == "val")))

@@ -73,7 +73,7 @@ class Loader:
             getattr(self.source, "order", None),
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.record = Record(len(self.source), max_bad_fraction, bad_csv)
+        self.record = Record(len(self.source), max_bad_fraction, bad_csv, world=world, repeats=repeats)
         self._start = (0, 0)
         self._running: Iterator | None = None  # going on from `_start`
         reader = Reader(self.source, transform, seed, num_patches, repeats)

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from mae.data import SOURCES, flat
+from mae.data.reader import Failure
 from mae.data.shards import INDEX, Index
 from mae.data.source import Source
 from mae.data.tar import Members, joined
@@ -44,7 +45,14 @@ class Jobs(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> int:
+    def __getitem__(self, number: int) -> int | Failure:
+        try:
+            return self.write(number)
+        except (OSError, ValueError) as error:  # home whole, instead of as a traceback in a traceback
+            return Failure(f"{self.paths[number]} cannot be written: {getattr(error, 'strerror', None) or error}.")
+
+    def write(self, number: int) -> int:
+        """Writes a shard and its note; its number of images."""
         path = self.paths[number]
         part = write(self.source, self.parts[number], path, self.form)
         note = path.parent / NOTES / f"{path.name}.note"
@@ -63,9 +71,19 @@ def done(path: Path) -> bool:
 
 
 def pack(
-    source: Source, out: Path, form: Form, per_shard: int, workers: int, seed: int = 0, kind: str = "tar"
+    source: Source,
+    out: Path,
+    form: Form,
+    per_shard: int,
+    workers: int,
+    seed: int = 0,
+    kind: str = "tar",
+    max_bad_fraction: float = 1.0,
 ) -> dict[str, Any]:
-    """Packs a source into `out`. Returns counts. Raises ValueError where `out` holds something else."""
+    """Packs a source into `out`. Returns counts.
+
+    Raises ValueError where `out` holds something else or cannot be written to, or too many images cannot be used.
+    """
     if kind == "parquet":
         try:
             import pyarrow  # noqa: F401  # an extra
@@ -84,9 +102,18 @@ def pack(
     with Progress(disable=not sys.stderr.isatty()) as progress:
         completed = len(source) - sum(len(part) for part, _ in left)
         bar = progress.add_task("packing", total=len(source), completed=completed)
-        for images in written:
-            progress.advance(bar, images)
-    return finish(source, out, paths)
+        try:
+            for images in written:
+                if isinstance(images, Failure):
+                    raise ValueError(images.message)
+                progress.advance(bar, images)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise ValueError(
+                "a packing process was killed, most likely for lack of memory: try fewer --workers."
+            ) from error
+    return finish(source, out, paths, max_bad_fraction)
 
 
 def prepare(out: Path, plan: dict[str, Any]) -> None:
@@ -104,8 +131,12 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
     begun.write_text(json.dumps(plan))
 
 
-def finish(source: Source, out: Path, paths: list[Path]) -> dict[str, Any]:
-    """Verifies the shards by their checksums, writes the index and the list of bad files."""
+def finish(source: Source, out: Path, paths: list[Path], max_bad_fraction: float) -> dict[str, Any]:
+    """Verifies the shards by their checksums, writes the index and the list of bad files.
+
+    Where more files than allowed were bad, their shards are removed, so that a start makes them anew: a place that
+    could not be reached for a time has lost nothing. Raises ValueError.
+    """
     parts, heads, bad = [], [], []
     for path in paths:
         head, arrays = flat.read(path.parent / NOTES / f"{path.name}.note")
@@ -115,6 +146,16 @@ def finish(source: Source, out: Path, paths: list[Path]) -> dict[str, Any]:
         parts.append(arrays)
         heads.append(head)
         bad += head["bad"]
+    if len(bad) > max_bad_fraction * len(source):
+        for path, head in zip(paths, heads, strict=True):
+            if head["bad"]:
+                path.unlink()
+                (path.parent / NOTES / f"{path.name}.note").unlink()
+        names = ", ".join(f"{name} ({reason})" for _, name, reason in bad[:3])
+        raise ValueError(
+            f"{len(bad)} of {len(source)} images cannot be used, more than data.max_bad_fraction={max_bad_fraction:g} "
+            f"allows; the first: {names}. Start again to try them anew."
+        )
     if bad:
         with open(out / BAD, "w", newline="") as file:
             csv.writer(file).writerows([("index", "name", "reason"), *bad])
@@ -165,23 +206,40 @@ def opened(data: dict[str, Any], split: str) -> Source:
     return make(split, **{name: data[name] for name in wanted})
 
 
+def positive(text: str) -> int:
+    """A number of the command line that must be 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mae.data.pack", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder; train/ and val/ are made in it")
     parser.add_argument("overrides", nargs="+", help="data=..., data.root=..., as for run.py")
     parser.add_argument("--format", choices=sorted(WRITERS), default="tar", help="of the shards (default tar)")
-    parser.add_argument("--size", type=int, help="pixels of the shorter side; without it files stay as they are")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, with --size (default 90)")
-    parser.add_argument("--per-shard", type=int, default=2048, help="images in a shard (default 2048)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--size", type=positive, help="pixels of the shorter side; without it files stay as they are")
+    parser.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="1-100",
+        default=90,
+        help="of JPEG, with --size (default 90)",
+    )
+    parser.add_argument("--per-shard", type=positive, default=2048, help="images in a shard (default 2048)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
         data = data_group(options.overrides)
+        if data["name"] == "scientific":
+            raise ValueError("data=scientific cannot be packed: shards hold images of 1, 3 or 4 channels of 8 bits.")
         for split in ("train", "val"):
             form = Form(options.size, options.quality)
             given = (form, options.per_shard, options.workers)
-            made = pack(opened(data, split), options.out / split, *given, kind=options.format)
+            limit = data.get("max_bad_fraction", 1.0)
+            made = pack(opened(data, split), options.out / split, *given, kind=options.format, max_bad_fraction=limit)
             sys.stdout.write(
                 f"{options.out / split}: {made['images']} images in {made['shards']} shards, "
                 f"{made['bytes'] / 1e6:.1f} MB, {made['bad']} bad files left out\n"

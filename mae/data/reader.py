@@ -86,7 +86,7 @@ class Reader(Dataset):
                 one.append(self.transform(seen, draw))
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
-            "image": stacked([image for seen in images for image in seen]),
+            "image": self._of_one_type([image for seen in images for image in seen], taken),
             "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & hflip),
             "label": torch.tensor(labels * self.repeats),
             "index": torch.tensor(taken * self.repeats),
@@ -100,13 +100,24 @@ class Reader(Dataset):
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
+    def _of_one_type(self, images: list[Tensor], taken: list[int]) -> Tensor:
+        """The images as one tensor. Raises ValueError where their numbers differ in type: some would be cut."""
+        for k, image in enumerate(images):
+            if image.dtype != images[0].dtype:
+                types = [str(one.dtype).removeprefix("torch.") for one in (images[0], image)]
+                names = [self.source.name(taken[i % len(taken)]) for i in (0, k)]
+                raise ValueError(
+                    f"{names[0]} holds {types[0]} and {names[1]} {types[1]}: all files must be of one type."
+                )
+        return stacked(images)
+
     def _readable(self, index: int, bad: list[Bad], box: Boxed | None) -> tuple[int, Tensor, int]:
         """The image, or the first readable one of a sequence that hangs on its index alone; or a part of it."""
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 return index, *(part(self.source, index, box) if box else self.source[index])
-            except (BadImage, OSError) as error:
-                bad.append(Bad(index, self.source.name(index), str(error)))
+            except (BadImage, OSError, MemoryError) as error:
+                bad.append(Bad(index, self.source.name(index), str(error) or "it takes more memory than there is"))
             key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         raise ValueError(
@@ -136,8 +147,18 @@ def _stacked(images: list[Tensor]) -> Tensor:
 class Record:
     """Bad images seen so far: each written once to `bad_files.csv`, and an error when they are too many."""
 
-    def __init__(self, count: int, max_bad_fraction: float, path: str | Path | None, part: str = "train"):
+    def __init__(
+        self,
+        count: int,
+        max_bad_fraction: float,
+        path: str | Path | None,
+        part: str = "train",
+        world: int = 1,
+        repeats: int = 1,
+    ):
         self.count, self.limit, self.path, self.part = count, max_bad_fraction, path, part
+        self.judged = min(-(-count // world), MIN_JUDGED)  # a rank sees its share of an epoch
+        self.repeats = repeats
         self.bad: dict[int, Bad] = {}
         self.seen = 0
         self.listed = listed(path, part)  # by earlier attempts of the run
@@ -151,9 +172,9 @@ class Record:
                 self.bad[one[0]] = Bad(*one)
                 log.warning("passed over %s: %s", one[1], one[2])
                 self._write(Bad(*one))
-        self.seen = min(self.count, self.seen + len(batch["index"]))
+        self.seen = min(self.count, self.seen + len(batch["index"]) // self.repeats)
         share = len(self.bad) / max(1, self.seen)
-        if share > self.limit and len(self.bad) > self.limit * min(self.count, MIN_JUDGED):
+        if share > self.limit and len(self.bad) > self.limit * self.judged:
             names = ", ".join(f"{b.name} ({b.reason})" for b in list(self.bad.values())[:3])
             raise ValueError(
                 f"{len(self.bad)} of the {self.seen} images read so far cannot be used, more than "

@@ -13,6 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,8 +174,7 @@ def indexed(
         log.info("the footers and labels of %d Parquet files are read once", len(names))
     sizes, parts, values, known = [], [], [], None
     for number, name in enumerate(names):
-        with store.open(name) as file:
-            size, counts, column, known = footer(file, name, image, label)
+        size, counts, column, known = store.tried(name, partial(_footer, store, name, image, label))
         sizes.append(size)
         values.append(column)
         parts.append((np.full(len(counts), number), np.arange(len(counts)), np.array(counts)))
@@ -186,6 +186,11 @@ def indexed(
     except OSError as error:
         log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
     return sizes, groups, labels, classes
+
+
+def _footer(store: Local | Remote, name: str, image: str, label: str | None) -> tuple:
+    with store.open(name) as file:
+        return footer(file, name, image, label)
 
 
 def footer(file: Any, name: str, image: str, label: str | None) -> tuple[int, list[int], Any, list[str] | None]:

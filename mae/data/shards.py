@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,11 +55,11 @@ class Index:
         flat.write(path, {"format": FORMAT, "classes": self.classes} | shards | more, self.members._asdict())
 
     @staticmethod
-    def load(path: Path) -> "Index":
-        """Raises OSError or ValueError."""
-        head, arrays = flat.read(path)
+    def load(source: Path | bytes) -> "Index":
+        """Of a file or its bytes. Raises OSError, ValueError or KeyError."""
+        head, arrays = flat.parse(source) if isinstance(source, bytes) else flat.read(source)
         if head.get("format") != FORMAT:
-            raise ValueError(f"{path} is not an index of shards")
+            raise ValueError("it is not an index of shards")
         return Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
 
 
@@ -95,6 +96,8 @@ class Shards(Encoded):
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
         size, offset = int(self.index.members.sizes[index]), int(self.index.members.offsets[index])
+        if size > self.decoder.most_bytes:
+            raise BadImage(f"{size} bytes are more than an image of data.max_pixels takes")
         try:
             data = bytearray(os.pread(self._file(self.index.shard(index)), size, offset))
         except OSError as error:
@@ -208,20 +211,26 @@ def indexed(store: Local | Remote, cache: Path) -> Index:
         return _made(store, cache)
     except OSError as error:
         raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
-    path = cache / "indices" / f"{hashlib.sha256(data).hexdigest()[:20]}.bin"
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return Index.load(path)
-    except (OSError, ValueError, KeyError) as error:
+        index = Index.load(data)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
+    for name in index.names:
+        store.check(name)
+    return index
+
+
+def _listed(store: Local | Remote, name: str) -> tuple[Members, int]:
+    with store.open(name) as file:
+        return members(file, name), file.seek(0, io.SEEK_END)
 
 
 def _made(store: Local | Remote, cache: Path) -> Index:
     names = store.names()
     if not names:
         raise ValueError(f"data.root={store.root} holds no shard (*.tar).")
+    for name in names:
+        store.check(name)
     stamps = json.dumps([FORMAT, str(store.root), [[n, store.stamp(n)] for n in names]])
     path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     try:
@@ -230,9 +239,12 @@ def _made(store: Local | Remote, cache: Path) -> Index:
         log.info("%s has no %s: its %d shards are read through once", store.root, INDEX, len(names))
     parts, sizes = [], []
     for name in names:
-        with store.open(name) as file:
-            parts.append(members(file, name))
-            sizes.append(file.seek(0, io.SEEK_END))
+        try:
+            part, size = store.tried(name, partial(_listed, store, name))
+        except OSError as error:
+            raise ValueError(f"the shard {name} in data.root={store.root} cannot be read: {error}.") from error
+        parts.append(part)
+        sizes.append(size)
     found = joined(parts)
     classes = [str(k) for k in range(found.labels.max(initial=-1) + 1)]
     index = Index(names, sizes, [len(p.offsets) for p in parts], found, classes)

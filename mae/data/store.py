@@ -5,14 +5,17 @@ import fcntl
 import hashlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from mae.data.listing import inside
 from mae.data.source import BadImage
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CHUNK = 4 << 20  # bytes a read
@@ -26,11 +29,23 @@ def is_remote(root: str) -> bool:
     return "://" in root
 
 
+def contained(name: str, root: Any) -> str:
+    """The name of a shard, which an index or a server tells. Raises ValueError where it leads out of the root."""
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"the shards in {root} name {name!r}, which leads out of data.root.")
+    return name
+
+
 class Local:
     """Shards in a folder."""
 
     def __init__(self, root: Path):
         self.root = root
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for a shard outside the folder, or a link to one."""
+        if not inside(os.path.realpath(self.root), os.path.join(self.root, contained(name, self.root))):
+            raise ValueError(f"the shard {name} in {self.root} is a link that leads out of data.root.")
 
     def path(self, name: str, size: int) -> str:
         """Where the bytes of a shard can be read. Raises OSError."""
@@ -52,6 +67,10 @@ class Local:
         """The shards, sorted; or other files, at any depth for `**/*`."""
         return sorted(str(p.relative_to(self.root)) for p in self.root.glob(pattern))
 
+    def tried(self, name: str, deed: Callable[[], T]) -> T:
+        """The deed's result."""
+        return deed()
+
     def stamp(self, name: str) -> str:
         """Changes when the shard does."""
         status = (self.root / name).stat()
@@ -67,13 +86,15 @@ class Remote:
         self._fs, self._fs_owner = None, -1
         self.root = self.fs._strip_protocol(self.url)
         self.cache = cache / "shards" / hashlib.sha256(root.encode()).hexdigest()[:20]
-        self.failed: dict[str, tuple[float, str]] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_owner = -1  # process in which the pool's thread lives
+        self.begun = time.time()
         self._coming: dict[str, Future] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_pool": None, "_coming": {}, "_fs": None}
+        return vars(self) | {"_coming": {}, "_fs": None}
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for a name that would lead out of the cache."""
+        contained(name, self.url)
 
     @property
     def fs(self) -> Any:
@@ -101,9 +122,16 @@ class Remote:
         """Starts to fetch a shard in the background."""
         if name in self._coming or (self.cache / name).exists():
             return
-        if self._pool is None or self._pool_owner != os.getpid():
-            self._pool, self._pool_owner = ThreadPoolExecutor(1), os.getpid()
-        self._coming[name] = self._pool.submit(self._fetched, name, size)
+        coming = self._coming[name] = Future()
+        threading.Thread(target=self._fetch, args=(coming, name, size), daemon=True).start()
+
+    def _fetch(self, coming: Future, name: str, size: int) -> None:
+        """By a daemon: a place that hangs must not keep the program from ending."""
+        if coming.set_running_or_notify_cancel():
+            try:
+                coming.set_result(self._fetched(name, size))
+            except BaseException as error:  # told to who waits for the shard
+                coming.set_exception(error)
 
     def read(self, name: str) -> bytes:
         """A small file. Raises FileNotFoundError, and OSError when tries run out."""
@@ -117,27 +145,38 @@ class Remote:
         start = len(self.root) + 1
         return self._tried("", lambda: sorted(p[start:] for p in self.fs.glob(f"{self.root}/{pattern}")))
 
+    def tried(self, name: str, deed: Callable[[], T]) -> T:
+        """The result of a deed that reads a shard, tried again for `retry_s`. Raises OSError."""
+        return self._tried(name, deed, known=True)
+
     def stamp(self, name: str) -> str:
         """Changes when the shard does, as far as its place tells."""
         return str(self.fs.info(f"{self.root}/{name}").get("size"))
 
     def _fetched(self, name: str, size: int) -> str:
-        path = self.cache / name
-        when, why = self.failed.get(name, (-FORGIVEN_AFTER, ""))
-        if time.monotonic() - when < FORGIVEN_AFTER:
-            raise BadImage(why)
+        path = self.cache / contained(name, self.url)
+        self._refuse_failed(path)
         with locked(path):
+            self._refuse_failed(path)  # while this one waited, perhaps
             if path.exists() and path.stat().st_size == size:
                 os.utime(path)
                 return str(path)
             try:
                 self._tried(name, lambda: self._download(name, path, size), known=True)
             except OSError as error:
-                self.failed[name] = time.monotonic(), f"the shard {name} cannot be fetched: {error}"
+                why = f"the shard {name} cannot be fetched: {error}"
                 log.warning("the shard %s is passed over: %s", name, error)
-                raise BadImage(self.failed[name][1]) from error
+                _failure(path).write_text(why)
+                raise BadImage(why) from error
         self._evict(path)
         return str(path)
+
+    def _refuse_failed(self, path: Path) -> None:
+        """Raises BadImage for a shard that failed a short while ago, in this run, in any process or thread."""
+        with contextlib.suppress(FileNotFoundError):
+            when = _failure(path).stat().st_mtime
+            if when >= self.begun and time.time() - when < FORGIVEN_AFTER:
+                raise BadImage(_failure(path).read_text())
 
     def _download(self, name: str, path: Path, size: int) -> None:
         temporary = path.with_name(f"{path.name}.part")
@@ -155,6 +194,8 @@ class Remote:
         while True:
             try:
                 return deed()
+            except ValueError:  # of what came, which is no better the next time
+                raise
             except Exception as error:  # each protocol of fsspec has errors of its own
                 if isinstance(error, FileNotFoundError) and not known:
                     raise
@@ -177,6 +218,11 @@ class Remote:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # who has it open reads on
             total -= size
+
+
+def _failure(path: Path) -> Path:
+    """Where it is noted that a shard could not be fetched."""
+    return path.with_name(f"{path.name}.failed")
 
 
 @contextlib.contextmanager

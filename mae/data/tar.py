@@ -16,6 +16,9 @@ from mae.data.listing import SUFFIXES
 log = logging.getLogger(__name__)
 
 
+MOST_CLASSES = 1_000_000
+
+
 class Members(NamedTuple):
     """The images of one shard, in the order in which they lie."""
 
@@ -62,9 +65,12 @@ def joined(parts: list[Members]) -> Members:
 
 def _number(text: bytes, name: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError as error:
         raise ValueError(f"{name} holds no whole number: labels in shards are numbers.") from error
+    if not 0 <= number < MOST_CLASSES:
+        raise ValueError(f"{name} holds the label {number}: it must be from 0 to {MOST_CLASSES - 1}.")
+    return number
 
 
 def members(file: BinaryIO, name: str) -> Members:
@@ -83,7 +89,7 @@ def members(file: BinaryIO, name: str) -> Members:
     try:
         with tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
-                if not member.isreg():
+                if not member.isreg() or member.issparse():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")

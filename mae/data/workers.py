@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # before Python 3.11 not the builtin
 from typing import Any, Literal
 
 import torch
@@ -159,9 +160,9 @@ def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
     """The next batch, with errors about workers in plain words."""
     try:
         batch = next(iterator)
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError, FutureTimeoutError) as error:
         text = str(error)
-        if isinstance(error, TimeoutError) or "timed out" in text:
+        if isinstance(error, TimeoutError | FutureTimeoutError) or "timed out" in text:
             raise ValueError(
                 f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
             ) from error
