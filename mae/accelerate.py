@@ -28,8 +28,8 @@ def accelerate(
     """Sets what the blocks of `model` compute again in backward, and compiles them where asked.
 
     `auto` compiles on CUDA alone: on a CPU the gain of a few per cent is not worth the wait. `graphs` also
-    replays each block as a CUDA graph. `trial` takes a forward and backward pass; where that fails once compiled,
-    the blocks go back to what they were, with a warning.
+    replays each block as a CUDA graph. `trial` takes a forward and backward pass and one without gradients; where
+    that fails once compiled, the blocks go back to what they were, with a warning.
     """
     set_checkpointing(model, checkpointing)
     if compile == "off" or (compile == "auto" and device.type != "cuda"):
@@ -50,8 +50,26 @@ def compile_blocks(model: nn.Module, mode: str | None) -> None:
 
     settings: Any = _dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
-    for block in blocks_of(model):
+    blocks = blocks_of(model)
+    for block in blocks:
         block.compile(mode=mode, dynamic=False)
+    if mode is not None:
+        begin_with(blocks[0])
+
+
+def begin_with(block: Any) -> None:
+    """Tells CUDA graphs that a pass through the model begins where `block`, its first, is called.
+
+    Without, each block's call would begin one, and where nothing is kept for backward overwrite its own input. Not a
+    hook of the model: features and pictures are computed past its `forward`; nor of the block: it would be compiled.
+    """
+    compiled = block._compiled_call_impl
+
+    def begun(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args, **kwargs)
+
+    block._compiled_call_impl = begun
 
 
 def plain_blocks(model: nn.Module) -> None:

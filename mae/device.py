@@ -96,6 +96,14 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def model_name(device: torch.device) -> str:
+    """The device's name and whole gibibytes of memory: the same of two that hold the same."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.total_memory >> 30} GiB"
+    return f"{device.type}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GiB"
+
+
 def release(device: torch.device) -> None:
     """Gives back what a failed attempt left reserved."""
     if device.type == "cuda":

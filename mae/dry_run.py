@@ -1,5 +1,6 @@
 """`dry_run=true`: what a config would do, found without data, memory or a file on disk."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from mae.config import build, call, run_directory
 from mae.data.source import reduced
 from mae.forecast import forecast
 from mae.models.flops import Flops, flops
+from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.plan import Plan, make_plan, steps_in_epoch
 from mae.schema import TRAINED
@@ -75,14 +77,30 @@ def training(cfg: DictConfig, work: Flops) -> int:
     return work.total if cfg.task.name == "linprobe" else 3 * work.total
 
 
-def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for one image's backward pass, counted on tensors without memory."""
-    images = torch.empty(1, cfg.model.in_chans, *rules.pair(cfg.model.img_size), device="meta")
-    with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
-        if isinstance(model, MaskedAutoencoder):
-            model(images, cfg.task.mask_ratio, torch.empty(1, model.num_patches, device="meta"))
-        else:
-            model(images)
+def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, images: int) -> int:
+    """Bytes that autograd keeps for the backward pass of `images` images, counted on tensors without memory.
+
+    Those of one image and another's, since autocast's copies of the weights are kept once for all.
+    """
+    one, two = (kept_bytes(cfg, model, dtype, where, count) for count in (1, 2))
+    return one + (images - 1) * (two - one)
+
+
+def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, count: int) -> int:
+    """Bytes that autograd keeps for `count` images, as the model would compute on the device `where`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import; autocast does nothing on `meta`
+
+    model = copy.deepcopy(model)
+    set_checkpointing(model, cfg.task.checkpointing)
+    set_attention_kernel(model, None if where.type == "cpu" else "fused")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
+        images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
+        with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
+            if isinstance(model, MaskedAutoencoder):
+                model(images, cfg.task.mask_ratio, torch.empty(count, model.num_patches))
+            else:
+                model(images)
     return sum(kept.values())
 
 
@@ -106,7 +124,7 @@ def report(cfg: DictConfig) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
     state = size + 4 * trained  # gradients
-    activations = activation_bytes(cfg, model, dtype) * plan.micro_batch_size
+    activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
     count = kept_checkpoints(cfg, plan)
     rows = {

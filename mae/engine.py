@@ -142,8 +142,8 @@ def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str,
     if t.scaler.is_enabled():
         t.scaler.step(t.optimizer)
         t.scaler.update()
-    elif t.optimizer.defaults.get("fused"):
-        t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
+    elif getattr(t.optimizer, "_step_supports_amp_scaling", False):  # torch's mark of those that skip by themselves
+        t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells them
         t.optimizer.step()
     elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
         t.optimizer.step()

@@ -53,11 +53,13 @@ def unchanged(task: nn.Module) -> Iterator[None]:
 
 
 def step(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
-    """Forward and backward."""
+    """Forward and backward, then forward without gradients, as a validation computes."""
     with unchanged(task):
         with autocast():
             loss = task(batch)["loss"]
         loss.backward()
+        with torch.no_grad(), autocast():
+            task(batch)
 
 
 def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> int:
@@ -70,6 +72,12 @@ def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any])
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory did not suffice."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def recall(kept: Path, what: dict[str, Any]) -> int | None:
+    """What was found for a device and settings like these, in an earlier start of the run."""
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    return int(found["micro_batch_size"]) if what in found.get("found_for", []) else None
 
 
 def micro_batch_size(
@@ -90,19 +98,24 @@ def micro_batch_size(
         return micro_batch_size
     share = cfg.task.batch_size // ranks.world
     kept = run / KEPT
-    if kept.exists():
-        found = json.loads(kept.read_text())
-        if found["share"] == share and found["device"] == ranks.device.type:
-            return int(found["micro_batch_size"])
+    what = {
+        "share": share,
+        "checkpointing": cfg.task.checkpointing,
+        "precision": cfg.task.precision,
+        "device": device.model_name(ranks.device),
+    }
+    known = ranks.gather(recall(kept, what))  # so that either all ranks try or none does
+    if None not in known:
+        return min(known)
     found = min(ranks.gather(largest(cfg, ranks.device, task, autocast, share)))
     if not found:
         raise ValueError(
             f"task.micro_batch_size=auto: not even the smallest part of a batch of model={cfg.model.name} fits in the "
             "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
         )
+    devices = ranks.gather(what)
     if ranks.main:
-        told = {"micro_batch_size": found, "share": share, "device": ranks.device.type}
-        write_text(kept, json.dumps(told) + "\n")
+        write_text(kept, json.dumps({"micro_batch_size": found, "found_for": devices}) + "\n")
     log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", found, share)
     return found
 
@@ -116,24 +129,34 @@ def largest(cfg: DictConfig, where: torch.device, task: Any, autocast: Callable[
     """The largest part of `share` images for which a trial step fits, or 0.
 
     A host that runs out of memory kills instead of refusing, so that there parts are first judged by what
-    autograd keeps for few images.
+    autograd keeps for few images. Elsewhere a tensor takes up the room of what the run will hold beside a step.
     """
     mixing = bool(cfg.task.get("mixup") or cfg.task.get("cutmix"))
     smallest = 2 if cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
     candidates = parts(share, smallest, mixing)
+    # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states
+    states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
     if where.type == "cpu" and candidates:
         few = min(candidates[0], 2)
         needed = kept_bytes(task, invented(cfg, few, task.num_patches, where), autocast) / few
-        # gradients, optimizer states, and as much again as autograd keeps for what backward computes
-        states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
         free = SHARE_OF_FREE * device.free_memory(where) - states
+        # and half as much again as autograd keeps for what backward computes
         candidates = [n for n in candidates if 1.5 * n * needed <= free]
     for images in candidates:
-        try:
-            step(task, invented(cfg, images, task.num_patches, where), autocast)
+        if fits(cfg, images, where, task, autocast, 0 if where.type == "cpu" else states):
             return images
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
         device.release(where)
     return 0
+
+
+def fits(cfg: DictConfig, images: int, where: torch.device, task: Any, autocast: Callable[[], Any], held: int) -> bool:
+    """Whether a trial step of `images` images passes beside `held` bytes of other things."""
+    try:
+        room = torch.empty(held, dtype=torch.uint8, device=where)
+        step(task, invented(cfg, images, task.num_patches, where), autocast)
+        del room
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True

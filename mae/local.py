@@ -67,7 +67,9 @@ def local(run: Path, *, processes: int) -> int:
 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
-    ours = {"signals_to_handle": "SIGHUP,SIGQUIT"} if "signals_to_handle" in LaunchConfig.__annotations__ else {}
+    ours: dict[str, Any] = (
+        {"signals_to_handle": "SIGHUP,SIGQUIT"} if "signals_to_handle" in LaunchConfig.__annotations__ else {}
+    )
     settings = LaunchConfig(
         run_id=uuid.uuid4().hex,
         min_nodes=1,

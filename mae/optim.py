@@ -82,11 +82,15 @@ class Schedule:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017) as MoCo v3 and the MAE paper use it (table 10).
 
-    Tensors of one dimension or none are neither decayed nor scaled.
+    Tensors of one dimension or none are neither decayed nor scaled. A step is skipped where `found_inf`, () on the
+    device, is not 0, as torch's fused optimizers do it: without the host's knowing.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable, lr: float, momentum: float, trust_coefficient: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust_coefficient, "weight_decay": 0.0})
+        self._step_supports_amp_scaling = True  # by which GradScaler, too, knows those that skip by themselves
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -107,8 +111,9 @@ class LARS(torch.optim.Optimizer):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        p.add_(state["momentum_buffer"], alpha=-group["lr"])
+        moved = state["momentum_buffer"].mul(group["momentum"]).add_(update)
+        for old, new in ((state["momentum_buffer"], moved), (p, p.add(moved, alpha=-group["lr"]))):
+            old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 
 def adamw(groups: list[dict], *, betas: list[float], eps: float, fused: bool) -> torch.optim.Optimizer:
@@ -117,8 +122,20 @@ def adamw(groups: list[dict], *, betas: list[float], eps: float, fused: bool) ->
 
 
 def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
-    """SGD with momentum."""
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
+    """SGD with momentum, fused where torch can, since a fused step can be skipped without the host's knowing."""
+    weights = [p for group in groups for p in group["params"]]
+    fused = not any(hasattr(p, "placements") for p in weights)  # torch 2.14 has no fused SGD of spread weights
+    made = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
+    for p in weights if momentum else []:
+        # torch's own first step allocates them, and leaves in them what memory held where that step is skipped
+        made.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def as_here(loaded: torch.optim.Optimizer) -> None:
+        for group in loaded.param_groups:  # saved where weights were spread otherwise
+            group["fused"] = fused
+
+    made.register_load_state_dict_post_hook(as_here)
+    return made
 
 
 def lars(groups: list[dict], *, momentum: float, trust_coefficient: float) -> torch.optim.Optimizer:

@@ -223,6 +223,7 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
         yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
+    yield from _graphs(cfg["task"], devices(cfg))
     if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
         yield (
             f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="
@@ -230,6 +231,16 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
     if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
+
+
+def _graphs(task: Mapping[str, Any], world: int) -> Iterator[str]:
+    """A graph's next replay overwrites the gradients of the last, so that they cannot accumulate."""
+    micro, share = task.get("micro_batch_size"), task.get("batch_size", 0) // world
+    if task.get("compile") == "graphs" and (micro == "auto" or isinstance(micro, int) and micro < share):
+        yield (
+            f"task.compile=graphs takes the {share} images of a device's share at a time, and task.micro_batch_size="
+            f"{micro} may take fewer: set it to null, or task.compile=blocks."
+        )
 
 
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:

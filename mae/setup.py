@@ -116,8 +116,8 @@ class Training:
         states, losses = zip(
             *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
         )
-        weights = sharding.gathered(self.task.model.state_dict())
-        optimizer = sharding.gathered(self.optimizer.state_dict())
+        weights = sharding.on_host(self.task.model.state_dict(), self.ranks.main)
+        optimizer = sharding.on_host(self.optimizer.state_dict(), self.ranks.main)
         if self.ranks.main:
             trainer = {
                 "optimizer": optimizer,

@@ -46,6 +46,21 @@ def gathered(tree: Any) -> Any:
     return tree
 
 
+def on_host(tree: Any, main: bool) -> Any:
+    """As `gathered`, for a checkpoint: whole tensors on the host where `main`, None elsewhere; every rank must call.
+
+    One tensor after another, so that no device holds more than one whole tensor beside its shards.
+    """
+    if isinstance(tree, DTensor):
+        tensor = tree.full_tensor()
+        return tensor.cpu() if main else None
+    if isinstance(tree, Mapping):
+        return {key: on_host(value, main) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(on_host(value, main) for value in tree)
+    return tree
+
+
 def spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole optimizer state as this rank holds it: each tensor laid out as the weight that it belongs to."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from mae import checkpoint, engine, launch, setup, track
 from mae.distributed import assert_same, start
-from mae.sharding import gathered
+from mae.sharding import gathered, on_host
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -190,6 +191,38 @@ def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, mi
         on_ranks(world, folder, functools.partial(trained, overrides=again))
         for name, tensor in weights(folder / "run").items():
             torch.testing.assert_close(ends[0][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_gathers_one_whole_tensor_at_a_time(monkeypatch):
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        spread = [distribute_tensor(torch.randn(4, 2), mesh, [Shard(0)]) for _ in range(3)]
+        state = {"state": {0: {"exp_avg": spread[0], "step": torch.tensor(3.0)}}, "more": [*spread[1:], "text"]}
+        whole, alive, most, full = gathered(state), [], [], DTensor.full_tensor
+
+        def counted(self):
+            tensor = full(self).clone()
+            alive.append(weakref.ref(tensor))
+            most.append(sum(one() is not None for one in alive))
+            return tensor
+
+        monkeypatch.setattr(DTensor, "full_tensor", counted)
+        nothing = on_host(state, main=False)
+        assert most == [1, 1, 1] and nothing["state"][0]["exp_avg"] is None and nothing["more"][:2] == [None, None]
+        made = on_host(state, main=True)
+        assert made["more"][2] == "text" and made["state"][0]["step"] == 3
+        for one, other in (
+            (made["state"][0]["exp_avg"], whole["state"][0]["exp_avg"]),
+            (made["more"][0], whole["more"][0]),
+        ):
+            assert torch.equal(one, other) and type(one) is torch.Tensor
+    finally:
+        dist.destroy_process_group()
 
 
 def test_spread_weights_and_an_average_of_them_are_refused():

@@ -160,6 +160,7 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path):
     assert living(run) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "says"), [("raise", "a deliberate mistake"), ("exit", "it ended by itself with exit code 3")]
 )
@@ -175,6 +176,7 @@ def test_a_rank_that_fails_ends_the_run_in_its_own_words(tmp_path, monkeypatch, 
     assert living(run) == []
 
 
+@pytest.mark.slow
 def test_ranks_end_where_their_launcher_alone_is_killed(tmp_path):
     run = tmp_path / "run"
     process = started(run, "launcher.processes=2", "checkpoint.every_epochs=100", "task.epochs=100")

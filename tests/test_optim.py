@@ -120,6 +120,52 @@ def test_lars_against_its_formula():
     torch.testing.assert_close(bias.detach(), expected_b)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_step_that_the_device_skips_leaves_no_trace(name, bad):
+    """The first or the second of three is not finite: weights are bit for bit those of the other two alone."""
+    from conftest import composed
+
+    from mae.config import build
+
+    cfg = composed(f"optimizer={name}").optimizer
+    gradients = [torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    ends = []
+    for skipping in (False, True):
+        torch.manual_seed(0)
+        weight, bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 4)[0])
+        groups = optim.param_groups(
+            nn.ParameterDict({"w": weight, "b": bias}), weight_decay=0.1, layer_decay=None, no_decay=[]
+        )
+        optimizer = build(optim.OPTIMIZERS, cfg, groups)
+        assert optimizer._step_supports_amp_scaling
+        steps = [(gradient, 0.0) for gradient in gradients]
+        if skipping:
+            steps.insert(bad, (torch.full((2, 8, 4), torch.nan), 1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for gradient, skipped in steps:
+            weight.grad, bias.grad = gradient[0].clone(), gradient[1, 0].clone()
+            if skipping:
+                optimizer.found_inf = torch.tensor(skipped)  # type: ignore[attr-defined]
+            optimizer.step()
+        ends.append([weight.detach(), bias.detach(), *(v for s in optimizer.state.values() for v in s.values())])
+    for plain, skipped in zip(*ends, strict=True):
+        assert torch.equal(plain, skipped)
+
+
+def test_sgd_takes_up_a_state_that_was_saved_where_it_was_not_fused():
+    weight = nn.Parameter(torch.ones(4))
+    made = optim.sgd([{"params": [weight]}], momentum=0.9, nesterov=False)
+    state = made.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = None
+    made.load_state_dict(state)
+    weight.grad = torch.ones(4)
+    made.found_inf = torch.zeros(())  # type: ignore[attr-defined]  # which torch's other ways refuse
+    made.step()
+
+
 @pytest.mark.parametrize("its_own", [True, False])
 def test_muon_warns_where_its_bfloat16_is_emulated(its_own, monkeypatch, caplog):
     monkeypatch.setattr(optim, "has_bf16", lambda _: its_own)

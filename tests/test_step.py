@@ -2,19 +2,25 @@
 
 import json
 import math
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_cli, run_here
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mae import device, fitting, optim, track
+from mae import device, dry_run, engine, fitting, optim, track
+from mae.accelerate import compile_blocks, plain_blocks
+from mae.activations import kept_for_backward
 from mae.config import build, call
 from mae.data import SOURCES
 from mae.distributed import Ranks
-from mae.models.layers import Block
+from mae.models.layers import Block, set_checkpointing
+from mae.setup import Progress
 from mae.tasks import TASKS
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
@@ -77,6 +83,40 @@ def test_graphs_without_a_gpu_are_refused():
         composed(*TINY_PRETRAIN, "task.compile=graphs")
 
 
+@pytest.mark.parametrize(("given", "told"), [("8", "=8 may take fewer"), ("auto", "=auto may take fewer")])
+def test_graphs_with_more_than_one_micro_batch_are_refused(given, told):
+    graphs = [*TINY_PRETRAIN, "task.compile=graphs", "device=cuda"]
+    with pytest.raises(ValueError, match=f"takes the 32 images of a device's share at a time.*micro_batch_size{told}"):
+        composed(*graphs, f"task.micro_batch_size={given}")
+    assert composed(*graphs).task.compile == "graphs"
+    assert composed(*graphs, "task.micro_batch_size=32").task.micro_batch_size == 32
+
+
+def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(Block, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", self._call_impl))
+    cfg = composed(*TINY_PRETRAIN)
+    model = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).trained
+    images = torch.rand(2, 3, 16, 16)
+    for compiled, passes in (("blocks", 0), ("graphs", 3)):
+        compile_blocks(model, "reduce-overhead" if compiled == "graphs" else None)
+        model(images, 0.75), model.predict(images, 0.75), model.forward_features(images)
+        assert len(begun) == passes
+    plain_blocks(model)
+    model(images, 0.75)
+    assert len(begun) == 3
+
+
+def test_a_trial_computes_as_a_validation_too():
+    cfg = composed(*TINY_PRETRAIN)
+    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    seen = []
+    made.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    fitting.step(made, fitting.invented(cfg, 2, made.num_patches, torch.device("cpu")), nullcontext)
+    assert seen == [True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not device.has_bf16(torch.device("cpu")), reason="bfloat16 emulated takes a hundred times as long")
 def test_bf16_learns_as_float32_does(tmp_path):
@@ -136,6 +176,69 @@ def test_auto_keeps_what_it_found_when_the_run_goes_on(tmp_path, monkeypatch):
     assert fit is not fitting.largest
 
 
+@pytest.mark.parametrize("change", ["checkpointing", "card"])
+def test_auto_tries_again_where_what_it_found_is_for_something_else(tmp_path, monkeypatch, change):
+    run, more = tmp_path / "run", []
+    assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
+    (run / "summary.json").unlink()
+    if change == "card":
+        monkeypatch.setattr(device, "model_name", lambda _: "another card, 16 GiB")
+    else:
+        more = ["task.checkpointing=blocks"]
+    tried = []
+    monkeypatch.setattr(fitting, "largest", lambda *_: tried.append(1) or 8)
+    for _ in range(2):  # and keeps that
+        assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto", *more) == 0
+        (run / "summary.json").unlink()
+    assert tried == [1] and json.loads((run / fitting.KEPT).read_text())["micro_batch_size"] == 8
+
+
+def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
+    cfg = composed(*TINY_PRETRAIN)
+    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
+    weights = sum(4 * p.numel() for p in made.parameters() if p.requires_grad)
+    allocate, held, trials = torch.empty, [], []
+
+    def empty(*size, **how):
+        room = allocate(*size, **how)
+        held.append(weakref.ref(room))
+        return room
+
+    def trial(*_):
+        trials.append([room().nbytes for room in held if room() is not None])
+        if len(trials) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(fitting, "invented", lambda *_: {})
+    monkeypatch.setattr(fitting, "step", trial)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert fitting.largest(cfg, torch.device("meta"), made, nullcontext, 32) == 16
+    assert trials == [[3 * weights], [3 * weights]]  # gradients and two states, once at a time
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_the_plan_s_activations_are_those_of_the_model(task):
+    """What is counted without memory is what autograd keeps: less in half precision, and less of whole blocks."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for what in ("none", "light", "blocks"):
+            cfg = composed(*TINY, f"task={task}", *CLASSIFY, f"task.checkpointing={what}")
+            model = dry_run.model_on_meta(cfg)
+            found[dtype, what] = dry_run.activation_bytes(cfg, model, dtype, torch.device("cpu"), 8)
+            on_gpu = dry_run.activation_bytes(cfg, model, dtype, torch.device("cuda"), 8)
+            assert on_gpu <= found[dtype, what]  # which keeps no scores of attention
+            real = dry_run.model_on_meta(cfg).to_empty(device="cpu")
+            set_checkpointing(real, what)
+            images = torch.rand(8, cfg.model.in_chans, 16, 16)
+            with kept_for_backward(real.parameters()) as kept, torch.autocast("cpu", dtype, dtype is torch.bfloat16):
+                real(images, cfg.task.mask_ratio) if task == "pretrain" else real(images)
+            assert found[dtype, what] == pytest.approx(sum(kept.values()), rel=0.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert found[dtype, "blocks"] < found[dtype, "light"] < found[dtype, "none"]
+    for what in ("none", "light"):
+        assert found[torch.bfloat16, what] < found[torch.float32, what]
+
+
 def test_auto_on_a_host_judges_by_what_autograd_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda _: 1_500_000)
     assert run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
@@ -185,24 +288,30 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     assert loss.device.type == "cuda" and loss.shape == ()
 
 
-# Without muon: it reads its count of steps, a tensor on the host, which waits for no GPU but which this mode refuses.
-@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd", "lion"])
-def test_no_optimizer_step_waits_for_the_gpu(optimizer):
+# Without lion and muon, timm's, which cannot skip a step by themselves: there the host waits for the gradient's norm.
+# Muon also reads its count of steps, a tensor on the host, which waits for no GPU but which this mode refuses.
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_no_step_waits_for_the_gpu(optimizer, clip_grad):
     cfg = composed(*TINY_PRETRAIN, f"optimizer={optimizer}")
-    val_set = build(SOURCES, cfg.data, "val")
-    made = build(TASKS, cfg.task, cfg, val_set)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        made.to("cuda")
+    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    gpu = torch.device("cuda")
+    with torch.library._scoped_library("aten", "IMPL") as library, FakeTensorMode(allow_non_fake_inputs=True):
+        library.impl("_fused_sgd_", lambda *_, **__: None, "Meta")  # which torch 2.14 has only for AdamW's
+        made.to(gpu)
         groups = call(optim.param_groups, cfg.optimizer, made.trained)
-        stepping = build(optim.OPTIMIZERS, cfg.optimizer, groups)
-        for parameter in made.trained.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-        norm = nn.utils.get_total_norm([p.grad for p in made.trained.parameters() if p.grad is not None])
-        if stepping.defaults.get("fused"):
-            stepping.found_inf = (~norm.isfinite()).float()
-        stepping.step()
-    assert norm.device.type == "cuda"
+        t: Any = SimpleNamespace(
+            scaler=torch.amp.GradScaler("cuda", enabled=False),
+            optimizer=build(optim.OPTIMIZERS, cfg.optimizer, groups),
+            task=made,
+            progress=Progress.new(gpu),
+        )
+        for _ in range(2):
+            for parameter in made.trained.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+            watched = engine.take_step(t, clip_grad, by_block=True)
+    assert t.progress.bad_run.device.type == watched["grad_norm"].device.type == "cuda"
 
 
 def test_backward_runs_without_a_device():

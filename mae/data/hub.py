@@ -87,6 +87,7 @@ def hf(
         return rows if val_split else Subset(rows, split_indices(labels, len(rows), val_fraction, split))
     try:
         import datasets
+        from datasets.config import HF_CACHE_HOME
     except ImportError as error:
         raise ValueError("data.name=hf needs Hugging Face's datasets: pip install datasets.") from error
     if root is None:
@@ -103,7 +104,7 @@ def hf(
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     decoder = Decoder(in_chans, exif_orientation, max_pixels)
-    place = str(cache_dir or datasets.config.HF_CACHE_HOME) if root.startswith(HUB) else root
+    place = str(cache_dir or HF_CACHE_HOME) if root.startswith(HUB) else root
     source = Rows(rows, image_column, labels, classes, decoder, os.path.expanduser(place))
     if val_split is not None:
         return source
