@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, run_here
 from PIL import Image
 
-from mae.data import flat, pack, store
+from mae.data import flat, hub, pack, store
 from mae.data.hub import hf
 from mae.data.source import BadImage
 from tests.test_data_shards import Flaky, loaded, same
@@ -87,8 +87,8 @@ def test_a_row_that_names_a_file_elsewhere_is_a_bad_image(tmp_path):
     root.mkdir()
     for place in (root, tmp_path):
         Image.fromarray(PICTURES[0]).save(place / "x.png")
-    paths = ["x.png", str(root / "x.png"), str(tmp_path / "x.png"), "../x.png"]
-    rows = pd.DataFrame({"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1, 0, 1]})
+    paths = ["x.png", str(root / "x.png"), str(tmp_path / "x.png"), "../x.png", "x\0.png", None]
+    rows = pd.DataFrame({"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1] * 3})
     rows.to_parquet(root / "train.parquet")
     source = opened(root, val_split=None, val_fraction=0.5).source
     for k in (0, 1):
@@ -96,6 +96,26 @@ def test_a_row_that_names_a_file_elsewhere_is_a_bad_image(tmp_path):
     for k in (2, 3):
         with pytest.raises(BadImage, match="which leads out of"):
             source[k]
+    for k in (4, 5):
+        with pytest.raises(BadImage, match="no image in its column image"):
+            source[k]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_files_of_a_set_on_the_hub_lie_in_the_caches_alone(tmp_path, monkeypatch, given):
+    own, fetched, other = (tmp_path / name for name in ("datasets", "hub", "other"))
+    for place in (own, fetched, other):
+        place.mkdir()
+        Image.fromarray(PICTURES[1]).save(place / "x.png")
+    rows = datasets.Dataset.from_dict({"image": [str(place / "x.png") for place in (own, fetched, other)]})
+    monkeypatch.setattr(hub, "_loaded", lambda *given: rows.cast_column("image", datasets.Image()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(fetched))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(other if given else own))
+    cache = str(own) if given else None
+    source = hf("train", root="hf://some/set", **(OPTIONS | {"cache_dir": cache, "label_column": None}))
+    assert all(torch.equal(source[k][0], torch.from_numpy(PICTURES[1]).permute(2, 0, 1)) for k in (0, 1))
+    with pytest.raises(BadImage, match="names .*other/x.png, which leads out of .*datasets"):
+        source[2]
 
 
 def test_a_part_is_held_out_where_there_is_no_second_split(made):
@@ -246,6 +266,21 @@ def test_faults_of_a_stream_are_named(stream, tmp_path):
     (tmp_path / "bad" / "train.parquet").write_bytes(b"nothing" * 9)
     with pytest.raises(ValueError, match="train.parquet under data.root is not a Parquet file"):
         streamed(tmp_path / "bad", tmp_path)
+
+
+def test_files_that_lead_out_of_the_root_are_refused(stream, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").symlink_to(stream / "data" / "train-00000-of-00007.parquet")
+    with pytest.raises(ValueError, match=r"the shard train\.parquet in .* is a link that leads out of data\.root\.$"):
+        streamed(tmp_path / "set", tmp_path / "cache")
+    says = r"name '.*\.\./train-0\.parquet', which leads out of data\.root\.$"
+    monkeypatch.setattr(store.Remote, "names", lambda self, pattern: ["a/../../train-0.parquet"])
+    with pytest.raises(ValueError, match=says):  # as a server says
+        streamed(f"file://{stream}", tmp_path / "cache")
+    urls = [f"file://{stream}/data/{name}.parquet" for name in ("a/b", "../train-0")]
+    monkeypatch.setattr(hub, "hub_files", lambda *given: urls)
+    with pytest.raises(ValueError, match=says):
+        streamed("hf://some/set", tmp_path / "cache")
 
 
 def test_what_datasets_saved_is_mapped_and_needs_no_stream(made, tmp_path):

@@ -38,7 +38,7 @@ def root(tmp_path, monkeypatch):
     listing.save(known["path"], made.listing(str(top), classes), stamps, known["wanted"])
     out = io.BytesIO()
     Image.new("RGB", (8, 8), (9, 9, 9)).save(out, "JPEG")
-    monkeypatch.setattr(folder, "read", lambda path: bytearray(out.getvalue()))
+    monkeypatch.setattr(folder, "read", lambda path, most=None: bytearray(out.getvalue()))
     return top
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pickle
 import shutil
 import tarfile
 import threading
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mae import augment
-from mae.data import folder, pack, shards, store
+from mae.data import flat, folder, pack, shards, store
 from mae.data.decode import Decoder
 from mae.data.folder import image_folder
 from mae.data.known import digits
@@ -186,6 +188,45 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         opened(tmp_path / "damaged", tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("names", [5] * 10, "TypeError: expected str"),
+        ("names", None, "TypeError"),
+        ("names", [""] * 10, "a shard has no name"),
+        ("names", ["a/."] * 10, "a shard has no name"),
+        ("sizes", [], "its parts do not belong together"),
+        ("counts", [12] * 10, "its parts do not belong together"),
+        ("counts", [122, *[12] * 8, -108], "its parts do not belong together"),
+        ("format", "other", "it is not an index of shards"),
+    ],
+)
+def test_an_index_whose_parts_do_not_fit_is_damaged(packed, tmp_path, part, value, says):
+    head, arrays = flat.read(packed / "train" / "index.bin")
+    assert len(head["names"]) == 10
+    flat.write(tmp_path / "set" / "index.bin", head | {part: value}, arrays)
+    with pytest.raises(ValueError, match=rf"index\.bin is damaged \({says}.*\): pack the shards anew\.$"):
+        opened(tmp_path / "set", tmp_path)
+
+
+def test_an_index_is_made_anew_where_the_one_kept_is_damaged_or_none_can_be_kept(packed, tmp_path, caplog):
+    root = shutil.copytree(packed / "train", tmp_path / "foreign")
+    (root / "index.bin").unlink()
+    assert len(opened(root, tmp_path).source) == 110
+    (kept,) = (tmp_path / "cache" / "indices").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:-50], b"", b"[]\n", b'{"arrays": 5}\n', whole.replace(b'"names"', b'"nones"')):
+        kept.write_bytes(damaged)
+        assert len(opened(root, tmp_path).source) == 110 and kept.read_bytes() == whole
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "cache").write_text("not a folder")
+    caplog.clear()
+    assert len(opened(root, tmp_path / "none").source) == 110
+    assert "is not kept: " in caplog.text and "(data.cache_dir)" in caplog.text
+    caplog.clear()
+    assert len(opened(packed, tmp_path / "none")) == 110 and not caplog.text  # what was packed needs no cache
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other.tar", "a/../../other.tar", "a\0.tar"])
 @pytest.mark.parametrize("remote", [False, True])
 def test_an_index_that_leads_out_of_the_root_is_refused(packed, tmp_path, name, remote):
@@ -217,6 +258,13 @@ def test_members_that_are_no_images_are_refused(tmp_path):
         shard(label, 10)
         with pytest.raises(ValueError, match=r"a\.cls holds the label .*: it must be from 0 to 999999"):
             opened(tmp_path / "set", tmp_path)
+    with tarfile.open(tmp_path / "set" / "x.tar", "w") as archive:
+        for name, kind in (("a.jpg", tarfile.GNUTYPE_SPARSE), ("b.jpg", tarfile.REGTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            archive.addfile(entry)
+    with open(tmp_path / "set" / "x.tar", "rb") as file:
+        assert members(file, "x.tar").text.tobytes() == b"b"
     shard(b"1", 1000)
     source = opened(tmp_path / "set", tmp_path).source
     source.decoder.most_bytes = 999
@@ -294,6 +342,32 @@ def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
     assert fetched == source.index.names[source.index.shard(int(order[12]))]
 
 
+def test_a_fetch_that_hangs_does_not_keep_the_program_from_ending(packed, tmp_path):
+    class Hangs:
+        def __init__(self):
+            self.begun, self.go_on = threading.Event(), threading.Event()
+
+        def open(self, *given, **options):
+            self.begun.set()
+            self.go_on.wait(60)
+            raise FileNotFoundError
+
+        def invalidate_cache(self):
+            pass
+
+    source = opened(f"file://{packed}", tmp_path, lanes=1, window=1, retry_s=0.0)
+    before = set(threading.enumerate())
+    source.store._fs, source.store._fs_owner = Hangs(), os.getpid()
+    hangs = source.store._fs
+    source.ahead(0, 0, source.order(0, 0)[:4])
+    assert hangs.begun.wait(10)
+    begun = set(threading.enumerate()) - before
+    hangs.go_on.set()
+    assert begun and all(thread.daemon for thread in begun)
+    for thread in begun:
+        thread.join()
+
+
 class Flaky:
     """A file system whose every second reading breaks off, or all of one file."""
 
@@ -362,6 +436,10 @@ def test_threads_that_want_a_shard_which_fails_wait_for_one_try(packed, tmp_path
     for thread in threads:
         thread.join()
     assert len(refused) == 3 and tries == ["shard-000002.tar"]
+    del source.store._tried
+    other = pickle.loads(pickle.dumps(source.store))  # of another process: its own way there is sound, but it is told
+    with pytest.raises(BadImage, match="the shard shard-000002.tar cannot be fetched: .*went away"):
+        other.path("shard-000002.tar", source.index.sizes[2])
     later = opened(f"file://{packed}", tmp_path)  # a new start tries again
     assert later[30][1] == source.labels[30]
 

@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets
+from omegaconf import OmegaConf
 from PIL import Image
 
 from mae.data import SOURCES
 from mae.data.folder import classes_of
 from mae.data.lists import table
+from mae.tasks.common import need_labels
 
 FILES = {"in_chans": 3, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
 
@@ -157,6 +159,23 @@ def test_tables(root, kind):
 def test_rows_without_a_label_have_none(root, kind):
     train = listed(root, written(FRAME.assign(label=["zebra", None, "ant", "ant"]), root, kind))
     assert train.classes == ["ant", "zebra"] and train.labels.tolist() == [1, -1]
+    cfg = OmegaConf.create({"task": {"name": "finetune"}, "data": {"name": "table"}})
+    with pytest.raises(ValueError, match=r"1 of the training images of data.name=table have none, such as train/ant/1"):
+        need_labels(cfg, train, "training")
+
+
+def test_rows_that_are_cut_short(root):
+    (root.parent / "list.csv").write_text("path,label\ntrain/cow/0.png,zebra\ntrain/ant/1.png\ntrain/bee/1.png,ant\n")
+    parts = [listed(root, str(root.parent / "list.csv"), split) for split in ("train", "val")]
+    assert parts[0].classes == ["ant", "zebra"]
+    assert {part.name(i): part[i][1] for part in parts for i in range(len(part))} == {
+        "train/cow/0.png": 1,
+        "train/ant/1.png": -1,
+        "train/bee/1.png": 0,
+    }
+    (root.parent / "list.csv").write_text("label,path\nzebra,train/cow/0.png\nant\n")
+    with pytest.raises(ValueError, match=r"data\.file=.*list\.csv names no path in row 2\.$"):
+        listed(root, str(root.parent / "list.csv"))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -22,10 +22,10 @@ class Rows(Encoded):
     """The rows of a data set; the image column stays encoded until it is asked for."""
 
     def __init__(
-        self, rows: Any, image: str, labels: np.ndarray | None, classes: list[str], decoder: Decoder, root: str
+        self, rows: Any, image: str, labels: np.ndarray | None, classes: list[str], decoder: Decoder, roots: list[str]
     ):
         self.rows, self.image, self.labels, self.classes, self.decoder = rows, image, labels, classes, decoder
-        self.root = root  # the folder in which files that a row names must lie
+        self.roots = roots  # the folders in which files that a row names must lie; relative to the first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,11 +41,13 @@ class Rows(Encoded):
         if isinstance(value, dict) and value.get("bytes") is not None:
             return bytearray(value["bytes"])
         try:
-            path = os.path.join(self.root, value["path"])
-            if not inside(os.path.realpath(self.root), path):
-                raise BadImage(f"names {path}, which leads out of {self.root}")
+            path = os.path.join(self.roots[0], value["path"])
+            if not any(inside(os.path.realpath(root), path) for root in self.roots):
+                raise BadImage(f"names {path}, which leads out of {self.roots[0]}")
             return read(path, self.decoder.most_bytes)
-        except (OSError, KeyError, TypeError) as error:
+        except BadImage:
+            raise
+        except (OSError, KeyError, TypeError, ValueError) as error:  # the last for a path with a NUL
             raise BadImage(f"no image in its column {self.image}") from error
 
 
@@ -87,7 +89,6 @@ def hf(
         return rows if val_split else Subset(rows, split_indices(labels, len(rows), val_fraction, split))
     try:
         import datasets
-        from datasets.config import HF_CACHE_HOME
     except ImportError as error:
         raise ValueError("data.name=hf needs Hugging Face's datasets: pip install datasets.") from error
     if root is None:
@@ -104,11 +105,20 @@ def hf(
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     decoder = Decoder(in_chans, exif_orientation, max_pixels)
-    place = str(cache_dir or HF_CACHE_HOME) if root.startswith(HUB) else root
-    source = Rows(rows, image_column, labels, classes, decoder, os.path.expanduser(place))
+    source = Rows(rows, image_column, labels, classes, decoder, _places(root, cache_dir))
     if val_split is not None:
         return source
     return Subset(source, split_indices(labels, len(source), val_fraction, split))
+
+
+def _places(root: str, cache_dir: str | None) -> list[str]:
+    """The folders in which the files of a data set may lie."""
+    if not root.startswith(HUB):
+        return [os.path.expanduser(root)]
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [os.path.expanduser(cache_dir or HF_DATASETS_CACHE), HF_HUB_CACHE]  # the Hub's own files heed no cache_dir
 
 
 def _loaded(datasets: Any, root: str, subset: str | None, part: str, cache_dir: str | None) -> Any:
@@ -138,7 +148,15 @@ def parquet_files(
     if root.startswith(HUB):
         urls = hub_files(root, subset, part)
         top = posixpath.commonpath([posixpath.dirname(url) for url in urls]).replace(":/", "://", 1)
-        return Remote(top, cache, cache_gb, retry_s), sorted(url[len(top) + 1 :] for url in urls)
+        store, found = Remote(top, cache, cache_gb, retry_s), sorted(url[len(top) + 1 :] for url in urls)
+    else:
+        store, found = _listed(root, part, cache, cache_gb, retry_s)
+    for name in found:
+        store.check(name)
+    return store, found
+
+
+def _listed(root: str, part: str, cache: Path, cache_gb: float, retry_s: float) -> tuple[Local | Remote, list[str]]:
     try:
         store = Remote(root, cache, cache_gb, retry_s) if is_remote(root) else Local(given_root(root))
         names = store.names("**/*.parquet")
@@ -148,8 +166,6 @@ def parquet_files(
     found = [name for name in names if any(mark in f"/{name}" for mark in marks)]
     if not found:
         raise ValueError(f"data.root={root} holds no Parquet files of the split {part}: {part}/* or {part}-*.parquet.")
-    for name in found:
-        store.check(name)
     return store, found
 
 

@@ -74,9 +74,9 @@ def part(data: bytearray, grey: bool, box: Box) -> Tensor | None:
     try:
         view = library.CodeStream(data).get_sub_code_stream(region=region)
         image = OWN.decoder.decode(view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours))
-    except RuntimeError:  # what it can throw on a damaged file
+        return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+    except (RuntimeError, ValueError, IndexError):  # what C++ throws comes as these; `whole` says what is wrong
         return None
-    return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
 
 OWN = threading.local()  # each thread's decoder
@@ -113,5 +113,5 @@ def _load() -> Any:
         from nvidia import nvimgcodec  # type: ignore[import-not-found]  # reads them here
 
         for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     return nvimgcodec

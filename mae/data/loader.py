@@ -135,7 +135,7 @@ class EvalLoader:
     ):
         self.source, self.batch_size, self.timeout_s = source, batch_size, timeout_s
         self.indices = np.arange(rank, len(source), world)
-        self.record = Record(max(1, len(self.indices)), max_bad_fraction, bad_csv, "val")
+        self.record = Record(len(source), max_bad_fraction, bad_csv, "val", world)
         reader = Reader(source, transform, seed, num_patches)
         tickets = Tickets(self._tickets)
         self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from mae.data import SOURCES, flat
-from mae.data.reader import Failure
+from mae.data.reader import Failure, reason
 from mae.data.shards import INDEX, Index
 from mae.data.source import Source
 from mae.data.tar import Members, joined
@@ -33,6 +33,10 @@ NOTES = "packing"  # folder of the shards' notes until the index is written
 PLAN = "plan.json"
 BAD = "bad_files.csv"
 PARQUET = "mae-parquet-1"  # what the index of Parquet files says it is
+
+
+class Complete(ValueError):
+    """A folder that this very packing has filled."""
 
 
 class Jobs(Dataset):
@@ -48,8 +52,9 @@ class Jobs(Dataset):
     def __getitem__(self, number: int) -> int | Failure:
         try:
             return self.write(number)
-        except (OSError, ValueError) as error:  # home whole, instead of as a traceback in a traceback
-            return Failure(f"{self.paths[number]} cannot be written: {getattr(error, 'strerror', None) or error}.")
+        except (OSError, ValueError, MemoryError) as error:  # home whole, instead of as a traceback in a traceback
+            said = getattr(error, "strerror", None) or reason(error)
+            return Failure(f"{self.paths[number]} cannot be written: {said}.")
 
     def write(self, number: int) -> int:
         """Writes a shard and its note; its number of images."""
@@ -117,9 +122,10 @@ def pack(
 
 
 def prepare(out: Path, plan: dict[str, Any]) -> None:
-    """An empty folder, or one that the same packing has begun to fill."""
+    """An empty folder, or one that the same packing has begun to fill. Raises Complete where it is full, ValueError."""
     if (out / INDEX).exists():
-        raise ValueError(f"{out} is packed already: choose another folder, or remove this one first.")
+        kind = Complete if filled(out, plan) else ValueError
+        raise kind(f"{out} is packed already: choose another folder, or remove this one first.")
     begun = out / NOTES / PLAN
     if begun.exists():
         if json.loads(begun.read_text()) != plan:
@@ -129,6 +135,15 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
         raise ValueError(f"{out} is not empty, and nothing is overwritten: choose another folder.")
     begun.parent.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(plan))
+
+
+def filled(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether it is this packing that filled a folder."""
+    try:
+        head, _ = flat.read_head(out / INDEX)
+        return head["plan"] == hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that told no plan
+        return False
 
 
 def finish(source: Source, out: Path, paths: list[Path], max_bad_fraction: float) -> dict[str, Any]:
@@ -162,12 +177,13 @@ def finish(source: Source, out: Path, paths: list[Path], max_bad_fraction: float
     names, counts = [path.name for path in paths], [head["count"] for head in heads]
     sizes, sums = ([head[key] for head in heads] for key in ("bytes", "sha256"))
     assert sum(counts) + len(bad) == len(source)
+    more = {"sha256": sums, "plan": checksum(out / NOTES / PLAN)}
     if paths[0].suffix == ".tar":
         members = joined([Members(**arrays) for arrays in parts])
-        Index(names, sizes, counts, members, source.classes).save(out / INDEX, sha256=sums)
+        Index(names, sizes, counts, members, source.classes).save(out / INDEX, **more)
     else:
-        told = {"format": PARQUET, "names": names, "sizes": sizes, "counts": counts, "sha256": sums}
-        flat.write(out / INDEX, told | {"classes": source.classes}, {})
+        told = {"format": PARQUET, "names": names, "sizes": sizes, "counts": counts}
+        flat.write(out / INDEX, told | more | {"classes": source.classes}, {})
     for note in (out / NOTES).iterdir():
         note.unlink()
     (out / NOTES).rmdir()
@@ -239,9 +255,15 @@ def main(arguments: list[str] | None = None) -> int:
             form = Form(options.size, options.quality)
             given = (form, options.per_shard, options.workers)
             limit = data.get("max_bad_fraction", 1.0)
-            made = pack(opened(data, split), options.out / split, *given, kind=options.format, max_bad_fraction=limit)
+            source, out = opened(data, split), options.out / split
+            try:
+                made = pack(source, out, *given, kind=options.format, max_bad_fraction=limit)
+            except Complete:
+                if (options.out / "val" / INDEX).exists():
+                    raise
+                continue  # stopped after train: val is what is left
             sys.stdout.write(
-                f"{options.out / split}: {made['images']} images in {made['shards']} shards, "
+                f"{out}: {made['images']} images in {made['shards']} shards, "
                 f"{made['bytes'] / 1e6:.1f} MB, {made['bad']} bad files left out\n"
             )
     except (ValueError, OSError) as error:

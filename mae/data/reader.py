@@ -117,12 +117,17 @@ class Reader(Dataset):
             try:
                 return index, *(part(self.source, index, box) if box else self.source[index])
             except (BadImage, OSError, MemoryError) as error:
-                bad.append(Bad(index, self.source.name(index), str(error) or "it takes more memory than there is"))
+                bad.append(Bad(index, self.source.name(index), reason(error)))
             key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         raise ValueError(
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
         )
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be used; a MemoryError says nothing itself."""
+    return str(error) or "it takes more memory than there is"
 
 
 def stacked(images: list[Tensor]) -> Tensor:
@@ -156,23 +161,29 @@ class Record:
         world: int = 1,
         repeats: int = 1,
     ):
-        self.count, self.limit, self.path, self.part = count, max_bad_fraction, path, part
+        self.limit, self.path, self.part = max_bad_fraction, path, part
         self.judged = min(-(-count // world), MIN_JUDGED)  # a rank sees its share of an epoch
         self.repeats = repeats
         self.bad: dict[int, Bad] = {}
-        self.seen = 0
+        self.seen = 0  # different images read, bad ones too
+        self.met = np.zeros(count, bool)  # which those are: a rank meets some again before it has met all
         self.listed = listed(path, part)  # by earlier attempts of the run
 
     def receive(self, batch: Any) -> Batch:
         """The batch without its note of bad images. Raises ValueError."""
         if isinstance(batch, Failure):
             raise ValueError(batch.message)
-        for one in batch.pop("bad"):
+        bad = batch.pop("bad")
+        for one in bad:
             if one[0] not in self.bad:
                 self.bad[one[0]] = Bad(*one)
                 log.warning("passed over %s: %s", one[1], one[2])
                 self._write(Bad(*one))
-        self.seen = min(self.count, self.seen + len(batch["index"]) // self.repeats)
+        read = batch["index"].numpy()[: len(batch["index"]) // self.repeats]  # one crop of each image
+        read = np.concatenate([read, np.array([one[0] for one in bad], np.int64)])
+        new = np.unique(read[~self.met[read]])
+        self.met[new] = True
+        self.seen += len(new)
         share = len(self.bad) / max(1, self.seen)
         if share > self.limit and len(self.bad) > self.limit * self.judged:
             names = ", ".join(f"{b.name} ({b.reason})" for b in list(self.bad.values())[:3])

@@ -56,11 +56,26 @@ class Index:
 
     @staticmethod
     def load(source: Path | bytes) -> "Index":
-        """Of a file or its bytes. Raises OSError, ValueError or KeyError."""
-        head, arrays = flat.parse(source) if isinstance(source, bytes) else flat.read(source)
-        if head.get("format") != FORMAT:
-            raise ValueError("it is not an index of shards")
-        return Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
+        """Of a file or its bytes. Raises OSError, or ValueError where it is damaged."""
+        try:
+            head, arrays = flat.parse(source) if isinstance(source, bytes) else flat.read(source)
+            if head.get("format") != FORMAT:
+                raise ValueError("it is not an index of shards")
+            index = Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
+            index._check()
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:  # JSON of another shape
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return index
+
+    def _check(self) -> None:
+        """Raises ValueError where the parts do not belong together, TypeError for a name that is no text."""
+        found = self.members
+        images = {len(column) for column in (found.offsets, found.sizes, found.labels, found.ends)}
+        shards = {len(self.names), len(self.sizes), len(self.counts)}
+        if images != {int(self.counts.sum())} or len(shards) > 1 or self.counts.min(initial=0) < 0:
+            raise ValueError("its parts do not belong together")
+        if any(os.path.basename(name) in ("", ".") for name in self.names):
+            raise ValueError("a shard has no name")
 
 
 class OpenFiles(threading.local):
@@ -213,7 +228,7 @@ def indexed(store: Local | Remote, cache: Path) -> Index:
         raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
     try:
         index = Index.load(data)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
     for name in index.names:
         store.check(name)
@@ -235,7 +250,7 @@ def _made(store: Local | Remote, cache: Path) -> Index:
     path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     try:
         return Index.load(path)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         log.info("%s has no %s: its %d shards are read through once", store.root, INDEX, len(names))
     parts, sizes = [], []
     for name in names:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mae.data.reader import reason
 from mae.data.source import BadImage, Source
 from mae.data.tar import Collector, Members
 
@@ -78,8 +79,8 @@ class Images:
         for index in self.indices.tolist():
             try:
                 data = encoded(self.source, index, self.form)
-            except (BadImage, OSError) as error:
-                self.bad.append((index, self.source.name(index), str(error)))
+            except (BadImage, OSError, MemoryError) as error:
+                self.bad.append((index, self.source.name(index), reason(error)))
                 continue
             yield index, -1 if labels is None else int(labels[index]), data
 

@@ -1,0 +1,131 @@
+"""What goes wrong while batches are made: bad images over ranks and epochs, memory, time, the decoder's library."""
+
+import functools
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mae import augment
+from mae.data import jpeg, workers
+from mae.data.loader import EvalLoader, Loader
+from mae.data.source import Arrays, BadImage
+
+LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "thread", "num_workers": 0}
+TRAINING = LOADING | {"fraction": 1.0, "per_class": None}
+
+
+class Spoilt(Arrays):
+    """Grey images, some of which cannot be used."""
+
+    def __init__(self, count, bad, error=BadImage):
+        super().__init__(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), None, [], "spoilt")
+        self.spoilt, self.error = set(bad), error
+
+    def __getitem__(self, index):
+        if index in self.spoilt:
+            raise self.error("empty") if self.error is BadImage else self.error()
+        return super().__getitem__(index)
+
+
+def whole():
+    return augment.center_crop(img_size=4, crop_fraction=1.0)
+
+
+def training(source, rank=0, world=1, batch_size=40, max_bad_fraction=0.01, repeats=1, **changes):
+    options = TRAINING | {"repeats": repeats, "max_bad_fraction": max_bad_fraction} | changes
+    return Loader(source, whole(), batch_size, batch_size // world, 0, rank, world, **options)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_two_stops_in_its_first_epoch_of_bad_files(rank, repeats):
+    source = Spoilt(4000, range(0, 4000, 33))  # 3 %
+    loader = training(source, rank, 2, repeats=repeats)
+    says = (
+        r"of the \d+ images read so far cannot be used, more than data.max_bad_fraction=0.01 allows; the first: spoilt/"
+    )
+    with pytest.raises(ValueError, match=says):
+        for step in loader.steps(0):
+            list(step)
+
+
+@pytest.mark.parametrize(("world", "repeats", "epochs"), [(1, 1, 3), (2, 1, 3), (2, 2, 3), (3, 1, 1)])
+def test_an_image_counts_once_however_often_it_is_read(world, repeats, epochs):
+    source = Spoilt(240, [7, 9])
+    loader = training(source, 0, world, batch_size=24, repeats=repeats, max_bad_fraction=0.5)
+    read = set()
+    for epoch in range(epochs):
+        for step in loader.steps(epoch):
+            read |= {int(i) for batch in step for i in batch["index"]}
+    assert loader.record.seen == len(read | set(loader.record.bad)) <= 240
+
+
+def test_a_rank_that_evaluates_judges_its_part_of_the_images():
+    source = Spoilt(400, range(0, 400, 20))  # all of them rank 0's: 10 % of its part
+    loaders = [EvalLoader(source, whole(), 10, 0, rank, 2, max_bad_fraction=0.06, **LOADING) for rank in (0, 1)]
+    with pytest.raises(ValueError, match="images read so far cannot be used, more than data.max_bad_fraction=0.06"):
+        list(loaders[0])
+    assert len(list(loaders[1])) == 20
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_an_image_that_takes_too_much_memory_is_a_bad_file(kind, tmp_path):
+    source = Spoilt(40, [3], MemoryError)
+    listed = tmp_path / "bad_files.csv"
+    loader = training(source, max_bad_fraction=0.1, workers=kind, num_workers=1, bad_csv=listed)
+    (batch,) = next(loader.steps(0))
+    loader.close()
+    assert 3 not in batch["index"] and len(batch["index"]) == 40
+    assert "3,spoilt/3,it takes more memory than there is,train" in listed.read_text()
+
+
+def test_a_batch_that_does_not_come_is_told_on_every_python(monkeypatch):
+    class Earlier(Exception):
+        """concurrent.futures.TimeoutError before Python 3.11."""
+
+    def hangs():
+        raise Earlier
+        yield
+
+    monkeypatch.setattr(workers, "FutureTimeoutError", Earlier)
+    with pytest.raises(ValueError, match=r"no batch came within data\.timeout_s=5 s: the storage under data\.root"):
+        workers.received(hangs(), training(Spoilt(40, [])).record, 5.0)
+
+
+def test_threads_load_the_decoders_library_once(monkeypatch):
+    loads = []
+
+    @functools.cache
+    def load():
+        loads.append(1)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(jpeg, "_load", load)
+    threads = [threading.Thread(target=jpeg._library) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == [1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError])
+@pytest.mark.parametrize("place", ["parse", "decode", "copy"])
+def test_a_part_that_cannot_be_decoded_is_left_to_the_whole(monkeypatch, error, place):
+    def fails(*given, **more):
+        raise error("as C++ throws it")
+
+    image = type("Pixels", (), {"__array__": fails})()
+    decoder = SimpleNamespace(decode=fails if place == "decode" else lambda *given, **more: image)
+    library = SimpleNamespace(
+        CodeStream=fails if place == "parse" else lambda data: SimpleNamespace(get_sub_code_stream=lambda region: None),
+        Region=lambda *box: box,
+        ColorSpec=SimpleNamespace(SRGB=0, GRAY=1),
+        DecodeParams=lambda **given: given,
+    )
+    monkeypatch.setattr(jpeg, "_library", lambda: library)
+    monkeypatch.setattr(jpeg, "OWN", SimpleNamespace(decoder=decoder))
+    assert jpeg.part(bytearray(b""), False, (0, 0, 1, 1)) is None
