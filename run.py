@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae import config, launch, sweep_names  # noqa: E402
+from mae import config, inherit, launch, sweep_names  # noqa: E402
+from mae.compose import composed  # noqa: E402
 from mae.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
@@ -56,6 +57,7 @@ def run(cfg: DictConfig) -> int:
         plugin.join()
     here = HydraConfig.get()
     overrides = list(here.overrides.task)
+    cfg = inherit.inherited(cfg, overrides, composed)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
     if cfg.resume:

@@ -42,12 +42,19 @@ class RandomResizedCrop:
         return resize(part, self.size)
 
 
+def kept_fraction(size: tuple[int, int], fraction: float | None) -> float:
+    """The part of a side that a centre crop keeps; None is the reference's rule: 224 / 256 up to 224 pixels, the whole
+    image above."""
+    if fraction is not None:
+        return fraction
+    return 224 / 256 if max(size) <= 224 else 1.0
+
+
 class Crop:
     """Resize to cover size / fraction, then crop `size`: from the centre, or anywhere if `jitter`."""
 
     def __init__(self, size: tuple[int, int], fraction: float | None, jitter: bool, hflip: bool):
-        if fraction is None:  # the reference's rule: 224 / 256 up to 224 pixels, the whole image above
-            fraction = 224 / 256 if max(size) <= 224 else 1.0
+        fraction = kept_fraction(size, fraction)
         self.size, self.jitter, self.hflip = size, jitter, hflip
         self.covered = int(size[0] / fraction), int(size[1] / fraction)
 

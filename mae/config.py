@@ -128,18 +128,23 @@ def changed(cfg: DictConfig, **values: Any) -> DictConfig:
     return made
 
 
-def read(run: Path) -> DictConfig:
-    """The saved config of a run, checked. Raises ConfigError where there is none."""
+def stored(run: Path) -> DictConfig:
+    """The saved config of a run, as it is. Raises ConfigError where there is none."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run} is not the directory of a run: it holds no config.yaml.")
     try:
-        stored = OmegaConf.load(path)
+        found = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(stored, DictConfig):
+    if not isinstance(found, DictConfig):
         raise ConfigError(f"{path} does not hold a configuration.")
-    return check(stored)
+    return found
+
+
+def read(run: Path) -> DictConfig:
+    """The saved config of a run, checked. Raises ConfigError where there is none."""
+    return check(stored(run))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import config
 from mae.compose import composed
 from mae.config import ConfigError, build, difference, run_directory, write_text
+from mae.inherit import stands_for
 from mae.local import RankFailed, inline, local
 from mae.pipeline import pretraining, run_pipeline
-from mae.rules import missing_init
+from mae.rules import READERS, missing_init
 from mae.schema import near
 from mae.slurm.submit import slurm, submit, submit_last
 
@@ -112,10 +113,20 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
         if code or not summary.exists():
             return code
     else:
-        sys.stderr.write("This run is finished already; another seed= or output_dir= starts a new one.\n")
+        told = "This run is finished already; another seed= or output_dir= starts a new one."
+        sys.stderr.write(f"{told}{outdated(cfg, summary)}\n")
     if first:
         sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
     return 0
+
+
+def outdated(cfg: DictConfig, summary: Path) -> str:
+    """A sentence where a finished run read another checkpoint than the one that `init` stands for now."""
+    now = stands_for(cfg.init) if cfg.task.name in READERS else None
+    read = Path(str(json.loads(summary.read_text()).get("checkpoint")))
+    if now is None or now.name == read.name or not read.name.startswith("step_"):
+        return ""
+    return f" It read {read.name}, and init={cfg.init} stands for {now.name} now: init={now} takes that."
 
 
 def after_pretraining(cfg: DictConfig) -> tuple[DictConfig, int]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MISS = 1 << 30  # the place of a class where a logit is no number: behind any other
+
 
 @dataclass
 class Results:
@@ -18,7 +20,7 @@ class Results:
     predicted: np.ndarray  # int64: the class of the largest logit
     place: np.ndarray  # int64: how many classes came before its own; 0 is a hit
     loss: np.ndarray  # float64: cross-entropy without smoothing
-    confidence: np.ndarray  # float64: softmax of the largest logit
+    confidence: np.ndarray  # float64: softmax of the largest logit; 0 where a logit is no number
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,9 +71,10 @@ class Collector:
         own = logits.gather(1, label[:, None])
         earlier = torch.arange(logits.shape[1], device=logits.device) < label[:, None]
         place = ((logits > own) | ((logits == own) & earlier)).sum(1)
-        place = torch.where(logits.isfinite().all(1), place, logits.shape[1])  # NaN is a miss, not a tie
+        finite = logits.isfinite().all(1)
+        place = torch.where(finite, place, MISS)  # NaN is a miss, not a tie
         loss = F.cross_entropy(logits, label, reduction="none")
-        confidence = logits.softmax(1).amax(1)
+        confidence = torch.where(finite, logits.softmax(1).amax(1), 0.0)
         self.parts.append((index, label, logits.argmax(1), place, loss, confidence))
 
     def results(self, ranks: Any) -> Results | None:

@@ -58,7 +58,7 @@ INTERVALS = {
     "optimizer.betas": "[0, 1)",
     "optimizer.momentum": "[0, 1)",
     "data.num_workers": "[0, inf)",
-    "data.val_fraction": "[0, 1)",
+    "data.val_fraction": "[0, 1]",
     "data.fraction": "(0, 1]",
     "data.per_class": "[1, inf)",
     "data.repeats": "[1, inf)",
@@ -94,7 +94,8 @@ INTERVALS = {
 
 
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
-NEED_INIT = ("linprobe", "knn", "evaluate", "visualize", "export")
+READERS = ("knn", "evaluate", "visualize", "export")  # of weights that others have trained
+NEED_INIT = ("linprobe", *READERS)
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -245,7 +246,8 @@ def _graphs(task: Mapping[str, Any], world: int) -> Iterator[str]:
 
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
     root, name = cfg["data"]["root"], cfg["data"]["name"]
-    if name in EMBEDDED or (cfg["dry_run"] and cfg["data"].get("train_images")):
+    unread = cfg["task"]["name"] == "export" or bool(cfg["task"].get("files"))  # of the data the settings alone count
+    if name in EMBEDDED or unread or (cfg["dry_run"] and cfg["data"].get("train_images")):
         return
     if root is None:
         yield "data.root is not set: give the directory of the images, as data.root=DIR."

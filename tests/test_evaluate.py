@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_tasks import TINY_OTHER, folder_of, summary, tiny_classifier
 
 from mae import engine, launch
 from mae.data.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
-from mae.metrics import Collector, Results
+from mae.metrics import MISS, Collector, Results
 
 FIGURES = ("top1", "top5", "loss", "ece", "mean_per_class", "images_seen")
 
@@ -135,7 +136,11 @@ def test_figures_agree_with_plain_formulas():
 def test_ties_and_not_a_number_are_no_hits():
     label = torch.tensor([1, 0, 2])
     logits = torch.stack([torch.zeros(3), torch.full((3,), float("nan")), torch.tensor([0.0, 1.0, float("inf")])])
-    assert results_of(logits, label).place.tolist() == [1, 3, 3]
+    assert results_of(logits, label).place.tolist() == [1, MISS, MISS]
+    results = results_of(logits, label)
+    assert results.top(5) == pytest.approx(100 / 3) and results.confidence.tolist() == pytest.approx([1 / 3, 0, 0])
+    error, bins = results.calibration(15)
+    assert error == pytest.approx((1 / 3) / 3) and bins[:, 0].sum() == 3  # three images, one of them off by 1/3
 
 
 # ---------------------------------------------------------------- classes and errors
@@ -151,6 +156,7 @@ def test_data_with_some_of_the_classes_is_matched_by_name(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     init = saved(run / "checkpoints" / "model.pth", 4)
+    (run / "config.yaml").write_text("{}")
     (run / "classes.json").write_text(json.dumps(["ant", "bee", "cat", "dog"]))
     root = folder_of(tmp_path / "data", {"bee": 6, "dog": 6})
     evaluate(tmp_path / "out", init, root, "data=folder", "data.val_fraction=0.5")
@@ -166,6 +172,31 @@ def test_parquet_holds_the_same_rows(tmp_path):
     evaluate(tmp_path / "out", init, root, "data=folder", "data.val_fraction=0.5", "task.predictions=parquet")
     table = parquet.read_table(tmp_path / "out" / "predictions.parquet")
     assert table.column_names == ["file", "label", "predicted", "correct", "confidence", "loss"] and len(table) == 6
+
+
+def test_a_folder_without_parts_is_evaluated_whole_where_all_is_asked_for(tmp_path):
+    root, init = folder_of(tmp_path / "data", {"a": 4, "b": 4}), saved(tmp_path / "m.pth", 2)
+    assert evaluate(tmp_path / "tenth", init, root, "data=folder")["images_seen"] == 1
+    assert evaluate(tmp_path / "all", init, root, "data=folder", "data.val_fraction=1")["images_seen"] == 8
+    with pytest.raises(ValueError, match=r"data\.val_fraction=1 leaves nothing to train on: it must lie in \(0, 1\)"):
+        run_here(tmp_path / "no", *TINY_OTHER, "data=folder", f"data.root={root}", "data.val_fraction=1")
+
+
+def test_a_validation_folder_alone_is_enough(tmp_path):
+    root, init = tmp_path / "set", saved(tmp_path / "m.pth", 2)
+    folder_of(root / "val", {"a": 4, "b": 4})
+    given = ["data=imagenet", "data.num_classes=2"]
+    assert evaluate(tmp_path / "out", init, root, *given)["images_seen"] == 8
+    with pytest.raises(ValueError, match=r"has no folder train: it must hold train and val \(data.parts\)"):
+        run_here(tmp_path / "no", *TINY_OTHER, *given, "task=finetune", f"data.root={root}")
+
+
+def test_a_missing_package_for_parquet_is_named_before_any_image_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ValueError, match="task.predictions=parquet needs the package pyarrow: use task.predictions=csv"
+    ):
+        run_here(tmp_path, *TINY_OTHER, "task=evaluate", "init=/nowhere", "task.predictions=parquet")
 
 
 @pytest.mark.parametrize(("classes", "message"), [
@@ -234,6 +265,15 @@ def test_only_the_subset_s_classes_are_asked_for(tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == list(names[:3])
     assert {row["predicted"] for row in rows} <= set(names)
+
+
+def test_a_class_outside_of_the_subset_is_named(tmp_path):
+    stranger = next(name for name in synsets() if name not in synsets("_r"))
+    for name in (synsets("_r")[0], stranger):
+        image(tmp_path / "imagenet-r" / name / "x.jpg")
+    says = f"holds images of {stranger}, which is not among the 200 classes of ImageNet-R: is it another set"
+    with pytest.raises(ValueError, match=says):
+        source(tmp_path, "r")
 
 
 @pytest.mark.parametrize("archives", [True, False])

@@ -106,6 +106,7 @@ RECIPES = {  # command line -> what it must compose to
 @pytest.mark.parametrize("command", sorted(RECIPES))
 def test_a_published_recipe_composes_to_its_table(command, tmp_path):
     cfg = composed(*command.split(), "data=imagenet", f"data.root={tmp_path}", "launcher.processes=8")
+    composed(*command.split(), "data=imagenet", f"data.root={tmp_path}", "launcher=slurm", "launcher.tasks_per_node=8")
     size = next(size for size in SIZES if size in command)
     for key, value in (RECIPES[command] | SIZES[size]).items():
         found = OmegaConf.select(cfg, key)

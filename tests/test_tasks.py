@@ -254,6 +254,20 @@ def test_knn_gives_an_accuracy_for_each_k(pretrained, tmp_path):
     assert all(10 < value <= 100 for value in summary(tmp_path)["knn"].values())
 
 
+def test_more_neighbours_than_images_are_refused_before_anything_is_computed(pretrained, tmp_path):
+    message = said(*TINY_OTHER, "task=knn", f"init={pretrained}", "task.k=[5,2000]", directory=tmp_path / "a")
+    assert message == "task.k=2000 asks for that many neighbours, and there are 144 training images."
+    given = [*TINY_PRETRAIN, "task.knn_every_epochs=1", "task.knn_images=10", "task.knn_k=11"]
+    message = said(*given, directory=tmp_path / "b")
+    assert message == "task.knn_k=11 asks for that many neighbours, and there are 10 training images."
+
+
+def test_cached_features_of_fewer_images_than_a_batch(pretrained, tmp_path):
+    given = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.batch_size=4096"]
+    message = said(*given, directory=tmp_path)
+    assert message.startswith("task.batch_size=4096 is larger than the training set (144 images), and the heads on")
+
+
 def test_pretraining_measures_knn_every_so_many_epochs(pretrained):
     measured = [line["step"] for line in lines(pretrained) if "val/knn_20" in line]
     assert measured == [3]  # of 5 steps an epoch; the last validation, at step 4, is not another half epoch away
@@ -320,7 +334,25 @@ def test_attention_of_the_class_token_is_what_the_block_computes():
     model, images = tiny_classifier(), torch.randn(2, 3, 16, 16)
     maps = class_attention(model, images)
     assert maps.shape == (2, 2, 16)
-    assert (maps >= 0).all() and (maps.sum(-1) < 1).all()
+    inputs = []
+    block = model.blocks[-1]
+    hook = block.register_forward_pre_hook(lambda module, given: inputs.append(block.norm1(given[0])))
+    model.forward_features(images)
+    hook.remove()
+    for b in range(2):  # as written down: softmax(q k / sqrt(d)) of the first token, head by head
+        q, k, _ = (block.attn.qkv.weight @ inputs[0][b].T + block.attn.qkv.bias[:, None]).chunk(3)
+        for head in range(2):
+            rows = slice(16 * head, 16 * head + 16)
+            expected = torch.softmax(q[rows, 0] @ k[rows] / 4.0, 0)
+            torch.testing.assert_close(maps[b, head], expected[1:])
+
+
+def test_attention_of_a_file_without_a_class_token_is_refused(pretrained, tmp_path):
+    state = {k: v for k, v in weights(pretrained).items() if k != "cls_token"}
+    torch.save({"model": state | {"pos_embed": state["pos_embed"][:, 1:]}}, tmp_path / "m.pth")
+    base = [*TINY, "task=visualize", f"init={tmp_path / 'm.pth'}", "task.num_images=1", "task.reconstruction=false"]
+    message = said(*base, directory=tmp_path / "run")
+    assert message.endswith("has no class token whose attention could be drawn: set task.attention=false.")
 
 
 def test_a_file_that_does_not_say_what_it_predicts_must_be_told(pretrained, tmp_path):
@@ -348,6 +380,49 @@ def test_the_export_task_writes_what_timm_loads(finetuned, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.allclose(model(images), ours.eval()(images), atol=1e-6)
     assert json.loads((target / "config.json").read_text())["label_names"] == [str(digit) for digit in range(10)]
+
+
+def exported(directory: Path, init: Path, format: str, *more: str) -> Path:
+    """Where the export task wrote a checkpoint."""
+    target = directory / format
+    assert run_here(directory / "run", *TINY_OTHER, "task=export", f"init={init}", f"task.format={format}",
+                    f"task.path={target}", *more) == 0  # fmt: skip
+    return target
+
+
+def test_an_export_needs_no_images_and_holds_what_the_checkpoint_does(pretrained, tmp_path):
+    target = exported(tmp_path / "a", pretrained, "huggingface", "data=imagenet", "data.img_size=16")
+    assert json.loads((target / "config.json").read_text())["norm_pix_loss"] is True
+    again = exported(tmp_path / "b", target, "huggingface")  # a foreign file now
+    assert json.loads((again / "config.json").read_text()) == json.loads((target / "config.json").read_text())
+    told = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False}
+    (target / "config.json").write_text(json.dumps(told))
+    again = exported(tmp_path / "c", target, "huggingface")
+    assert json.loads((again / "config.json").read_text())["norm_pix_loss"] is False
+    timm_config = json.loads((exported(tmp_path / "d", pretrained, "timm") / "config.json").read_text())
+    assert timm_config["pretrained_cfg"]["crop_pct"] == 1.0  # conf/data/digits.yaml
+
+
+def test_an_export_makes_nothing_up(pretrained, tmp_path):
+    state = weights(pretrained)
+    encoder = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    base = [*TINY_OTHER, "task=export", f"init={tmp_path / 'encoder.pth'}"]
+    assert "holds no decoder" in said(*base, "task.format=huggingface", directory=tmp_path / "a")
+    target = exported(tmp_path / "b", tmp_path / "encoder.pth", "reference")
+    found = torch.load(target / "model.pth", weights_only=True)["model"]
+    assert found.keys() == encoder.keys() and all(torch.equal(found[name], encoder[name]) for name in found)
+    other = exported(tmp_path / "c", pretrained, "safetensors", "model.decoder_depth=2")
+    assert safetensors.torch.load_file(other / "model.safetensors").keys() == encoder.keys()
+    message = said(*base, "data.img_size=32", directory=tmp_path / "d")
+    assert "is for 4 x 4 patches, and the model for 8 x 8 (model.img_size=32): choose its data" in message
+    assert message.endswith("or set model.img_size=16.")
+    bare = {k: v for k, v in encoder.items() if k != "cls_token"} | {"pos_embed": encoder["pos_embed"][:, 1:]}
+    torch.save({"model": bare}, tmp_path / "encoder.pth")
+    message = said(*base, directory=tmp_path / "e")
+    assert "lacks cls_token, which the exported network would have: fine-tune it first" in message
+    torch.save({"model": state}, tmp_path / "encoder.pth")
+    assert "set task.norm_pix_loss=true" in said(*base, "task.format=huggingface", directory=tmp_path / "f")
 
 
 def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):

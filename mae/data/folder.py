@@ -122,15 +122,21 @@ def classes_of(
     """A published data set in folders of classes: `parts` are those of training and validation under `root`.
 
     `classes` is a text file that names, one a line, the classes to take (as ImageNet-100 does), or null for
-    all. Raises ValueError where a part or a class is missing.
+    all. Where the validation images are there alone, their folders are the classes. Raises ValueError where a part or
+    a class is missing.
     """
     top = given_root(root)
-    for part in parts:
-        if not (top / part).is_dir():
-            raise ValueError(f"data.root={root} has no folder {part}: it must hold {' and '.join(parts)} (data.parts).")
-    names = first_level(top / parts[0])
+    place, first = top / parts[split == "val"], top / parts[0]
+    if place.is_dir() and not first.is_dir():  # there to evaluate on
+        first = place
+    for part in (first, place):
+        if not part.is_dir():
+            raise ValueError(
+                f"data.root={root} has no folder {part.name}: it must hold {' and '.join(parts)} (data.parts)."
+            )
+    names = first_level(first)
     if names is None:
-        raise ValueError(f"{top / parts[0]} holds no folders of classes: is data.root={root} the right one?")
+        raise ValueError(f"{first} holds no folders of classes: is data.root={root} the right one?")
     if classes is not None:
         try:
             wanted = Path(classes).expanduser().read_text().split()
@@ -138,10 +144,9 @@ def classes_of(
             raise ValueError(f"data.classes={classes} cannot be read: {error.strerror}.") from error
         missing = sorted(set(wanted) - set(names))
         if missing or not wanted:
-            what = f"names {missing[0]}, which is no class of {top / parts[0]}" if missing else "is empty"
+            what = f"names {missing[0]}, which is no class of {first}" if missing else "is empty"
             raise ValueError(f"data.classes={classes} {what}.")
         names = sorted(set(wanted))
-    place = top / parts[split == "val"]
     listing = listed(place, names, follow_links, cache_dir, SUFFIXES, strangers=classes is not None)
     files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
     return files if classes is None else Subset(files, np.flatnonzero(listing.labels >= 0))
@@ -169,7 +174,7 @@ def listed(
 
 def held_out(source: Source, fraction: float, split: str) -> Source:
     """The training or validation part of a source that has none of its own."""
-    if len(source) < 2:
+    if len(source) < 2 and fraction < 1:
         raise ValueError("data.root holds one image only: two are needed, to train and to validate.")
     return Subset(source, split_indices(source.labels, len(source), fraction, split))
 

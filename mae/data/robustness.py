@@ -115,7 +115,16 @@ def robustness(
     place = (
         top if any((top / name).is_dir() for name in names) else next(iter(sorted(top.glob(UNPACKED[variant]))), top)
     )
-    return Robustness([files(place)], [], None if part is None else [names.index(name) for name in part])
+    found = files(place)
+    if part is None:
+        return Robustness([found], [], None)
+    subset = [names.index(name) for name in part]
+    if strange := sorted(set(np.unique(found.listing.labels).tolist()) - set(subset)):
+        raise ValueError(
+            f"data.root={root}: {place} holds images of {names[strange[0]]}, which is not among the 200 classes of "
+            f"ImageNet-{variant.upper()}: is it another set?"
+        )
+    return Robustness([found], [], subset)
 
 
 def corruptions(top: Path, root: str | None) -> dict[str, Path]:

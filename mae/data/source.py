@@ -111,8 +111,13 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
 
     The draw hangs on nothing but the listing, so that runs of all seeds and stages hold out the same images.
     """
+    if fraction == 1 and split == "val":
+        return np.arange(count)
     if not 0 < fraction < 1:
-        raise ValueError(f"data.val_fraction must lie in (0, 1) where there is no val/ folder, got {fraction}.")
+        raise ValueError(
+            f"data.val_fraction={fraction:g} leaves nothing to {'train on' if fraction else 'validate'}: it must lie "
+            "in (0, 1) where there is no val/ folder. (With task=evaluate, 1 takes every image.)"
+        )
     chance = np.random.default_rng(2111_06377).random(count)
     own: np.ndarray = np.zeros(count, np.int64) if labels is None else labels - labels.min()
     order = np.argsort(own + chance)  # by class, at random within it

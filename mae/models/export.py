@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mae.models.export_card import Facts, card
 from mae.models.export_files import place, staged
 from mae.models.export_huggingface import to_huggingface
-from mae.models.export_state import encoder_weights, sizes, weights
+from mae.models.export_state import State, encoder_weights, sizes, weights
 from mae.models.mae import MaskedAutoencoder
 
 TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
@@ -104,7 +104,7 @@ def _timm_config(name: str, arguments: dict[str, Any], size: dict[str, Any], fac
             "input_size": [size["in_chans"], height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875 if min(height, width) <= 224 else 1.0,  # 224 / 256: the reference's evaluation
+            "crop_pct": facts.crop,
             "crop_mode": "center",
             "mean": facts.mean,
             "std": facts.std,
@@ -125,7 +125,7 @@ def to_reference(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     folder, name, readme = place(path, "model.pth")
     usage = f'import torch\n\nstate = torch.load("{name}", weights_only=True)["model"]'
     with staged(folder) as stage, (stage / name).open("wb") as file:
-        torch.save({"model": weights(model, fold=False)}, file)
+        torch.save({"model": _own(model, facts)}, file)
         (stage / readme).write_text(_card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
 
@@ -135,9 +135,14 @@ def to_safetensors(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     folder, name, readme = place(path, "model.safetensors")
     usage = f'from safetensors.torch import load_file\n\nstate = load_file("{name}")'
     with staged(folder) as stage:
-        safetensors.torch.save_file(weights(model, fold=False), stage / name, metadata={"format": "pt"})
+        safetensors.torch.save_file(_own(model, facts), stage / name, metadata={"format": "pt"})
         (stage / readme).write_text(_card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
+
+
+def _own(model: nn.Module, facts: Facts) -> State:
+    """The tensors that come from the weights exported: without a decoder that does not."""
+    return encoder_weights(model) if facts.encoder_only else weights(model, fold=False)
 
 
 def _card(model: nn.Module, facts: Facts, library: str, usage: str) -> str:

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mae.inherit import run_of
 
 PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
 SHOWN = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
@@ -22,18 +23,20 @@ class Facts:
     classes: list[str] = field(default_factory=list)  # names in the order of the logits
     config: dict[str, Any] = field(default_factory=dict)  # the run's config.yaml
     summary: dict[str, Any] = field(default_factory=dict)  # the run's summary.json
+    crop: float = 0.875  # the part of a side that is kept in evaluation; 224 / 256: the reference's
+    encoder_only: bool = False  # a masked autoencoder whose decoder is not the weights' own, and is left out
 
 
 def run_facts(path: str) -> dict[str, Any]:
-    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) lies in, or {}."""
-    for folder in (Path(path), *Path(path).parents[:3]):
-        if (folder / "config.yaml").is_file():
-            summary = folder / "summary.json"
-            return {
-                "config": yaml.safe_load((folder / "config.yaml").read_text()),
-                "summary": json.loads(summary.read_text()) if summary.is_file() else {},
-            }
-    return {}
+    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) is of, or {}."""
+    run = run_of(path)
+    if run is None:
+        return {}
+    summary = run / "summary.json"
+    return {
+        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "summary": json.loads(summary.read_text()) if summary.is_file() else {},
+    }
 
 
 def card(facts: Facts, *, library: str, usage: str, classifier: bool) -> str:

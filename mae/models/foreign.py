@@ -58,6 +58,15 @@ class Foreign:
         """Sizes under the names of `model.*`, as far as the tensors or the files beside them tell."""
         return architecture(self.state) | {k: v for k, v in _told(self.meta).items() if v is not None}
 
+    @property
+    def norm_pix_loss(self) -> bool | None:
+        """Whether normalised patches are predicted, as the files beside the tensors say; None where nothing does."""
+        config, args = self.meta.get("config") or {}, self.meta.get("args") or {}
+        task = config.get("task")
+        ours = task.get("norm_pix_loss") if isinstance(task, dict) else None
+        theirs = (config.get("norm_pix_loss"), args.get("norm_pix_loss"), args.get("normlize_target"))  # MAE-pytorch's
+        return next((told for told in (ours, *theirs) if isinstance(told, bool)), None)
+
     def grid(self, rows: int, guess: tuple[int, int]) -> tuple[int, int] | None:
         """(height, width) in patches of a position table of so many patches; None where nothing tells.
 

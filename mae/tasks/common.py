@@ -12,9 +12,12 @@ from torch import Tensor
 
 from mae import device
 from mae.augment import center_crop
+from mae.checkpoint import step_name
 from mae.config import call, write_text
 from mae.data.loader import EvalLoader
 from mae.data.source import Source, reduced
+from mae.inherit import run_of, stands_for
+from mae.models.foreign import Foreign
 from mae.rules import missing_init
 
 log = logging.getLogger(__name__)
@@ -114,12 +117,17 @@ def keep_classes(run: Path, names: list[str]) -> None:
 
 
 def kept_classes(init: str) -> list[str] | None:
-    """The class names of the run that `init` names or lies in, or None."""
-    for folder in (Path(init), *Path(init).parents[:3]):
-        if (folder / CLASSES).is_file():
-            names = json.loads((folder / CLASSES).read_text())
-            return [str(name) for name in names]
-    return None
+    """The class names of the run that `init` names, or a checkpoint of which, or None."""
+    run = run_of(init)
+    if run is None or not (run / CLASSES).is_file():
+        return None
+    return [str(name) for name in json.loads((run / CLASSES).read_text())]
+
+
+def read_from(cfg: DictConfig, foreign: Foreign) -> str:
+    """The checkpoint that `init` stood for when it was read, or `init` itself."""
+    now, step = stands_for(cfg.init), foreign.meta.get("step")
+    return cfg.init if now is None or step is None else str(now.with_name(step_name(step)))
 
 
 def need_init(cfg: DictConfig) -> str:

@@ -20,7 +20,7 @@ from mae.models.foreign import Foreign, read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.tasks import charts
-from mae.tasks.common import bad_files, eval_loader, kept_classes, need_init, need_labels, sent
+from mae.tasks.common import bad_files, eval_loader, kept_classes, need_init, need_labels, read_from, sent
 from mae.tasks.linprobe import head as probe_head
 from mae.tasks.results import tell, write_all
 
@@ -40,6 +40,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """top1, top5, loss, calibration, and per class; predictions with file names and pictures in the run."""
     begun = time.perf_counter()
+    if predictions == "parquet":
+        need_parquet()
     tracker.start(0, 0)
     foreign = read(need_init(cfg))
     source: Source = build(data.SOURCES, cfg.data, "val")
@@ -77,9 +79,19 @@ def evaluate(
         "images_seen": len(results),
         "seconds": round(seconds, 2),
         "images_per_second": round(len(results) / seconds, 1),
-        "checkpoint": cfg.init,
+        "checkpoint": read_from(cfg, foreign),
         **figures,
     }
+
+
+def need_parquet() -> Any:
+    """The package that writes Parquet. Raises ValueError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
+    return pyarrow
 
 
 def load_classifier(cfg: DictConfig, foreign: Foreign, classes: int) -> Any:
@@ -170,11 +182,7 @@ def write_predictions(run: Path, source: Source, results: Results, names: list[s
         "loss": [round(v, 6) for v in results.loss.tolist()],
     }
     if form == "parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ValueError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
+        pyarrow = need_parquet()
         pyarrow.parquet.write_table(pyarrow.table(columns), run / "predictions.parquet")
         return
     with (run / "predictions.csv").open("w", newline="") as file:

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig
 
-from mae.config import call
+from mae.augment import kept_fraction
+from mae.geometry import pair
 from mae.models.export import export as write
 from mae.models.export_card import Facts, run_facts
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
+from mae.models.foreign import DECODER, Foreign, read
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import kept_classes, need_init
+from mae.tasks.common import kept_classes, need_init, read_from
 from mae.tasks.evaluate import load_classifier
+from mae.tasks.visualize import load_autoencoder
 
 log = logging.getLogger(__name__)
 
@@ -28,32 +29,34 @@ def export(
     *,
     format: Literal["timm", "huggingface", "reference", "safetensors", "onnx", "torch_export"],
     path: str | None,
+    norm_pix_loss: bool | None,
 ) -> dict[str, Any]:
     """Writes the model that `init` names, and a card about it, to `path`; null: `export/FORMAT` in the run."""
     begun = time.perf_counter()
     tracker.start(0, 0)
     written: list[Path] = []
+    checkpoint = need_init(cfg)
     if ranks.main:
         foreign = read(need_init(cfg))
-        known = run_facts(cfg.init)
-        classes: list[str] = []
+        checkpoint = read_from(cfg, foreign)
+        classes, encoder_only = [], False
         with torch.no_grad():
             if foreign.head is not None:
                 model = load_classifier(cfg, foreign, foreign.head.classes)
                 names = kept_classes(cfg.init) or []
                 classes = names if len(names) == foreign.head.classes else []
             else:
-                task = known.get("config", {}).get("task", {})
-                model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=task.get("norm_pix_loss", True))
-                fit(model, foreign)
-        model.eval()
+                model, encoder_only = autoencoder(cfg, foreign, norm_pix_loss, need_decoder=format == "huggingface")
+        check_grid(foreign, model.patch_embed.grid_size, cfg)
         facts = Facts(
             name=cfg.model.name,
             source=foreign.kind,
             mean=list(cfg.data.mean),
             std=list(cfg.data.std),
+            crop=kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction),
             classes=classes,
-            **known,
+            encoder_only=encoder_only,
+            **run_facts(cfg.init),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
@@ -65,6 +68,36 @@ def export(
         "images_seen": 0,
         "seconds": round(time.perf_counter() - begun, 2),
         "images_per_second": None,
-        "checkpoint": cfg.init,
+        "checkpoint": checkpoint,
         "files": [str(file) for file in written],
     }
+
+
+def autoencoder(
+    cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None, need_decoder: bool
+) -> tuple[MaskedAutoencoder, bool]:
+    """The masked autoencoder in a checkpoint, and whether its decoder is not the checkpoint's. Raises ValueError where
+    something of the encoder would be what chance drew."""
+    model, report = load_autoencoder(cfg, foreign, norm_pix_loss, need_decoder)
+    if lacking := [name for name in report.fresh if not name.startswith(DECODER)]:
+        raise ValueError(
+            f"init={foreign.path} ({foreign.kind}) lacks {', '.join(lacking)}, which the exported network would have: "
+            "fine-tune it first, and export that run."
+        )
+    return model, any(name.startswith(DECODER) for name in report.fresh)
+
+
+def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:
+    """Raises ValueError where the weights are of another image size: an export keeps their bits."""
+    if "pos_embed" not in foreign.state:
+        return
+    rows = foreign.state["pos_embed"].shape[1] - foreign.has_class_token
+    theirs = foreign.grid(rows, grid)
+    if theirs is not None and theirs != tuple(grid):
+        size = [side * patch for side, patch in zip(theirs, pair(cfg.model.patch_size), strict=True)]
+        shown = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
+        raise ValueError(
+            f"init={foreign.path} ({foreign.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
+            f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose its data (data=NAME, with its mean "
+            f"and std) or set model.img_size={shown}."
+        )

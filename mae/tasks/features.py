@@ -13,7 +13,7 @@ from mae.config import call
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
-from mae.tasks.common import need_init
+from mae.tasks.common import need_init, read_from
 
 
 class Features(NamedTuple):
@@ -30,7 +30,9 @@ class Encoder(nn.Module):
     def __init__(self, cfg: DictConfig, pool: Literal["avg", "token"]):
         super().__init__()
         self.model = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool=pool)
-        fit(self.model, read(need_init(cfg)), head="fresh")
+        foreign = read(need_init(cfg))
+        fit(self.model, foreign, head="fresh")
+        self.read_from = read_from(cfg, foreign)
         self.prepare = call(Prepare, cfg.data)
         self.requires_grad_(False).eval()
 

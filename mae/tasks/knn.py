@@ -25,8 +25,6 @@ class Neighbours:
     """The training images' features, and the vote among those nearest to a query."""
 
     def __init__(self, bank: Features, classes: int, k: list[int], temperature: float, where: torch.device):
-        if max(k) > len(bank.label):
-            raise ValueError(f"task.k asks for {max(k)} neighbours, and there are {len(bank.label)} training images.")
         self.feature = F.normalize(bank.feature.to(where), dim=1)
         self.label = bank.label.to(where)
         self.classes, self.k, self.temperature = classes, k, temperature
@@ -48,6 +46,12 @@ class Neighbours:
             for k in self.k
         ]
         return torch.stack([vote.argmax(1) for vote in votes], 1)
+
+
+def enough(key: str, k: int, images: int) -> None:
+    """Raises ValueError where there are fewer images than neighbours."""
+    if k > images:
+        raise ValueError(f"{key}={k} asks for that many neighbours, and there are {images} training images.")
 
 
 @torch.no_grad()
@@ -87,6 +91,7 @@ class Signal:
         train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
         self.cfg, self.every, self.k = cfg, every_epochs, k
         self.bank, self.val_set = bank_of(train_set, images, cfg.seed), val_set
+        enough("task.knn_k", k, len(self.bank))
         self.last = 0  # how many periods had passed when it was last looked at
 
     def measure(self, encode: Any, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
@@ -121,13 +126,14 @@ def knn(
     begun = time.perf_counter()
     train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
     check_classes(cfg, train_set, val_set)
+    train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
+    enough("task.k", max(k), len(train_set))
     encoder = Encoder(cfg, global_pool).to(ranks.device)
     dtype = device.number_format(precision, ranks.device)
 
     def autocast() -> Any:
         return device.autocast(dtype, ranks.device)
 
-    train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     loader, val_loader = (eval_loader(cfg, ranks, part, batch_size) for part in (train_set, val_set))
     bank = extract(encoder, sent(loader, ranks), ranks, autocast)
     neighbours = Neighbours(bank, len(train_set.classes), k, temperature, ranks.device)
@@ -145,6 +151,6 @@ def knn(
         "images_seen": images,
         "seconds": round(seconds, 2),
         "images_per_second": round(images / seconds, 1),
-        "checkpoint": cfg.init,
+        "checkpoint": encoder.read_from,
         "knn": {str(number): value for number, value in found.items()},
     }

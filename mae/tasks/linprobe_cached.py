@@ -65,6 +65,11 @@ def probe_features(
     task.begin(cfg, train_set, val_set)
     task.to(ranks.device).eval()
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
+    if batch_size > len(train_set):
+        raise ValueError(
+            f"task.batch_size={batch_size} is larger than the training set ({len(train_set)} images), and the heads on "
+            "cached features are trained on whole batches: choose a smaller one."
+        )
     bank, held = (_features(cfg, task, ranks, part, precision) for part in (train_set, val_set))
     log.info("features of %d + %d images in %.1f s", len(bank.label), len(held.label), time.perf_counter() - begun)
 

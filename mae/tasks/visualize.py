@@ -22,9 +22,9 @@ from mae.data.folder import read as read_file
 from mae.data.source import BadImage, Source, Subset
 from mae.masking import noise
 from mae.models.foreign import Foreign, read
-from mae.models.foreign_fit import fit
+from mae.models.foreign_fit import Fit, fit
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import need_init
+from mae.tasks.common import need_init, read_from
 from mae.tasks.evaluate import load_classifier
 
 log = logging.getLogger(__name__)
@@ -73,15 +73,17 @@ def visualize(
     begun = time.perf_counter()
     tracker.start(0, 0)
     drawn: dict[str, Path] = {}
+    checkpoint = need_init(cfg)
     if ranks.main:
         foreign = read(need_init(cfg))
+        checkpoint = read_from(cfg, foreign)
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
         images, names = chosen(cfg, files, num_images)
         images = prepare(images.to(ranks.device))
         with torch.no_grad(), device.autocast(dtype, ranks.device):
             if reconstruction:
-                model = autoencoder(cfg, foreign, norm_pix_loss).to(ranks.device)
+                model = load_autoencoder(cfg, foreign, norm_pix_loss, need_decoder=True)[0].to(ranks.device)
                 for kind in masks:
                     for ratio in mask_ratios:
                         rows = reconstruct(model, images, kind, ratio, cfg.seed)
@@ -89,8 +91,8 @@ def visualize(
                         pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
                         drawn[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
-                model = autoencoder(cfg, foreign, True) if foreign.head is None else load_classifier(cfg, foreign, 0)
-                maps = class_attention(model.to(ranks.device), images)
+                model = attending(cfg, foreign).to(ranks.device)
+                maps = class_attention(model, images)
                 path = run / "images" / "attention.png"
                 pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
                 drawn["Attention of the class token in the last block: mean and single heads"] = path
@@ -105,7 +107,7 @@ def visualize(
         "images_seen": len(files) if files else num_images,
         "seconds": round(time.perf_counter() - begun, 2),
         "images_per_second": None,
-        "checkpoint": cfg.init,
+        "checkpoint": checkpoint,
         "page": "visualize.html",
         "pictures": sorted(str(path.relative_to(run)) for path in drawn.values()),
     }
@@ -127,35 +129,32 @@ def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor
     return images, [source.name(k) for k in range(len(source))]
 
 
-def autoencoder(cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None) -> MaskedAutoencoder:
-    """The masked autoencoder in a checkpoint. Raises ValueError where it has no decoder, or does not say what
-    it predicts."""
-    if norm_pix_loss is None:
-        norm_pix_loss = told_norm_pix(foreign)
-    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
-    fit(model, foreign, need_decoder=cfg.task.reconstruction)
-    return model.eval()
+def load_autoencoder(
+    cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None, need_decoder: bool
+) -> tuple[MaskedAutoencoder, Fit]:
+    """The masked autoencoder in a checkpoint, and what of it was loaded. Raises ValueError where its decoder is needed
+    and is not there, does not fit, or does not say what it predicts."""
+    told = foreign.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    if told is None and foreign.has_decoder and need_decoder:
+        raise ValueError(
+            f"init={foreign.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true or "
+            "false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
+        )
+    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(told))
+    report = fit(model, foreign, need_decoder=need_decoder)
+    return model.eval(), report
 
 
-def told_norm_pix(foreign: Foreign) -> bool:
-    """Whether a checkpoint predicts normalised patches, as its config says. Raises ValueError where it does not."""
-    config, args = foreign.meta.get("config") or {}, foreign.meta.get("args") or {}
-    task = config.get("task")
-    task = task if isinstance(task, dict) else {}
-    for place, key in (
-        (task, "norm_pix_loss"),
-        (config, "norm_pix_loss"),
-        (args, "norm_pix_loss"),
-        (args, "normlize_target"),
-    ):
-        if isinstance(place.get(key), bool):
-            return place[key]
-    if not foreign.has_decoder:
-        return True  # fit says what is missing
-    raise ValueError(
-        f"init={foreign.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true or "
-        "false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
-    )
+def attending(cfg: DictConfig, foreign: Foreign) -> Any:
+    """The network whose class token's attention is drawn. Raises ValueError where there is none."""
+    if not foreign.has_class_token:
+        raise ValueError(
+            f"init={foreign.path} ({foreign.kind}) has no class token whose attention could be drawn: set "
+            "task.attention=false."
+        )
+    if foreign.head is None:
+        return load_autoencoder(cfg, foreign, None, need_decoder=False)[0]
+    return load_classifier(cfg, foreign, 0)
 
 
 def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:
