@@ -1,8 +1,9 @@
 """Augmentation: a host half on integer images, drawn from (seed, epoch, index) alone, and a device half.
 
 A transform takes an image (C, H, W) and a `Draw` and gives an image (C, h, w) of the same type. One that looks
-at a part of the image only says which (`box`) and takes that part, so that no more need be decoded. It reads no
-generator, so what a sample looks like hangs neither on workers, nor ranks, nor on where a run was resumed.
+at a part of the image only says which (`box`) and takes that part, so that no more need be decoded; one that `fills`
+writes to `out` where it can. It reads no generator, so what a sample looks like hangs neither on workers, nor ranks,
+nor on where a run was resumed.
 The flip is drawn with the sample but done on the device, after the transfer, with the normalisation.
 """
 
@@ -31,6 +32,8 @@ class Draw(NamedTuple):
 class RandomResizedCrop:
     """A random box of the image, resized: the paper's augmentation in pretraining and probing."""
 
+    fills = True  # it takes `out`
+
     def __init__(self, size: tuple[int, int], scale: list[float], ratio: list[float], hflip: bool):
         self.size, self.hflip = size, hflip
         self.scale, self.ratio = (scale[0], scale[1]), (ratio[0], ratio[1])
@@ -38,8 +41,8 @@ class RandomResizedCrop:
     def box(self, height: int, width: int, draw: Draw) -> Box:
         return crop_box(height, width, self.scale, self.ratio, draw.numbers)
 
-    def __call__(self, part: Tensor, draw: Draw | None = None) -> Tensor:
-        return resize(part, self.size)
+    def __call__(self, part: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
+        return resize(part, self.size, out)
 
 
 def kept_fraction(size: tuple[int, int], fraction: float | None) -> float:

@@ -27,15 +27,20 @@ def inside(image: Tensor, box: Boxed) -> Tensor:
     return cut(image, box(image.shape[1], image.shape[2]))
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(image: Tensor, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """(C, H, W) -> (C, *size), bicubic with antialias. 8 bit stays 8 bit throughout, as in Pillow;
-    other integers go through float32 and are rounded and clipped."""
+    other integers go through float32 and are rounded and clipped. Colours of 8 bit that lie side by side are written
+    to `out` where that is laid out alike."""
     if image.shape[1:] == size:
         return image
     if image.dtype == torch.uint8 or image.is_floating_point():
         if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
             # With the colours of a pixel side by side: the same bits, faster. The kernel judges that by the strides
             # alone, of which `image[None]` has the wrong one for the batch: its result would be laid out anew.
+            if out is not None and out.dtype == image.dtype and out.stride(0) == 1 and out.shape[1:] == size:
+                batch = image[None].contiguous(memory_format=torch.channels_last)
+                torch.ops.aten._upsample_bicubic2d_aa.out(batch, size, False, None, None, out=out[None])
+                return out
             batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
         else:
             batch = image[None]

@@ -5,13 +5,18 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mae import augment
 from mae.data import jpeg, workers
 from mae.data.loader import EvalLoader, Loader
+from mae.data.reader import Reader
+from mae.data.sampler import Ticket
 from mae.data.source import Arrays, BadImage
+from mae.data.stack import Stack
+from mae.geometry import resize
 
 LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "thread", "num_workers": 0}
 TRAINING = LOADING | {"fraction": 1.0, "per_class": None}
@@ -129,3 +134,38 @@ def test_a_part_that_cannot_be_decoded_is_left_to_the_whole(monkeypatch, error, 
     monkeypatch.setattr(jpeg, "_library", lambda: library)
     monkeypatch.setattr(jpeg, "OWN", SimpleNamespace(decoder=decoder))
     assert jpeg.part(bytearray(b""), False, (0, 0, 1, 1)) is None
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_images_resized_into_their_batch_are_those_resized_alone(channels, kind, last):
+    chance = np.random.default_rng(0)
+    stack, alone = Stack(5), []
+    for k, (height, width) in enumerate([(9, 14), (8, 6), (20, 7), (8, 6), (5, 5)]):
+        shape = (height, width, channels) if last else (channels, height, width)
+        image = torch.from_numpy(chance.integers(0, 200, shape)).to(kind)
+        image = image.permute(2, 0, 1) if last else image
+        alone.append(resize(image, (8, 6)))
+        room = stack.room(k)
+        made = resize(image, (8, 6), room)
+        if k == 2:  # written straight to its place where the kernel leaves colours side by side
+            assert room is not None
+            assert (made.data_ptr() == room.data_ptr()) == (channels in (3, 4) and kind == torch.uint8)
+        stack.put(k, made)
+    assert torch.equal(stack.images, torch.stack(alone)) and stack.images.dtype == kind
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_a_batch_made_in_place_is_the_one_made_image_by_image(kind):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 3, 20, 30), np.uint8))
+    source = Arrays(pixels, None, [], "noise")
+    crop = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
+    reader = Reader(source, crop, 0, None, repeats=2)
+    options = {"num_workers": 1, "workers": kind, "repeats": 2, "max_bad_fraction": 0.0}
+    loader = Loader(source, crop, 8, 8, 0, **(TRAINING | options))
+    (batch,) = next(loader.steps(0))
+    loader.close()
+    reader.fills = False
+    plain = reader.batch(Ticket(0, batch["index"][:4].numpy(), 1.0))
+    assert torch.equal(batch["image"], plain["image"]) and len(batch["image"]) == 8

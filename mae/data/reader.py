@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from mae import augment, chance
 from mae.data.sampler import Ticket
 from mae.data.source import BadImage, Source, part
+from mae.data.stack import Stack
 from mae.geometry import Boxed, inside
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,14 @@ class Reader(Dataset):
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Tensor, augment.Draw], Tensor],
+        transform: Callable[..., Tensor],
         seed: int,
         num_patches: int | None,
         repeats: int = 1,
     ):
         self.source, self.transform, self.seed = source, transform, seed
         self.num_patches, self.repeats = num_patches, repeats
+        self.fills = getattr(transform, "fills", False)  # whether it writes its result where it is told to
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any] | Failure:
         try:
@@ -68,7 +70,7 @@ class Reader(Dataset):
         if hasattr(self.source, "ahead"):  # a source that fetches what comes next meanwhile
             self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
         wanted = ticket.indices.tolist()
-        taken, labels, images, bad = [], [], [[] for _ in range(self.repeats)], []
+        taken, labels, bad, stack = [], [], [], Stack(len(wanted) * self.repeats)
         keys = [chance.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
         numbers = [chance.uniform(key, augment.DRAWS + 1) for key in keys]
         draws = [n[:, 1:].tolist() for n in numbers]
@@ -81,12 +83,16 @@ class Reader(Dataset):
             index, image, label = self._readable(index, bad, once)
             taken.append(index)
             labels.append(label)
-            for one, draw in zip(images, drawn, strict=True):
+            for place, draw in zip(range(k, stack.count, len(wanted)), drawn, strict=True):
                 seen = inside(image, partial(find, draw=draw)) if find and not once else image
-                one.append(self.transform(seen, draw))
+                given = {"out": stack.room(place)} if self.fills else {}
+                made = self.transform(seen, draw, **given)
+                if stack.images is not None and made.dtype != stack.images.dtype:  # its numbers would be cut
+                    self._two_types(taken[0], stack.images.dtype, index, made.dtype)
+                stack.put(place, made)
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
-            "image": self._of_one_type([image for seen in images for image in seen], taken),
+            "image": stack.images,
             "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & hflip),
             "label": torch.tensor(labels * self.repeats),
             "index": torch.tensor(taken * self.repeats),
@@ -100,16 +106,10 @@ class Reader(Dataset):
             batch["noise"] = torch.from_numpy(noise)
         return batch
 
-    def _of_one_type(self, images: list[Tensor], taken: list[int]) -> Tensor:
-        """The images as one tensor. Raises ValueError where their numbers differ in type: some would be cut."""
-        for k, image in enumerate(images):
-            if image.dtype != images[0].dtype:
-                types = [str(one.dtype).removeprefix("torch.") for one in (images[0], image)]
-                names = [self.source.name(taken[i % len(taken)]) for i in (0, k)]
-                raise ValueError(
-                    f"{names[0]} holds {types[0]} and {names[1]} {types[1]}: all files must be of one type."
-                )
-        return stacked(images)
+    def _two_types(self, first: int, type_: torch.dtype, other: int, another: torch.dtype) -> NoReturn:
+        types = [str(one).removeprefix("torch.") for one in (type_, another)]
+        names = [self.source.name(k) for k in (first, other)]
+        raise ValueError(f"{names[0]} holds {types[0]} and {names[1]} {types[1]}: all files must be of one type.")
 
     def _readable(self, index: int, bad: list[Bad], box: Boxed | None) -> tuple[int, Tensor, int]:
         """The image, or the first readable one of a sequence that hangs on its index alone; or a part of it."""
@@ -128,25 +128,6 @@ class Reader(Dataset):
 def reason(error: Exception) -> str:
     """Why an image cannot be used; a MemoryError says nothing itself."""
     return str(error) or "it takes more memory than there is"
-
-
-def stacked(images: list[Tensor]) -> Tensor:
-    """(B, C, H, W); in a worker process in memory that it shares. In memory the colours of a pixel lie side by
-    side where they do so in the images, as decoding and resizing leave them: to part them would take as long as to
-    read the file."""
-    if images[0].stride(0) == 1:
-        return _stacked([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    return _stacked(images)
-
-
-def _stacked(images: list[Tensor]) -> Tensor:
-    if get_worker_info() is not None:
-        return default_collate(images)
-    out = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype)
-    view = out.numpy()
-    for k, image in enumerate(images):  # by numpy, for torch would start a team of threads in each thread
-        view[k] = image.numpy()
-    return out
 
 
 class Record:
