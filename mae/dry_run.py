@@ -114,6 +114,9 @@ def plan_of(cfg: DictConfig) -> Plan:
 
 def report(cfg: DictConfig) -> str:
     """The plan as text, a line a fact."""
+    if cfg.task.name == "pipeline":
+        stages = ", ".join(cfg.task.stages)
+        return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
     if cfg.task.name not in TRAINED:
         return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
     plan, model = plan_of(cfg), model_on_meta(cfg)

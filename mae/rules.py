@@ -35,6 +35,7 @@ INTERVALS = {
     "task.k": "[1, inf)",
     "task.knn_every_epochs": "(0, inf)",
     "task.knn_images": "[1, inf)",
+    "task.knn_k": "[1, inf)",
     "task.mask_ratios": "(0, 1)",
     "task.eval_mask_ratios": "(0, 1)",
     "task.measured_images": "[1, inf)",
@@ -57,6 +58,8 @@ INTERVALS = {
     "optimizer.layer_decay": "(0, 1]",
     "optimizer.betas": "[0, 1)",
     "optimizer.momentum": "[0, 1)",
+    "optimizer.eps": "(0, inf)",
+    "optimizer.trust_coefficient": "(0, inf)",
     "data.num_workers": "[0, inf)",
     "data.val_fraction": "[0, 1]",
     "data.fraction": "(0, 1]",
@@ -65,6 +68,23 @@ INTERVALS = {
     "data.max_bad_fraction": "[0, 1]",
     "data.std": "(0, inf)",
     "data.min_crop": "[0, 1]",
+    "data.crop_fraction": "(0, 1]",
+    "data.img_size": "[1, inf)",
+    "data.in_chans": "[1, inf)",
+    "data.num_classes": "[1, inf)",
+    "data.train_images": "[1, inf)",
+    "data.max_pixels": "[1, inf)",
+    "data.prefetch": "[1, inf)",
+    "data.timeout_s": "(0, inf)",
+    "data.lanes": "[1, inf)",
+    "data.window": "[1, inf)",
+    "data.cache_gb": "(0, inf)",
+    "data.retry_s": "[0, inf)",
+    "augmentation.erase_prob": "[0, 1]",
+    "augmentation.brightness": "[0, inf)",
+    "augmentation.contrast": "[0, inf)",
+    "augmentation.saturation": "[0, inf)",
+    "augmentation.hue": "[0, 0.5]",  # of a turn
     "augmentation.scale": "(0, 1]",
     "augmentation.ratio": "(0, inf)",
     "checkpoint.every_epochs": "(0, inf)",
@@ -173,6 +193,10 @@ def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
     task, optimizer = cfg["task"], cfg["optimizer"]
+    if len(optimizer.get("betas") or [0, 0]) != 2:
+        yield f"optimizer.betas must be two numbers, got {optimizer['betas']}."
+    if task.get("learning_rates") and not task["cached_features"]:
+        yield "task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr."
     if "warmup_epochs" not in task:
         return
     if task["warmup_epochs"] > task["epochs"]:
@@ -197,6 +221,10 @@ def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
             what += f" x task.micro_batch_size={micro}"
         near = nearest_multiples(task["batch_size"], unit)
         yield f"task.batch_size={task['batch_size']} does not divide by {what}: the nearest that do: {near}."
+    repeats = cfg["data"].get("repeats", 1)
+    for key in ("batch_size", "micro_batch_size"):
+        if isinstance(task[key], int) and task[key] % repeats:
+            yield f"task.{key}={task[key]} is not a multiple of data.repeats={repeats}."
 
 
 def _statistics(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -252,7 +280,8 @@ def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
     if root is None:
         yield "data.root is not set: give the directory of the images, as data.root=DIR."
     elif "://" not in root and not cfg["data"].get("download") and not os.path.exists(root):
-        yield f"data.root={root} does not exist: give the directory of the images."
+        fetch = ", or set data.download=true" if "download" in cfg["data"] else ""
+        yield f"data.root={root} does not exist: give the directory of the images{fetch}."
 
 
 def _colours(cfg: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from PIL import Image
 
-from mae import checkpoint, launch
+from mae import checkpoint, dry_run, launch
 
 # ---------------------------------------------------------------- good command lines
 
@@ -70,6 +70,11 @@ def test_dry_run_builds_nothing_on_disk(tmp_path):
     assert "657,074,508" in told.stdout and "4096 = micro batch 512 x accumulation 1 x devices 8" in told.stdout
     assert "250,400 (313 an epoch of 1,281,167 images)" in told.stdout
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_of_a_pipeline_names_its_stages():
+    told = dry_run.report(composed("task=pipeline", "dry_run=true", "output_dir=x"))
+    assert told == ("pipeline: pretrain, linprobe, finetune, in x. The plan of a stage: task=STAGE dry_run=true.\n")
 
 
 def test_dry_run_tells_time_and_cost():
@@ -162,6 +167,8 @@ def in_plain_words(told: subprocess.CompletedProcess[str], message: str) -> None
         ("task.mask_ratio=[0.5", "The override 'task.mask_ratio=[0.5' cannot be read"),
         ("data=folder", "data.root is not set: give the directory of the images"),
         ("data=folder data.root=/no/such", "data.root=/no/such does not exist"),
+        ("data=cifar10 data.root=/no/such", "give the directory of the images, or set data.download=true."),
+        ("task=linprobe task.learning_rates=[1]", "task.learning_rates needs task.cached_features=true: otherwise set"),
         ("resume=/no/such", "/no/such is not the directory of a run: it holds no config.yaml."),
         ("output_dir=/proc/here", "/proc/here cannot be written to"),
         ("task.batch_size=100 task.micro_batch_size=7", "the nearest that do: 98 or 105."),

@@ -35,8 +35,6 @@ class Linprobe(Classify):
         learning_rates: list[float] | None,
     ):
         super().__init__(cfg, val_set)
-        if learning_rates and not cached_features:
-            raise ValueError("task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr.")
         classes = len(self.classes)
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=global_pool)
         self.model.head = head(self.model.embed_dim, classes)
