@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Row, arguments, best_format, report, timed
+from protocol import Row, arguments, as_run, best_format, report, timed
 from torch import Tensor, nn
 
 from mae.allocator import keep_freed_memory
@@ -61,6 +61,7 @@ def main() -> None:
         print(*peak_of_a_step(*args.only, batch=args.peak_batch, device=args.device))
         return
     kept = {(model, dtype): saved_per_image(model, dtype, args.device) for model in MODELS for dtype in args.dtypes}
+    print("kept: of the models as they are, not compiled")
     print(f"{'':<32} {'kept, MB an image':>18} {f'peak, GB at {args.peak_batch}':>18} {'s a step':>9}")
     for (model, dtype), saved in kept.items():
         command = [sys.executable, __file__, "--only", model, dtype, "--peak-batch", str(args.peak_batch)]
@@ -112,6 +113,8 @@ def peak_of_a_step(model: str, dtype: str, batch: int, device: str) -> tuple[int
         keep_freed_memory()
     net, loss = MODELS[model]()
     net.to(device)
+    if "ours" in model:
+        as_run(net, device)
     images = torch.randn(batch, 3, 224, 224, device=device)
     step = training_step(net, lambda: loss(images), device=device, dtype=DTYPES[dtype], fused="ours" in model)
     step()

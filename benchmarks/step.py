@@ -40,19 +40,23 @@ def main() -> None:
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     rows = [flop_row()]
 
-    theirs = reference_step(images, device)
+    shipped = torch.float16 if device == "cuda" else SINGLE  # the reference's own autocast works on GPUs alone
+    theirs = {dtype: reference_step(images, device, dtype) for dtype in {shipped, SINGLE}}
     floors = {c.name: Case(f"{c.name}, its products alone", products(c.run), keeps) for c in (half, single)}
     as_run(ours, device)
     mine = [half] if half is single else [half, single]
-    seconds = interleave([*mine, Case("reference float32", theirs), *floors.values()], **timing)
+    peers = {dtype: Case(f"reference {dtype}", step) for dtype, step in theirs.items()}
+    seconds = interleave([*mine, *peers.values(), *floors.values()], **timing)
     print_times(seconds)
-    reference = seconds["reference float32"]
-    for row, case_, name, goal in (
-        (1, half, f"pretrain step, {best_name}, against the reference as shipped (float32)", 2.8),
-        (2, single, "pretrain step, both float32", 1.35),
+    format_name = "float32" if device == "cpu" else "float32, products in TF32"
+    shipped_name = str(shipped).removeprefix("torch.")
+    for row, case_, peer, name, goal in (
+        (1, half, shipped, f"pretrain step, {best_name}, against the reference as shipped ({shipped_name})", 2.8),
+        (2, single, SINGLE, f"pretrain step, both {format_name}", 1.35),
     ):
-        rows.append(compare(row, name, seconds[case_.name], reference, goal, seconds[floors[case_.name].name]))
-    del theirs
+        times = seconds[case_.name], seconds[peers[peer].name]
+        rows.append(compare(row, name, *times, goal, seconds[floors[case_.name].name]))
+    del theirs, peers
     gc.collect()
 
     if not args.skip_transformers:
@@ -69,9 +73,9 @@ def main() -> None:
     report(sorted(rows, key=lambda row: row.row), args.json)
 
 
-def reference_step(images: torch.Tensor, device: str) -> Callable[[], None]:
+def reference_step(images: torch.Tensor, device: str, dtype: torch.dtype) -> Callable[[], None]:
     model = ReferenceMAE().to(device)
-    return training_step(model, lambda: model(images, MASK_RATIO), device=device, dtype=SINGLE)
+    return training_step(model, lambda: model(images, MASK_RATIO), device=device, dtype=dtype)
 
 
 def flop_row() -> Row:

@@ -14,7 +14,8 @@ from mae.models.layers import blocks_of, set_checkpointing
 
 log = logging.getLogger(__name__)
 
-VARIANTS = 64  # graphs of one block: training and validation, encoder and decoder, each drop path's rate
+VARIANTS = 64  # graphs of one block: training and validation, encoder and decoder, with drop path and without
+TRIALS = {None: 1, "reduce-overhead": 3}  # a CUDA graph warms up first, is recorded next, and then replayed
 
 
 def accelerate(
@@ -37,7 +38,8 @@ def accelerate(
     mode = "reduce-overhead" if compile == "graphs" else None
     compile_blocks(model, mode)
     try:
-        trial()
+        for _ in range(TRIALS[mode]):
+            trial()
     except Exception as error:  # whatever a compiler of another vendor raises
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         log.warning("task.compile=%s is switched off: compiling the blocks failed (%s)", compile, reason)
@@ -50,6 +52,7 @@ def compile_blocks(model: nn.Module, mode: str | None) -> None:
 
     settings: Any = _dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+    settings.optimize_ddp = False  # which cuts graphs at DDP's buckets; a block is small enough
     blocks = blocks_of(model)
     for block in blocks:
         block.compile(mode=mode, dynamic=False)

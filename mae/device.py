@@ -74,16 +74,29 @@ def send(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+class Sender:
+    """Copies batches to a device; to a GPU on a stream of its own, beside what is still computed there."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self.side is None:
+            return send(batch, self.device)
+        with torch.cuda.stream(self.side):
+            here = send(batch, self.device)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self.side)  # which has nothing but this copy to do
+        for tensor in here.values():
+            tensor.record_stream(now)  # its memory is not handed out again before what reads it has run
+        return here
+
+
 def sent(batches: Iterable[tuple[Batch, bool]], device: torch.device) -> Iterator[tuple[Batch, bool]]:
-    """(batch, last of its step) with the batch on the device, the next one under way while one is worked on."""
-    ahead: tuple[Batch, bool] | None = None
-    for batch, last_of_step in batches:
-        arriving = send(batch, device), last_of_step
-        if ahead is not None:
-            yield ahead
-        ahead = arriving
-    if ahead is not None:
-        yield ahead
+    """(batch, last of its step) with the batch on the device."""
+    sender = Sender(device)
+    return ((sender(batch), last_of_step) for batch, last_of_step in batches)
 
 
 def free_memory(device: torch.device) -> int:
@@ -108,6 +121,12 @@ def release(device: torch.device) -> None:
     """Gives back what a failed attempt left reserved."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` begin anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:

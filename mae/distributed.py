@@ -57,7 +57,7 @@ class Ranks:
         if self.sharding == "full":
             from mae.sharding import shard  # seconds to import
 
-            return shard(module)
+            return shard(module, self.device)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # a static graph wants gradients exchanged in its first pass, which an accumulating step does not do
         return DistributedDataParallel(

@@ -39,12 +39,18 @@ def invented(cfg: DictConfig, images: int, num_patches: int | None, where: torch
 
 @contextmanager
 def unchanged(task: nn.Module) -> Iterator[None]:
-    """Puts statistics, gradients and the host's random numbers back to what they were before a trial."""
+    """Puts statistics, gradients and the host's random numbers back to what they were before a trial; meanwhile no part
+    waits for other ranks, which may fail where this one does not."""
     kept = {name: buffer.clone() for name, buffer in task.named_buffers()}
     drawn, torch_drawn = np.random.get_state(), torch.get_rng_state()
+    together: list[Any] = [part for part in task.modules() if hasattr(part, "alone")]
+    for part in together:
+        part.alone = True
     try:
         yield
     finally:
+        for part in together:
+            part.alone = False
         for name, buffer in task.named_buffers():
             buffer.copy_(kept[name])
         task.zero_grad(set_to_none=True)
@@ -71,7 +77,8 @@ def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any])
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, Triton's and cuBLAS's words
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def recall(kept: Path, what: dict[str, Any]) -> int | None:

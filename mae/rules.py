@@ -253,6 +253,8 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
         yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
     yield from _graphs(cfg["task"], devices(cfg))
+    if cfg["task"].get("compile") == "graphs" and launcher["sharding"] == "full":
+        yield "task.compile=graphs wants weights that stay where they are: use blocks with launcher.sharding=full."
     if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
         yield (
             f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="

@@ -102,7 +102,7 @@ class Training:
             return self._evaluate()
 
     def _evaluate(self) -> dict[str, Any]:
-        batches = (device.send(batch, self.ranks.device) for batch in self.val_loader)
+        batches = map(device.Sender(self.ranks.device), self.val_loader)
         metrics = self.task.evaluate(batches, self.ranks, self.autocast)
         metrics |= self.task.signal(self.where()["epoch"], self.ranks, self.autocast)
         self.improved = self.task.improved(metrics)
@@ -188,6 +188,7 @@ def set_up(
     task = build(TASKS, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
+    task.train()  # which a task may mean otherwise for its frozen parts than nn.Module begins with
     restored = restore_weights(run, task)
     held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
@@ -231,7 +232,9 @@ def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) ->
         fitting.step(task, fitting.invented(cfg, few, task.num_patches, ranks.device), autocast)
 
     call(accelerate, cfg.task, task.trained, ranks.device, trial)
-    return call(fitting.micro_batch_size, cfg.task, run, cfg, ranks, task, autocast)
+    held = call(fitting.micro_batch_size, cfg.task, run, cfg, ranks, task, autocast)
+    device.forget_peak_memory(ranks.device)  # trials are not the run's
+    return held
 
 
 def restore_weights(run: Path, task: Any) -> Path | None:

@@ -5,18 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from mae.models.layers import blocks_of
 
 
-def shard(task: nn.Module) -> nn.Module:
+def shard(task: nn.Module, where: torch.device) -> nn.Module:
     """Spreads the weights over all ranks, a block at a time; the same module, its parameters now DTensors."""
+    mesh = init_device_mesh(where.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
     for block in blocks_of(task):
-        fully_shard(block)
-    fully_shard(task)
+        fully_shard(block, mesh=mesh)
+    fully_shard(task, mesh=mesh)
     return task
 
 
@@ -33,6 +36,19 @@ def whole(module: nn.Module) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not module, recurse=False)  # as `fully_shard` chooses it
+        forget_order(module)
+
+
+def forget_order(module: nn.Module) -> None:
+    """Lets the next backward pass gather weights in the order of its own forward pass alone.
+
+    torch notes the order of passes without gradients too, and backward would gather ahead what came last in them: of
+    ranks that validate differently each something else, and all would wait for ever.
+    """
+    if isinstance(module, FSDPModule):
+        order = getattr(module._get_fsdp_state()._comm_ctx, "post_forward_order", None)
+        if order is not None:  # it has run
+            order.clear()
 
 
 def gathered(tree: Any) -> Any:

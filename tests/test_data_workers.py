@@ -100,6 +100,15 @@ def test_a_batch_that_does_not_come_is_told_on_every_python(monkeypatch):
         workers.received(hangs(), training(Spoilt(40, [])).record, 5.0)
 
 
+def test_the_cores_of_a_step_are_shared_by_its_tasks(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert workers.worker_count(None) == 64 and workers.worker_count(3) == 3
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert workers.worker_count(None) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers.worker_count(None) == 2
+
+
 def test_threads_load_the_decoders_library_once(monkeypatch):
     loads = []
 

@@ -20,8 +20,10 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_here
 from torch.distributed.tensor import DTensor
 
 from mae import checkpoint, engine, launch, setup, track
+from mae.config import call
 from mae.distributed import assert_same, start
-from mae.sharding import gathered, on_host
+from mae.models.mae import MaskedAutoencoder
+from mae.sharding import gathered, on_host, shard, whole
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -225,11 +227,34 @@ def test_a_checkpoint_gathers_one_whole_tensor_at_a_time(monkeypatch):
         dist.destroy_process_group()
 
 
+def test_a_validation_leaves_no_order_of_gathering_behind():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cfg = composed(*TINY_PRETRAIN)
+        made = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+        model, images = shard(made, torch.device("cpu")), torch.randn(2, 3, 16, 16)
+        model(images, 0.75).loss.backward()  # as the loop begins
+        with whole(model), torch.no_grad():
+            model(images, 0.75)
+            model.forward_features(images)
+            assert order_of(model)
+        assert not order_of(model)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+    finally:
+        dist.destroy_process_group()
+
+
+def order_of(model):
+    return model._get_fsdp_state()._comm_ctx.post_forward_order
+
+
 def test_spread_weights_and_an_average_of_them_are_refused():
     with pytest.raises(ValueError, match="task.ema_decay keeps a whole second model: set it to null"):
         composed(*TINY, "task=finetune", "task.ema_decay=0.9", "launcher.sharding=full")
     with pytest.raises(ValueError, match="task.micro_batch_size=auto tries one device by itself"):
         composed(*TINY_PRETRAIN, "task.micro_batch_size=auto", "launcher.sharding=full")
+    with pytest.raises(ValueError, match="task.compile=graphs wants weights that stay where they are: use blocks"):
+        composed(*TINY_PRETRAIN[:-1], "device=auto", "task.compile=graphs", "launcher.sharding=full")
 
 
 def test_a_probe_s_statistics_are_those_of_all_ranks(tmp_path):

@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mae.accelerate import compile_blocks
 from mae.models.layers import (
+    Block,
+    DropPath,
     attention,
     resize_pos_embed,
     set_attention_kernel,
@@ -214,6 +218,27 @@ def test_classifier_starts_as_the_reference_s():
     assert drops == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
     assert torch.isfinite(model.train()(torch.randn(3, 3, 32, 32))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_path_leaves_samples_out_as_often_as_asked_and_scales_the_rest(dtype):
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 3, 2, dtype=dtype)
+    kept = drop.train()(x)
+    assert kept.dtype == dtype and torch.equal(kept[:, :1, :1].expand_as(kept), kept)  # a sample whole or not at all
+    assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.75, dtype=dtype).item()}
+    assert (kept[:, 0, 0] > 0).float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert drop.eval()(x) is x and not drop.state_dict()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_all_rates_of_drop_path_are_one_graph():
+    torch._dynamo.reset()
+    blocks = nn.Sequential(*(Block(16, 2, drop_path=rate) for rate in (0.1, 0.2, 0.3, 0.4))).train()
+    compile_blocks(blocks, None)
+    before = counters["stats"]["unique_graphs"]
+    blocks(torch.randn(3, 5, 16, requires_grad=True)).sum().backward()
+    assert counters["stats"]["unique_graphs"] - before == 1
 
 
 def test_autoencoder_starts_as_the_reference_s():

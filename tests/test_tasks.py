@@ -129,6 +129,21 @@ def test_partial_fine_tuning_changes_what_it_should_and_no_bit_else(pretrained, 
             assert torch.equal(tensor, before[name]), name
 
 
+def test_frozen_blocks_are_not_dropped_after_a_resume_either(pretrained, tmp_path):
+    command = [*TINY_FINETUNE, f"init={pretrained}", "task.finetune_blocks=0.5", "task.drop_path=0.5"]
+    command += ["task.batch_size=16", "task.max_steps=6", "checkpoint.every_epochs=0.2", "checkpoint.keep=9"]
+    command += ["task.eval_every_epochs=0.34"]
+    assert run_here(tmp_path, *command) == 0
+    before = checkpoint.weights_digest(weights(tmp_path))
+    names = [path.name for path in checkpoint.checkpoints_of(tmp_path)]
+    assert names == [checkpoint.step_name(step) for step in (2, 4, 6)]  # validated at 4 (.34 of 9 steps) and 6
+    for file in (tmp_path / "checkpoints" / checkpoint.step_name(6)).iterdir():
+        file.unlink()
+    (tmp_path / "summary.json").unlink()
+    assert run_here(tmp_path, *command) == 0
+    assert checkpoint.weights_digest(weights(tmp_path)) == before
+
+
 def test_frozen_blocks_are_not_dropped(tmp_path):
     model = tiny_classifier(drop_path=0.9)
     freeze(model, 1.0)

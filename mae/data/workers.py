@@ -86,6 +86,7 @@ class Threads:
     def _work(self, orders: queue.SimpleQueue, over: threading.Event) -> None:
         if self.device is not None:
             torch.cuda.set_device(self.device)  # else pinning would take memory on the first device
+            torch.set_num_threads(1)  # for copies to pinned memory, as in torch's own thread for that
         while (order := orders.get()) is not None and not over.is_set():
             ticket, future = order
             try:
@@ -103,6 +104,7 @@ def worker_count(num_workers: int | None) -> int:
     if num_workers is not None:
         return num_workers
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = min(cpus, int(os.environ.get("SLURM_CPUS_PER_TASK") or cpus))  # where a step's tasks share its cores
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

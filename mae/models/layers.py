@@ -37,6 +37,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> 
     return plain_attention(q, k, v)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training a sample's branch is left out with probability `rate`, else
+    scaled up. As timm's, but the rate is a tensor: compiled blocks of all rates are then one graph."""
+
+    keep: Tensor
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.drop_prob = rate
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.bernoulli(self.keep.expand(x.shape[0], *[1] * (x.ndim - 1)))
+        return x * (kept / self.keep).to(x.dtype)
+
+
 class Block(TimmBlock):
     """timm's transformer block (same arguments and state dict) with our attention and fewer queries."""
 
@@ -44,6 +62,11 @@ class Block(TimmBlock):
     norm2: nn.LayerNorm
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
     checkpointing: Checkpointing = "light"  # what backward computes again, see `set_checkpointing`
+
+    def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if drop_path:
+            self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
         """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""

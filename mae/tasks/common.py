@@ -58,7 +58,7 @@ def bad_files(run: Path, ranks: Any) -> Path:
 
 def sent(loader: EvalLoader, ranks: Any) -> Iterator[dict[str, Tensor]]:
     """A loader's batches on the device."""
-    return (device.send(batch, ranks.device) for batch in loader)
+    return map(device.Sender(ranks.device), loader)
 
 
 def need_labels(cfg: DictConfig, source: Source, part: str) -> np.ndarray:

@@ -100,12 +100,15 @@ class RanksBatchNorm(nn.BatchNorm1d):
     torch's SyncBatchNorm wants a GPU. Statistics count unbiased, as there.
     """
 
+    alone = False  # during a trial, which not every rank need come through
+
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) to (B, D), normalised over all ranks' B in training."""
-        if not (self.training and dist.is_initialized()):
+        if self.alone or not (self.training and dist.is_initialized()):
             return super().forward(input)
-        sums = torch.cat([input.sum(0, dtype=torch.float64), input.new_tensor([len(input)], dtype=torch.float64)])
+        count = torch.full((1,), len(input), dtype=torch.float64, device=input.device)
+        sums = torch.cat([input.sum(0, dtype=torch.float64), count])
         dist.all_reduce(sums)
         count, mean = sums[-1], sums[:-1] / sums[-1]
         squares = ((input - mean) ** 2).sum(0)
