@@ -19,7 +19,6 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae import config, inherit, launch, sweep_names  # noqa: E402
-from mae.compose import composed  # noqa: E402
 from mae.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
@@ -56,8 +55,8 @@ def run(cfg: DictConfig) -> int:
     if plugin.inside():
         plugin.join()
     here = HydraConfig.get()
-    overrides = list(here.overrides.task)
-    cfg = inherit.inherited(cfg, overrides, composed)
+    overrides = [one for one in here.overrides.task if not one.startswith(f"+{inherit.MARK}=")]
+    cfg = inherit.inherited(cfg, overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
     if cfg.resume:
@@ -81,6 +80,7 @@ def start() -> int:
     try:
         if status.is_asked(sys.argv[1:]):
             return status.answer(sys.argv[1:])
+        sys.argv[1:] = inherit.with_groups(sys.argv[1:])
         main()
         if MEMBERS:
             return launch.launch_sweep(MEMBERS)

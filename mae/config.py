@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import rules
+from mae.ranges import ranges
 from mae.schema import SCHEMA, TOP, conform, describe, keyword_only, near, schema, table
 
 NEUTRAL = (
@@ -106,7 +107,7 @@ def check(cfg: DictConfig) -> DictConfig:
         out[group] = {}
         _check_keys(group, section, schema(group, name), out[group], problems)
     if not problems:
-        problems = list(rules.ranges(out)) or list(rules.contradictions(out))
+        problems = list(ranges(out)) or list(rules.contradictions(out))
     if problems:
         raise ConfigError("\n".join(problems))
     made = OmegaConf.create(out)

@@ -3,58 +3,112 @@
 So `python run.py task=evaluate init=RUN` evaluates the run's network on the run's data. Imports no torch.
 """
 
+import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mae import config
 
 SECTIONS = ("model", "data")
-Compose = Callable[[list[str]], DictConfig]  # a command line -> its config, not yet resolved
+MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
+FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the run said otherwise
+OWN = {key for group, key, *_ in (path for path in config.NEUTRAL if len(path) > 1) if group == "data"} - {"root"}
+OWN |= {"fraction", "per_class", "repeats", "unlabelled"}  # how much is learned from, and where: not what the data is
 
 
 def run_of(init: str) -> Path | None:
     """The directory of the run that `init` names, or of whose checkpoints it names one; None for other files."""
-    place = Path(init).expanduser().absolute()
-    runs = (place, *place.parents[1:3])  # RUN, RUN/checkpoints/STEP, RUN/checkpoints/STEP/FILE
-    return next((run for run in runs if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir()), None)
+    try:
+        place = Path(init).expanduser().absolute()
+        for one in (place, place.resolve()):
+            runs = [one, *(one.parents[k] for k in (1, 2) if len(one.parents) > k)]  # RUN/checkpoints/STEP[/FILE]
+            inside = [True, *(parent.name == "checkpoints" for parent in one.parents[:2])]
+            for run, whether in zip(runs, inside, strict=False):
+                if whether and (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+                    return run
+    except (OSError, RuntimeError):  # a name that is too long, a home that is not there
+        pass
+    return None
 
 
 def stands_for(init: str) -> Path | None:
     """The checkpoint that a run's directory or a link, which name others as the run goes on, stand for now."""
     place = Path(init).expanduser()
     if run_of(init) == place.absolute():
-        return max((place / "checkpoints").glob("step_*"), default=None)
+        found = sorted((place / "checkpoints").glob("step_*"), reverse=True)
+        return next((step for step in found if _complete(step)), None)
     return place.resolve() if place.is_symlink() else None
 
 
-def inherited(cfg: DictConfig, overrides: Sequence[str], compose: Compose) -> DictConfig:
-    """The config with the groups `model` and `data` of the run that `init` names, each where the command line chooses
-    none, and with its single keys winning. An experiment chooses both.
-
-    Raises ConfigError where the run's own config cannot be read.
-    """
-    run = run_of(cfg.init) if isinstance(cfg.init, str) else None
-    given = {one.lstrip("+~").split("=")[0] for one in overrides}
-    sections = [] if "experiment" in given else [name for name in SECTIONS if name not in given]
-    if run is None or not sections:
-        return cfg
-    stored = config.stored(run)
-    sections = [name for name in sections if "name" in stored.get(name, {})]
+def _complete(step: Path) -> bool:
+    """Whether a checkpoint's files are there; what their bytes are is not looked at."""
     try:
-        made = compose([*overrides, *(f"{name}={stored[name].name}" for name in sections)])
-    except MissingConfigException:  # a group file of the user's that is gone, or a name given by hand
-        return cfg
-    for name in sections:
-        for key, value in stored[name].items():
-            follows = OmegaConf.is_interpolation(made[name], key) and ("data" not in sections or f"data.{key}" in given)
-            if key in made[name] and f"{name}.{key}" not in given and not follows:
-                made[name][key] = value
+        files = json.loads((step / "manifest.json").read_text())["files"]
+        return all((step / name).stat().st_size == stored["bytes"] for name, stored in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def with_groups(arguments: Sequence[str]) -> list[str]:
+    """A command line with the groups `model` and `data` of the run that `init=` names, where it chooses none itself.
+    An experiment chooses both. Raises ConfigError where the run's own config cannot be read."""
+    typed = {one.lstrip("+").partition("=")[0]: one for one in arguments if not one.startswith(("-", "~"))}
+    sections = [name for name in SECTIONS if name not in typed]
+    if "init" not in typed or "experiment" in typed or not sections:
+        return list(arguments)
+    inits = typed["init"].partition("=")[2].split(",")  # several in a sweep
+    choices = {tuple(_groups(init.strip("'\""), sections)) for init in inits}
+    found = choices.pop()
+    if choices or not found:
+        return list(arguments)
     if os.environ.get("RANK", "0") == "0":
-        taken = " and ".join(f"{name}={made[name].name}" for name in sections)
-        sys.stderr.write(f"init={cfg.init}: {taken} {'are' if len(sections) > 1 else 'is'} that run's\n")
-    return made
+        taken = " and ".join(found)
+        sys.stderr.write(f"{typed['init']}: {taken} {'are' if len(found) > 1 else 'is'} that run's\n")
+    at = list(arguments).index(typed["init"]) + 1
+    mark = "-".join(one.partition("=")[0] for one in found)
+    return [*arguments[:at], *found, f"+{MARK}={mark}", *arguments[at:]]
+
+
+def _groups(init: str, sections: list[str]) -> Iterator[str]:
+    run = run_of(init)
+    for name in sections if run is not None else ():
+        assert run is not None
+        chosen = _section(run, name).get("name")
+        if isinstance(chosen, str) and re.fullmatch(r"[\w.-]+", chosen):
+            yield f"{name}={chosen}"
+
+
+def _section(run: Path, name: str) -> dict[Any, Any]:
+    """A section of a run's config as it was written, or {}."""
+    found = OmegaConf.to_container(config.stored(run))
+    section = found.get(name) if isinstance(found, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def inherited(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The composed config with the run's own values in the sections whose group `with_groups` took over, but for single
+    keys of the command line. Of the data it takes what they are, not how much of them is learned from, nor how they are
+    loaded."""
+    if MARK not in cfg:
+        return cfg
+    with open_dict(cfg):
+        sections = cfg.pop(MARK).split("-")
+    given = [one.lstrip("+~").partition("=")[0] for one in overrides]
+    run = run_of(cfg.init)
+    assert run is not None
+    data = _section(run, "data")
+    for name in sections:
+        for key, value in _section(run, name).items():
+            if key not in cfg[name] or any(one == f"{name}.{key}" or one.startswith(f"{name}.{key}.") for one in given):
+                continue
+            new = "data" not in sections or f"data.{key}" in given
+            follows = name == "model" and key in FOLLOWS and new and value == data.get(key)
+            if not follows and not (name == "data" and key in OWN):
+                cfg[name][key] = value
+    return cfg

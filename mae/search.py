@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from mae import config, search_trial, sweep
 from mae.compose import composed
 from mae.config import ConfigError
-from mae.inherit import inherited
+from mae.inherit import inherited, with_groups
 from mae.launch import AUTO, explain, launch
 from mae.pipeline import pretraining
 
@@ -120,8 +120,8 @@ def next_trial(study: Any, directory: Path, trials: int, seed: int) -> tuple[Any
 def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, overrides: list[str]) -> str:
     """Runs trials until there are `trials` of them; returns what is to be said at the end."""
     searched, fixed = spaces(overrides)
-    given = [*fixed, *first_values(searched)]
-    first = config.check(config.resolve(inherited(composed(given), given, composed)))
+    given = with_groups([*fixed, *first_values(searched)])
+    first = config.check(config.resolve(inherited(composed(given), given)))
     if first.init == AUTO:
         fixed = [one for one in fixed if not one.startswith("init=")] + [f"init={parent_of(first)}"]
     study = open_study(directory, metric)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from mae import config, rules
+from mae import config, ranges
 from mae.config import ConfigError
 
 GROUPS = {
@@ -92,6 +92,8 @@ def refused(**values) -> str:
         ({"data__crop_fraction": 0.0}, "data.crop_fraction must lie in (0, 1], got 0.0."),
         ({"optimizer__eps": -1.0}, "optimizer.eps must be greater than 0, got -1.0."),
         ({"optimizer__betas": [0.9]}, "optimizer.betas must be two numbers, got [0.9]."),
+        ({"optimizer__betas": []}, "optimizer.betas must be two numbers, got []."),
+        ({"data__repeats": 16, "launcher__processes": 4}, "is 8 images for each of 4 devices, which is no multiple"),
         ({"data__repeats": 5}, "task.batch_size=32 is not a multiple of data.repeats=5."),
         ({"task__epochs": -1}, "task.epochs must be greater than 0, got -1.0."),
         ({"task__max_steps": 1.5}, "task.max_steps must be a whole number or null, got 1.5."),
@@ -180,9 +182,9 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("task.epochs=25").task.epochs == 25
 
 
-@given(st.sampled_from(sorted(rules.INTERVALS)), st.floats(allow_nan=False, width=32))
+@given(st.sampled_from(sorted(ranges.INTERVALS)), st.floats(allow_nan=False, width=32))
 def test_an_interval_in_words_is_the_interval(key, value):
-    interval = rules.INTERVALS[key]
+    interval = ranges.INTERVALS[key]
     low, high = (float(x) for x in interval[1:-1].split(","))
     inside = (value > low or (value == low and interval[0] == "[")) and (
         value < high or (value == high and interval[-1] == "]")
@@ -193,7 +195,7 @@ def test_an_interval_in_words_is_the_interval(key, value):
     for parent in parents:
         node = node.setdefault(parent, {})
     node[leaf] = value
-    assert bool(list(rules.ranges(cfg))) is not inside
+    assert bool(list(ranges.ranges(cfg))) is not inside
 
 
 @settings(max_examples=30, deadline=None)

@@ -199,6 +199,7 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         ("counts", [12] * 10, "its parts do not belong together"),
         ("counts", [122, *[12] * 8, -108], "its parts do not belong together"),
         ("format", "other", "it is not an index of shards"),
+        ("classes", ["0", "1"], "it holds the label 9 of 2 classes"),
     ],
 )
 def test_an_index_whose_parts_do_not_fit_is_damaged(packed, tmp_path, part, value, says):

@@ -3,12 +3,15 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
+from mae.augment import Prepare, center_crop
 from mae.models.export import FORMATS, export, timm_model
 from mae.models.export_card import Facts, run_facts
 from mae.models.export_state import sizes
@@ -27,6 +30,7 @@ FACTS = Facts(
     classes=["ant", "bee", "cat", "dog", "elk"],
     config={"task": {"name": "finetune", "epochs": 3, "mask_ratio": 0.5}, "data": {"name": "digits", "root": "/x"}},
     summary={"top1": 91.25, "checkpoint": "runs/x/checkpoints/step_00000010"},
+    mask_ratio=0.5,
 )
 UNLABELLED = Facts(name="mae", source="a test", mean=[0.5] * 3, std=[0.5] * 3)
 
@@ -163,7 +167,7 @@ def load(kind, folder):
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_hugging_face_vitmae(tmp_path, norm_pix_loss):
     model = autoencoder(norm_pix_loss=norm_pix_loss)
-    facts = Facts("mae", "a test", [0.5] * 3, [0.5] * 3, config={"task": {"mask_ratio": 0.5}})
+    facts = Facts("mae", "a test", [0.5] * 3, [0.5] * 3, mask_ratio=0.5)
     export(model, format="huggingface", path=str(tmp_path), facts=facts)
     other = load("ViTMAEForPreTraining", tmp_path)
     noise = torch.rand(2, 16)
@@ -181,8 +185,16 @@ def test_hugging_face_classifier(tmp_path, make):
     other = load("ViTForImageClassification", tmp_path)
     assert other.config.id2label[0] == "ant"
     same(other(images()).logits, model(images()), 1e-5 if isinstance(model.head, nn.Sequential) else 1e-6)
+    transformers = pytest.importorskip("transformers")
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert processor["image_mean"] == FACTS.mean and processor["size"] == {"height": 16, "width": 16}
+    assert processor["image_mean"] == FACTS.mean and processor["size"] == {"shortest_edge": int(16 / 0.875)}
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (20, 27, 3), np.uint8
+    )  # odd rests they crop a pixel further left
+    prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(pixels), return_tensors="pt")
+    crop = center_crop(img_size=16, crop_fraction=0.875)(torch.from_numpy(pixels).permute(2, 0, 1))
+    ours = Prepare(mean=FACTS.mean, std=FACTS.std)(crop[None])
+    torch.testing.assert_close(prepared["pixel_values"], ours, atol=1.01 / 255 / 0.224, rtol=0)  # a step of a byte
 
 
 def test_hugging_face_classifier_that_is_no_square(tmp_path):
@@ -302,6 +314,7 @@ def test_a_decoder_that_is_not_the_weights_own_is_left_out(tmp_path, format):
     path = export(autoencoder(), format=format, path=str(tmp_path / "net"), facts=facts)[0]
     found = read(str(path))
     assert not found.has_decoder and "encoder only" in found.kind and "norm.weight" in found.state
+    assert "This file holds the encoder alone." in next(tmp_path.rglob("README.md")).read_text()
 
 
 def test_the_crop_of_evaluation_is_told_to_timm(tmp_path):
@@ -346,3 +359,5 @@ def test_facts_of_a_run(tmp_path):
     (tmp_path / "summary.json").write_text('{"val_loss": 0.5}')
     for path in (tmp_path, folder, folder / "model.safetensors"):
         assert run_facts(str(path)) == {"config": {"task": {"name": "pretrain"}}, "summary": {"val_loss": 0.5}}
+    (tmp_path / "summary.json").write_text('{"val_loss": 0.5, "checkpoint": "checkpoints/step_00000020"}')
+    assert run_facts(str(folder), 20)["summary"] and not run_facts(str(folder), 10)["summary"]

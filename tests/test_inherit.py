@@ -11,9 +11,8 @@ from test_tasks import TINY_FINETUNE, folder_of
 
 from mae import launch
 from mae.compose import CONF
-from mae.compose import composed as plain
 from mae.config import ConfigError
-from mae.inherit import inherited, run_of, stands_for
+from mae.inherit import inherited, run_of, stands_for, with_groups
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def parent(root, tmp_path_factory):
 def taken(*overrides):
     """What a command line comes to."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return inherited(compose("config", list(overrides)), overrides, plain)
+        return inherited(compose("config", with_groups(overrides)), overrides)
 
 
 def test_model_and_data_are_those_of_the_run(parent, root, capsys):
@@ -49,7 +48,7 @@ def test_model_and_data_are_those_of_the_run(parent, root, capsys):
 
 
 def test_what_the_command_line_says_wins(parent, root, capsys):
-    cfg = taken("task=evaluate", f"init={parent}", "model.depth=3", "data.root=/other", "+data.extra=1")
+    cfg = taken("task=evaluate", f"init={parent}", "model.depth=3", "data.root=/other", "data.follow_links=true")
     assert (cfg.model.depth, cfg.model.embed_dim, cfg.data.name, cfg.data.root) == (3, 32, "folder", "/other")
     cfg = taken("task=finetune", f"init={parent}", "data=cifar100", "data.root=/other")
     assert (cfg.data.name, cfg.data.mean[0], cfg.model.embed_dim) == ("cifar100", 0.5071, 32)
@@ -70,16 +69,100 @@ def test_the_recipe_is_that_of_the_run_s_model(tmp_path):
     assert found == taken("task=finetune", "model=vit_large", "data=imagenet") and found.optimizer.layer_decay == 0.75
 
 
-def test_files_that_are_no_run_s_and_runs_of_other_groups_bring_nothing(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("model: {name: gone}\ndata: {name: digits}\n")
-    (tmp_path / "model.pth").write_bytes(b"")
-    assert run_of(str(tmp_path / "model.pth")) is None and taken(f"init={tmp_path}/model.pth").model.name == "vit_nano"
-    (tmp_path / "checkpoints").mkdir()
-    assert run_of(str(tmp_path)) == tmp_path and taken(f"init={tmp_path}").model.name == "vit_nano"
-    assert not capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text("[")
+def test_another_set_of_the_same_kind_is_evaluated_at_the_run_s_size(tmp_path):
+    run = made(tmp_path / "run", "{name: vit_base, img_size: 64, in_chans: 3}", "{name: imagenet, img_size: 224}")
+    cfg = taken("task=evaluate", f"init={run}", "data=imagenet_v2")
+    assert (cfg.model.name, cfg.model.img_size, cfg.data.name) == ("vit_base", 64, "imagenet_v2")
+
+
+def test_how_much_is_learned_from_and_where_is_not_taken_over(tmp_path):
+    data = "{name: folder, root: /x, val_fraction: 0.2, fraction: 0.1, per_class: 5, repeats: 4, num_workers: 3, "
+    run = made(tmp_path / "run", "{name: vit_base}", data + "cache_dir: /scratch, prefetch: 9}")
+    found = taken("task=finetune", f"init={run}").data
+    assert (found.root, found.val_fraction) == ("/x", 0.2)
+    assert (found.fraction, found.per_class, found.repeats, found.num_workers, found.prefetch) == (
+        1.0,
+        None,
+        1,
+        None,
+        2,
+    )
+
+
+def test_keys_of_the_run_s_own_data_can_be_given(tmp_path):
+    run = made(tmp_path / "run", "{name: vit_base}", "{name: stl10, root: /x, unlabelled: true, mean: [1, 2, 3]}")
+    cfg = taken("task=finetune", f"init={run}", "data.unlabelled=true", "data.mean.0=9")
+    assert cfg.data.unlabelled and cfg.data.mean[0] == 9
+    assert not taken("task=finetune", f"init={run}").data.unlabelled  # labels are wanted
+
+
+def test_several_parents_of_a_sweep_bring_what_they_agree_on(tmp_path):
+    one, two = (made(tmp_path / name, f"{{name: vit_base, depth: {k}}}", "{name: inat, root: /x}")
+                for k, name in enumerate(("one", "two"), 5))  # fmt: skip
+    given = with_groups(["-m", "task=knn", f"init={one},{two}"])
+    assert given == ["-m", "task=knn", f"init={one},{two}", "model=vit_base", "data=inat", "+from_init=model-data"]
+    for run, depth in ((one, 5), (two, 6)):
+        member = ["task=knn", f"init={run}", *given[3:]]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            assert inherited(compose("config", member), member).model.depth == depth
+    (two / "config.yaml").write_text("model: {name: vit_large}\ndata: {name: inat}\n")
+    assert with_groups(["-m", f"init={one},{two}"]) == ["-m", f"init={one},{two}"]
+
+
+def made(run, model, data):
+    """A directory that looks like a run."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"model: {model}\ndata: {data}\n")
+    return run
+
+
+def test_places_of_a_run(tmp_path):
+    run = made(tmp_path / "run", "{}", "{}")
+    step = run / "checkpoints" / "step_00000004"
+    for folder in (step, run / "weights", run / "export" / "timm"):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "best").symlink_to(step.name)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "best")
+    for place in (run, step, step / "model.safetensors", run / "checkpoints" / "best", tmp_path / "link"):
+        assert run_of(str(place)) == run
+    for other in (
+        "weights/model.safetensors",
+        "export/timm",
+        "export/timm/model.safetensors",
+        "x" * 300,
+        "checkpoints",
+    ):
+        assert run_of(f"{run}/{other}") is None
+    assert run_of("~nosuchuser/x") is None and run_of("timm:vit_base_patch16_224") is None and run_of("/") is None
+    assert stands_for(str(run)) is None  # its only checkpoint is not whole
+    (step / "manifest.json").write_text('{"files": {"model.safetensors": {"bytes": 0}}}')
+    (run / "checkpoints" / "step_00000005").mkdir()
+    assert stands_for(str(run)) == step
+
+
+@pytest.mark.parametrize(
+    "model", ["null", "text", "[1]", "{name: 5}", "{name: '${arch}'}", "{name: 'a,b'}", "{depth: 3}"]
+)
+def test_a_config_of_other_making_brings_nothing(tmp_path, model, capsys):
+    run = made(tmp_path / "run", model, "null")
+    assert with_groups([f"init={run}"]) == [f"init={run}"] and not capsys.readouterr().err
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    run = made(tmp_path / "run", "[", "")
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read as YAML"):
-        taken(f"init={tmp_path}")
+        with_groups([f"init={run}"])
+
+
+def test_a_group_that_is_not_here_is_named(tmp_path):
+    run = made(tmp_path / "run", "{name: mine}", "{name: digits}")
+    told = run_cli("task=knn", f"init={run}", "--cfg", "job")
+    assert told.returncode == 1 and "model=mine does not exist." in told.stderr
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("defaults: [vit_nano]\nname: mine\n")
+    told = run_cli("task=knn", f"init={run}", f"hydra.searchpath=[file://{tmp_path}/conf]", "--cfg", "job")
+    assert told.returncode == 0 and "name: mine" in told.stdout
 
 
 def test_the_printed_next_command_evaluates_on_the_run_s_data(parent, tmp_path):
@@ -89,6 +172,7 @@ def test_the_printed_next_command_evaluates_on_the_run_s_data(parent, tmp_path):
     assert told.returncode == 0, told.stderr
     rows = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
     assert {row["label"] for row in rows} == {"ant", "bee", "cat"} and len(rows) == 6
+    assert "from_init" not in (tmp_path / "run" / "overrides.yaml").read_text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["checkpoint"].endswith("/step_00000001")
 
 

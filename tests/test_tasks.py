@@ -410,10 +410,12 @@ def test_an_export_needs_no_images_and_holds_what_the_checkpoint_does(pretrained
     assert json.loads((target / "config.json").read_text())["norm_pix_loss"] is True
     again = exported(tmp_path / "b", target, "huggingface")  # a foreign file now
     assert json.loads((again / "config.json").read_text()) == json.loads((target / "config.json").read_text())
-    told = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False}
+    told = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False, "mask_ratio": 0.9}
     (target / "config.json").write_text(json.dumps(told))
     again = exported(tmp_path / "c", target, "huggingface")
     assert json.loads((again / "config.json").read_text())["norm_pix_loss"] is False
+    assert json.loads((again / "config.json").read_text())["mask_ratio"] == 0.9
+    assert len(json.loads((again / "preprocessor_config.json").read_text())["image_mean"]) == 3
     timm_config = json.loads((exported(tmp_path / "d", pretrained, "timm") / "config.json").read_text())
     assert timm_config["pretrained_cfg"]["crop_pct"] == 1.0  # conf/data/digits.yaml
 
@@ -430,8 +432,8 @@ def test_an_export_makes_nothing_up(pretrained, tmp_path):
     other = exported(tmp_path / "c", pretrained, "safetensors", "model.decoder_depth=2")
     assert safetensors.torch.load_file(other / "model.safetensors").keys() == encoder.keys()
     message = said(*base, "data.img_size=32", directory=tmp_path / "d")
-    assert "is for 4 x 4 patches, and the model for 8 x 8 (model.img_size=32): choose its data" in message
-    assert message.endswith("or set model.img_size=16.")
+    assert "is for 4 x 4 patches, and the model for 8 x 8 (model.img_size=32): choose the data that it was" in message
+    assert message.endswith("(data=NAME brings size, mean and std), and model.img_size=16 where it is not theirs.")
     bare = {k: v for k, v in encoder.items() if k != "cls_token"} | {"pos_embed": encoder["pos_embed"][:, 1:]}
     torch.save({"model": bare}, tmp_path / "encoder.pth")
     message = said(*base, directory=tmp_path / "e")

@@ -131,10 +131,12 @@ def prepare(out: Path, plan: dict[str, Any]) -> None:
         if json.loads(begun.read_text()) != plan:
             raise ValueError(f"{out} was begun with another source or other options: choose another folder.")
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != f".{NOTES}" for path in out.iterdir()):
         raise ValueError(f"{out} is not empty, and nothing is overwritten: choose another folder.")
-    begun.parent.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(plan))
+    aside = out / f".{NOTES}"  # so that the folder is there with its plan, or not
+    aside.mkdir(parents=True, exist_ok=True)
+    (aside / PLAN).write_text(json.dumps(plan))
+    aside.rename(begun.parent)
 
 
 def filled(out: Path, plan: dict[str, Any]) -> bool:

@@ -74,6 +74,8 @@ class Index:
         shards = {len(self.names), len(self.sizes), len(self.counts)}
         if images != {int(self.counts.sum())} or len(shards) > 1 or self.counts.min(initial=0) < 0:
             raise ValueError("its parts do not belong together")
+        if self.classes and len(found.labels) and int(found.labels.max()) >= len(self.classes):
+            raise ValueError(f"it holds the label {int(found.labels.max())} of {len(self.classes)} classes")
         if any(os.path.basename(name) in ("", ".") for name in self.names):
             raise ValueError("a shard has no name")
 

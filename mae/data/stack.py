@@ -39,4 +39,4 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     shared = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as default_collate does
-    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)  # type: ignore[call-overload]

@@ -25,27 +25,28 @@ class Facts:
     summary: dict[str, Any] = field(default_factory=dict)  # the run's summary.json
     crop: float = 0.875  # the part of a side that is kept in evaluation; 224 / 256: the reference's
     encoder_only: bool = False  # a masked autoencoder whose decoder is not the weights' own, and is left out
+    mask_ratio: float = 0.75  # that the decoder learned at; the paper's
 
 
-def run_facts(path: str) -> dict[str, Any]:
-    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) is of, or {}."""
+def run_facts(path: str, step: int | None = None) -> dict[str, Any]:
+    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) is of, or {}. The summary is
+    {} where the weights are of another `step` than the one that the run ended with."""
     run = run_of(path)
     if run is None:
         return {}
-    summary = run / "summary.json"
-    return {
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
-        "summary": json.loads(summary.read_text()) if summary.is_file() else {},
-    }
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    ended = step is None or str(summary.get("checkpoint")).endswith(f"step_{step:08d}")
+    return {"config": yaml.safe_load((run / "config.yaml").read_text()), "summary": summary if ended else {}}
 
 
-def card(facts: Facts, *, library: str, usage: str, classifier: bool) -> str:
+def card(facts: Facts, *, library: str, usage: str, classifier: bool, encoder: bool = False) -> str:
     """The model card in Markdown, with the header that model hubs read. Holds no date: same facts, same card."""
     kind = "image-classification" if classifier else "image-feature-extraction"
     what = "image classifier" if classifier else "masked autoencoder (self-supervised)"
+    alone = " This file holds the encoder alone." if facts.encoder_only or encoder else ""
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: {kind}\ntags:\n- vision\n- vit\n- mae\n---",
-        f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.",
+        f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.{alone}",
         f"## Use\n\nInputs are RGB values in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}."
         if len(facts.mean) == 3
         else f"## Use\n\nInputs are in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}.",
@@ -65,7 +66,7 @@ def _list(values: list[float]) -> str:
 
 def _results(facts: Facts) -> str:
     if not facts.summary:
-        return "## Results\n\nNot known: these weights do not come from a finished run."
+        return "## Results\n\nNot known: these weights are not those that a finished run ended with."
     rows = [f"| {key} | {_value(value)} |" for key, value in facts.summary.items() if not _is_place(key, value)]
     return "\n".join(["## Results", "", "| figure | value |", "|---|---|", *rows])
 

@@ -115,7 +115,7 @@ def _config(model: nn.Module, size: dict[str, Any], facts: Facts) -> dict[str, A
             "decoder_num_hidden_layers": size["decoder_depth"],
             "decoder_num_attention_heads": size["decoder_num_heads"],
             "decoder_intermediate_size": size["decoder_hidden"],
-            "mask_ratio": facts.config.get("task", {}).get("mask_ratio", 0.75),  # the paper's
+            "mask_ratio": facts.mask_ratio,
             "norm_pix_loss": model.norm_pix_loss,
         }
     assert isinstance(model, VisionTransformer)
@@ -128,11 +128,19 @@ def _config(model: nn.Module, size: dict[str, Any], facts: Facts) -> dict[str, A
 
 
 def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """As evaluation prepares images: resized to cover, the centre cropped. A size that is no square transformers can
+    only resize to."""
     height, width = size["img_size"]
-    return {
-        "image_processor_type": "ViTImageProcessor",
+    whole = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    centre = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": int(height / facts.crop)},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_convert_rgb": size["in_chans"] == 3,
+    }
+    return (centre if height == width else whole) | {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,

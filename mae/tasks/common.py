@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae import device
 from mae.augment import center_crop
-from mae.checkpoint import step_name
+from mae.checkpoint import step_name, weights_digest
 from mae.config import call, write_text
 from mae.data.loader import EvalLoader
 from mae.data.source import Source, reduced
@@ -128,6 +128,15 @@ def read_from(cfg: DictConfig, foreign: Foreign) -> str:
     """The checkpoint that `init` stood for when it was read, or `init` itself."""
     now, step = stands_for(cfg.init), foreign.meta.get("step")
     return cfg.init if now is None or step is None else str(now.with_name(step_name(step)))
+
+
+def same_weights(ranks: Any, model: nn.Module) -> None:
+    """Raises ValueError where ranks have read different weights, of a run that was just going on."""
+    if ranks.world > 1 and len(set(ranks.gather(weights_digest(model.state_dict())))) > 1:
+        raise ValueError(
+            "init= names a run that goes on meanwhile, and ranks have read different checkpoints: name one of them, as "
+            "init=RUN/checkpoints/STEP."
+        )
 
 
 def need_init(cfg: DictConfig) -> str:

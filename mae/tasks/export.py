@@ -51,12 +51,13 @@ def export(
         facts = Facts(
             name=cfg.model.name,
             source=foreign.kind,
-            mean=list(cfg.data.mean),
-            std=list(cfg.data.std),
+            mean=channels(cfg.data.mean, cfg.model.in_chans),
+            std=channels(cfg.data.std, cfg.model.in_chans),
             crop=kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction),
             classes=classes,
             encoder_only=encoder_only,
-            **run_facts(cfg.init),
+            mask_ratio=told_mask_ratio(foreign),
+            **run_facts(cfg.init, foreign.meta.get("step")),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
@@ -87,6 +88,19 @@ def autoencoder(
     return model, any(name.startswith(DECODER) for name in report.fresh)
 
 
+def channels(values: Any, count: int) -> list[float]:
+    """One value a channel, where one is given for all."""
+    return list(values) * (count if len(values) == 1 else 1)
+
+
+def told_mask_ratio(foreign: Foreign) -> float:
+    """The mask ratio that a checkpoint was trained at, as the files beside it say, or the paper's."""
+    config, args = foreign.meta.get("config") or {}, foreign.meta.get("args") or {}
+    task = config.get("task")
+    ours = task.get("mask_ratio") if isinstance(task, dict) else None
+    return next((r for r in (ours, config.get("mask_ratio"), args.get("mask_ratio")) if isinstance(r, float)), 0.75)
+
+
 def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:
     """Raises ValueError where the weights are of another image size: an export keeps their bits."""
     if "pos_embed" not in foreign.state:
@@ -98,6 +112,6 @@ def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None
         shown = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
         raise ValueError(
             f"init={foreign.path} ({foreign.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
-            f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose its data (data=NAME, with its mean "
-            f"and std) or set model.img_size={shown}."
+            f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose the data that it was trained on "
+            f"(data=NAME brings size, mean and std), and model.img_size={shown} where it is not theirs."
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from mae import data, device
 from mae.config import build
 from mae.data.source import Source, Subset, reduced
-from mae.tasks.common import check_classes, eval_loader, sent
+from mae.tasks.common import check_classes, eval_loader, same_weights, sent
 from mae.tasks.features import Encoder, Features, extract
 
 TEMPERATURE = 0.07  # of the votes (Wu et al., 2018); task=knn takes its own
@@ -128,7 +128,9 @@ def knn(
     check_classes(cfg, train_set, val_set)
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     enough("task.k", max(k), len(train_set))
-    encoder = Encoder(cfg, global_pool).to(ranks.device)
+    encoder = Encoder(cfg, global_pool)
+    same_weights(ranks, encoder.model)
+    encoder.to(ranks.device)
     dtype = device.number_format(precision, ranks.device)
 
     def autocast() -> Any:

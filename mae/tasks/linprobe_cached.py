@@ -17,7 +17,7 @@ from mae.config import build, call
 from mae.data.source import reduced
 from mae.metrics import Collector, Results
 from mae.plan import make_plan, steps_in_epoch
-from mae.tasks.common import eval_loader, keep_classes, sent
+from mae.tasks.common import eval_loader, keep_classes, same_weights, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.linprobe import Linprobe, head
 from mae.tasks.results import tell, write_all
@@ -63,6 +63,7 @@ def probe_features(
     train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
     task = build({"linprobe": Linprobe}, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
+    same_weights(ranks, task.model)
     task.to(ranks.device).eval()
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     if batch_size > len(train_set):
