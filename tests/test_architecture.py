@@ -10,12 +10,13 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 
 # unit -> units it may import; what is not named stands on third parties alone
 MAY_IMPORT = {
-    "run": {"config", "launch", "slurm", "dry_run", "sweep_names", "sweep"},
-    "launch": {"config", "compose", "schema", "rules", "pipeline", "report", "slurm", "local"},
+    "run": {"config", "inherit", "launch", "slurm", "dry_run", "sweep_names", "sweep"},
+    "inherit": {"config"},
+    "launch": {"config", "inherit", "compose", "schema", "rules", "pipeline", "report", "slurm", "local"},
     "local": {"distributed", "engine"},  # in a worker
     "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config"},
-    "config": {"rules", "schema"},
+    "config": {"rules", "ranges", "schema"},
     "dry_run": {
         "config",
         "schema",
@@ -66,12 +67,13 @@ MAY_IMPORT = {
     "sharding": {"models"},
     "sweep": {"sweep_names", "sweep_figure", "report", "run_record", "page", "config"},
     "sweep_figure": {"published"},
-    "search": {"config", "search_trial", "sweep", "compose", "launch", "pipeline"},
+    "search": {"config", "inherit", "search_trial", "sweep", "compose", "launch", "pipeline"},
     "search_trial": {"track"},
     "dashboard": {"config"},
     "report": {"run_record", "page", "track", "config"},
     "run_record": {"track", "compose", "config"},
     "tasks": {
+        "inherit",
         "pipeline",
         "models",
         "data",

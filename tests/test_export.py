@@ -352,12 +352,10 @@ def test_card(tmp_path, format):
 
 
 def test_facts_of_a_run(tmp_path):
-    folder = tmp_path / "checkpoints/step_00000010"
-    folder.mkdir(parents=True)
-    assert run_facts(str(folder)) == {}
+    assert run_facts(None, None) == {}
     (tmp_path / "config.yaml").write_text("task: {name: pretrain}\n")
-    (tmp_path / "summary.json").write_text('{"val_loss": 0.5}')
-    for path in (tmp_path, folder, folder / "model.safetensors"):
-        assert run_facts(str(path)) == {"config": {"task": {"name": "pretrain"}}, "summary": {"val_loss": 0.5}}
-    (tmp_path / "summary.json").write_text('{"val_loss": 0.5, "checkpoint": "checkpoints/step_00000020"}')
-    assert run_facts(str(folder), 20)["summary"] and not run_facts(str(folder), 10)["summary"]
+    assert run_facts(tmp_path, 10) == {"config": {"task": {"name": "pretrain"}}, "summary": {}}
+    told = {"val_loss": 0.5, "checkpoint": "checkpoints/step_00000020"}
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    assert run_facts(tmp_path, 20)["summary"] == run_facts(tmp_path, None)["summary"] == told
+    assert not run_facts(tmp_path, 10)["summary"]  # of an earlier checkpoint

@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
-
-from mae.inherit import run_of
 
 PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
 SHOWN = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
@@ -28,10 +27,9 @@ class Facts:
     mask_ratio: float = 0.75  # that the decoder learned at; the paper's
 
 
-def run_facts(path: str, step: int | None = None) -> dict[str, Any]:
-    """`config` and `summary` of the run that `path` (its directory, or a checkpoint in it) is of, or {}. The summary is
-    {} where the weights are of another `step` than the one that the run ended with."""
-    run = run_of(path)
+def run_facts(run: Path | None, step: int | None) -> dict[str, Any]:
+    """`config` and `summary` of the run that weights come from; {} where they come from none. The summary is {} where
+    they are of another `step` than the one that the run ended with."""
     if run is None:
         return {}
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}

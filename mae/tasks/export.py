@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from mae.augment import kept_fraction
 from mae.geometry import pair
+from mae.inherit import run_of
 from mae.models.export import export as write
 from mae.models.export_card import Facts, run_facts
 from mae.models.foreign import DECODER, Foreign, read
@@ -57,7 +58,7 @@ def export(
             classes=classes,
             encoder_only=encoder_only,
             mask_ratio=told_mask_ratio(foreign),
-            **run_facts(cfg.init, foreign.meta.get("step")),
+            **run_facts(run_of(cfg.init), foreign.meta.get("step")),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
