@@ -83,7 +83,7 @@ def losses(folder: Path) -> list[float]:
     return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
 
 
-@pytest.mark.parametrize("micro", ["null", "8"])
+@pytest.mark.parametrize("micro", [pytest.param("null", marks=pytest.mark.slow), "8"])
 def test_one_rank_equals_two_and_gradients_are_exchanged_once_a_step(tmp_path, micro):
     overrides = [*BASE, f"task.micro_batch_size={micro}"]
     one = on_ranks(1, tmp_path / "one", functools.partial(trained, overrides=overrides))

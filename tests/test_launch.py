@@ -71,7 +71,9 @@ def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path):
     assert told_losses(run) == told_losses(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, number):
     run = tmp_path / "run"
     process = started(run, "checkpoint.every_epochs=100")
@@ -133,7 +135,7 @@ def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
     assert told_losses(tmp_path / "whole") == told_losses(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("victim", ["one", "all"])
+@pytest.mark.parametrize("victim", ["one", pytest.param("all", marks=pytest.mark.slow)])
 def test_sigterm_to_a_run_of_two_saves_once(tmp_path, victim):
     run = tmp_path / "run"
     process = started(run, "launcher.processes=2", "checkpoint.every_epochs=100", "task.epochs=60")
