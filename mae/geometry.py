@@ -35,16 +35,14 @@ def resize(image: Tensor, size: tuple[int, int], out: Tensor | None = None) -> T
         return image
     if image.dtype == torch.uint8 or image.is_floating_point():
         if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
-            # With the colours of a pixel side by side: the same bits, faster. The kernel judges that by the strides
-            # alone, of which `image[None]` has the wrong one for the batch: its result would be laid out anew.
-            if out is not None and out.dtype == image.dtype and out.stride(0) == 1 and out.shape[1:] == size:
-                batch = image[None].contiguous(memory_format=torch.channels_last)
-                torch.ops.aten._upsample_bicubic2d_aa.out(batch, size, False, None, None, out=out[None])
-                return out
-            batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-        else:
-            batch = image[None]
-        return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
+            # With the colours of a pixel side by side: the same bits, faster. Where no `out` says so, the kernel judges
+            # by the strides alone, of which `image[None]` has the wrong one for the batch.
+            if out is None or out.dtype != torch.uint8 or out.stride(0) != 1 or out.shape != (len(image), *size):
+                out = torch.empty((*size, len(image)), dtype=torch.uint8).permute(2, 0, 1)
+            batch = image[None].contiguous(memory_format=torch.channels_last)
+            torch.ops.aten._upsample_bicubic2d_aa.out(batch, size, False, None, None, out=out[None])
+            return out
+        return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
     info = torch.iinfo(image.dtype)
     return resize(image.to(torch.float32), size).round_().clamp_(info.min, info.max).to(image.dtype)
 

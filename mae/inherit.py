@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from mae import config
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
 FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the run said otherwise
-OWN = {key for group, key, *_ in (path for path in config.NEUTRAL if len(path) > 1) if group == "data"} - {"root"}
-OWN |= {"fraction", "per_class", "repeats", "unlabelled"}  # how much is learned from, and where: not what the data is
+# How much of the data is learned from, and how and where they are loaded: not what they are
+OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in config.NEUTRAL if path[0] == "data")}
+OWN -= {"root"}
 
 
 def run_of(init: str) -> Path | None:
@@ -27,10 +28,9 @@ def run_of(init: str) -> Path | None:
     try:
         place = Path(init).expanduser().absolute()
         for one in (place, place.resolve()):
-            runs = [one, *(one.parents[k] for k in (1, 2) if len(one.parents) > k)]  # RUN/checkpoints/STEP[/FILE]
-            inside = [True, *(parent.name == "checkpoints" for parent in one.parents[:2])]
-            for run, whether in zip(runs, inside, strict=False):
-                if whether and (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            # RUN, RUN/checkpoints/STEP, RUN/checkpoints/STEP/FILE
+            for run in (one, *(folder.parent for folder in one.parents[:2] if folder.name == "checkpoints")):
+                if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
                     return run
     except (OSError, RuntimeError):  # a name that is too long, a home that is not there
         pass
@@ -63,7 +63,7 @@ def with_groups(arguments: Sequence[str]) -> list[str]:
     if "init" not in typed or "experiment" in typed or not sections:
         return list(arguments)
     inits = typed["init"].partition("=")[2].split(",")  # several in a sweep
-    choices = {tuple(_groups(init.strip("'\""), sections)) for init in inits}
+    choices = {tuple(_groups(run_of(init.strip("'\"")), sections)) for init in inits}
     found = choices.pop()
     if choices or not found:
         return list(arguments)
@@ -75,20 +75,19 @@ def with_groups(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:at], *found, f"+{MARK}={mark}", *arguments[at:]]
 
 
-def _groups(init: str, sections: list[str]) -> Iterator[str]:
-    run = run_of(init)
-    for name in sections if run is not None else ():
-        assert run is not None
-        chosen = _section(run, name).get("name")
+def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
+    """The choices of groups that a run makes, as overrides."""
+    stored = _stored(run) if run is not None else {}
+    for name in sections:
+        chosen = stored.get(name, {}).get("name")
         if isinstance(chosen, str) and re.fullmatch(r"[\w.-]+", chosen):
             yield f"{name}={chosen}"
 
 
-def _section(run: Path, name: str) -> dict[Any, Any]:
-    """A section of a run's config as it was written, or {}."""
-    found = OmegaConf.to_container(config.stored(run))
-    section = found.get(name) if isinstance(found, dict) else None
-    return section if isinstance(section, dict) else {}
+def _stored(run: Path) -> dict[str, dict[Any, Any]]:
+    """The sections of a run's config as they were written."""
+    found = config.plain(config.stored(run))
+    return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 
 def inherited(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -102,13 +101,13 @@ def inherited(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     given = [one.lstrip("+~").partition("=")[0] for one in overrides]
     run = run_of(cfg.init)
     assert run is not None
-    data = _section(run, "data")
+    stored = _stored(run)
     for name in sections:
-        for key, value in _section(run, name).items():
+        for key, value in stored[name].items():
             if key not in cfg[name] or any(one == f"{name}.{key}" or one.startswith(f"{name}.{key}.") for one in given):
                 continue
             new = "data" not in sections or f"data.{key}" in given
-            follows = name == "model" and key in FOLLOWS and new and value == data.get(key)
+            follows = name == "model" and key in FOLLOWS and new and value == stored.get("data", {}).get(key)
             if not follows and not (name == "data" and key in OWN):
                 cfg[name][key] = value
     return cfg

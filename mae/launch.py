@@ -112,18 +112,21 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
             code = build(LAUNCHERS, cfg.launcher, run)
         if code or not summary.exists():
             return code
+        told = json.loads(summary.read_text())
     else:
-        told = "This run is finished already; another seed= or output_dir= starts a new one."
-        sys.stderr.write(f"{told}{outdated(cfg, summary)}\n")
+        told = json.loads(summary.read_text())
+        sys.stderr.write(
+            f"This run is finished already; another seed= or output_dir= starts a new one.{outdated(cfg, told)}\n"
+        )
     if first:
-        sys.stdout.write(closing_lines(run, json.loads(summary.read_text())))
+        sys.stdout.write(closing_lines(run, told))
     return 0
 
 
-def outdated(cfg: DictConfig, summary: Path) -> str:
+def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
     """A sentence where a finished run read another checkpoint than the one that `init` stands for now."""
     now = stands_for(cfg.init) if cfg.task.name in READERS else None
-    read = Path(str(json.loads(summary.read_text()).get("checkpoint")))
+    read = Path(str(summary.get("checkpoint")))
     if now is None or now.name == read.name or not read.name.startswith("step_"):
         return ""
     return f" It read {read.name}, and init={cfg.init} stands for {now.name} now: init={now} takes that."

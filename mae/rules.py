@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 EMBEDDED = ("digits",)  # data sets that come with a package
-
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 READERS = ("knn", "evaluate", "visualize", "export")  # of weights that others have trained
 NEED_INIT = ("linprobe", *READERS)
@@ -60,12 +59,6 @@ def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
     task, optimizer = cfg["task"], cfg["optimizer"]
-    if len(optimizer.get("betas", [0, 0])) != 2:
-        yield f"optimizer.betas must be two numbers, got {optimizer['betas']}."
-    if task.get("learning_rates") and not task["cached_features"]:
-        yield "task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr."
-    if task.get("k") == []:
-        yield "task.k must name one number of neighbours or more, got []."
     if "warmup_epochs" not in task:
         return
     if task["warmup_epochs"] > task["epochs"]:
@@ -75,6 +68,16 @@ def _schedule(cfg: Mapping[str, Any]) -> Iterator[str]:
     if optimizer["min_lr"] > peak:
         min_lr = optimizer["min_lr"]
         yield f"optimizer.min_lr={min_lr:g} is above the peak learning rate {peak:g} (base_lr x batch / 256)."
+
+
+def _lists(cfg: Mapping[str, Any]) -> Iterator[str]:
+    task, optimizer = cfg["task"], cfg["optimizer"]
+    if len(optimizer.get("betas", [0, 0])) != 2:
+        yield f"optimizer.betas must be two numbers, got {optimizer['betas']}."
+    if task.get("learning_rates") and not task["cached_features"]:
+        yield "task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr."
+    if task.get("k") == []:
+        yield "task.k must name one number of neighbours or more, got []."
 
 
 def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -189,6 +192,7 @@ def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
+    _lists,
     _schedule,
     _batch,
     _statistics,

@@ -16,8 +16,10 @@ from PIL import Image
 from test_tasks import TINY_OTHER, folder_of, summary, tiny_classifier
 
 from mae import engine, launch
+from mae.checkpoint import weights_digest
 from mae.data.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
 from mae.metrics import MISS, Collector, Results
+from mae.tasks.common import same_weights
 
 FIGURES = ("top1", "top5", "loss", "ece", "mean_per_class", "images_seen")
 
@@ -197,6 +199,22 @@ def test_a_missing_package_for_parquet_is_named_before_any_image_is_read(tmp_pat
         ValueError, match="task.predictions=parquet needs the package pyarrow: use task.predictions=csv"
     ):
         run_here(tmp_path, *TINY_OTHER, "task=evaluate", "init=/nowhere", "task.predictions=parquet")
+
+
+def test_ranks_that_read_different_checkpoints_are_refused():
+    class Two:
+        world = 2
+
+        def __init__(self, other):
+            self.other = other
+
+        def gather(self, value):
+            return [value, self.other]
+
+    model = tiny_classifier()
+    same_weights(Two(weights_digest(model.state_dict())), model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ranks have read different checkpoints: name one of them, as init=RUN/check"):
+        same_weights(Two("another"), model)
 
 
 @pytest.mark.parametrize(("classes", "message"), [

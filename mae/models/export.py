@@ -62,8 +62,7 @@ def to_timm(model: nn.Module, path: str, facts: Facts) -> list[Path]:
         f"# or: timm.create_model({name!r}, num_classes={size['num_classes']}{given},\n"
         f'#                       checkpoint_path="{folder.name}/model.safetensors")'
     )
-    encoder = isinstance(model, MaskedAutoencoder)
-    text = card(facts, library="timm", usage=usage, classifier=size["num_classes"] > 0, encoder=encoder)
+    text = _card(model, facts, "timm", usage, encoder=True)
     with staged(folder) as stage:
         safetensors.torch.save_file(encoder_weights(model), stage / "model.safetensors", metadata={"format": "pt"})
         config = _timm_config(name, arguments, size, facts)
@@ -146,8 +145,9 @@ def _own(model: nn.Module, facts: Facts) -> State:
     return encoder_weights(model) if facts.encoder_only else weights(model, fold=False)
 
 
-def _card(model: nn.Module, facts: Facts, library: str, usage: str, graph: bool = False) -> str:
-    encoder = graph and isinstance(model, MaskedAutoencoder)
+def _card(model: nn.Module, facts: Facts, library: str, usage: str, encoder: bool = False) -> str:
+    """The card; `encoder`: of a masked autoencoder the format holds the encoder alone."""
+    encoder &= isinstance(model, MaskedAutoencoder)
     return card(facts, library=library, usage=usage, classifier=sizes(model)["num_classes"] > 0, encoder=encoder)
 
 
@@ -180,7 +180,7 @@ def to_torch_export(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     usage = f'import torch\n\nmodel = torch.export.load("{name}").module()\noutput = model(images)'
     with staged(folder) as stage:
         torch.export.save(program, stage / name)
-        (stage / readme).write_text(_card(model, facts, "pytorch", usage, graph=True))
+        (stage / readme).write_text(_card(model, facts, "pytorch", usage, encoder=True))
     return [folder / name, folder / readme]
 
 
@@ -215,7 +215,7 @@ def to_onnx(model: nn.Module, path: str, facts: Facts) -> list[Path]:
             verbose=False,
         )
         _check_onnx(runtime, graph, stage / name)
-        (stage / readme).write_text(_card(model, facts, "onnx", usage, graph=True))
+        (stage / readme).write_text(_card(model, facts, "onnx", usage, encoder=True))
         names = sorted(file.name for file in stage.iterdir())
     return [folder / file for file in names]
 

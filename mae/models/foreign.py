@@ -61,11 +61,21 @@ class Foreign:
     @property
     def norm_pix_loss(self) -> bool | None:
         """Whether normalised patches are predicted, as the files beside the tensors say; None where nothing does."""
+        return self._told(bool, "norm_pix_loss", "normlize_target")  # the latter is MAE-pytorch's
+
+    @property
+    def mask_ratio(self) -> float | None:
+        """The part of the patches that was masked in training, as the files beside the tensors say, or None."""
+        return self._told(float, "mask_ratio")
+
+    def _told(self, kind: type, *keys: str) -> Any:
+        """A setting of the training by the first of its names that a run's config, a config.json or saved arguments
+        hold, or None."""
         config, args = self.meta.get("config") or {}, self.meta.get("args") or {}
         task = config.get("task")
-        ours = task.get("norm_pix_loss") if isinstance(task, dict) else None
-        theirs = (config.get("norm_pix_loss"), args.get("norm_pix_loss"), args.get("normlize_target"))  # MAE-pytorch's
-        return next((told for told in (ours, *theirs) if isinstance(told, bool)), None)
+        places = (task if isinstance(task, dict) else {}, config, args)
+        told = (place.get(key) for place in places for key in keys)
+        return next((value for value in told if isinstance(value, kind)), None)
 
     def grid(self, rows: int, guess: tuple[int, int]) -> tuple[int, int] | None:
         """(height, width) in patches of a position table of so many patches; None where nothing tells.

@@ -21,6 +21,8 @@ from mae.tasks.visualize import load_autoencoder
 
 log = logging.getLogger(__name__)
 
+PAPERS_MASK_RATIO = 0.75  # where nothing tells another
+
 
 def export(
     run: Path,
@@ -38,7 +40,7 @@ def export(
     written: list[Path] = []
     checkpoint = need_init(cfg)
     if ranks.main:
-        foreign = read(need_init(cfg))
+        foreign = read(checkpoint)
         checkpoint = read_from(cfg, foreign)
         classes, encoder_only = [], False
         with torch.no_grad():
@@ -57,7 +59,7 @@ def export(
             crop=kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction),
             classes=classes,
             encoder_only=encoder_only,
-            mask_ratio=told_mask_ratio(foreign),
+            mask_ratio=foreign.mask_ratio or PAPERS_MASK_RATIO,
             **run_facts(run_of(cfg.init), foreign.meta.get("step")),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
@@ -92,14 +94,6 @@ def autoencoder(
 def channels(values: Any, count: int) -> list[float]:
     """One value a channel, where one is given for all."""
     return list(values) * (count if len(values) == 1 else 1)
-
-
-def told_mask_ratio(foreign: Foreign) -> float:
-    """The mask ratio that a checkpoint was trained at, as the files beside it say, or the paper's."""
-    config, args = foreign.meta.get("config") or {}, foreign.meta.get("args") or {}
-    task = config.get("task")
-    ours = task.get("mask_ratio") if isinstance(task, dict) else None
-    return next((r for r in (ours, config.get("mask_ratio"), args.get("mask_ratio")) if isinstance(r, float)), 0.75)
 
 
 def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:

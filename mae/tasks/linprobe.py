@@ -31,7 +31,7 @@ class Linprobe(Classify):
         val_set: Source,
         *,
         global_pool: Literal["avg", "token"],
-        cached_features: bool,
+        cached_features: bool,  # this one and the next are for `linprobe_cached`
         learning_rates: list[float] | None,
     ):
         super().__init__(cfg, val_set)

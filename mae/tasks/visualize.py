@@ -75,7 +75,7 @@ def visualize(
     drawn: dict[str, Path] = {}
     checkpoint = need_init(cfg)
     if ranks.main:
-        foreign = read(need_init(cfg))
+        foreign = read(checkpoint)
         checkpoint = read_from(cfg, foreign)
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
