@@ -243,6 +243,24 @@ def test_layer_scale_and_missing_biases_are_folded(tmp_path):
     same(other(images()), model(images()))
 
 
+@pytest.mark.parametrize("size", [(16, 24), (24, 16)])
+def test_a_class_row_is_known_where_it_makes_the_rows_a_square(tmp_path, size):
+    """4 x 6 patches and a class row are 25 rows, as many as 5 x 5 patches without one, which `no_embed_class` writes."""
+    model = scramble(vit(img_size=list(size)))
+    torch.nn.init.normal_(model.pos_embed)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    write_run(tmp_path / "run", model, config=f"model: {{img_size: {list(size)}, num_heads: 3}}\n")
+    for name in ("bare.pth", "run"):
+        other = vit(img_size=list(size))
+        fit(other, read(str(tmp_path / name)), head="require")
+        assert torch.equal(other.pos_embed, model.pos_embed)
+        same(other(images(size=size)), model(images(size=size)))
+    square = vit()  # the run says its grid, whatever the model's is
+    fit(square, read(str(tmp_path / "run")), head="require")
+    grid = (size[0] // 4, size[1] // 4)
+    assert torch.equal(square.pos_embed, resize_pos_embed(model.pos_embed, grid, (4, 4)))
+
+
 # ---------------------------------------------------------------- Hugging Face
 
 

@@ -205,6 +205,12 @@ def test_another_image_size_non_square_too_interpolates_positions(pretrained, tm
     assert run_here(tmp_path, *TINY_FINETUNE, f"init={pretrained}", *size) == 0
     assert weights(tmp_path)["pos_embed"].shape == (1, 1 + 4 * 6, 32)
     assert "interpolated from 4 x 4 to 4 x 6 patches" in (tmp_path / "log.txt").read_text()
+    again = [*TINY_OTHER, f"init={tmp_path}", size[0]]  # 4 x 6 patches and a class row are as many rows as 5 x 5 patches
+    assert run_here(tmp_path / "e", *again, "task=evaluate") == 0
+    assert summary(tmp_path / "e")["top1"] == summary(tmp_path)["top1"]
+    target = tmp_path / "model.safetensors"
+    assert run_here(tmp_path / "x", *again, "task=export", "task.format=safetensors", f"task.path={target}") == 0
+    assert torch.equal(safetensors.torch.load_file(target)["pos_embed"], weights(tmp_path)["pos_embed"])
 
 
 # ---------------------------------------------------------------- probing and k-NN

@@ -82,26 +82,42 @@ class Foreign:
 
         `guess` is taken where it fits and neither the files nor a square say otherwise.
         """
-        size, patch = self.arch.get("img_size"), self.arch["patch_size"]
-        if size is not None:
-            h, w = (size, size) if isinstance(size, int) else size
-            if (h // patch[0]) * (w // patch[1]) == rows:
-                return h // patch[0], w // patch[1]
+        told = self._told_grid()
+        if told is not None and told[0] * told[1] == rows:
+            return told
         side = math.isqrt(rows)
         if side**2 == rows:
             return side, side
         return guess if guess[0] * guess[1] == rows else None
 
-    def position_table(self, name: str, rows: int) -> Tensor | None:
-        """Position embedding `name` with a class row: stored, or computed for `rows` patches, or None."""
+    def _told_grid(self) -> tuple[int, int] | None:
+        """The grid of patches that the files say the weights were trained on, or None."""
+        size, patch = self.arch.get("img_size"), self.arch["patch_size"]
+        if size is None:
+            return None
+        h, w = (size, size) if isinstance(size, int) else size
+        return h // patch[0], w // patch[1]
+
+    def position_table(self, name: str, guess: tuple[int, int]) -> Tensor | None:
+        """Position embedding `name` with a class row: stored, or computed for the grid `guess`, or None."""
         width = {"pos_embed": "embed_dim", "decoder_pos_embed": "decoder_embed_dim"}[name]
         if name in self.state:
             table = self.state[name].float()
-        elif self.position == SINUSOID and self.arch.get(width):
-            table = sinusoid(rows, self.arch[width])
-        else:
-            return None
-        return table if self.has_class_token and name in self.state else with_class_row(table)
+            return table if self._has_class_row(table.shape[1], guess) else with_class_row(table)
+        if self.position == SINUSOID and self.arch.get(width):
+            return with_class_row(sinusoid(guess[0] * guess[1], self.arch[width]))
+        return None
+
+    def _has_class_row(self, rows: int, guess: tuple[int, int]) -> bool:
+        """Whether a stored table of so many rows has one for the class token, which timm's `no_embed_class` leaves out.
+
+        A square number of rows may be either: all patches of a square, or one more than those of 4 x 6.
+        """
+        if not self.has_class_token or math.isqrt(rows) ** 2 != rows or "mask_token" in self.state:
+            return self.has_class_token
+        told = self._told_grid()
+        known = told if told is not None and told[0] * told[1] in (rows, rows - 1) else guess
+        return known[0] * known[1] == rows - 1
 
 
 def read(path: str) -> Foreign:

@@ -98,9 +98,6 @@ def sinusoid(rows: int, dim: int) -> Tensor:
 
 def _native(state: State, args: dict[str, Any]) -> Layout:
     """This project's, the reference's and timm's: the names are ours already."""
-    rows = state["pos_embed"].shape[1] if state.get("pos_embed") is not None else 0
-    if "cls_token" in state and rows > 1 and math.isqrt(rows) ** 2 == rows:  # timm's no_embed_class
-        state["pos_embed"] = with_class_row(state["pos_embed"])
     return Layout("timm", state, [])
 
 

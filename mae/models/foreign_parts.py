@@ -121,7 +121,7 @@ def fit_positions(state: State, target: State, foreign: Foreign, model: Any, whe
     for name in ("pos_embed", "decoder_pos_embed"):
         if name not in target or (name != "pos_embed" and "decoder_embed.weight" not in state):
             continue
-        table = foreign.position_table(name, new[0] * new[1])
+        table = foreign.position_table(name, new)
         if table is None:
             continue
         old = new if name not in foreign.state else foreign.grid(table.shape[1] - 1, new)

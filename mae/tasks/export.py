@@ -98,10 +98,8 @@ def channels(values: Any, count: int) -> list[float]:
 
 def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:
     """Raises ValueError where the weights are of another image size: an export keeps their bits."""
-    if "pos_embed" not in foreign.state:
-        return
-    rows = foreign.state["pos_embed"].shape[1] - foreign.has_class_token
-    theirs = foreign.grid(rows, grid)
+    table = foreign.position_table("pos_embed", grid) if "pos_embed" in foreign.state else None
+    theirs = None if table is None else foreign.grid(table.shape[1] - 1, grid)
     if theirs is not None and theirs != tuple(grid):
         size = [side * patch for side, patch in zip(theirs, pair(cfg.model.patch_size), strict=True)]
         shown = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
