@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from mae import checkpoint, data, device, fitting, optim, sharding, track
+from mae import checkpoint, device, fitting, optim, sharding, track
 from mae.accelerate import accelerate
 from mae.augment import AUGMENTATIONS
 from mae.config import build, call
@@ -21,7 +21,7 @@ from mae.data.loader import EvalLoader, Loader
 from mae.distributed import Ranks, assert_same
 from mae.plan import Plan, make_plan, micro_batch
 from mae.tasks import TASKS
-from mae.tasks.common import bad_files, eval_loader
+from mae.tasks.common import bad_files, both_sets, eval_loader
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +182,7 @@ def set_up(
 ) -> Training:
     """Builds the objects of a run, the same on every rank, and takes up its newest checkpoint."""
     torch.manual_seed(cfg.seed)  # the same initial weights everywhere
-    train_set = build(data.SOURCES, cfg.data, "train")
-    val_set = build(data.SOURCES, cfg.data, "val")
+    train_set, val_set = both_sets(cfg)
     dtype = device.number_format(precision, ranks.device)
     task = build(TASKS, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)

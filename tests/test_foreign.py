@@ -245,7 +245,7 @@ def test_layer_scale_and_missing_biases_are_folded(tmp_path):
 
 @pytest.mark.parametrize("size", [(16, 24), (24, 16)])
 def test_a_class_row_is_known_where_it_makes_the_rows_a_square(tmp_path, size):
-    """4 x 6 patches and a class row are 25 rows, as many as 5 x 5 patches without one, which `no_embed_class` writes."""
+    """4 x 6 patches with a class row are 25 rows, as many as 5 x 5 patches without one (`no_embed_class`)."""
     model = scramble(vit(img_size=list(size)))
     torch.nn.init.normal_(model.pos_embed)
     torch.save(model.state_dict(), tmp_path / "bare.pth")

@@ -15,8 +15,11 @@ from PIL import Image
 
 from mae import checkpoint, masking, rules
 from mae.config import ConfigError, build
+from mae.data import pack
+from mae.data.source import Arrays, part
 from mae.models.vit import classifier
 from mae.tasks import TASKS
+from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
 
@@ -205,7 +208,7 @@ def test_another_image_size_non_square_too_interpolates_positions(pretrained, tm
     assert run_here(tmp_path, *TINY_FINETUNE, f"init={pretrained}", *size) == 0
     assert weights(tmp_path)["pos_embed"].shape == (1, 1 + 4 * 6, 32)
     assert "interpolated from 4 x 4 to 4 x 6 patches" in (tmp_path / "log.txt").read_text()
-    again = [*TINY_OTHER, f"init={tmp_path}", size[0]]  # 4 x 6 patches and a class row are as many rows as 5 x 5 patches
+    again = [*TINY_OTHER, f"init={tmp_path}", size[0]]  # 4 x 6 patches with a class row: rows of 5 x 5
     assert run_here(tmp_path / "e", *again, "task=evaluate") == 0
     assert summary(tmp_path / "e")["top1"] == summary(tmp_path)["top1"]
     target = tmp_path / "model.safetensors"
@@ -532,6 +535,37 @@ def test_labels_that_will_not_do_are_named(tmp_path, classes, given, message):
 def test_a_few_label_subset_that_loses_a_class_is_named(tmp_path):
     message = said(*TINY_FINETUNE, "data.fraction=0.003", "task.batch_size=2", directory=tmp_path)
     assert "has no image among the 4 training images that data.fraction and data.per_class leave" in message
+
+
+def shards_of(root: Path, classes: list[str]) -> None:
+    """Two grey images of each class, 10 times as bright as the number of its first letter in the alphabet."""
+    labels = np.repeat(np.arange(len(classes)), 2)
+    bright = [10 * (ord(classes[label][0]) - ord("a")) for label in labels]
+    pixels = torch.tensor(bright, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
+    pack.pack(Arrays(pixels, labels, classes, "made"), root, pack.Form(size=None, quality=90), per_shard=3, workers=1)
+
+
+@pytest.mark.parametrize("classes", [["ant", "cow"], ["cow", "bee", "ant"], ["ant", "bee", "cow"]])
+def test_validation_images_that_number_their_classes_otherwise_are_matched_by_name(tmp_path, classes):
+    shards_of(tmp_path / "train", ["ant", "bee", "cow"])
+    shards_of(tmp_path / "val", classes)
+    cfg = composed("task=knn", "data=shards", f"data.root={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}")
+    train_set, val_set = both_sets(cfg)
+    check_classes(cfg, train_set, val_set)
+    assert val_set.classes == train_set.classes and len(val_set) == 2 * len(classes)
+    for source in (train_set, val_set):
+        assert [source[k][1] for k in range(len(source))] == source.labels.tolist()
+        assert [round(float(source[k][0].float().mean()) / 10) for k in range(len(source))] == source.labels.tolist()
+        box = part(source, 0, lambda height, width: (0, 0, 8, 8))
+        assert box[1] == source.labels[0] and box[0].shape == (3, 8, 8)
+
+
+def test_validation_images_of_classes_that_none_is_learned_of_are_named(tmp_path):
+    shards_of(tmp_path / "train", ["ant", "bee"])
+    shards_of(tmp_path / "val", ["ant", "elk"])
+    command = [*TINY_FINETUNE, "data=shards", f"data.root={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
+    message = said(*command, "data.fraction=1", "task.batch_size=2", directory=tmp_path / "run")
+    assert "are of classes that no training image is of: elk (1 of 2). Their names must be the same." in message
 
 
 @pytest.mark.parametrize("task", ["linprobe", "knn", "evaluate", "visualize", "export"])

@@ -106,6 +106,34 @@ class Subset:
         return places[places >= 0]
 
 
+class Renumbered(Subset):
+    """A source whose labels are places in other `classes`, which hold each of its own by name."""
+
+    def __init__(self, source: Source, classes: list[str]):
+        super().__init__(source, np.arange(len(source)))
+        number = {name: k for k, name in enumerate(classes)}
+        self.place = np.array([*(number[name] for name in source.classes), UNLABELLED], np.int64)
+        self.classes, self.labels = classes, self.place[source.labels]  # the last place is that of no label, -1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image, int(self.place[label])
+
+    def part(self, index: int, box: Boxed) -> tuple[Tensor, int]:
+        image, label = super().part(index, box)
+        return image, int(self.place[label])
+
+
+def matched(train_set: Source, val_set: Source) -> Source:
+    """The validation images with the training images' numbers of the classes, where those have them all by name.
+
+    Parts that are listed apart, as shards and Parquet files are, number the classes that each of them happens to hold.
+    """
+    if val_set.labels is None or val_set.classes == train_set.classes or set(val_set.classes) - set(train_set.classes):
+        return val_set
+    return Renumbered(val_set, train_set.classes)
+
+
 def split_indices(labels: np.ndarray | None, count: int, fraction: float, split: str) -> np.ndarray:
     """Sorted indices of the "train" or "val" part: `fraction` of each class is held out, always the same.
 

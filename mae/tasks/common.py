@@ -10,12 +10,12 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import device
+from mae import data, device
 from mae.augment import center_crop
 from mae.checkpoint import step_name, weights_digest
-from mae.config import call, write_text
+from mae.config import build, call, write_text
 from mae.data.loader import EvalLoader
-from mae.data.source import Source, reduced
+from mae.data.source import Source, matched, reduced
 from mae.inherit import run_of, stands_for
 from mae.models.foreign import Foreign
 from mae.rules import missing_init
@@ -23,6 +23,12 @@ from mae.rules import missing_init
 log = logging.getLogger(__name__)
 
 CLASSES = "classes.json"  # in a classifier's run: names in the order of its logits
+
+
+def both_sets(cfg: DictConfig) -> tuple[Source, Source]:
+    """The training and the validation images, with the same numbers of the classes where their names allow it."""
+    train_set, val_set = (build(data.SOURCES, cfg.data, split) for split in ("train", "val"))
+    return train_set, matched(train_set, val_set)
 
 
 def eval_loader(
@@ -82,8 +88,8 @@ def need_labels(cfg: DictConfig, source: Source, part: str) -> np.ndarray:
 def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
     """Whether the images can be learned from.
 
-    Raises ValueError where labels are missing, a class has no image to learn from, or there are more or
-    fewer classes than `data.num_classes`.
+    Raises ValueError where labels are missing, a class has no image to learn from, the validation images are of
+    another, or there are more or fewer classes than `data.num_classes`.
     """
     names = train_set.classes
     need_labels(cfg, train_set, "training")
@@ -96,6 +102,11 @@ def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
         )
     if len(names) < 2:
         raise ValueError(f"data.name={cfg.data.name} holds a single class: a classifier needs two or more.")
+    if strange := [name for name in val_set.classes if name not in set(names)]:
+        raise ValueError(
+            f"the validation images of data.name={cfg.data.name} are of classes that no training image is of: "
+            f"{', '.join(strange[:3])} ({len(strange)} of {len(val_set.classes)}). Their names must be the same."
+        )
     used = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed).labels
     assert used is not None
     empty = np.flatnonzero(np.bincount(used, minlength=len(names)) == 0)

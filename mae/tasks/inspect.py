@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import data, device, optim
+from mae import device, optim
 from mae.augment import AUGMENTATIONS, Prepare
 from mae.config import build, call
 from mae.data.loader import Loader
@@ -25,6 +25,7 @@ from mae.geometry import pair
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.tasks import charts
+from mae.tasks.common import both_sets
 from mae.tasks.stats import shown, write_bad
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def inspect(
     tracker.start(0, 0)
     found: dict[str, Any] = {}
     if ranks.main:
-        train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
+        train_set, val_set = both_sets(cfg)
         sample = first_batches(cfg, train_set, batch_size, num_images)
         path = run / "images" / "samples.png"
         path.parent.mkdir(exist_ok=True)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from mae import data, device
-from mae.config import build
+from mae import device
 from mae.data.source import Source, Subset, reduced
-from mae.tasks.common import check_classes, eval_loader, same_weights, sent
+from mae.tasks.common import both_sets, check_classes, eval_loader, same_weights, sent
 from mae.tasks.features import Encoder, Features, extract
 
 TEMPERATURE = 0.07  # of the votes (Wu et al., 2018); task=knn takes its own
@@ -124,7 +123,7 @@ def knn(
 ) -> dict[str, Any]:
     """Classifies the validation images by the training images' features."""
     begun = time.perf_counter()
-    train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
+    train_set, val_set = both_sets(cfg)
     check_classes(cfg, train_set, val_set)
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     enough("task.k", max(k), len(train_set))

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, data, device, optim
+from mae import checkpoint, device, optim
 from mae.config import build, call
 from mae.data.source import reduced
 from mae.metrics import Collector, Results
 from mae.plan import make_plan, steps_in_epoch
-from mae.tasks.common import eval_loader, keep_classes, same_weights, sent
+from mae.tasks.common import both_sets, eval_loader, keep_classes, same_weights, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.linprobe import Linprobe, head
 from mae.tasks.results import tell, write_all
@@ -60,7 +60,7 @@ def probe_features(
     """
     begun = time.perf_counter()
     torch.manual_seed(cfg.seed)
-    train_set, val_set = (build(data.SOURCES, cfg.data, part) for part in ("train", "val"))
+    train_set, val_set = both_sets(cfg)
     task = build({"linprobe": Linprobe}, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
     same_weights(ranks, task.model)
