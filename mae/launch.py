@@ -115,12 +115,19 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
         told = json.loads(summary.read_text())
     else:
         told = json.loads(summary.read_text())
-        sys.stderr.write(
-            f"This run is finished already; another seed= or output_dir= starts a new one.{outdated(cfg, told)}\n"
-        )
+        news = moved(run, cfg) or outdated(cfg, told)
+        sys.stderr.write(f"This run is finished already; another seed= or output_dir= starts a new one.{news}\n")
     if first:
         sys.stdout.write(closing_lines(run, told))
     return 0
+
+
+def moved(run: Path, cfg: DictConfig) -> str:
+    """A sentence where a finished run read its images from another place than is named now, which may have moved."""
+    before, now = config.read(run).data.root, cfg.data.root
+    return (
+        "" if before == now else f" It read data.root={before}: for other images than those choose another output_dir."
+    )
 
 
 def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:

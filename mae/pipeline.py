@@ -14,10 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mae import config
 from mae.config import ConfigError, call, write_text
+from mae.inherit import FOLLOWS
 
 log = logging.getLogger(__name__)
 
 SHARED = ("model", "data", "launcher", "wandb")  # the same in every stage; the rest hangs on the task
+GROUPS = ("model", "data", "launcher")  # of these, that are chosen
+SET = ("task", "output_dir", "init", "resume")
 OWN = ("optimizer", "augmentation", "checkpoint", "recipe", "~recipe", "experiment", "+experiment")
 CLASSIFIERS = ("finetune", "linprobe")
 Compose = Callable[[list[str]], DictConfig]  # a command line -> its config, not yet resolved
@@ -80,7 +83,7 @@ def stage_config(
     """The checked config of a stage: its own recipe, on the pipeline's model and data."""
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
-    if fixed := [one for one in given if one.startswith(("task=", "output_dir=", "init=", "resume="))]:
+    if fixed := [one for one in given if one.lstrip("+~").partition("=")[0] in (*GROUPS, *SET)]:
         raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
     stage = alike(cfg, compose, name, given)
     stage.seed = cfg.seed
@@ -89,6 +92,8 @@ def stage_config(
     stage.init = cfg.init if parent is None else str(run / parent)
     if stage.init is None and name not in ("pretrain", "finetune"):
         raise ConfigError(f"stage {name} has nothing to start from: let a stage pretrain come before, or give init=.")
+    if name == "evaluate" and parent == "pretrain":
+        raise ConfigError("stage evaluate needs a classifier: let a stage finetune or linprobe come before it.")
     try:
         return config.check(config.resolve(stage))
     except ConfigError as error:
@@ -97,13 +102,14 @@ def stage_config(
 
 def alike(cfg: DictConfig, compose: Compose, name: str, given: list[str]) -> DictConfig:
     """Another task on the model, data, launcher and device of a config; not resolved yet."""
-    same = [f"{group}={cfg[group].name}" for group in ("model", "data", "launcher")]
+    same = [f"{group}={cfg[group].name}" for group in GROUPS]
     stage = compose([f"task={name}", *same, *given])
     OmegaConf.set_struct(stage, False)
     changed = {one.lstrip("+").split("=")[0] for one in given}
     for section in SHARED:
         for key, value in cfg[section].items():
-            if f"{section}.{key}" not in changed:
+            follows = section == "model" and key in FOLLOWS and f"data.{key}" in changed and value == cfg.data[key]
+            if f"{section}.{key}" not in changed and not follows:
                 stage[section][key] = value
     if cfg.wandb.job_type == cfg.task.name:
         stage.wandb.job_type = name

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "launch": {"config", "inherit", "compose", "schema", "rules", "pipeline", "report", "slurm", "local"},
     "local": {"distributed", "engine"},  # in a worker
     "slurm": {"config", "schema", "fence", "engine"},  # likewise
-    "pipeline": {"config"},
+    "pipeline": {"config", "inherit"},
     "config": {"rules", "ranges", "schema"},
     "dry_run": {
         "config",

@@ -167,6 +167,29 @@ def test_data_with_some_of_the_classes_is_matched_by_name(tmp_path):
     assert {row["predicted"] for row in rows} <= {"ant", "bee", "cat", "dog"}
 
 
+@pytest.mark.parametrize(("given", "told"), [("[0.4,0.4,0.4]", True), ("[0.5]", False)])
+def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, given, told):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    init = saved(run / "checkpoints" / "model.pth", 2)
+    (run / "config.yaml").write_text("data: {mean: [0.5, 0.5, 0.5], std: [0.25]}\n")
+    root = folder_of(tmp_path / "data", {"a": 4, "b": 4})
+    given = [
+        "data=folder",
+        "data.val_fraction=0.5",
+        "data.fraction=1",
+        f"data.mean={given}",
+        "data.std=[0.25,0.25,0.25]",
+    ]
+    evaluate(tmp_path / "out", init, root, *given)
+    neighbours = [*TINY_OTHER, "task=knn", "task.k=[1]", f"init={init}", f"data.root={root}", *given]
+    run_here(tmp_path / "near", *neighbours)
+    sentence = "of data.mean=[0.5,0.5,0.5], and these are normalised by [0.4, 0.4, 0.4]: set data.mean=[0.5,0.5,0.5] to"
+    for name in ("out", "near"):
+        text = (tmp_path / name / "log.txt").read_text()
+        assert (sentence in text) == ("was trained on images of data." in text) == told
+
+
 def test_parquet_holds_the_same_rows(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     root = folder_of(tmp_path / "data", {"bee": 6, "dog": 6})
@@ -182,6 +205,14 @@ def test_a_folder_without_parts_is_evaluated_whole_where_all_is_asked_for(tmp_pa
     assert evaluate(tmp_path / "all", init, root, "data=folder", "data.val_fraction=1")["images_seen"] == 8
     with pytest.raises(ValueError, match=r"data\.val_fraction=1 leaves nothing to train on: it must lie in \(0, 1\)"):
         run_here(tmp_path / "no", *TINY_OTHER, "data=folder", f"data.root={root}", "data.val_fraction=1")
+
+
+def test_the_result_of_another_place_says_so(tmp_path, capsys):
+    init = saved(tmp_path / "m.pth", 2)
+    for name in ("one", "two"):
+        evaluate(tmp_path / "out", init, folder_of(tmp_path / name, {"a": 4, "b": 4}), "data=folder")
+    sentence = f"It read data.root={tmp_path / 'one'}: for other images than those choose another output_dir."
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_validation_folder_alone_is_enough(tmp_path):

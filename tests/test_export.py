@@ -83,6 +83,7 @@ def same_bits(model, state):
         ({}, (16, 16), 3),
         ({"global_pool": "token"}, (16, 16), 3),
         ({"img_size": [16, 24], "in_chans": 1, "mlp_ratio": 2.0, "patch_size": [4, 8]}, (16, 24), 1),
+        ({"in_chans": 5}, (16, 16), 5),
     ],
 )
 def test_timm_classifier(tmp_path, changes, size, chans):
@@ -92,6 +93,7 @@ def test_timm_classifier(tmp_path, changes, size, chans):
     config = json.loads((tmp_path / "net/config.json").read_text())
     assert config["label_names"] == FACTS.classes and config["num_classes"] == 5
     assert config["pretrained_cfg"]["input_size"] == [chans, *size] and config["pretrained_cfg"]["std"] == facts.std
+    assert config["pretrained_cfg"]["first_conv"] == ("patch_embed.proj" if chans == 3 else None)
     whole = timm.create_model(f"local-dir:{tmp_path}/net", pretrained=True).eval()
     assert whole.pretrained_cfg["mean"] == [0.5] * chans
     named = timm.create_model(

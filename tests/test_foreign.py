@@ -553,6 +553,32 @@ def test_mae_pytorch_pretrained(tmp_path):
     assert torch.equal(model.decoder_pos_embed[:, 1:], sinusoid(16, 16))
 
 
+def test_a_frozen_encoder_does_without_the_class_token_that_its_file_lacks(tmp_path):
+    state = peng_state()
+    found = read(reference_file(tmp_path / "checkpoint-399.pth", state))
+    model = vit().requires_grad_(False)
+    fit(model, found, head="fresh")
+    assert model.cls_token is None and not model.pos_embed.requires_grad
+    pooled = peng_encode(state, images(), "encoder.").mean(1)
+    same(model.forward_features(images()).mean(1), pooled)
+    with pytest.raises(ValueError, match="without a class token: read its patches, with task.global_pool=avg"):
+        fit(vit(global_pool="token"), found, head="fresh")
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_a_mean_of_normed_tokens_is_not_taken_for_a_class_token(tmp_path, token):
+    """timm's `*_gap_*`, `fc_norm=False`: no tensor tells it, but no class token is there or the config says it."""
+    net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg")
+    model = timm.create_model("vit_tiny_patch16_224", **net, fc_norm=False, class_token=token)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "global_pool": "avg", "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read(str(tmp_path))
+    with pytest.raises(ValueError, match="its classifier reads the mean of tokens after their norm, and none here"):
+        fit(vit(global_pool="token"), found, head="require")
+    assert "The head starts afresh: its classifier reads the mean" in str(fit(vit(global_pool="avg"), found))
+
+
 # ---------------------------------------------------------------- other image sizes
 
 

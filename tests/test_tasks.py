@@ -14,10 +14,12 @@ from conftest import TINY, TINY_PRETRAIN, composed, run_here
 from PIL import Image
 
 from mae import checkpoint, masking, rules
+from mae.compose import composed as compose
 from mae.config import ConfigError, build
 from mae.data import pack
 from mae.data.source import Arrays, part
 from mae.models.vit import classifier
+from mae.pipeline import stage_config
 from mae.tasks import TASKS
 from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
@@ -350,6 +352,7 @@ def test_a_classifier_shows_its_attention_but_reconstructs_nothing(finetuned, tm
     assert (tmp_path / "a" / "images" / "attention.png").is_file()
     message = said(*base, directory=tmp_path / "b")
     assert "holds no decoder" in message and "mae_pretrain_vit_*_full.pth" in message
+    assert message.endswith("The attention alone needs none (task.reconstruction=false).")
 
 
 def test_attention_of_the_class_token_is_what_the_block_computes():
@@ -434,7 +437,8 @@ def test_an_export_makes_nothing_up(pretrained, tmp_path):
     encoder = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
     torch.save({"model": encoder}, tmp_path / "encoder.pth")
     base = [*TINY_OTHER, "task=export", f"init={tmp_path / 'encoder.pth'}"]
-    assert "holds no decoder" in said(*base, "task.format=huggingface", directory=tmp_path / "a")
+    message = said(*base, "task.format=huggingface", directory=tmp_path / "a")
+    assert "holds no decoder, which Hugging Face's ViTMAE has: choose task.format=timm" in message
     target = exported(tmp_path / "b", tmp_path / "encoder.pth", "reference")
     found = torch.load(target / "model.pth", weights_only=True)["model"]
     assert found.keys() == encoder.keys() and all(torch.equal(found[name], encoder[name]) for name in found)
@@ -475,12 +479,21 @@ def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):
     assert summary(tmp_path)["top1"] == told["top1"]
 
 
+def test_another_image_size_of_a_stage_reaches_its_model(tmp_path):
+    cfg = composed("task=pipeline", "task.stages=[pretrain,finetune]")
+    for given, size in ((["data.img_size=16"], 16), (["data.img_size=16", "model.img_size=24"], 24), ([], 32)):
+        assert stage_config(tmp_path, cfg, compose, "finetune", ["pretrain", "finetune"], given).model.img_size == size
+
+
 @pytest.mark.parametrize(("given", "message"), [
     (["optimizer.base_lr=1"], "optimizer.base_lr=1 belongs to a stage"),
     (["task.stages=[knn]"], "stage knn has nothing to start from: let a stage pretrain come before, or give init=."),
     (["task.stages=[pretrain,pretrain]"], "task.stages must name each stage once"),
     (['task.overrides.knn=["task.k=[3]"]'], "task.overrides names knn, which is not among task.stages"),
     (['task.overrides.pretrain=["init=x"]'], "task.overrides.pretrain: init is the pipeline's to set."),
+    (['task.overrides.finetune=["data=cifar10"]'], "task.overrides.finetune: data is the pipeline's to set."),
+    (['task.overrides.finetune=["model=vit_large"]'], "task.overrides.finetune: model is the pipeline's to set."),
+    (["task.stages=[pretrain,evaluate]"], "stage evaluate needs a classifier: let a stage finetune or linprobe come"),
     (['task.overrides.finetune=["task.mixup=-1"]'], "stage finetune: task.mixup must be 0 or more, got -1.0."),
 ])  # fmt: skip
 def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(tmp_path, given, message):

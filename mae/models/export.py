@@ -110,7 +110,8 @@ def _timm_config(name: str, arguments: dict[str, Any], size: dict[str, Any], fac
             "std": facts.std,
             "num_classes": size["num_classes"],
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            # older versions of timm adapt the named layer to any number of channels but 3, though the file fits already
+            "first_conv": "patch_embed.proj" if size["in_chans"] == 3 else None,
             "classifier": "head",
         },
     }

@@ -49,6 +49,13 @@ class Foreign:
         return _head(self.state)
 
     @property
+    def pools_after_norm(self) -> bool:
+        """Whether the classifier reads the mean of patch tokens that went through `norm`, as timm's `*_gap_*`."""
+        config, head = self.meta.get("config") or {}, self.head
+        told = {config.get("global_pool"), (config.get("model_args") or {}).get("global_pool")}
+        return head is not None and head.pool == "token" and (not self.has_class_token or "avg" in told)
+
+    @property
     def encoder(self) -> State:
         """Tensors of the encoder alone: neither decoder nor classifier."""
         return {k: v for k, v in self.state.items() if not k.startswith((*DECODER, "head.", "fc_norm."))}
@@ -67,6 +74,14 @@ class Foreign:
     def mask_ratio(self) -> float | None:
         """The part of the patches that was masked in training, as the files beside the tensors say, or None."""
         return self._told(float, "mask_ratio")
+
+    @property
+    def statistics(self) -> dict[str, list[float]]:
+        """`mean` and `std` that the training's images were normalised by, as the files beside the tensors say."""
+        config = self.meta.get("config") or {}
+        places = (config.get("data"), config.get("pretrained_cfg"))  # a run's, timm's
+        told = next((place for place in places if isinstance(place, dict)), {})
+        return {key: list(told[key]) for key in ("mean", "std") if isinstance(told.get(key), list | tuple)}
 
     def _told(self, kind: type, *keys: str) -> Any:
         """A setting of the training by the first of its names that a run's config, a config.json or saved arguments

@@ -59,7 +59,7 @@ def fit(model: nn.Module, foreign: Foreign, *, need_decoder: bool = False, head:
     state = {name: tensor for name, tensor in foreign.state.items() if not name.endswith("pos_embed")}
     notes += fit_decoder(state, target, foreign, ours, where, need_decoder)
     notes += fit_head(state, target, foreign, where, head)
-    bare, said = fit_class_token(state, target, foreign, head)
+    bare, said = fit_class_token(state, target, foreign, model, where, head)
     notes += said + fit_positions(state, target, foreign, model, where)
     if bare:  # the model is to do without its class token, as the file did
         state["pos_embed"] = state["pos_embed"][:, 1:]

@@ -26,7 +26,8 @@ def fit_decoder(
             raise ValueError(
                 f"{where} holds no decoder, so nothing can be reconstructed from it. Files that hold one: "
                 "a pre-training run of this project, the reference's mae_pretrain_vit_*_full.pth and "
-                "mae_visualize_vit_*.pth, and Hugging Face's ViTMAEForPreTraining."
+                "mae_visualize_vit_*.pth, and Hugging Face's ViTMAEForPreTraining. The attention alone needs none "
+                "(task.reconstruction=false)."
             )
         drop(state, *DECODER)
         return ["The file holds no decoder: ours starts afresh."]
@@ -70,6 +71,8 @@ def _misfit(target: State, foreign: Foreign) -> str:
     assert classes is not None
     if theirs is None:
         return "it holds no classifier"
+    if foreign.pools_after_norm:
+        return "its classifier reads the mean of tokens after their norm, and none here does (timm's fc_norm=False)"
     if theirs.pool != pool:
         reads = {"avg": "the mean of the patch tokens", "token": "the class token"}
         return (
@@ -93,14 +96,21 @@ def fold_batch_norm(state: State) -> None:
     state["head.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
 
 
-def fit_class_token(state: State, target: State, foreign: Foreign, mode: HeadMode) -> tuple[bool, list[str]]:
-    """Whether the model must do without its class token, as the file did; only evaluation asks for that."""
+def fit_class_token(
+    state: State, target: State, foreign: Foreign, model: Any, where: str, mode: HeadMode
+) -> tuple[bool, list[str]]:
+    """Whether the model must do without its class token, as the file did: wherever the encoder is not trained further.
+
+    Raises ValueError where the class token is what such a model would read.
+    """
     if "cls_token" not in target:
         drop(state, "cls_token")
         return False, []
     if foreign.has_class_token:
         return False, []
-    if mode == "require":
+    if mode == "fresh" and model.global_pool == "token":
+        raise ValueError(f"{where} was trained without a class token: read its patches, with task.global_pool=avg.")
+    if mode != "fit":
         return True, ["The file was trained without a class token: the model does without its own."]
     return False, [
         "The file was trained without a class token: the model's own starts afresh, with a position row of "
@@ -110,7 +120,8 @@ def fit_class_token(state: State, target: State, foreign: Foreign, mode: HeadMod
 
 def drop_class_token(model: Any) -> None:
     """Makes a timm VisionTransformer one without a class token."""
-    model.pos_embed = nn.Parameter(model.pos_embed.detach()[:, 1:].clone())
+    old = model.pos_embed
+    model.pos_embed = nn.Parameter(old.detach()[:, 1:].clone(), requires_grad=old.requires_grad)
     model.cls_token, model.has_class_token, model.num_prefix_tokens = None, False, 0
 
 

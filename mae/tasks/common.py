@@ -150,6 +150,25 @@ def same_weights(ranks: Any, model: nn.Module) -> None:
         )
 
 
+def warn_of_statistics(cfg: DictConfig, foreign: Foreign) -> None:
+    """Says where images will be normalised otherwise than those that frozen weights were trained on."""
+    for key, theirs in foreign.statistics.items():
+        ours = list(cfg.data[key])
+        count = max(len(ours), len(theirs))
+        if not np.allclose(channels(ours, count), channels(theirs, count), atol=1e-3):
+            values = ",".join(f"{value:g}" for value in theirs)
+            log.warning(
+                "init=%s was trained on images of data.%s=[%s], and these are normalised by %s: set data.%s=[%s] to "
+                "show it images as it knows them",
+                foreign.path, key, values, ours, key, values,
+            )  # fmt: skip
+
+
+def channels(values: Any, count: int) -> list[float]:
+    """One value a channel, where one is given for all."""
+    return list(values) * (count if len(values) == 1 else 1)
+
+
 def need_init(cfg: DictConfig) -> str:
     """`init`. Raises ValueError where it is not given."""
     if problem := missing_init(cfg.task.name, cfg.init):

@@ -20,7 +20,17 @@ from mae.models.foreign import Foreign, read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.tasks import charts
-from mae.tasks.common import bad_files, eval_loader, kept_classes, need_init, need_labels, read_from, same_weights, sent
+from mae.tasks.common import (
+    bad_files,
+    eval_loader,
+    kept_classes,
+    need_init,
+    need_labels,
+    read_from,
+    same_weights,
+    sent,
+    warn_of_statistics,
+)
 from mae.tasks.linprobe import head as probe_head
 from mae.tasks.results import tell, write_all
 
@@ -47,6 +57,7 @@ def evaluate(
     source: Source = build(data.SOURCES, cfg.data, "val")
     model, dtype = load_classifier(cfg, foreign, len(source.classes)), device.number_format(precision, ranks.device)
     same_weights(ranks, model)
+    warn_of_statistics(cfg, foreign)
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     names = kept_classes(cfg.init)
     place = places(cfg, source, model.num_classes, names)

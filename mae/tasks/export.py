@@ -15,7 +15,7 @@ from mae.models.export import export as write
 from mae.models.export_card import Facts, run_facts
 from mae.models.foreign import DECODER, Foreign, read
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import kept_classes, need_init, read_from
+from mae.tasks.common import channels, kept_classes, need_init, read_from
 from mae.tasks.evaluate import load_classifier
 from mae.tasks.visualize import load_autoencoder
 
@@ -82,6 +82,11 @@ def autoencoder(
 ) -> tuple[MaskedAutoencoder, bool]:
     """The masked autoencoder in a checkpoint, and whether its decoder is not the checkpoint's. Raises ValueError where
     something of the encoder would be what chance drew."""
+    if need_decoder and not foreign.has_decoder:
+        raise ValueError(
+            f"init={foreign.path} ({foreign.kind}) holds no decoder, which Hugging Face's ViTMAE has: choose "
+            "task.format=timm, which takes the encoder alone."
+        )
     model, report = load_autoencoder(cfg, foreign, norm_pix_loss, need_decoder)
     if lacking := [name for name in report.fresh if not name.startswith(DECODER)]:
         raise ValueError(
@@ -89,11 +94,6 @@ def autoencoder(
             "fine-tune it first, and export that run."
         )
     return model, any(name.startswith(DECODER) for name in report.fresh)
-
-
-def channels(values: Any, count: int) -> list[float]:
-    """One value a channel, where one is given for all."""
-    return list(values) * (count if len(values) == 1 else 1)
 
 
 def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:

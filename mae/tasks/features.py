@@ -13,7 +13,7 @@ from mae.config import call
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
-from mae.tasks.common import need_init, read_from
+from mae.tasks.common import need_init, read_from, warn_of_statistics
 
 
 class Features(NamedTuple):
@@ -32,6 +32,7 @@ class Encoder(nn.Module):
         self.model = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool=pool)
         foreign = read(need_init(cfg))
         fit(self.model, foreign, head="fresh")
+        warn_of_statistics(cfg, foreign)
         self.read_from = read_from(cfg, foreign)
         self.prepare = call(Prepare, cfg.data)
         self.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ from mae.models.foreign_fit import fit
 from mae.models.foreign_parts import BATCH_NORM_EPS
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
-from mae.tasks.common import need_init
+from mae.tasks.common import need_init, warn_of_statistics
 
 HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
 
@@ -43,7 +43,9 @@ class Linprobe(Classify):
 
     def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
         super().begin(cfg, train_set, val_set)
-        fit(self.model, read(need_init(cfg)), head="fresh")
+        foreign = read(need_init(cfg))
+        fit(self.model, foreign, head="fresh")
+        warn_of_statistics(cfg, foreign)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the head reads, (B, D): the class token after `norm`, or the mean of the patch tokens."""

@@ -24,7 +24,7 @@ from mae.masking import noise
 from mae.models.foreign import Foreign, read
 from mae.models.foreign_fit import Fit, fit
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import need_init, read_from
+from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def visualize(
     if ranks.main:
         foreign = read(checkpoint)
         checkpoint = read_from(cfg, foreign)
+        warn_of_statistics(cfg, foreign)
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
         images, names = chosen(cfg, files, num_images)
