@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 from conftest import composed, run_here
@@ -169,10 +170,10 @@ def test_data_with_some_of_the_classes_is_matched_by_name(tmp_path):
 
 @pytest.mark.parametrize(("given", "told"), [("[0.4,0.4,0.4]", True), ("[0.5]", False)])
 def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, given, told):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    init = saved(run / "checkpoints" / "model.pth", 2)
-    (run / "config.yaml").write_text("data: {mean: [0.5, 0.5, 0.5], std: [0.25]}\n")
+    init = tmp_path / "net"  # a folder of timm's
+    init.mkdir()
+    safetensors.torch.save_file(tiny_classifier(2).state_dict(), init / "model.safetensors")
+    (init / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}')
     root = folder_of(tmp_path / "data", {"a": 4, "b": 4})
     given = [
         "data=folder",

@@ -113,7 +113,8 @@ class Renumbered(Subset):
         super().__init__(source, np.arange(len(source)))
         number = {name: k for k, name in enumerate(classes)}
         self.place = np.array([*(number[name] for name in source.classes), UNLABELLED], np.int64)
-        self.classes, self.labels = classes, self.place[source.labels]  # the last place is that of no label, -1
+        self.classes = classes
+        self.labels = None if source.labels is None else self.place[source.labels]  # the last place is that of -1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = super().__getitem__(index)
