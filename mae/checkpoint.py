@@ -310,7 +310,10 @@ class Checkpoints:
         best = best_of(self.run)
         for path in paths[: -self.keep]:
             if path not in kept_forever.values() and path != best:
-                shutil.rmtree(path)
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # of a network's disk, or its snapshot: no reason to end a run that is well
+                    log.warning("an old checkpoint cannot be removed: %s (%s)", path, error.strerror)
 
 
 def main(arguments: list[str] | None = None) -> int:

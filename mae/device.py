@@ -70,8 +70,18 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def send(batch: Batch, device: torch.device) -> Batch:
-    """A batch on the device; from pinned memory without waiting."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """A batch on the device; to a GPU from pinned memory without waiting, which other devices do not keep in order."""
+    return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
+
+
+def skips_by_itself(optimizer: Any, device: torch.device) -> bool:
+    """Whether an optimizer's step leaves everything as it is where its `found_inf` says so, as the fused ones do."""
+    return device.type in ("cpu", "cuda") and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def exact(device: torch.device) -> torch.device:
+    """Where sums in float64 are kept: on the device, or on the host beside one that has none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 class Sender:
@@ -105,8 +115,24 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform.startswith("linux"):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+        available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+        return min([available, *left_by_cgroups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def left_by_cgroups(membership: str, root: Path) -> Iterator[int]:
+    """Bytes that each group of processes around this one, such as a job or a container, may still take (version 2)."""
+    own = next((line[3:].strip("/") for line in membership.splitlines() if line.startswith("0::")), None)
+    if own is None:
+        return
+    for group in (root / own, *(root / own).parents[: len(Path(own).parts)]):
+        try:
+            most, now = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:  # a group without a limit of its own, or the root
+            continue
+        if most != "max":  # what files have left in memory is given back when it is asked for
+            yield max(0, int(most) - int(now) + int(stat.get("inactive_file", 0)))
 
 
 def model_name(device: torch.device) -> str:

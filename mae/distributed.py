@@ -2,6 +2,7 @@
 
 import datetime
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import device as devices
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name then warns
 UNSYNCED: Any = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
+
+
+STARTS = itertools.count()  # of this process
 
 
 @dataclass
@@ -159,7 +163,9 @@ def start(device: str, *, timeout_s: float, rendezvous_timeout_s: float, shardin
     )  # so that the watchdog, which knows who is late, says it first
     backend = "nccl" if here.type == "cuda" else "gloo"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # whose agent has gathered the ranks already
-        dist.init_process_group(backend, timeout=timeout)
+        found, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        store = PrefixStore(f"start_{next(STARTS)}", found)  # at the same store, a pipeline's stages meet one by one
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     else:
         store = rendezvous(rank, world, rendezvous_timeout_s)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)

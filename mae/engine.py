@@ -142,7 +142,7 @@ def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str,
     if t.scaler.is_enabled():
         t.scaler.step(t.optimizer)
         t.scaler.update()
-    elif getattr(t.optimizer, "_step_supports_amp_scaling", False):  # torch's mark of those that skip by themselves
+    elif device.skips_by_itself(t.optimizer, t.ranks.device):
         t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells them
         t.optimizer.step()
     elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
@@ -226,6 +226,7 @@ def work(run: Path) -> int:
         if ranks.main:
             fence.check(run)
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+        ranks.barrier()  # where torchrun started us, each rank looks for the summary itself
         code = 0
     except Interrupted as stopped:
         log.info("%s A checkpoint is saved; the same command goes on from it.", stopped)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,8 @@ def largest(cfg: DictConfig, where: torch.device, task: Any, autocast: Callable[
     if where.type == "cpu" and candidates:
         few = min(candidates[0], 2)
         needed = kept_bytes(task, invented(cfg, few, task.num_patches, where), autocast) / few
-        free = SHARE_OF_FREE * device.free_memory(where) - states
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this host, which share its memory
+        free = SHARE_OF_FREE * device.free_memory(where) / here - states
         # and half as much again as autograd keeps for what backward computes
         candidates = [n for n in candidates if 1.5 * n * needed <= free]
     for images in candidates:

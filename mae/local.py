@@ -27,6 +27,14 @@ def work(run: str) -> int:
     return code
 
 
+def rank_work(run: str) -> int:
+    """`work` as torch's launcher calls it, which would wait for ever for the result of a process that Ctrl-C ended."""
+    try:
+        return work(run)
+    except KeyboardInterrupt:  # before the run takes signals itself
+        return 128 + signal.SIGINT
+
+
 @contextmanager
 def outliving() -> Iterator[None]:
     """Within, a rank whose launcher is gone is asked to stop; after it, it ends.
@@ -64,6 +72,7 @@ def local(run: Path, *, processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from mae.distributed import Interruption
+    from mae.run_record import read_json
 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
@@ -84,11 +93,14 @@ def local(run: Path, *, processes: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with forwarded(Interruption.SIGNALS) as received:
         try:
-            return max(elastic_launch(settings, work)(str(run)).values())
+            return max(elastic_launch(settings, rank_work)(str(run)).values())
         except ChildFailedError as error:
             if received:  # before the ranks were so far as to note it, or a second Ctrl-C
                 return 128 + received[0]
             rank, failure = error.get_first_failure()
+            told = read_json(run / "failure.json")  # a rank whose peer is gone may be heard of first
+            if told.get("rank") in error.failures and not told["lost_peer"]:
+                rank, failure = told["rank"], error.failures[told["rank"]]
             raise RankFailed(rank, failure) from error
         except SignalException as error:
             return 128 + error.sigval

@@ -112,7 +112,12 @@ class Training:
         return metrics
 
     def save(self) -> None:
-        """A checkpoint of this moment; all ranks must call."""
+        """A checkpoint of this moment; all ranks must call. They wait together for the writing of the last one."""
+        with self.ranks.unwatched():
+            self.saver.wait()
+            self._save()
+
+    def _save(self) -> None:
         states, losses = zip(
             *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
         )

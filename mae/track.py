@@ -147,7 +147,8 @@ def log_file(run: Path, rank: int) -> Path:
 
 def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:
     """Adds the error being handled to the run's log.txt, whichever rank it is of, and leaves it as `failure.json`
-    where it is the first one; the console gets a sentence later. `lost_peer`: another rank was gone before."""
+    where it is the first one; the console gets a sentence later. `lost_peer`: another rank was gone before, whose own
+    error takes this one's place."""
     if not fence.holds(run):
         return
     told = {"rank": rank, "error": f"{type(error).__name__}: {error}", "lost_peer": lost_peer, "time": time.time()}
@@ -155,7 +156,10 @@ def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = 
     try:
         with (run / "log.txt").open("a") as file:
             file.write(f"rank {rank} failed\n{told['traceback']}")
-        with contextlib.suppress(FileExistsError), (run / "failure.json").open("x") as file:
+        path = run / "failure.json"
+        if not lost_peer and path.exists() and '"lost_peer": true' in path.read_text():
+            path.unlink()
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
             json.dump(told, file)
     except OSError:  # a full disk must not hide the error itself
         log.warning("log.txt cannot be written to")

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "run": {"config", "inherit", "launch", "slurm", "dry_run", "sweep_names", "sweep"},
     "inherit": {"config"},
     "launch": {"config", "inherit", "compose", "schema", "rules", "pipeline", "report", "slurm", "local"},
-    "local": {"distributed", "engine"},  # in a worker
+    "local": {"distributed", "engine", "run_record"},  # in a worker
     "slurm": {"config", "schema", "fence", "engine"},  # likewise
     "pipeline": {"config", "inherit"},
     "config": {"rules", "ranges", "schema"},

@@ -1,6 +1,9 @@
 """Ranks agree: on weights, on losses, on when to stop. Real processes over gloo."""
 
 import functools
+import itertools
+import json
+import math
 import os
 import shutil
 import signal
@@ -104,6 +107,28 @@ def test_more_ranks_than_images_in_the_last_step(tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), rel=1e-6)
 
 
+def spoiled(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Trains on ranks of which the second has a loss that is not a number in step 3."""
+    original, calls = engine.poisoned, itertools.count(1)
+
+    def poisoned(loss: torch.Tensor) -> torch.Tensor:
+        return original(loss * math.nan if rank == 1 and next(calls) == 3 else loss)
+
+    engine.poisoned = poisoned  # in a process of its own
+    return trained(rank, folder, overrides)
+
+
+@pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, sharding):
+    overrides = [*BASE, f"launcher.sharding={sharding}", "task.max_steps=5"]
+    told = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
+    assert told[0]["digest"] == told[1]["digest"] or sharding == "full"
+    events = [row["event"] for row in track.read_lines(tmp_path / "run" / "events.jsonl")]
+    assert events == ["skipped 1 steps whose loss or gradient was not finite"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert [loss is None for loss in losses(tmp_path)][:5] == [False, False, True, False, False]
+
+
 def agreeing(rank: int, folder: Path) -> list[list[bool]]:
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     told = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
@@ -132,23 +157,31 @@ def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
     assert all("ranks start from different weights" in told for told in on_ranks(2, tmp_path, different))
 
 
-def test_torchrun_gives_the_same_run(tmp_path):
-    overrides = [*BASE, "task.max_steps=4"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(ROOT / "run.py"),
-    ]
-    told = subprocess.run(
-        [*command, *overrides, f"output_dir={tmp_path / 'torchrun'}"],
+def torchrun(*overrides: str, script: Path = ROOT / "run.py") -> subprocess.CompletedProcess[str]:
+    """A script on two ranks that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def test_torchrun_takes_a_pipeline_from_stage_to_stage(tmp_path):
+    base = [one for one in BASE if one.startswith(("model", "data", "device"))]
+    short = '["task.batch_size=32","task.max_steps=2"]'
+    stages = ["task=pipeline", "task.stages=[pretrain,finetune]"]
+    stages += [f"task.overrides.{name}={short}" for name in ("pretrain", "finetune")]
+    told = torchrun(*base, *stages, f"output_dir={tmp_path}")
+    assert told.returncode == 0, told.stderr
+    assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["pretrain", "finetune"]
+
+
+def test_torchrun_gives_the_same_run(tmp_path):
+    overrides = [*BASE, "task.max_steps=4"]
+    told = torchrun(*overrides, f"output_dir={tmp_path / 'torchrun'}")
     assert told.returncode == 0, told.stderr
     assert launch.launch(composed(*overrides, f"output_dir={tmp_path / 'here'}"), []) == 0
     rows = [
@@ -193,6 +226,18 @@ def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, mi
         on_ranks(world, folder, functools.partial(trained, overrides=again))
         for name, tensor in weights(folder / "run").items():
             torch.testing.assert_close(ends[0][name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["launcher.sharding=full"], ["task.compile=blocks", "task.micro_batch_size=8"],
+                                  ["task.compile=blocks", "launcher.sharding=full"]])  # fmt: skip
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_ranks_learn_alike_however_weights_lie_and_steps_are_compiled(tmp_path, task, more):
+    base = [*TINY, f"task={task}", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
+    on_ranks(2, tmp_path / "plain", functools.partial(trained, overrides=base))
+    on_ranks(2, tmp_path / "other", functools.partial(trained, overrides=[*base, *more]))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "other"), rel=1e-4)
+    assert len(losses(tmp_path / "plain")) >= 3
 
 
 def test_a_checkpoint_gathers_one_whole_tensor_at_a_time(monkeypatch):
@@ -297,14 +342,7 @@ def test_a_rank_that_hangs_ends_the_run_and_says_where(tmp_path):
     script = tmp_path / "hanging.py"
     script.write_text(HANGING.format(root=str(ROOT)))
     overrides = [*BASE, "launcher.timeout_s=12", f"output_dir={tmp_path / 'run'}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    told = subprocess.run(
-        [*torchrun, str(script), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    told = torchrun(*overrides, script=script)
     assert told.returncode == 1
     assert "process 1 has not moved for" in told.stderr and "launcher.timeout_s=12" in told.stderr
     log = (tmp_path / "run" / "log.txt").read_text()

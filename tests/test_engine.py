@@ -1,5 +1,6 @@
 """What a run computes does not hang on where it stopped, how it is cut up, or what went wrong on the way."""
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -211,6 +212,24 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place(tmp_path):
         kept = [int(p.name[5:]) for p in checkpoint.checkpoints_of(tmp_path)]
         assert kept == {10: [10, 100], 20: [20, 100], 100: [100], 110: [100, 110]}[step]
     assert checkpoint.verify(damaged)["epoch"] == 1.0
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, caplog):
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=1, keep_every_epochs=None)
+    saver.save(1, 1.0, {"w": torch.ones(2)}, {})
+    saver.wait()
+    remove = checkpoint.shutil.rmtree
+
+    def refused(path, **options):
+        if Path(path).name == checkpoint.step_name(1):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
+    saver.save(2, 2.0, {"w": torch.ones(2)}, {})
+    saver.wait()
+    assert [int(p.name[5:]) for p in checkpoint.checkpoints_of(tmp_path)] == [1, 2]
+    assert "an old checkpoint cannot be removed: " in caplog.text and "(Operation not permitted)" in caplog.text
 
 
 def test_a_late_save_is_asked_for_once(tmp_path):

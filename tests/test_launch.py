@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or fail go on to the same bits, or end in a sentence; none leaves a process behind."""
 
+import json
 import os
 import random
 import signal
@@ -99,6 +100,25 @@ def test_ctrl_c_in_a_terminal_reaches_workers_and_ranks_too_and_stops_none_of_th
     assert len(checkpoint.checkpoints_of(run)) == 1 and living(run) == []
 
 
+def test_ctrl_c_while_ranks_begin_ends_them(tmp_path):
+    run = tmp_path / "run"
+    process = started(run, "launcher.processes=2", "task.epochs=60")
+    end = time.monotonic() + 60
+    while len(ranks_of(run)) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(1.5)  # they import torch: none takes signals itself yet
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and living(run) == [], told
+
+
+def test_the_failure_of_a_rank_takes_the_place_of_those_it_left_alone(tmp_path):
+    for rank, lost in ((0, True), (1, False), (2, True), (3, False)):
+        track.write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
+        told = json.loads((tmp_path / "failure.json").read_text())
+        assert told["rank"] == min(rank, 1) and told["error"] == f"RuntimeError: of {min(rank, 1)}"
+
+
 def living(run: Path) -> list[int]:
     """Processes of a run that live, found by what `started` wrote into their environment."""
     found = []
@@ -171,7 +191,7 @@ def test_a_rank_that_fails_ends_the_run_in_its_own_words(tmp_path, monkeypatch, 
     (tmp_path / fault).write_text("1 3")  # rank 1 at step 3
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "faults"))
     monkeypatch.setenv("MAE_TEST_FOLDER", str(tmp_path))
-    process = started(run, "launcher.processes=2", "task.epochs=100")
+    process = started(run, "launcher.processes=3", "task.batch_size=48", "task.epochs=100")
     wait_for_step(run, process, 3)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Process 1 of the run failed" in told and says in told, told

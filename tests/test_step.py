@@ -303,6 +303,7 @@ def test_no_step_waits_for_the_gpu(optimizer, clip_grad):
             scaler=torch.amp.GradScaler("cuda", enabled=False),
             optimizer=build(optim.OPTIMIZERS, cfg.optimizer, groups),
             task=made,
+            ranks=Ranks(gpu),
             progress=Progress.new(gpu),
         )
         for _ in range(2):

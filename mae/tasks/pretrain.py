@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import pictures
+from mae import device, pictures
 from mae.augment import Prepare
 from mae.config import call
 from mae.models.foreign import read
@@ -74,7 +74,7 @@ class Pretrain(nn.Module):
         """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean."""
         self.eval()
         names = ["val/loss", "val/loss_of_patch_mean", *(f"val/loss_at_{r:g}" for r in self.eval_mask_ratios)]
-        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=ranks.device)  # and the number of images
+        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=device.exact(ranks.device))  # last: images
         chosen: list[dict[str, Tensor]] = []
         for batch in batches:
             if ranks.main and not self.samples:
@@ -85,7 +85,7 @@ class Pretrain(nn.Module):
                 more = [self.model(images, ratio, batch["noise"]).loss for ratio in self.eval_mask_ratios]
             flat = ((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum()
             found = torch.stack([loss, flat, *more, torch.ones_like(loss)])
-            total += found.double() * len(images)
+            total += found.to(total.device).double() * len(images)
         if chosen:
             self.samples = {k: torch.cat([c[k] for c in chosen])[: self.num_images] for k in ("image", "noise")}
         self.train()
