@@ -17,6 +17,7 @@ from mae.allocator import keep_freed_memory
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
@@ -58,8 +59,7 @@ def number_format(precision: str, device: torch.device) -> torch.dtype:
             "as with task.precision=fp32.",
             device.type,
         )
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    return formats[precision]
+    return FORMATS[precision]
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous as environment_store
 from torch.nn.parallel import DistributedDataParallel
 
 from mae import device as devices
@@ -163,7 +164,7 @@ def start(device: str, *, timeout_s: float, rendezvous_timeout_s: float, shardin
     )  # so that the watchdog, which knows who is late, says it first
     backend = "nccl" if here.type == "cuda" else "gloo"
     if "TORCHELASTIC_RUN_ID" in os.environ:  # whose agent has gathered the ranks already
-        found, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        found, *_ = next(environment_store("env://", rank, world, timeout=timeout))
         store = PrefixStore(f"start_{next(STARTS)}", found)  # at the same store, a pipeline's stages meet one by one
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     else:

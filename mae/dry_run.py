@@ -29,7 +29,8 @@ def count_images(cfg: DictConfig) -> int:
         known = cfg.data.get("train_images")
         if known is None:
             raise
-        return known if cfg.data.per_class is None else cfg.data.per_class * cfg.data.num_classes
+        known = max(1, round(known * cfg.data.fraction))
+        return known if cfg.data.per_class is None else min(known, cfg.data.per_class * cfg.data.num_classes)
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
 
 
@@ -73,8 +74,15 @@ def cost(cfg: DictConfig, model: nn.Module) -> Flops:
 
 
 def training(cfg: DictConfig, work: Flops) -> int:
-    """Operations of one image in training: a backward pass takes twice a forward one, and a frozen encoder has none."""
-    return work.total if cfg.task.name == "linprobe" else 3 * work.total
+    """Operations of one image in training: a backward pass takes twice a forward one, and frozen blocks have none."""
+    if cfg.task.name == "linprobe":
+        return work.total
+    if cfg.task.get("patch_drop"):  # in training alone
+        work = Flops(call(flops, cfg.model, mask_ratio=cfg.task.patch_drop).encoder, 0)
+    trained = cfg.task.get("finetune_blocks")
+    part = 1.0 if trained is None else trained / cfg.model.depth
+    again = part if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
+    return round(work.total * (1 + 2 * part + again))
 
 
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, images: int) -> int:
@@ -104,6 +112,19 @@ def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: tor
     return sum(kept.values())
 
 
+def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and its number format; where a login node has none such, as it would be, given its rate. Raises
+    ValueError."""
+    try:
+        here = device.pick(cfg.device)
+        return here, device.number_format(cfg.task.precision, here)
+    except ValueError as error:
+        if cfg.estimate.tflops is None:
+            raise ValueError(f"{error} To plan for one elsewhere, give its rate: estimate.tflops=300.") from error
+        format = "bf16" if cfg.task.precision == "auto" and cfg.device == "cuda" else cfg.task.precision
+        return torch.device(cfg.device), device.FORMATS.get(format, torch.float32)
+
+
 def plan_of(cfg: DictConfig) -> Plan:
     """Steps and accumulation, as the run itself would find them."""
     images, world = count_images(cfg), rules.devices(cfg)
@@ -122,14 +143,15 @@ def report(cfg: DictConfig) -> str:
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     work = cost(cfg, model)
-    here = device.pick(cfg.device)
-    dtype = device.number_format(cfg.task.precision, here)
+    here, dtype = planned_device(cfg)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg)
+    average = 4 * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
+    size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg) + average
     state = size + 4 * trained  # gradients
+    state //= plan.devices if cfg.launcher.sharding == "full" else 1
     activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
-    count = kept_checkpoints(cfg, plan)
+    count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
     rows = {
         "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
         "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
@@ -140,7 +162,7 @@ def report(cfg: DictConfig) -> str:
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
         f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
-        f"{plan.accumulation} x devices {plan.devices}",
+        f"{plan.accumulation} x devices {plan.devices}" + " (auto: the largest part that fits)" * auto,
         "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",

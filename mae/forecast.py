@@ -25,12 +25,13 @@ def forecast(
     """Rows of a plan: time and cost, from the `operations` of a training image.
 
     `tflops` is the rate of one device in matrix products, measured here where null, of which a step reaches the
-    part `utilisation`; `loader_images_per_second` what the workers of one machine deliver.
+    part `utilisation`. A rate measured on a CPU is that of the whole machine, however many processes share it.
+    `loader_images_per_second` what the workers of one machine deliver.
     """
     rate, source = (tflops, "given") if tflops else (matrix_rate(device, dtype) / 1e12, f"measured on this {device}")
-    images = plan.images_seen(plan.steps)
-    speed = rate * 1e12 * utilisation / operations * plan.devices  # images a second
-    why = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {plan.devices}: {speed:,.0f} images/s"
+    images, count = plan.images_seen(plan.steps), machines if device.type == "cpu" and not tflops else plan.devices
+    speed = rate * 1e12 * utilisation / operations * count  # images a second
+    why = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {count}: {speed:,.0f} images/s"
     if loader_images_per_second is not None and loader_images_per_second * machines < speed:
         speed = loader_images_per_second * machines
         why = f"the loader's {speed:,.0f} images/s hold the devices back"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from PIL import Image
 
-from mae import checkpoint, dry_run, launch
+from mae import checkpoint, dry_run, forecast, launch
 
 # ---------------------------------------------------------------- good command lines
 
@@ -94,6 +95,54 @@ def test_dry_run_tells_time_and_cost():
     assert "measured on this cpu" in here and "cost" not in here
     told = run_cli("dry_run=true", "estimate.utilisation=35")
     assert told.returncode == 1 and "estimate.utilisation must lie in (0, 1], got 35" in told.stderr
+
+
+def planned(*overrides: str) -> dict[str, str]:
+    """Rows of a plan for data that is not there."""
+    given = ("dry_run=true", "data=imagenet", "device=cpu", "estimate.tflops=1", *overrides)
+    return dict(line.split("  ", 1) for line in dry_run.report(composed(*given)).splitlines())
+
+
+def test_dry_run_counts_the_part_of_absent_data_that_is_asked_for():
+    assert "of 12,812 images" in planned("data.fraction=0.01")["steps"]
+    assert "of 10,000 images" in planned("data.per_class=10", "task=finetune", "task.drop_last=false")["steps"]
+    assert (
+        "of 12,812 images"
+        in planned("data.per_class=100", "data.fraction=0.01", "task=finetune", "task.drop_last=false")["steps"]
+    )
+
+
+def test_dry_run_knows_what_ways_of_training_save_and_cost():
+    def of(row: str, *overrides: str) -> float:
+        found = re.search(r"([\d.]+) in training" if row == "GFLOPs an image" else r"optimizer ([\d.]+)",
+                          planned("task=finetune", "model=vit_base", *overrides)[row])  # fmt: skip
+        assert found is not None
+        return float(found[1])
+
+    work, memory = of("GFLOPs an image"), of("memory a device")
+    assert of("GFLOPs an image", "task.checkpointing=blocks") == pytest.approx(work * 4 / 3, rel=1e-3)
+    assert of("GFLOPs an image", "task.finetune_blocks=6") == pytest.approx(work * 2 / 3, rel=1e-3)
+    assert of("GFLOPs an image", "task.patch_drop=0.5") < 0.52 * work
+    assert of("memory a device", "task.ema_decay=0.999") == pytest.approx(memory * 5 / 4, rel=0.02)
+    two = ("launcher.processes=2", "task.batch_size=512")
+    assert of("memory a device", *two, "launcher.sharding=full") == pytest.approx(memory / 2, rel=0.02)
+    assert "(auto: the largest part that fits)" in planned("task.micro_batch_size=auto")["effective batch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_dry_run_plans_for_a_gpu_that_is_elsewhere():
+    rows = planned("device=cuda")
+    assert rows["number format"].strip() == "bfloat16" and "1 TFLOP/s a device (given)" in rows["time"]
+    with pytest.raises(
+        ValueError, match=r"finds 0 GPUs.*To plan for one elsewhere, give its rate: estimate.tflops=300"
+    ):
+        planned("device=cuda", "estimate.tflops=null")
+
+
+def test_dry_run_does_not_count_a_machine_twice_that_processes_share(monkeypatch):
+    monkeypatch.setattr(forecast, "matrix_rate", lambda *_: 1e12)
+    assert "x 35% x 1:" in planned("estimate.tflops=null", "launcher.processes=8")["time"]
+    assert "x 35% x 8:" in planned("launcher.processes=8")["time"]
 
 
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
