@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mae.models.layers import blocks_of, set_checkpointing
+from mae.models.layers import blocks_of, set_attention_kernel, set_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +25,16 @@ def accelerate(
     *,
     compile: Literal["auto", "off", "blocks", "graphs"],
     checkpointing: Literal["none", "light", "blocks"],
+    attention_kernel: Literal["auto", "plain", "fused"],
 ) -> None:
-    """Sets what the blocks of `model` compute again in backward, and compiles them where asked.
+    """Sets what the blocks of `model` compute again in backward and how they attend, and compiles them where asked.
 
     `auto` compiles on CUDA alone: on a CPU the gain of a few per cent is not worth the wait. `graphs` also
     replays each block as a CUDA graph. `trial` takes a forward and backward pass and one without gradients; where
     that fails once compiled, the blocks go back to what they were, with a warning.
     """
     set_checkpointing(model, checkpointing)
+    set_attention_kernel(model, None if attention_kernel == "auto" else attention_kernel)
     if compile == "off" or (compile == "auto" and device.type != "cuda"):
         return
     mode = "reduce-overhead" if compile == "graphs" else None

@@ -109,6 +109,7 @@ def micro_batch_size(
     what = {
         "share": share,
         "checkpointing": cfg.task.checkpointing,
+        "attention_kernel": cfg.task.attention_kernel,
         "precision": cfg.task.precision,
         "device": device.model_name(ranks.device),
     }

@@ -19,7 +19,8 @@ from mae.activations import kept_for_backward
 from mae.config import build, call
 from mae.data import SOURCES
 from mae.distributed import Ranks
-from mae.models.layers import Block, set_checkpointing
+from mae.models import layers
+from mae.models.layers import Block, attention, set_checkpointing
 from mae.setup import Progress
 from mae.tasks import TASKS
 
@@ -57,6 +58,21 @@ def test_checkpointing_of_a_run_changes_no_loss(tmp_path, what):
     assert run_here(tmp_path / "light", *TINY_PRETRAIN) == 0
     assert run_here(tmp_path / what, *TINY_PRETRAIN, f"task.checkpointing={what}") == 0
     assert losses(tmp_path / "light") == pytest.approx(losses(tmp_path / what), rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
+def test_the_attention_kernel_can_be_chosen_and_changes_no_loss(tmp_path, monkeypatch, kernel):
+    assert run_here(tmp_path / "auto", *TINY_PRETRAIN) == 0
+    used: list[str] = []
+
+    def noted(q, k, v, kernel=None):
+        used.append(kernel)
+        return attention(q, k, v, kernel)
+
+    monkeypatch.setattr(layers, "attention", noted)
+    assert run_here(tmp_path / "chosen", *TINY_PRETRAIN, f"task.attention_kernel={kernel}") == 0
+    assert set(used) == {kernel}
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "chosen"), rel=1e-6)
 
 
 @pytest.mark.slow

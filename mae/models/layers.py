@@ -16,10 +16,11 @@ LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default
 
 
 def attention_kernel(q: Tensor) -> Kernel:
-    """The faster kernel for queries like `q`: the one place where device, dtype and shape decide.
+    """The faster kernel for queries like `q`: the one place where device and dtype decide.
 
     Off the CPU it is PyTorch's fused attention (flash on CUDA). On the CPU the fused kernel has no fast
-    path for half precision, where plain batched products win by 2 to 5 times forward and backward.
+    path for half precision, where plain batched products win by 2 to 5 times forward and backward. `task.attention_kernel`
+    overrides it.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return "plain"
