@@ -34,7 +34,7 @@ def accelerate(
     that fails once compiled, the blocks go back to what they were, with a warning.
     """
     set_checkpointing(model, checkpointing)
-    set_attention_kernel(model, None if attention_kernel == "auto" else attention_kernel)
+    set_attention_kernel(model, attention_kernel)
     if compile == "off" or (compile == "auto" and device.type != "cuda"):
         return
     mode = "reduce-overhead" if compile == "graphs" else None

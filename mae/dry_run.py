@@ -100,8 +100,8 @@ def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: tor
 
     model = copy.deepcopy(model)
     set_checkpointing(model, cfg.task.checkpointing)
-    chosen = {"auto": None if where.type == "cpu" else "fused"}
-    set_attention_kernel(model, chosen.get(cfg.task.attention_kernel, cfg.task.attention_kernel))
+    elsewhere = cfg.task.attention_kernel == "auto" and where.type != "cpu"
+    set_attention_kernel(model, "fused" if elsewhere else cfg.task.attention_kernel)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
         images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))

@@ -19,8 +19,8 @@ def attention_kernel(q: Tensor) -> Kernel:
     """The faster kernel for queries like `q`: the one place where device and dtype decide.
 
     Off the CPU it is PyTorch's fused attention (flash on CUDA). On the CPU the fused kernel has no fast
-    path for half precision, where plain batched products win by 2 to 5 times forward and backward. `task.attention_kernel`
-    overrides it.
+    path for half precision, where plain batched products win by 2 to 5 times forward and backward.
+    `task.attention_kernel` overrides it.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return "plain"
@@ -101,10 +101,10 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-def set_attention_kernel(model: nn.Module, kernel: Kernel | None) -> None:
-    """Make every block of `model` use `kernel`, whatever its inputs; None gives the choice back."""
+def set_attention_kernel(model: nn.Module, kernel: Kernel | Literal["auto"]) -> None:
+    """Make every block of `model` use `kernel`, whatever its inputs; `auto` gives the choice back."""
     for block in blocks_of(model):
-        block.kernel = kernel
+        block.kernel = None if kernel == "auto" else kernel
 
 
 def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
