@@ -19,6 +19,7 @@ from mae.augment import AUGMENTATIONS
 from mae.config import build, call
 from mae.data.loader import EvalLoader, Loader
 from mae.distributed import Ranks, assert_same
+from mae.models.foreign_parts import drop_class_token
 from mae.plan import Plan, make_plan, micro_batch
 from mae.tasks import TASKS
 from mae.tasks.common import bad_files, both_sets, eval_loader
@@ -191,9 +192,13 @@ def set_up(
     dtype = device.number_format(precision, ranks.device)
     task = build(TASKS, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
+    restored = checkpoint.newest_valid(run)
+    if restored is None:
+        task.take_up_init(cfg)
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     task.train()  # which a task may mean otherwise for its frozen parts than nn.Module begins with
-    restored = restore_weights(run, task)
+    if restored is not None:
+        restore_weights(restored, task.model)
     held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
     if ranks.world > 1:  # a digest of large weights takes seconds
@@ -241,12 +246,12 @@ def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) ->
     return held
 
 
-def restore_weights(run: Path, task: Any) -> Path | None:
-    """Takes up the weights of the newest valid checkpoint; returns it, or None where there is none."""
-    path = checkpoint.newest_valid(run)
-    if path is not None:
-        task.model.load_state_dict(checkpoint.read_weights(path))
-    return path
+def restore_weights(path: Path, model: Any) -> None:
+    """Takes up the weights of a checkpoint, of a model that may have begun without a class token."""
+    weights = checkpoint.read_weights(path)
+    if "cls_token" not in weights:
+        drop_class_token(model)
+    model.load_state_dict(weights)
 
 
 def seed_everything(seed: int) -> None:

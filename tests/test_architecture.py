@@ -49,6 +49,7 @@ MAY_IMPORT = {
     },
     "setup": {
         "tasks",
+        "models",
         "data",
         "augment",
         "optim",

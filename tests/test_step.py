@@ -295,6 +295,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     sets = build(SOURCES, cfg.data, "train"), build(SOURCES, cfg.data, "val")
     made = build(TASKS, cfg.task, cfg, sets[1])
     made.begin(cfg, *sets)
+    made.take_up_init(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made.to("cuda")
         batch = fitting.invented(cfg, 4, made.num_patches, torch.device("cuda"))

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -219,6 +220,29 @@ def test_another_image_size_non_square_too_interpolates_positions(pretrained, tm
 
 
 # ---------------------------------------------------------------- probing and k-NN
+
+
+def test_a_run_that_goes_on_needs_its_init_no_more(pretrained, tmp_path):
+    state = {name: tensor for name, tensor in weights(pretrained).items() if not name.startswith(("decoder", "mask"))}
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    del state["cls_token"]  # so that a probe does without one, too
+    for name in ("probe.pth", "blocks.pth"):
+        torch.save({"model": state if name == "probe.pth" else weights(pretrained)}, tmp_path / name)
+    probe = [*TINY_LINPROBE, "task.global_pool=avg", f"init={tmp_path / 'probe.pth'}"]
+    tuned = [*TINY_FINETUNE, "task.finetune_blocks=1", f"init={tmp_path / 'blocks.pth'}"]
+    for name, command in (("probe", probe), ("tuned", tuned)):
+        often = [*command, "checkpoint.every_epochs=0.1", "checkpoint.keep=9"]
+        assert run_here(tmp_path / name, *often) == 0
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}_cut", symlinks=True)
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    for name, command in (("probe", probe), ("tuned", tuned)):
+        run = tmp_path / f"{name}_cut"
+        for left in (run / "summary.json", *(run / "checkpoints").glob("step_*[3-9]")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        assert run_here(run, *command) == 0 and "goes on from" in (run / "log.txt").read_text()
+        assert all(torch.equal(tensor, weights(tmp_path / name)[key]) for key, tensor in weights(run).items())
+    assert "cls_token" not in weights(tmp_path / "probe") and weights(tmp_path / "probe")["pos_embed"].shape[1] == 16
 
 
 def test_linear_probing_changes_the_head_and_its_statistics_and_no_bit_else(pretrained, tmp_path):

@@ -31,8 +31,12 @@ class Classify(nn.Module):
         self.best = -1.0  # top-1 of the best validation so far
 
     def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
-        """Checks the labels and takes up `init`. Raises ValueError where either will not do."""
+        """Checks the labels. Raises ValueError where they will not do."""
         check_classes(cfg, train_set, val_set)
+
+    def take_up_init(self, cfg: DictConfig) -> None:
+        """Loads what `init` names, where no checkpoint of the run is there that has it all. Raises ValueError."""
+        raise NotImplementedError
 
     @property
     def trained(self) -> nn.Module:

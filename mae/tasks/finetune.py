@@ -61,8 +61,7 @@ class Finetune(Classify):
         if ema_decay is not None:
             self.model = copy.deepcopy(self.live).requires_grad_(False)
 
-    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
-        super().begin(cfg, train_set, val_set)
+    def take_up_init(self, cfg: DictConfig) -> None:
         if cfg.init is not None:
             fit(self.live, read(cfg.init))
             self.model.load_state_dict(self.live.state_dict())

@@ -41,8 +41,7 @@ class Linprobe(Classify):
         self.model.requires_grad_(False)
         self.model.head.requires_grad_(True)
 
-    def begin(self, cfg: DictConfig, train_set: Source, val_set: Source) -> None:
-        super().begin(cfg, train_set, val_set)
+    def take_up_init(self, cfg: DictConfig) -> None:
         foreign = read(need_init(cfg))
         fit(self.model, foreign, head="fresh")
         warn_of_statistics(cfg, foreign)

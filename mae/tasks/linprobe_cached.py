@@ -63,6 +63,7 @@ def probe_features(
     train_set, val_set = both_sets(cfg)
     task = build({"linprobe": Linprobe}, cfg.task, cfg, val_set)
     task.begin(cfg, train_set, val_set)
+    task.take_up_init(cfg)
     same_weights(ranks, task.model)
     task.to(ranks.device).eval()
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)

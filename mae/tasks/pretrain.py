@@ -44,12 +44,15 @@ class Pretrain(nn.Module):
         self.knn: Signal | None = None
 
     def begin(self, cfg: DictConfig, train_set: Any, val_set: Any) -> None:
-        """Takes up the weights that `init` names, if any; without a decoder in them ours starts afresh."""
-        if cfg.init is not None:
-            fit(self.model, read(cfg.init))
+        """Looks at the labels, where k-NN accuracy is wanted."""
         every, images, k = self.knn_settings
         if every is not None:
             self.knn = Signal(cfg, train_set, val_set, every, images, k)
+
+    def take_up_init(self, cfg: DictConfig) -> None:
+        """Loads the weights that `init` names, if any; without a decoder in them ours starts afresh."""
+        if cfg.init is not None:
+            fit(self.model, read(cfg.init))
 
     @property
     def trained(self) -> nn.Module:
