@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mae import checkpoint, device, environment, fence, norms, report, track
 from mae.config import build, call, read, write_text
+from mae.data.workers import naming_killed_workers
 from mae.distributed import Interruption, Ranks, lost_peer, start
 from mae.profiling import profiled
 from mae.schema import TRAINED
@@ -200,11 +201,12 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
 
 def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
     """Any task from start to summary."""
-    if cfg.task.get("cached_features"):
-        return call(probe_features, cfg.task, run, cfg, ranks, tracker)
-    if cfg.task.name in TRAINED:
-        return run_training(run, cfg, ranks, tracker)
-    return build(TASKS, cfg.task, run, cfg, ranks, tracker)
+    with naming_killed_workers():
+        if cfg.task.get("cached_features"):
+            return call(probe_features, cfg.task, run, cfg, ranks, tracker)
+        if cfg.task.name in TRAINED:
+            return run_training(run, cfg, ranks, tracker)
+        return build(TASKS, cfg.task, run, cfg, ranks, tracker)
 
 
 def work(run: Path) -> int:

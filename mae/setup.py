@@ -18,6 +18,7 @@ from mae.accelerate import accelerate
 from mae.augment import AUGMENTATIONS
 from mae.config import build, call
 from mae.data.loader import EvalLoader, Loader
+from mae.data.source import fingerprint
 from mae.distributed import Ranks, assert_same
 from mae.models.foreign_parts import drop_class_token
 from mae.plan import Plan, make_plan, micro_batch
@@ -69,6 +70,7 @@ class Training:
     loader: Loader
     val_loader: EvalLoader
     dtype: torch.dtype
+    images: str  # a fingerprint of those that are trained on
     improved: bool = False  # the last validation was the best so far, and is not saved yet
 
     def where(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Training:
                 "loss_sums": list(losses),
                 "task": self.task.extra_state(),
                 "random": list(states),
+                "images": self.images,
                 "config": OmegaConf.to_yaml(self.cfg),
             }
             epoch = self.progress.step / self.plan.steps_per_epoch
@@ -151,6 +154,13 @@ class Training:
         if self.ranks.rank < len(trainer["random"]):
             checkpoint.set_random_state(trainer["random"][self.ranks.rank])
         log.info("goes on from %s", path)
+        if trainer.get("images", self.images) != self.images:
+            log.warning(
+                "the training images are not those that the run began with (%s then, %s now): it goes on in another "
+                "order, and not to the same bits",
+                trainer["images"], self.images,
+            )  # fmt: skip
+            self.tracker.event("the training images have changed", self.progress.step)
 
 
 def load(
@@ -201,8 +211,10 @@ def set_up(
         restore_weights(restored, task.model)
     held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
+    images = fingerprint(loader.source)
     if ranks.world > 1:  # a digest of large weights takes seconds
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
+        assert_same(ranks, images, "images")
     model = ranks.wrap(task, accumulating=plan.accumulation > 1)
     groups = call(optim.param_groups, cfg.optimizer, task.trained)
     schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, warmup_epochs)
@@ -222,6 +234,7 @@ def set_up(
         loader=loader,
         val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files(run, ranks)),
         dtype=dtype,
+        images=images,
     )
     seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks
     if restored is not None:

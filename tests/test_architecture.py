@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "engine": {
         "setup",
         "schema",
+        "data",
         "tasks",
         "checkpoint",
         "distributed",

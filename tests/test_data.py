@@ -311,6 +311,14 @@ def test_split_parts_are_complements(count, fraction, classes):
         assert sorted([*train, *val]) == list(range(count))
 
 
+@pytest.mark.parametrize("each", [3, 4, 5, 7, 14])
+def test_of_small_classes_as_many_are_held_out_as_is_asked_for(each):
+    labels = np.repeat(np.arange(200), each)
+    val = split_indices(labels, len(labels), 0.1, "val")
+    assert abs(len(val) - 20 * each) <= 0.1 * 20 * each
+    assert np.bincount(labels[val]).max() <= -(-each // 10) + 1
+
+
 def test_reduced_sets_are_nested(source):
     small, large = (reduced(source, f, None, 0) for f in (0.2, 0.5))
     assert len(small) == 18 and len(large) == 45

@@ -2,8 +2,11 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from mae.data.known import cifar10, given_root
 from mae.data.loader import Loader
 from mae.data.reader import Record
 from mae.data.source import BadImage
+from mae.data.workers import naming_killed_workers
 from mae.geometry import cut
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg
@@ -487,6 +491,43 @@ def unreadable(index):
     raise OSError("gone")
 
 
+def troubled(deed, workers, timeout_s):
+    return Loader(
+        Troubled(deed),
+        augment.center_crop(img_size=16, crop_fraction=1.0),
+        8,
+        8,
+        0,
+        num_workers=1,
+        workers=workers,
+        prefetch=1,
+        timeout_s=timeout_s,
+        repeats=1,
+        fraction=1.0,
+        per_class=None,
+        max_bad_fraction=1.0,
+    )
+
+
+def grey(index):
+    return torch.zeros(3, 16, 16, dtype=torch.uint8), -1
+
+
+def test_a_worker_that_is_killed_while_a_step_computes_is_said_in_a_sentence():
+    loader = troubled(grey, "process", 60.0)
+    steps = loader.steps(0)
+    list(next(steps))
+    with (
+        pytest.raises(ValueError, match="a data worker was killed.*data.num_workers") as error,
+        naming_killed_workers(),
+    ):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        for _ in range(300):  # the step
+            time.sleep(0.1)
+    assert "is killed by signal" in str(error.value.__cause__)  # where torch's words came, and not by the loader
+    loader.close()
+
+
 @pytest.mark.parametrize(
     ("workers", "deed", "says"),
     [
@@ -498,21 +539,7 @@ def unreadable(index):
     ],
 )
 def test_trouble_in_a_worker_is_said_in_a_sentence(workers, deed, says, tmp_path):
-    loader = Loader(
-        Troubled(deed),
-        augment.center_crop(img_size=16, crop_fraction=1.0),
-        8,
-        8,
-        0,
-        num_workers=1,
-        workers=workers,
-        prefetch=1,
-        timeout_s=2.0,
-        repeats=1,
-        fraction=1.0,
-        per_class=None,
-        max_bad_fraction=1.0,
-    )
+    loader = troubled(deed, workers, 2.0)
     with pytest.raises(ValueError, match=says) as error:
         for step in loader.steps(0):
             list(step)

@@ -98,6 +98,30 @@ def test_shards_without_an_index_are_found_by_the_list_of_files(server, tmp_path
     assert len(source) == 400 and source.labels is not None and len(opened(server.url, tmp_path, "val")) == 400
 
 
+CLOSED = """
+import http.server, sys
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def list_directory(self, path):
+        self.send_error(403)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_an_index_needs_no_list_of_files_and_a_refusal_no_second_try(tmp_path):
+    folder = packed_digits(tmp_path / "packed")
+    server = Server(lambda port: [sys.executable, "-c", f"import os; os.chdir({str(folder)!r})\n{CLOSED}", port])
+    server.start()
+    try:
+        assert len(opened(server.url, tmp_path, retry_s=60.0)) == 400
+        (folder / "train" / "index.bin").unlink()
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=r"cannot be reached: .*403"):
+            opened(server.url, tmp_path, retry_s=600.0)
+        assert time.monotonic() - begun < 300
+    finally:
+        server.stop()
+
+
 def test_a_server_that_is_gone_is_said_in_a_sentence(server, tmp_path):
     server.stop()
     with pytest.raises(ValueError, match=f"data.root={server.url} cannot be reached: .*") as error:

@@ -1,9 +1,12 @@
 """Hugging Face datasets, read from folders; Parquet files as a stream."""
 
 import hashlib
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -175,6 +178,51 @@ def test_a_stream_holds_the_rows_of_the_data_set(stream, tmp_path):
     parts = [streamed(stream, tmp_path, split, val_split=None) for split in ("train", "val")]
     assert [len(part) for part in parts] == [96, 24]
     assert streamed(stream, tmp_path, label_column=None).labels is None
+
+
+NULLS = [1, None, 0, 1, None, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("kind", "values", "classes"), [
+    (datasets.ClassLabel(names=["cat", "dog"]), NULLS, ["cat", "dog"]),
+    (datasets.Value("int64"), NULLS, ["0", "1"]),
+    (datasets.Value("string"), [None if v is None else ("ant", "bee")[v] for v in NULLS], ["ant", "bee"]),
+])  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_whose_label_is_null_have_none(tmp_path, kind, values, classes, streaming):
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    rows = {"image": [Image.fromarray(picture) for picture in PICTURES], "label": values}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    found = opened(tmp_path / "set", streaming=streaming, val_split=None, val_fraction=0.5)
+    both = [found, opened(tmp_path / "set", "val", streaming=streaming, val_split=None, val_fraction=0.5)]
+    assert all(part.classes == classes for part in both)
+    told = {int(k): int(label) for part in both for k, label in zip(part.indices, part.labels, strict=True)}
+    assert [told[k] for k in range(10)] == [-1 if v is None else v for v in NULLS]
+
+
+def test_a_stream_reads_the_subset_alone(stream, tmp_path):
+    for name, count in (("en", 3), ("fr", 4)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for k in range(count):
+            source = stream / "data" / f"train-{k:05}-of-00007.parquet"
+            shutil.copy(source, tmp_path / "set" / name / f"train-{k:05}.parquet")
+    counts = [len(streamed(tmp_path / "set", tmp_path, val_split=None, subset=name, val_fraction=0.1).source.names)
+              for name in ("en", "fr", None)]  # fmt: skip
+    assert counts == [3, 4, 7]
+    with pytest.raises(ValueError, match=r"split train in a folder de \(data.subset\): train/"):
+        streamed(tmp_path / "set", tmp_path, subset="de")
+
+
+def test_what_is_remembered_of_a_remote_file_hangs_on_its_version(tmp_path):
+    fs = fsspec.filesystem("memory")
+    remote = store.Remote("memory://versions", tmp_path, 1.0, 0.1)
+    stamps = []
+    for tag in ("a", "b"):
+        about = {"size": 3, "ETag": tag, "name": "x"}
+        remote._fs, remote._fs_owner = SimpleNamespace(info=lambda path, about=about: about), os.getpid()
+        stamps.append(remote.stamp("x.tar"))
+    assert stamps == ["3-a", "3-b"] and fs is not None
 
 
 def test_a_stream_goes_file_by_file_and_mixes_within_a_window(stream, tmp_path):

@@ -24,7 +24,7 @@ from mae.data.known import digits
 from mae.data.loader import Loader
 from mae.data.sampler import Sampler
 from mae.data.shards import Index, Shards
-from mae.data.source import Arrays, BadImage
+from mae.data.source import Arrays, BadImage, Subset
 from mae.data.tar import Members, members
 
 KEEP = pack.Form(size=None, quality=90)
@@ -97,6 +97,29 @@ def test_ranks_stay_on_their_shards_and_windows_mix():
     first = [source.index.shard(i) for i in order[0::4][:150].tolist()]
     assert 3 <= len(set(first)) <= 4 and first != sorted(first)
     assert not np.array_equal(order, source.order(0, 1))
+
+
+def test_a_part_of_the_images_keeps_ranks_on_their_shards():
+    source = made_up([50] * 64)(16, 3)
+    part = Subset(Subset(source, np.flatnonzero(np.arange(3200) % 10)), np.arange(5, 2880))  # held out, then a fraction
+    order = part.order(0, 0)
+    assert sorted(order) == list(range(len(part))) and not np.array_equal(order, part.order(0, 1))
+    numbers = part.source.indices[part.indices[order]]
+    per_rank = [{source.index.shard(i) for i in numbers[r::4].tolist()} for r in range(4)]
+    assert sum(len(shards) for shards in per_rank) <= 64 + 16
+
+
+def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("caf\udce9.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(image.getvalue())
+            tar.addfile(member, io.BytesIO(image.getvalue()))
+    found = opened(tmp_path, tmp_path, val_fraction=0.5)
+    names = {found.name(0), opened(tmp_path, tmp_path, "val", val_fraction=0.5).name(0)}
+    assert names == {"a.tar/caf\\xe9", "a.tar/b"}
 
 
 # ---------------------------------------------------------------- reading

@@ -164,6 +164,18 @@ def test_rows_without_a_label_have_none(root, kind):
         need_labels(cfg, train, "training")
 
 
+def test_tables_as_spreadsheets_write_them(root):
+    table = root.parent / "list.csv"
+    table.write_text("\ufeffpath,label\ntrain/cow/0.png,Kuh\ntrain/ant/1.png,Käfer\n", encoding="utf-8")
+    assert listed(root, str(table)).classes == ["Kuh", "Käfer"]
+    table.write_text("path,label\ntrain/cow/0.png,Käfer\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"data\.file=.*list\.csv is not UTF-8 \(invalid.*\): save it as such\."):
+        listed(root, str(table))
+    table.write_text(f"path,label\n{'x' * 200_000},a\n")
+    with pytest.raises(ValueError, match=r"data\.file=.*list\.csv is no CSV that can be read: field larger"):
+        listed(root, str(table))
+
+
 def test_rows_that_are_cut_short(root):
     (root.parent / "list.csv").write_text("path,label\ntrain/cow/0.png,zebra\ntrain/ant/1.png\ntrain/bee/1.png,ant\n")
     parts = [listed(root, str(root.parent / "list.csv"), split) for split in ("train", "val")]

@@ -5,9 +5,11 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRETRAIN, composed, run_here
+from PIL import Image
 from torch import Tensor
 
 from mae import checkpoint, device, engine, launch, plan, track
@@ -83,6 +85,27 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(tmp_path, caplog):
     log = (tmp_path / "log.txt").read_text()
     assert log.count("passing over a damaged checkpoint") == 2 and "its checksum differs" in log
     assert weights(tmp_path) == whole
+
+
+def test_a_run_that_goes_on_with_other_images_says_so(tmp_path, caplog):
+    def photo(name: str) -> None:
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+
+    for k in range(40):
+        photo(f"{k}.png")
+    given = ["data=folder", f"data.root={tmp_path / 'photos'}", "data.fraction=1", f"data.cache_dir={tmp_path}"]
+    for more in (0, 0, 1):
+        if more:
+            photo("more.png")
+        t = set_up_here(tmp_path / "run", *given)
+        t.progress.step += 1
+        t.save()
+        t.saver.wait()
+        t.loader.close()
+    text = "the training images are not those that the run began with (36 images"
+    assert caplog.text.count(text) == 1
 
 
 def test_accumulation_counts_every_image(tmp_path):

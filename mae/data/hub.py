@@ -150,22 +150,28 @@ def parquet_files(
         top = posixpath.commonpath([posixpath.dirname(url) for url in urls]).replace(":/", "://", 1)
         store, found = Remote(top, cache, cache_gb, retry_s), sorted(url[len(top) + 1 :] for url in urls)
     else:
-        store, found = _listed(root, part, cache, cache_gb, retry_s)
+        store, found = _listed(root, subset, part, cache, cache_gb, retry_s)
     for name in found:
         store.check(name)
     return store, found
 
 
-def _listed(root: str, part: str, cache: Path, cache_gb: float, retry_s: float) -> tuple[Local | Remote, list[str]]:
+def _listed(
+    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float
+) -> tuple[Local | Remote, list[str]]:
     try:
         store = Remote(root, cache, cache_gb, retry_s) if is_remote(root) else Local(given_root(root))
         names = store.names("**/*.parquet")
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
     marks = (f"/{part}/", f"/{part}-", f"/{part}.parquet")
-    found = [name for name in names if any(mark in f"/{name}" for mark in marks)]
+    within = f"/{subset}/" if subset is not None else "/"
+    found = [name for name in names if within in f"/{name}" and any(mark in f"/{name}" for mark in marks)]
     if not found:
-        raise ValueError(f"data.root={root} holds no Parquet files of the split {part}: {part}/* or {part}-*.parquet.")
+        below = f" in a folder {subset} (data.subset)" if subset is not None else ""
+        raise ValueError(
+            f"data.root={root} holds no Parquet files of the split {part}{below}: {part}/* or {part}-*.parquet."
+        )
     return store, found
 
 

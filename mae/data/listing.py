@@ -46,11 +46,14 @@ class Listing:
         return len(self.ends) - 1
 
     def name(self, index: int) -> str:
-        """Path of an image relative to the root."""
-        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+        """Path of an image relative to the root, as it can be printed."""
+        return self._bytes(index).decode(errors="backslashreplace")
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, self.name(index))
+        return os.path.join(self.root, os.fsdecode(self._bytes(index)))
+
+    def _bytes(self, index: int) -> bytes:
+        return self.text[self.ends[index] : self.ends[index + 1]].tobytes()
 
 
 class Builder:

@@ -70,7 +70,7 @@ def rows(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
         if path.suffix.lower() in (".parquet", ".pq"):
             yield from _parquet(path, columns)
             return
-        with open(path, newline="") as text:
+        with open(path, newline="", encoding="utf-8-sig") as text:  # Excel's begins with a mark
             reader = csv.DictReader(text)
             if "path" not in (reader.fieldnames or []):
                 raise ValueError(f"data.file={path} has no column path, only {reader.fieldnames}.")
@@ -78,6 +78,10 @@ def rows(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
                 yield row["path"], row.get("label"), row.get("split")
     except OSError as error:
         raise ValueError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.file={path} is not UTF-8 ({error.reason}): save it as such.") from error
+    except csv.Error as error:
+        raise ValueError(f"data.file={path} is no CSV that can be read: {error}.") from error
 
 
 def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str | None, str | None]]:

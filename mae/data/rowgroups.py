@@ -22,7 +22,7 @@ import numpy as np
 from mae.data import flat
 from mae.data.decode import Decoder
 from mae.data.shards import laned
-from mae.data.source import BadImage, Encoded
+from mae.data.source import UNLABELLED, BadImage, Encoded
 from mae.data.store import Local, Remote
 
 log = logging.getLogger(__name__)
@@ -131,13 +131,16 @@ class RowGroups(Encoded):
         with parquet.ParquetFile(path, memory_map=True) as opened:
             return opened.read_row_group(int(self.groups.number[group]), [self.image], use_threads=False).column(0)
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's permutation: files shuffled, their row groups too, and rows over `window` groups of a lane."""
+    def order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
+        """The epoch's permutation: files shuffled, their row groups too, and rows over `window` groups of a
+        lane; of the rows that `kept` is true of."""
         chance = np.random.default_rng([seed, epoch])
         rank = np.argsort(chance.permutation(len(self.names)))  # place of each file
         groups = np.lexsort((chance.random(len(self.starts)), rank[self.groups.file]))
         counts = self.groups.count[groups]
         line = np.repeat(self.starts[groups] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
+        if kept is not None:
+            line, counts = line[kept[line]], counts * kept.mean()
         return laned(line, self.lanes, max(1, int(self.window * counts.mean())), chance)
 
     def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
@@ -213,8 +216,13 @@ def footer(file: Any, name: str, image: str, label: str | None) -> tuple[int, li
 
 
 def numbered(values: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Labels as numbers, and their names: those given, or the sorted values."""
+    """Labels as numbers, and their names: those given, or the sorted values. A row without one (null) has -1."""
+    missing = np.array([value is None for value in values]) if values.dtype == object else values != values
+    told, labels = values[~missing], np.full(len(values), UNLABELLED, np.int64)
+    if told.dtype.kind == "f" and missing.any() and (told == told.astype(np.int64)).all():  # which nulls made of ints
+        told = told.astype(np.int64)
     if names is not None:
-        return values.astype(np.int64), list(names)
-    known, labels = np.unique(values, return_inverse=True)
-    return labels.astype(np.int64), [str(k) for k in known]
+        labels[~missing] = told.astype(np.int64)
+        return labels, list(names)
+    known, labels[~missing] = np.unique(told, return_inverse=True)
+    return labels, [str(k) for k in known]

@@ -48,7 +48,7 @@ class Index:
 
     def key(self, index: int) -> str:
         start = self.members.ends[index - 1] if index else 0
-        return self.members.text[start : self.members.ends[index]].tobytes().decode()
+        return self.members.text[start : self.members.ends[index]].tobytes().decode(errors="backslashreplace")
 
     def save(self, path: Path, **more: Any) -> None:
         shards = {"names": self.names, "sizes": self.sizes, "counts": self.counts.tolist()}
@@ -136,12 +136,14 @@ class Shards(Encoded):
         opened.move_to_end(shard)
         return opened[shard]
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's permutation (see above)."""
+    def order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
+        """The epoch's permutation (see above), of the images that `kept` is true of."""
         chance = np.random.default_rng([seed, epoch])
         shards = chance.permutation(len(self.index.names))
         counts = self.index.counts[shards]
         line = np.repeat(self.index.starts[shards] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
+        if kept is not None:
+            line, counts = line[kept[line]], counts * kept.mean()
         return laned(line, self.lanes, max(1, int(self.window * counts.mean())), chance)
 
     def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
@@ -204,20 +206,13 @@ def opened(root: str | None, split: str, cache: Path, cache_gb: float, retry_s: 
         return Local(top / split if parted else top), parted
     part = Remote(f"{root.rstrip('/')}/{split}", cache, cache_gb, retry_s)
     try:
-        if part.names() or _has_index(part):
+        if part.has(INDEX) or part.names():  # of which the first asks for no listing
             return part, True
     except NotImplementedError:
         pass
     except OSError as error:
         raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
     return Remote(root, cache, cache_gb, retry_s), False
-
-
-def _has_index(store: Remote) -> bool:
-    try:
-        return bool(store.read(INDEX))
-    except FileNotFoundError:
-        return False
 
 
 def indexed(store: Local | Remote, cache: Path) -> Index:

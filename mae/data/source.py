@@ -1,5 +1,6 @@
 """What a source of images is, and the plain ones: tensors in memory, encoded files, a part of another source."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -99,11 +100,12 @@ class Subset:
     def _ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
         self.source.ahead(seed, epoch, self.indices[indices])  # type: ignore[attr-defined]
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
+    def _order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
         where = np.full(len(self.source), -1, np.int64)
         where[self.indices] = np.arange(len(self.indices))
-        places = where[self.source.order(seed, epoch)]  # type: ignore[attr-defined]
-        return places[places >= 0]
+        wanted = np.zeros(len(self.source), bool)
+        wanted[self.indices] = True if kept is None else kept
+        return where[self.source.order(seed, epoch, wanted)]  # type: ignore[attr-defined]
 
 
 class Renumbered(Subset):
@@ -135,6 +137,12 @@ def matched(train_set: Source, val_set: Source) -> Source:
     return Renumbered(val_set, train_set.classes)
 
 
+def fingerprint(source: Source) -> str:
+    """What the order of an epoch and the labels hang on: the same for the same listing."""
+    labels = b"" if source.labels is None else np.ascontiguousarray(source.labels, np.int64).tobytes()
+    return f"{len(source)} images, {hashlib.sha256(labels).hexdigest()[:12]}"
+
+
 def split_indices(labels: np.ndarray | None, count: int, fraction: float, split: str) -> np.ndarray:
     """Sorted indices of the "train" or "val" part: `fraction` of each class is held out, always the same.
 
@@ -152,8 +160,13 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
     order = np.argsort(own + chance)  # by class, at random within it
     sizes = np.bincount(own)
     ranks = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
+    wanted, total = np.round(sizes * fraction), count * fraction
+    if abs(wanted.sum() - total) > max(2, 0.1 * total):  # classes too small to be rounded each by itself
+        wanted = np.floor(sizes * fraction)
+        most = np.argsort(wanted - sizes * fraction, kind="stable")  # the largest remainder first
+        wanted[most[: round(total - wanted.sum())]] += 1
     held = np.zeros(count, bool)
-    held[order[ranks < np.repeat(np.round(sizes * fraction), sizes)]] = True
+    held[order[ranks < np.repeat(wanted, sizes)]] = True
     if held.all() or not held.any():  # too few images for the fraction: neither part may be empty
         held[np.argmin(chance)] = not held.any()
     return np.flatnonzero(held if split == "val" else ~held)

@@ -120,9 +120,9 @@ def loading_speed(make: Callable[[int], Loader], workers: list[int], batches: in
     As many batches as there are workers go first uncounted: they started together and come together.
     """
     found = {}
-    for count in workers:
+    for first, count in enumerate(workers, start=1):  # each in another epoch: what was read lies in memory
         loader = make(count)
-        made = (batch for epoch in itertools.count() for step in loader.steps(epoch) for batch in step)
+        made = (batch for epoch in itertools.count(first) for step in loader.steps(epoch) for batch in step)
         for _ in range(max(1, count)):
             next(made)
         start = time.perf_counter()

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 CHUNK = 4 << 20  # bytes a read
 PAUSE = 0.5  # seconds before the second try; doubled each time
 PATIENCE = 16.0  # seconds: the longest pause
+# What fsspec's places tell of a file's version: S3 and HTTP, GCS, Azure, sftp and folders
+VERSIONS = ("ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "generation", "last_modified", "mtime")
 FORGIVEN_AFTER = 300.0  # seconds until a shard that failed is tried again
 
 
@@ -137,6 +139,10 @@ class Remote:
         """A small file. Raises FileNotFoundError, and OSError when tries run out."""
         return self._tried(name, lambda: self.fs.cat_file(f"{self.root}/{name}"))
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there. Raises OSError when tries run out."""
+        return self._tried(name, lambda: self.fs.exists(f"{self.root}/{name}"))
+
     def open(self, name: str) -> Any:
         return self.fs.open(f"{self.root}/{name}", "rb")
 
@@ -151,7 +157,8 @@ class Remote:
 
     def stamp(self, name: str) -> str:
         """Changes when the shard does, as far as its place tells."""
-        return str(self.fs.info(f"{self.root}/{name}").get("size"))
+        about = self._tried(name, lambda: self.fs.info(f"{self.root}/{name}"), known=True)
+        return "-".join(str(about[key]) for key in ("size", *VERSIONS) if about.get(key) is not None)
 
     def _fetched(self, name: str, size: int) -> str:
         path = self.cache / contained(name, self.url)
@@ -194,12 +201,13 @@ class Remote:
         while True:
             try:
                 return deed()
-            except ValueError:  # of what came, which is no better the next time
+            except (ValueError, NotImplementedError):  # of what came, which is no better the next time
                 raise
             except Exception as error:  # each protocol of fsspec has errors of its own
                 if isinstance(error, FileNotFoundError) and not known:
                     raise
-                if time.monotonic() + pause > give_up:
+                refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+                if refused or time.monotonic() + pause > give_up:
                     raise OSError(f"{type(error).__name__}: {error}") from error
                 log.info("%s/%s: %s; tried again in %g s", self.url, name, error, pause)
             self.fs.invalidate_cache()

@@ -37,7 +37,7 @@ class Collector:
         self.text = bytearray()
 
     def add(self, key: str, offset: int, size: int, label: int) -> None:
-        self.text += key.encode()
+        self.text += key.encode(errors="surrogateescape")  # as tarfile decoded what is no UTF-8
         for column, value in zip(
             (self.offsets, self.sizes, self.labels, self.ends),
             (offset, size, label, len(self.text)),

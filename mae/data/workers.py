@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # before Python 3.11 not the builtin
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -158,19 +159,29 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Within, a worker process that was killed is a ValueError in plain words. torch tells it by a signal, wherever the
+    main process is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "is killed by" in str(error)):
+            raise ValueError(
+                "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
+            ) from error
+        raise
+
+
 def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
     """The next batch, with errors about workers in plain words."""
     try:
-        batch = next(iterator)
+        with naming_killed_workers():
+            batch = next(iterator)
     except (RuntimeError, TimeoutError, FutureTimeoutError) as error:
-        text = str(error)
-        if isinstance(error, TimeoutError | FutureTimeoutError) or "timed out" in text:
+        if isinstance(error, TimeoutError | FutureTimeoutError) or "timed out" in str(error):
             raise ValueError(
                 f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
-            ) from error
-        if "exited unexpectedly" in text:
-            raise ValueError(
-                "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
             ) from error
         raise
     return record.receive(batch)
