@@ -1,5 +1,6 @@
 """Data sets known by name, class folders, tables."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torchvision.datasets
 from omegaconf import OmegaConf
 from PIL import Image
 
-from mae.data import SOURCES
+from mae.data import SOURCES, lists
 from mae.data.folder import classes_of
 from mae.data.lists import table
 from mae.tasks.common import need_labels
@@ -130,7 +131,8 @@ def written(frame, root, kind):
 
 
 def listed(root, file, split="train", **changes):
-    return table(split, root=str(root), file=file, **(FILES | {"val_fraction": 0.5} | changes))
+    given = FILES | {"val_fraction": 0.5, "cache_dir": str(root.parent / "cache")} | changes
+    return table(split, root=str(root), file=file, **given)
 
 
 FRAME = pd.DataFrame(
@@ -153,6 +155,29 @@ def test_tables(root, kind):
     plain = written(FRAME[["path"]], root, kind)
     parts = [listed(root, plain, s) for s in ("train", "val")]
     assert parts[0].labels is None and [len(p) for p in parts] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_read_once_and_again_where_it_or_a_folder_changes(root, kind, monkeypatch):
+    file, read, times = written(FRAME, root, kind), lists.rows, []
+    monkeypatch.setattr(lists, "rows", lambda path: times.append(path) or read(path))
+    for path in [root, *root.rglob("*"), root.parent / f"list.{kind}"]:
+        os.utime(path, (1, 1))  # long ago
+    first, again, val = listed(root, file), listed(root, file), listed(root, file, "val")
+    assert len(times) == 1 and again.labels.tolist() == first.labels.tolist() == [2, 0]
+    assert [again.name(i) for i in range(2)] == FRAME.path[:2].tolist() and val.labels.tolist() == [2, 1]
+    assert again.classes == first.classes and not list(root.rglob("*.bin"))
+    (root / "train" / "cow" / "0.png").unlink()
+    (root / "train" / "cow" / "0.png").symlink_to("/etc/hosts")
+    with pytest.raises(ValueError, match="which leads out of data.root"):
+        listed(root, file)
+    (root / "link").symlink_to("/etc")
+    for path in (["link/ssl/x.png", "link/hosts"], ["link/hosts", "link/ssl/x.png"]):
+        with pytest.raises(ValueError, match=f"names {path[0]}, which leads out of data.root"):
+            listed(root, written(pd.DataFrame({"path": path}), root, kind))
+    times.pop(), times.pop()
+    written(FRAME[1:], root, kind)
+    assert len(listed(root, file)) == 1 and len(times) == 3
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,21 @@ RACY = 2.0  # seconds: a folder changed this shortly before the scan could chang
 
 
 class Listing:
-    """Paths relative to `root`, with labels from the first folder of each (-1: none)."""
+    """Paths relative to `root`, with labels from the first folder of each (-1: none), or a table's.
 
-    def __init__(self, root: str, text: np.ndarray, ends: np.ndarray, labels: np.ndarray, classes: list[str]):
+    `held` (N,) is 1 for the rows that a table holds out, or None."""
+
+    def __init__(
+        self,
+        root: str,
+        text: np.ndarray,
+        ends: np.ndarray,
+        labels: np.ndarray,
+        classes: list[str],
+        held: np.ndarray | None = None,
+    ):
         self.root, self.text, self.ends, self.labels, self.classes = root, text, ends, labels, classes
+        self.held = held
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -141,12 +153,20 @@ def cached_scan(
 ) -> Listing:
     """`scan`, from the cache where no folder of the tree has changed since."""
     wanted = json.dumps([MAGIC, os.path.realpath(root), classes, follow_links, suffixes])
+    return cached(root, wanted, cache_dir, lambda: scan(root, classes, follow_links, suffixes))
+
+
+def cached(
+    root: Path, wanted: str, cache_dir: str | None, make: Callable[[], tuple[Listing, dict[str, int]]]
+) -> Listing:
+    """What was made of `wanted` before, where no folder has changed since; or a listing and its folders' time stamps
+    made now, and kept unless one of them could still change within its stamp."""
     path = cache_folder(cache_dir) / f"listing-{hashlib.sha256(wanted.encode()).hexdigest()[:20]}.bin"
-    cached = load(path, str(root), wanted)
-    if cached is not None:
-        return cached
+    known = load(path, str(root), wanted)
+    if known is not None:
+        return known
     started = time.time()
-    listing, stamps = scan(root, classes, follow_links, suffixes)
+    listing, stamps = make()
     if len(listing) and max(stamps.values()) / 1e9 < started - RACY:
         try:
             save(path, listing, stamps, wanted)
@@ -158,6 +178,7 @@ def cached_scan(
 def save(path: Path, listing: Listing, stamps: dict[str, int], wanted: str) -> None:
     """Keeps a listing, with what it was asked for and the time stamps of its folders."""
     arrays = {"text": listing.text, "ends": listing.ends, "labels": listing.labels}
+    arrays |= {} if listing.held is None else {"held": listing.held}
     flat.write(path, {"wanted": wanted, "classes": listing.classes, "stamps": stamps}, arrays)
 
 
@@ -171,6 +192,6 @@ def load(path: Path, root: str, wanted: str) -> Listing | None:
             if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
                 return None
         head, arrays = flat.read(path)
-        return Listing(root, arrays["text"], arrays["ends"], arrays["labels"], head["classes"])
+        return Listing(root, arrays["text"], arrays["ends"], arrays["labels"], head["classes"], arrays.get("held"))
     except (OSError, ValueError, KeyError):  # absent, damaged or of another version: scanned anew
         return None
