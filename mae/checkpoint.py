@@ -183,6 +183,8 @@ def point_to(path: Path, link: Path) -> None:
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
+    if link.is_dir() and not link.is_symlink():  # of a run that was copied by what follows links, such as scp
+        shutil.rmtree(link)
     temporary.replace(link)
 
 

@@ -122,8 +122,6 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     launcher = cfg["launcher"]
     if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
         yield "device=mps is one device: launcher.processes must be 1."
-    if launcher["sharding"] == "full" and cfg["task"].get("ema_decay") is not None:
-        yield "task.ema_decay keeps a whole second model: set it to null, or launcher.sharding=none."
     if launcher["sharding"] == "full" and cfg["task"].get("micro_batch_size") == "auto":
         yield (
             "task.micro_batch_size=auto tries one device by itself: give a number with launcher.sharding=full, or set "

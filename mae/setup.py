@@ -126,13 +126,14 @@ class Training:
         )
         weights = sharding.on_host(self.task.model.state_dict(), self.ranks.main)
         optimizer = sharding.on_host(self.optimizer.state_dict(), self.ranks.main)
+        extra = sharding.on_host(self.task.extra_state(), self.ranks.main)
         if self.ranks.main:
             trainer = {
                 "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress),
                 "loss_sums": list(losses),
-                "task": self.task.extra_state(),
+                "task": extra,
                 "random": list(states),
                 "images": self.images,
                 "config": OmegaConf.to_yaml(self.cfg),

@@ -80,16 +80,28 @@ def on_host(tree: Any, main: bool) -> Any:
 def spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole optimizer state as this rank holds it: each tensor laid out as the weight that it belongs to."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    made = {}
-    for number, values in state["state"].items():
-        weight = weights[number]
-        made[number] = {
-            name: distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-            if isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape
-            else value
-            for name, value in values.items()
-        }
+    made = {
+        number: {name: laid_out(value, weights[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
     return {**state, "state": made}
+
+
+def laid_out(value: Any, weight: Tensor) -> Any:
+    """A whole tensor of a weight's shape as this rank holds the weight; anything else as it is."""
+    if isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape:
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+    return value
+
+
+def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Takes up whole weights, into shards where the module's are spread; every rank must call."""
+    module.load_state_dict({name: laid_out(weights[name], own) for name, own in module.state_dict().items()})
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def beside(value: Tensor, weights: list[nn.Parameter]) -> Tensor:

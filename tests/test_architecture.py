@@ -90,6 +90,7 @@ MAY_IMPORT = {
         "checkpoint",
         "rules",
         "geometry",
+        "sharding",
     },
     "data": {"augment", "chance", "compose", "geometry"},
     "augment": {"chance", "geometry"},

@@ -206,6 +206,25 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, micro):
     overrides = [*BASE, f"task.micro_batch_size={micro}", "task.clip_grad=0.5"]
     overrides += ["task.precision=fp64"]  # keys' biases have no gradient but rounding, which Adam turns into steps
+    spread_and_whole(tmp_path, overrides)
+
+
+@pytest.mark.slow
+def test_an_average_of_spread_weights_is_spread_too(tmp_path):
+    overrides = [*TINY, "task=finetune", "task.ema_decay=0.9", "task.precision=fp64", "task.batch_size=32"]
+    overrides += ["data.fraction=0.2", "task.epochs=4", "task.log_every_steps=1"]
+    overrides += ["task.drop_path=0", "task.mixup=0", "task.cutmix=0"]  # which one rank draws otherwise than two
+    spread_and_whole(tmp_path, overrides)
+    path = checkpoint.newest_valid(tmp_path / "spread" / "run")
+    assert path is not None
+    live, average = checkpoint.read_trainer(path)["task"]["live"], checkpoint.read_weights(path)
+    assert {name: tensor.shape for name, tensor in live.items()} == {k: v.shape for k, v in average.items()}
+    assert not torch.equal(live["head.weight"], average["head.weight"])
+
+
+def spread_and_whole(tmp_path: Path, overrides: list[str]) -> None:
+    """Trains with whole and with spread weights, and from the middle of the latter on, with one rank and with two:
+    losses and weights must be the same."""
     whole = on_ranks(2, tmp_path / "whole", functools.partial(trained, overrides=overrides))
     overrides += ["launcher.sharding=full", "checkpoint.every_epochs=1", "checkpoint.keep=100"]
     spread = on_ranks(2, tmp_path / "spread", functools.partial(trained, overrides=overrides))
@@ -222,7 +241,7 @@ def test_spread_weights_train_as_whole_ones_and_go_on_with_one_rank(tmp_path, mi
     for world, sharding in ((1, "none"), (2, "full")):
         again = [*overrides[:-3], f"launcher.sharding={sharding}"]
         folder = tmp_path / f"on_{world}"
-        shutil.copytree(tmp_path / "spread" / "run", folder / "run")
+        shutil.copytree(tmp_path / "spread" / "run", folder / "run", symlinks=True)
         on_ranks(world, folder, functools.partial(trained, overrides=again))
         for name, tensor in weights(folder / "run").items():
             torch.testing.assert_close(ends[0][name], tensor, rtol=1e-5, atol=1e-5)
@@ -295,9 +314,7 @@ def order_of(model):
     return model._get_fsdp_state()._comm_ctx.post_forward_order
 
 
-def test_spread_weights_and_an_average_of_them_are_refused():
-    with pytest.raises(ValueError, match="task.ema_decay keeps a whole second model: set it to null"):
-        composed(*TINY, "task=finetune", "task.ema_decay=0.9", "launcher.sharding=full")
+def test_what_spread_weights_cannot_do_is_refused():
     with pytest.raises(ValueError, match="task.micro_batch_size=auto tries one device by itself"):
         composed(*TINY_PRETRAIN, "task.micro_batch_size=auto", "launcher.sharding=full")
     with pytest.raises(ValueError, match="task.compile=graphs wants weights that stay where they are: use blocks"):

@@ -206,6 +206,21 @@ def test_the_best_checkpoint_outlives_newer_ones(tmp_path):
     assert [path.name for path in checkpoint.checkpoints_of(tmp_path)] == ["step_00000004"]
 
 
+def test_a_best_checkpoint_that_a_copy_made_a_folder_gives_way_to_a_better_one(tmp_path):
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=2, keep_every_epochs=None)
+    saver.save(1, 1, {"w": torch.ones(1)}, {}, True)
+    saver.wait()
+    shutil.copytree(tmp_path, tmp_path / "copy")  # follows links, as scp does
+    copied = checkpoint.Checkpoints(tmp_path / "copy", every_epochs=1, every_minutes=None, keep=2, keep_every_epochs=2)
+    copied.save(2, 2, {"w": torch.zeros(1)}, {}, False)
+    copied.wait()
+    best = tmp_path / "copy" / "checkpoints" / "best"
+    assert not best.is_symlink() and checkpoint.read_weights(best)["w"].item() == 1.0
+    copied.save(3, 3, {"w": torch.full((1,), 3.0)}, {}, True)
+    copied.wait()
+    assert best.is_symlink() and checkpoint.read_weights(best)["w"].item() == 3.0
+
+
 def test_another_image_size_non_square_too_interpolates_positions(pretrained, tmp_path):
     size = ["model.img_size=[16,24]", "task.max_steps=1"]
     assert run_here(tmp_path, *TINY_FINETUNE, f"init={pretrained}", *size) == 0

@@ -18,6 +18,7 @@ from mae.data.source import Source
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
+from mae.sharding import held, load
 from mae.tasks.classify import Classify
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Finetune(Classify):
         if self.ema_decay is not None:
             share = ((1.0 - self.ema_decay) * (1.0 - skipped)).to(torch.float32)
             for average, weight in zip(self.model.parameters(), self.live.parameters(), strict=True):
-                average.lerp_(weight, share.to(average.dtype))
+                held(average).lerp_(held(weight), share.to(average.dtype))
 
     def extra_state(self) -> dict[str, Any]:
         live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
@@ -114,7 +115,7 @@ class Finetune(Classify):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         if self.ema_decay is not None:
-            self.live.load_state_dict(state["live"])
+            load(self.live, state["live"])
 
 
 def freeze(model: Any, blocks: float) -> None:
