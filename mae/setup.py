@@ -124,9 +124,8 @@ class Training:
         states, losses = zip(
             *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
         )
-        weights = sharding.on_host(self.task.model.state_dict(), self.ranks.main)
-        optimizer = sharding.on_host(self.optimizer.state_dict(), self.ranks.main)
-        extra = sharding.on_host(self.task.extra_state(), self.ranks.main)
+        parts = self.task.model.state_dict(), self.optimizer.state_dict(), self.task.extra_state()
+        weights, optimizer, extra = sharding.on_host(parts, self.ranks.main)
         if self.ranks.main:
             trainer = {
                 "optimizer": optimizer,

@@ -26,7 +26,7 @@ from mae import checkpoint, engine, launch, setup, track
 from mae.config import call
 from mae.distributed import assert_same, start
 from mae.models.mae import MaskedAutoencoder
-from mae.sharding import gathered, on_host, shard, whole
+from mae.sharding import gathered, held, on_host, shard, whole
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -50,11 +50,6 @@ def on_ranks(world: int, folder: Path, work: Callable[[int, Path], Any]) -> list
     return [torch.load(folder / f"told_{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a weight."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains on this rank and counts the gradient all-reduces of DDP."""
     cfg = composed(*overrides)
@@ -74,11 +69,11 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
         t.model.register_comm_hook(None, counted)
     engine.call(engine.train, cfg.task, t)
-    held = sum(local(p).numel() for p in t.task.model.parameters())
+    numbers = sum(held(p).numel() for p in t.task.model.parameters())
     digest = checkpoint.weights_digest(gathered(t.task.model.state_dict()))
     ranks.close()
     told = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
-    return told | {"held": held}
+    return told | {"held": numbers}
 
 
 def losses(folder: Path) -> list[float]:
@@ -226,8 +221,8 @@ def spread_and_whole(tmp_path: Path, overrides: list[str]) -> None:
     """Trains with whole and with spread weights, and from the middle of the latter on, with one rank and with two:
     losses and weights must be the same."""
     whole = on_ranks(2, tmp_path / "whole", functools.partial(trained, overrides=overrides))
-    overrides += ["launcher.sharding=full", "checkpoint.every_epochs=1", "checkpoint.keep=100"]
-    spread = on_ranks(2, tmp_path / "spread", functools.partial(trained, overrides=overrides))
+    spreading = [*overrides, "launcher.sharding=full", "checkpoint.every_epochs=1", "checkpoint.keep=100"]
+    spread = on_ranks(2, tmp_path / "spread", functools.partial(trained, overrides=spreading))
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "spread"), rel=1e-5)
     assert spread[0]["held"] + spread[1]["held"] == whole[0]["held"] and spread[0]["held"] < 0.6 * whole[0]["held"]
     ends = [weights(tmp_path / name / "run") for name in ("whole", "spread")]
@@ -239,7 +234,7 @@ def spread_and_whole(tmp_path: Path, overrides: list[str]) -> None:
         for file in path.iterdir():
             file.unlink()
     for world, sharding in ((1, "none"), (2, "full")):
-        again = [*overrides[:-3], f"launcher.sharding={sharding}"]
+        again = [*overrides, f"launcher.sharding={sharding}"]
         folder = tmp_path / f"on_{world}"
         shutil.copytree(tmp_path / "spread" / "run", folder / "run", symlinks=True)
         on_ranks(world, folder, functools.partial(trained, overrides=again))
