@@ -122,7 +122,7 @@ class Terminal(Tracker):
 
 def in_words(metrics: Mapping[str, Any]) -> str:
     """The figures of a line that a person reads."""
-    shown = {"loss": ".4f", "lr": ".2e", "images_per_second": ".0f"}
+    shown = {"loss": ".4f", "lr": ".2e", "images_per_second": ".1f"}
     parts = [f"{k.replace('_per_second', '/s')} {metrics[k]:{shown[k]}}" for k in shown if k in metrics]
     return "  ".join(parts + [f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("val/")])
 

@@ -231,6 +231,35 @@ def test_drop_path_leaves_samples_out_as_often_as_asked_and_scales_the_rest(dtyp
     assert drop.eval()(x) is x and not drop.state_dict()
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "light", "blocks"])
+@pytest.mark.parametrize("rate", [0.01, 0.5, 0.99])
+def test_a_sample_whose_branch_is_left_out_is_not_sent_through_it(rate, checkpointing):
+    block = Block(16, 2, qkv_bias=True, drop_path=rate).double().train()
+    block.checkpointing = checkpointing
+    x, seen = torch.randn(8, 5, 16, dtype=torch.float64, requires_grad=True), []
+    block.attn.proj.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    inputs = [x, *block.parameters()]
+
+    def results(forward):
+        torch.manual_seed(3)
+        out = forward()
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    skipping, whole = results(lambda: block(x)), results(lambda: in_full(block, x))
+    torch.manual_seed(3)
+    kept = int(block.drop_path1.draw(x).sum())
+    assert seen == [kept] * (1 + (checkpointing == "blocks")) + [8]
+    assert {0.01: kept == 8, 0.5: 0 < kept < 8, 0.99: kept == 0}[rate]
+    for ours, expected in zip(skipping, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-12)  # the rate is a float32
+
+
+def in_full(block, x):
+    """Every branch computed for every sample, then left out or scaled."""
+    x = x + block.drop_path1(block._attend(x, 0))
+    return x + block.drop_path2(block._mlp(x))
+
+
 @pytest.mark.slow
 def test_compiled_blocks_of_all_rates_of_drop_path_are_one_graph():
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """What every model shares: the transformer block, the choice of its attention kernel, position embeddings."""
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -49,11 +50,28 @@ class DropPath(nn.Module):
         self.drop_prob = rate
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
+    def draw(self, x: Tensor) -> Tensor:
+        """Which samples of `x` (B, ...) are kept, as ones and zeros (B, 1, ...)."""
+        return torch.bernoulli(self.keep.expand(x.shape[0], *[1] * (x.ndim - 1)))
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = torch.bernoulli(self.keep.expand(x.shape[0], *[1] * (x.ndim - 1)))
-        return x * (kept / self.keep).to(x.dtype)
+        return x * (self.draw(x) / self.keep).to(x.dtype)
+
+
+def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, first: int = 0) -> Tensor:
+    """`x[:, first:] + drop(branch(x))`; on a CPU a sample whose branch is left out is not sent through it either.
+
+    Elsewhere the host would have to wait to know which those are, and a compiler would meet ever new shapes.
+    """
+    host = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (host and isinstance(drop, DropPath) and drop.training):
+        return x[:, first:] + drop(branch(x))
+    kept, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
+    if len(kept) == len(x):
+        return torch.add(x[:, first:], branch(x), alpha=scale)
+    return x[:, first:].index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
 
 
 class Block(TimmBlock):
@@ -76,8 +94,8 @@ class Block(TimmBlock):
         return self._forward(x, first)
 
     def _forward(self, x: Tensor, first: int) -> Tensor:
-        x = x[:, first:] + self.drop_path1(self.ls1(self._attend(x, first)))
-        return x + self.drop_path2(self.ls2(self._mlp(x)))
+        x = residual(x, lambda x: self.ls1(self._attend(x, first)), self.drop_path1, first)
+        return residual(x, lambda x: self.ls2(self._mlp(x)), self.drop_path2)
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
         attn: Any = self.attn
