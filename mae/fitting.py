@@ -41,12 +41,16 @@ def invented(cfg: DictConfig, images: int, num_patches: int | None, where: torch
 @contextmanager
 def unchanged(task: nn.Module) -> Iterator[None]:
     """Puts statistics, gradients and the host's random numbers back to what they were before a trial; meanwhile no part
-    waits for other ranks, which may fail where this one does not."""
+    waits for other ranks, which may fail where this one does not, and no branch is left out, so that the trial holds as
+    much as a step ever does."""
     kept = {name: buffer.clone() for name, buffer in task.named_buffers()}
     drawn, torch_drawn = np.random.get_state(), torch.get_rng_state()
     together: list[Any] = [part for part in task.modules() if hasattr(part, "alone")]
     for part in together:
         part.alone = True
+    for name, buffer in task.named_buffers():
+        if name.endswith(".keep"):  # drop path's
+            buffer.fill_(1.0)
     try:
         yield
     finally:

@@ -209,6 +209,17 @@ def test_auto_tries_again_where_what_it_found_is_for_something_else(tmp_path, mo
     assert tried == [1] and json.loads((run / fitting.KEPT).read_text())["micro_batch_size"] == 8
 
 
+def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
+    kept = []
+    for rate in (1e-6, 0.99):
+        cfg = composed(*TINY, "task=finetune", "task.batch_size=32", f"task.drop_path={rate}")
+        made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).train()
+        kept.append(fitting.kept_bytes(made, fitting.invented(cfg, 4, None, torch.device("cpu")), nullcontext))
+        rates = [block.drop_path1.keep.item() for block in made.live.blocks if hasattr(block.drop_path1, "keep")]
+        assert rates and min(rates) == pytest.approx(1 - rate)  # the run's own again
+    assert kept[0] == kept[1] > 0
+
+
 def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
     cfg = composed(*TINY_PRETRAIN)
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")

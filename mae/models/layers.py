@@ -63,9 +63,10 @@ class DropPath(nn.Module):
 def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, first: int = 0) -> Tensor:
     """`x[:, first:] + drop(branch(x))`; on a CPU a sample whose branch is left out is not sent through it either.
 
-    Elsewhere the host would have to wait to know which those are, and a compiler would meet ever new shapes.
+    Elsewhere the host would have to wait to know which those are, a compiler would meet ever new shapes, and a fake
+    tensor has no numbers to look at.
     """
-    host = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    host = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
     if not (host and isinstance(drop, DropPath) and drop.training):
         return x[:, first:] + drop(branch(x))
     kept, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
