@@ -72,7 +72,7 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, fir
     kept, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
     if len(kept) == len(x):
         return torch.add(x[:, first:], branch(x), alpha=scale)
-    return x[:, first:].index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
+    return x[:, first:].index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
 
 
 class Block(TimmBlock):
