@@ -171,9 +171,9 @@ def preempt(job: Job) -> None:
 
 
 def cut_by_time_limit(job: Job) -> None:
-    """With time to save: the warning comes 20 s before the end."""
-    job.say(pace=1)
-    limit(job, 15)
+    """With time to save: SLURM looks within 31 s, and warns at that look. The run has steps left for as long."""
+    job.say(pace=2)
+    limit(job, 40)
 
 
 def cut_in_a_long_step(job: Job) -> None:
@@ -192,6 +192,7 @@ def limit(job: Job, seconds: float) -> None:
     wait_for("the end of the attempt", lambda: job.cluster.field(job.id, "JobState") != "RUNNING", 100, 0.1)
 
     def restored() -> bool:
+        assert job.cluster.field(job.id, "JobState") != "COMPLETED", f"it finished before the limit came\n{job.log()}"
         job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
         return job.cluster.field(job.id, "TimeLimit") == "01:00:00"
 
