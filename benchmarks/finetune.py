@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from floor import products
 from peers import VIT_BASE, soft_targets, timm_classifier, training_step
-from protocol import Case, arguments, as_run, best_format, compare, interleave, print_mfu, print_times, report
+from protocol import Case, as_run, best_format, compare, interleave, of_a_step, print_mfu, print_times, report
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,8 +17,7 @@ from mae.models.vit import classifier
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--same-allocator", action="store_true", help="leave glibc's defaults to ours as well")
+    parser = of_a_step(__doc__)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -42,7 +41,7 @@ def main() -> None:
         Case("timm", step(timm_classifier(), fused=False)),
     ]
     cases.append(Case("ours, its products alone", products(cases[0].run), cases[0].keeps_memory))
-    as_run(ours, device)
+    as_run(ours, device, compiled=args.compile)
     seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     print_times(seconds)

@@ -51,10 +51,11 @@ def best_format(device: str) -> tuple[torch.dtype, str]:
     return dtype, str(dtype).removeprefix("torch.")
 
 
-def as_run(model: nn.Module, device: str) -> None:
-    """On a GPU: TF32 and compiled blocks, as our runs have them."""
+def as_run(model: nn.Module, device: str, *, compiled: bool = False) -> None:
+    """On a GPU: TF32 and compiled blocks, as our runs have them; `compiled`: on a CPU too, as task.compile=blocks."""
     if device == "cuda":
         pick(device)
+    if device == "cuda" or compiled:
         compile_blocks(model, mode=None)
 
 
@@ -78,6 +79,14 @@ def arguments(description: str | None, **defaults: int) -> argparse.ArgumentPars
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time, for a busy machine (--threads 1)"
     )
+    return parser
+
+
+def of_a_step(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of the benchmarks of a training step."""
+    parser = arguments(description)
+    parser.add_argument("--same-allocator", action="store_true", help="leave glibc's defaults to ours as well")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks on a CPU too: task.compile=blocks")
     return parser
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from floor import products
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Case, Row, arguments, as_run, best_format, compare, interleave, print_mfu, print_times, report
+from protocol import Case, Row, as_run, best_format, compare, interleave, of_a_step, print_mfu, print_times, report
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.flops import flops
@@ -19,9 +19,8 @@ SINGLE = torch.float32
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = of_a_step(__doc__)
     parser.add_argument("--skip-transformers", action="store_true")
-    parser.add_argument("--same-allocator", action="store_true", help="leave glibc's defaults to ours as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -43,7 +42,7 @@ def main() -> None:
     shipped = torch.float16 if device == "cuda" else SINGLE  # the reference's own autocast works on GPUs alone
     theirs = {dtype: reference_step(images, device, dtype) for dtype in {shipped, SINGLE}}
     floors = {c.name: Case(f"{c.name}, its products alone", products(c.run), keeps) for c in (half, single)}
-    as_run(ours, device)
+    as_run(ours, device, compiled=args.compile)
     mine = [half] if half is single else [half, single]
     peers = {dtype: Case(f"reference {dtype}", step) for dtype, step in theirs.items()}
     seconds = interleave([*mine, *peers.values(), *floors.values()], **timing)

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae.accelerate import compile_blocks
+from mae.models import lean
 from mae.models.layers import (
     Block,
     DropPath,
@@ -140,8 +141,9 @@ def test_kernels_compute_the_same(queries):
     torch.testing.assert_close(attention(q, k, v, "plain"), attention(q, k, v, "fused"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_stays_near_float32(dtype):
+@pytest.mark.parametrize(("dtype", "tiles"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_autocast_stays_near_float32(dtype, tiles, monkeypatch):
+    monkeypatch.setattr(lean, "TILES", tiles)
     torch.manual_seed(0)
     model = MaskedAutoencoder(**{**MODEL, "in_chans": 3})
     images, noise = torch.randn(4, 3, 16, 24), torch.rand(4, 12)
