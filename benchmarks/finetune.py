@@ -17,8 +17,7 @@ from mae.models.vit import classifier
 
 
 def main() -> None:
-    parser = of_a_step(__doc__)
-    args = parser.parse_args()
+    args = of_a_step(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, (dtype, dtype_name) = args.device, best_format(args.device)

@@ -29,9 +29,10 @@ def accelerate(
 ) -> None:
     """Sets what the blocks of `model` compute again in backward and how they attend, and compiles them where asked.
 
-    `auto` compiles on CUDA alone: on a CPU the gain of a few per cent is not worth the wait. `graphs` also
-    replays each block as a CUDA graph. `trial` takes a forward and backward pass and one without gradients; where
-    that fails once compiled, the blocks go back to what they were, with a warning.
+    `auto` compiles on CUDA alone: on a CPU it wants a C++ compiler and a wait, for a gain that only processors with
+    AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. `trial` takes a forward and backward
+    pass and one without gradients; where that fails once compiled, the blocks go back to what they were, with a
+    warning.
     """
     set_checkpointing(model, checkpointing)
     set_attention_kernel(model, attention_kernel)
