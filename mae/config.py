@@ -40,6 +40,12 @@ NEUTRAL = (
     ),
 )
 
+# Keys that came after runs had been made, and what these runs did
+ADDED: dict[str, dict[str, Any]] = {
+    "shards": {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False},
+    "hf": {"follow_links": False},
+}
+
 
 class ConfigError(ValueError):
     """What a user can mend: each line is one plain sentence with the full key."""
@@ -146,7 +152,16 @@ def stored(run: Path) -> DictConfig:
 
 def read(run: Path) -> DictConfig:
     """The saved config of a run, checked. Raises ConfigError where there is none."""
-    return check(stored(run))
+    cfg = stored(run)
+    for key, value in added(plain(cfg)).items():
+        OmegaConf.update(cfg, f"data.{key}", OmegaConf.select(cfg, f"data.{key}", default=value), force_add=True)
+    return check(cfg)
+
+
+def added(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `data` that configs of earlier versions lack, and what these did."""
+    data = cfg.get("data")
+    return ADDED.get(str(data.get("name")), {}) if isinstance(data, Mapping) else {}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -193,9 +208,16 @@ def leaves(cfg: DictConfig) -> dict[str, Any]:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The leaves that decide what a run computes: dotted key -> value."""
-    found = flatten(plain(cfg))
-    return {".".join(p): v for p, v in found if not any(p[: len(n)] == n for n in NEUTRAL)}
+    """The leaves that decide what a run computes: dotted key -> value. Of a key that configs of earlier versions lack
+    only another value than theirs counts, so that a command comes back to the directory that it has made."""
+    values = plain(cfg)
+    earlier = {("data", key): value for key, value in added(values).items()}
+    return {
+        ".".join(path): value
+        for path, value in flatten(values)
+        if not any(path[: len(neutral)] == neutral for neutral in NEUTRAL)
+        and not (path in earlier and earlier[path] == value)
+    }
 
 
 def difference(old: DictConfig, new: DictConfig) -> list[str]:

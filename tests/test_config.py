@@ -217,3 +217,18 @@ def test_the_directory_of_a_run_hangs_on_what_it_computes():
     assert base == config.run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
     assert base != config.run_directory(composed("task.mask_ratio=0.5"))
     assert base.parts[0] == "runs"
+
+
+@pytest.mark.parametrize(("name", "keys"), [
+    ("shards", ("image_key", "label_key", "sample_key", "follow_links")), ("hf", ("follow_links",))
+])  # fmt: skip
+def test_a_run_of_a_version_without_a_key_goes_on(tmp_path, name, keys):
+    cfg = composed(f"data={name}", f"data.root={tmp_path}")
+    earlier = config.plain(cfg)
+    for key in keys:
+        del earlier["data"][key]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(earlier)))
+    assert config.read(tmp_path) == cfg and config.difference(config.read(tmp_path), cfg) == []
+    assert not any(f"data.{key}" in config.identity(cfg) for key in keys)  # so that its directory has the same name
+    other = composed(f"data={name}", f"data.root={tmp_path}", "data.follow_links=true")
+    assert config.difference(cfg, other) == ["data.follow_links: null -> true"]

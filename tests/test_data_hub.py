@@ -62,6 +62,7 @@ OPTIONS = {
     "retry_s": 1.0,
     "lanes": 4,
     "window": 2,
+    "follow_links": False,
 }
 
 

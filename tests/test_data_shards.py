@@ -1,5 +1,6 @@
 """Tar shards: their order, reading, fetching, and the program that packs them."""
 
+import hashlib
 import io
 import json
 import os
@@ -37,6 +38,10 @@ OPTIONS = {
     "retry_s": 2.0,
     "lanes": 4,
     "window": 2,
+    "follow_links": False,
+    "image_key": None,
+    "label_key": None,
+    "sample_key": "first_dot",
 }
 LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
 
@@ -267,6 +272,198 @@ def test_a_link_that_leads_out_of_the_root_is_refused(packed, tmp_path):
     (tmp_path / "set" / "x.tar").symlink_to(packed / "train" / "shard-000000.tar")
     with pytest.raises(ValueError, match=r"the shard x\.tar in .* is a link that leads out of data\.root"):
         opened(tmp_path / "set", tmp_path)
+    with pytest.raises(ValueError, match=r"^data\.follow_links=true is needed: the shard"):
+        opened(tmp_path / "set", tmp_path)
+    assert len(opened(tmp_path / "set", tmp_path, follow_links=True).source) == 12
+
+
+def test_links_of_the_hubs_cache_are_read(packed, tmp_path):
+    repository = tmp_path / "datasets--some--set"
+    (repository / "blobs").mkdir(parents=True)
+    shutil.copy(packed / "train" / "shard-000000.tar", repository / "blobs" / "1234")
+    (repository / "other").write_bytes(b"")
+    for below, blob in (("", "../../blobs/1234"), ("data", "../../../blobs/1234")):
+        (repository / "snapshots" / "rev" / below).mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots" / "rev" / below / "a.tar").symlink_to(blob)
+        assert len(opened(repository / "snapshots" / "rev" / below, tmp_path).source) == 12
+    for blob in ("../../other", "../../../blobs/1234"):  # beside the blobs, and of another repository
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (repository / "snapshots" / "rev" / "a.tar").unlink()
+        (repository / "snapshots" / "rev" / "a.tar").symlink_to(blob)
+        with pytest.raises(ValueError, match=r"a\.tar in .* is a link that leads out of data\.root"):
+            opened(repository / "snapshots" / "rev", tmp_path)
+
+
+# ---------------------------------------------------------------- samples of several files
+
+
+def encoded(value):
+    out = io.BytesIO()
+    Image.fromarray(np.full((9, 9, 3), value, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def tar(path, files):
+    """A tar file of (name, bytes, or a grey value for a picture)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files:
+            data = encoded(data) if isinstance(data, int) else data
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def everything(root, tmp_path, **changes):
+    """(grey value, label) of each image, in the order of the shards."""
+    source = opened(root, tmp_path, "val", val_fraction=1.0, **changes).source
+    return [(int(source[i][0][0, 0, 0]), source[i][1]) for i in range(len(source))]
+
+
+def test_the_image_of_a_sample_is_the_file_of_its_exact_suffix(tmp_path, caplog):
+    files = [(f"a/{k:02}.{kind}", value) for k in range(5) for kind, value in (("depth.png", 200), ("JPG", k))]
+    tar(tmp_path / "set" / "a.tar", files)
+    assert everything(tmp_path / "set", tmp_path) == [(k, -1) for k in range(5)]
+    assert "files beside the image of a sample are not read: depth.png (5) (data.image_key)" in caplog.text
+    assert everything(tmp_path / "set", tmp_path, image_key="depth.png") == [(200, -1)] * 5
+    assert everything(tmp_path / "set", tmp_path, image_key=".jpg") == [(k, -1) for k in range(5)]
+    caplog.clear()
+    everything(tmp_path / "set", tmp_path)  # from the cache
+    assert "depth.png (5)" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"no shard \(\*\.tar\) holds an image \(looked for KEY\.rgb\.png \(data\.image"
+    ):
+        everything(tmp_path / "set", tmp_path, image_key="rgb.png")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("suffixes", "says"), [
+    (("jpg", "png"), r"the sample 0 of the shard a\.tar has several images \(0\.jpg, 0\.png\): choose by "
+     r"data\.image_key=jpg\.$"),
+    (("left.png", "right.png"), r"several images \(0\.left\.png, 0\.right\.png\): choose by "
+     r"data\.image_key=left\.png, or data\.sample_key=last_dot if each image is a sample of its own .*\.$"),
+])  # fmt: skip
+def test_a_sample_of_several_images_is_refused(tmp_path, suffixes, says, apart):
+    files = [(f"{k}.{suffix}", n) for k in range(4) for n, suffix in enumerate(suffixes)]
+    tar(tmp_path / "set" / "a.tar", sorted(files, key=lambda file: file[1]) if apart else files)
+    with pytest.raises(ValueError, match=says):
+        everything(tmp_path / "set", tmp_path)
+    assert everything(tmp_path / "set", tmp_path, image_key=suffixes[1]) == [(1, -1)] * 4
+
+
+def test_names_with_dots_are_samples_of_their_own_with_last_dot(tmp_path):
+    files = [
+        (f"n{k // 4}.{k}.{kind}", k if kind == "jpg" else b"%d" % (k // 4)) for k in range(8) for kind in ("jpg", "cls")
+    ]
+    tar(tmp_path / "set" / "a.tar", files)
+    with pytest.raises(ValueError, match=r"n0\.0\.jpg, n0\.1\.jpg, n0\.2\.jpg and 1 more.*data\.sample_key=last_dot"):
+        everything(tmp_path / "set", tmp_path)
+    assert everything(tmp_path / "set", tmp_path, sample_key="last_dot") == [(k, k // 4) for k in range(8)]
+    tar(
+        tmp_path / "one" / "a.tar",
+        [(f"n{k}.x.{kind}", k if kind == "jpg" else b"1") for k in range(4) for kind in ("jpg", "cls")],
+    )
+    with pytest.raises(
+        ValueError, match=r"the label n0\.x\.cls and no n0\.cls: set data\.label_key=x\.cls, or data\.sample"
+    ):
+        everything(tmp_path / "one", tmp_path)
+    for changes in ({"sample_key": "last_dot"}, {"label_key": "x.cls"}):
+        assert everything(tmp_path / "one", tmp_path, **changes) == [(k, 1) for k in range(4)]
+
+
+def test_a_label_of_another_suffix(tmp_path):
+    files = [
+        (f"{k}.{kind}", data)
+        for k in range(4)
+        for kind, data in (("jpg", k), ("coarse.cls", b"0"), ("fine.cls", b"%d" % k))
+    ]
+    tar(tmp_path / "set" / "a.tar", files)
+    with pytest.raises(
+        ValueError, match=r"has the label 0\.coarse\.cls and no 0\.cls: set data\.label_key=coarse\.cls"
+    ):
+        everything(tmp_path / "set", tmp_path)
+    assert everything(tmp_path / "set", tmp_path, label_key="fine.cls") == [(k, k) for k in range(4)]
+    with pytest.raises(ValueError, match=r"data\.label_key=txt: no image in data\.root=.* has such a file"):
+        everything(tmp_path / "set", tmp_path, label_key="txt")
+
+
+def test_files_of_a_sample_that_stand_apart_belong_together(tmp_path, caplog):
+    images, labels = [(f"{k}.jpg", k) for k in range(4)], [(f"{k}.cls", b"%d" % (k % 2)) for k in range(5)]
+    tar(tmp_path / "set" / "a.tar", [*images, *labels])
+    assert everything(tmp_path / "set", tmp_path) == [(k, k % 2) for k in range(4)]
+    assert "1 labels belong to no image: they are left out" in caplog.text
+    tar(tmp_path / "depth" / "a.tar", [*((f"{k}.depth.png", 200) for k in range(5)), *images])
+    assert everything(tmp_path / "depth", tmp_path) == [(k, -1) for k in range(4)]
+    assert "1 samples lack the image that others have: they are left out" in caplog.text
+    tar(tmp_path / "again" / "a.tar", [*images, ("0.jpg", 9)])  # as `tar -r` adds a file once more
+    assert everything(tmp_path / "again", tmp_path) == [(0, -1), (1, -1), (2, -1), (3, -1), (9, -1)]
+    tar(tmp_path / "twice" / "a.tar", [("0.jpg", 1), ("0.jpg", 2)])
+    with pytest.raises(ValueError, match=r"the shard a\.tar holds 0\.jpg twice: pack it anew\."):
+        everything(tmp_path / "twice", tmp_path)
+
+
+def test_what_macos_and_webdataset_leave_in_archives_is_no_image(tmp_path):
+    files = []
+    for k in range(4):
+        for kind, data in (("jpg", k), ("cls", b"%d" % (k % 2))):
+            files += [
+                (f"./._{k}.{kind}", b"\0\5\x16\7"),
+                (f"__MACOSX/{k}.{kind}", b"\0\5\x16\7"),
+                (f"./{k}.{kind}", data),
+            ]
+    files += [("__meta__", b"{}"), ("__meta__/0.jpg", b"{}"), (".thumbs/0.jpg", 9)]
+    tar(tmp_path / "set" / "a.tar", files)
+    (tmp_path / "set" / "._a.tar").write_bytes(b"\0\5\x16\7" + bytes(1000))
+    assert everything(tmp_path / "set", tmp_path) == [(k, k % 2) for k in range(4)]
+    assert everything(f"file://{tmp_path}/set", tmp_path) == [(k, k % 2) for k in range(4)]
+
+
+def test_keys_do_not_go_with_an_index(packed, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"index\.bin says which files are the images and labels: leave out data\.image"
+    ):
+        opened(packed, tmp_path, image_key="jpg")
+
+
+def test_an_index_that_an_earlier_version_kept_is_not_used(tmp_path):
+    shard = tar(
+        tmp_path / "set" / "a.tar",
+        [(f"{k}.{kind}", 200 if "d" in kind else k) for k in range(3) for kind in ("d.png", "jpg")],
+    )
+    stamps = json.dumps([shards.FORMAT, str(tmp_path / "set"), [["a.tar", store.Local(shard.parent).stamp("a.tar")]]])
+    kept = tmp_path / "cache" / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
+    row = Members(*(np.array([3], kind) for kind in ("i8", "i8", "i4", "u1", "i8")))
+    Index(["a.tar"], [shard.stat().st_size], [1], row._replace(labels=np.array([-1], "i4")), []).save(kept)
+    assert len(everything(tmp_path / "set", tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("files", "says"), [
+    ({"a.tar": [("0.txt", b"x"), ("b.tar", b"x")]}, r"no shard \(\*\.tar\) holds an image \(looked for \.jpg "),
+    ({"a.tar": []}, r"no shard \(\*\.tar\) holds an image"),
+    ({"a.tar": [("0.jpg", 1)]}, r"data\.root holds one image only: two are needed, to train and to validate\."),
+    ({"a.tar": b""}, r"the shard a\.tar is not a tar file of images \(empty file\)"),
+    ({"a.tar": b"<html>"}, r"the shard a\.tar is not a tar file of images"),
+    ({"a.tar": None}, r"the shard a\.tar in data\.root=.* cannot be read: it is not a regular file"),
+    ({"a.tar.gz": b""}, r"holds no shard \(\*\.tar\)"),
+])  # fmt: skip
+def test_odd_shards_are_refused_in_words(tmp_path, files, says):
+    for name, content in files.items():
+        path = tmp_path / "set" / name
+        path.parent.mkdir(exist_ok=True)
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_bytes(content) if isinstance(content, bytes) else tar(path, content)
+    with pytest.raises(ValueError, match=says):
+        opened(tmp_path / "set", tmp_path)
+
+
+def test_a_shard_without_images_among_others(tmp_path):
+    for name, files in (("a", []), ("b", [("0.jpg", 0), ("1.jpg", 1)]), ("c", [("x.txt", b"")])):
+        tar(tmp_path / "set" / f"{name}.tar", files)
+    source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0)
+    assert [source.name(i) for i in range(2)] == ["b.tar/0", "b.tar/1"] and sorted(source.order(0, 0)) == [0, 1]
 
 
 def test_members_that_are_no_images_are_refused(tmp_path):
@@ -290,7 +487,7 @@ def test_members_that_are_no_images_are_refused(tmp_path):
     with open(tmp_path / "set" / "x.tar", "rb") as file:
         assert members(file, "x.tar").text.tobytes() == b"b"
     shard(b"1", 1000)
-    source = opened(tmp_path / "set", tmp_path).source
+    source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0).source
     source.decoder.most_bytes = 999
     with pytest.raises(BadImage, match="1000 bytes are more than an image of data.max_pixels takes"):
         source[0]

@@ -70,6 +70,7 @@ def hf(
     retry_s: float,
     lanes: int,
     window: int,
+    follow_links: bool,
 ) -> Source:
     """A data set of `datasets`: a folder of Parquet files or one that it saved, or `hf://NAME` on the Hub.
 
@@ -79,7 +80,7 @@ def hf(
     """
     part = val_split if split == "val" and val_split is not None else train_split
     if streaming and root is not None and not is_saved(root):
-        store, names = parquet_files(root, subset, part, cache_folder(cache_dir), cache_gb, retry_s)
+        store, names = parquet_files(root, subset, part, cache_folder(cache_dir), cache_gb, retry_s, follow_links)
         try:
             sizes, groups, labels, classes = indexed(store, names, image_column, label_column, cache_folder(cache_dir))
         except OSError as error:
@@ -141,7 +142,7 @@ def is_saved(root: str) -> bool:
 
 
 def parquet_files(
-    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float
+    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float, follow_links: bool = False
 ) -> tuple[Local | Remote, list[str]]:
     """Where the Parquet files of a split lie, and their names there, sorted: `PART/*`, `PART-*` or `PART.parquet`,
     at any depth, or what a data set on the Hub says. Raises ValueError where there are none."""
@@ -150,17 +151,17 @@ def parquet_files(
         top = posixpath.commonpath([posixpath.dirname(url) for url in urls]).replace(":/", "://", 1)
         store, found = Remote(top, cache, cache_gb, retry_s), sorted(url[len(top) + 1 :] for url in urls)
     else:
-        store, found = _listed(root, subset, part, cache, cache_gb, retry_s)
+        store, found = _listed(root, subset, part, cache, cache_gb, retry_s, follow_links)
     for name in found:
         store.check(name)
     return store, found
 
 
 def _listed(
-    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float
+    root: str, subset: str | None, part: str, cache: Path, cache_gb: float, retry_s: float, follow_links: bool = False
 ) -> tuple[Local | Remote, list[str]]:
     try:
-        store = Remote(root, cache, cache_gb, retry_s) if is_remote(root) else Local(given_root(root))
+        store = Remote(root, cache, cache_gb, retry_s) if is_remote(root) else Local(given_root(root), follow_links)
         names = store.names("**/*.parquet")
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"data.root={root} cannot be reached: {error}.") from error

@@ -33,6 +33,7 @@ SUFFIXES = (
     ".ppm",
     ".pgm",
 )
+NOTES = ("__MACOSX", "__meta__")  # folders and files that programs leave in archives for themselves
 MAGIC = "mae-listing-2"
 RACY = 2.0  # seconds: a folder changed this shortly before the scan could change again within its time stamp
 
@@ -127,6 +128,13 @@ def scan(
     if skipped:
         log.warning("%d links lead out of data.root=%s and were left out (data.follow_links)", skipped, root)
     return found.listing(str(root), classes or []), stamps
+
+
+def hidden(path: str) -> bool:
+    """Whether a part of a relative path is hidden, or is what macOS (`._NAME`, `__MACOSX`) and webdataset (`__meta__`)
+    leave in archives. Such files are no images, shards or labels."""
+    names = path.split("/")
+    return any(name in NOTES or name[:1] == "." and name not in (".", "..") for name in names)
 
 
 def inside(real_root: str, path: str) -> bool:

@@ -22,16 +22,18 @@ import numpy as np
 
 from mae.data import flat
 from mae.data.decode import Decoder
+from mae.data.folder import held_out
 from mae.data.known import given_root
-from mae.data.listing import cache_folder
-from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
+from mae.data.listing import SUFFIXES, cache_folder
+from mae.data.source import BadImage, Encoded, Source
 from mae.data.store import Local, Remote, is_remote
-from mae.data.tar import Members, joined, members
+from mae.data.tar import DEFAULT, Layout, Members, Notes, joined, members
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.bin"
 FORMAT = "mae-shards-1"
+READING = "mae-shards-2"  # how files form samples: an index kept of another reading is not used
 OPEN_FILES = 64  # shards a process keeps open
 
 
@@ -42,6 +44,7 @@ class Index:
         self.names, self.sizes, self.members, self.classes = names, sizes, found, classes
         self.counts = np.asarray(counts, np.int64)  # images in each shard
         self.starts = np.cumsum(self.counts) - self.counts  # number of each shard's first image
+        self.notes: list[str] = []  # what of the shards is not used, a sentence each
 
     def shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -62,6 +65,7 @@ class Index:
             if head.get("format") != FORMAT:
                 raise ValueError("it is not an index of shards")
             index = Index(head["names"], head["sizes"], head["counts"], Members(**arrays), head["classes"])
+            index.notes = [str(sentence) for sentence in head.get("notes", [])]
             index._check()
         except (AttributeError, KeyError, OverflowError, TypeError) as error:  # JSON of another shape
             raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -182,28 +186,38 @@ def tar_shards(
     retry_s: float,
     lanes: int,
     window: int,
+    follow_links: bool,
+    image_key: str | None,
+    label_key: str | None,
+    sample_key: Literal["first_dot", "last_dot"],
 ) -> Source:
     """Tar shards under `root`, a folder or a URL of fsspec (s3://, gs://, https://).
 
     `root/train` and `root/val` are the two parts where both are there, else `val_fraction` of the images is
     held out. Shards without an index are read through once, and what is found is kept in the cache folder.
-    Raises ValueError where there is no shard or the place cannot be reached.
+    `image_key` and `label_key` are the suffixes of a sample's files (null: its image and `cls`), and `sample_key` says
+    at which dot its name ends. Raises ValueError where there is no shard, or no image in it, a sample has several
+    images, or the root cannot be reached.
     """
     cache = cache_folder(cache_dir)
-    store, parted = opened(root, split, cache, cache_gb, retry_s)
-    index = indexed(store, cache)
+    store, parted = opened(root, split, cache, cache_gb, retry_s, follow_links)
+    image_suffix, label_suffix = (key and key.lower().lstrip(".") for key in (image_key, label_key))
+    layout = Layout(image_suffix, label_suffix, sample_key)
+    index = indexed(store, cache, layout)
     source = Shards(index, store, Decoder(in_chans, exif_orientation, max_pixels), lanes, window)
     if parted:
         return source
-    return Subset(source, split_indices(source.labels, len(source), val_fraction, split))
+    return held_out(source, val_fraction, split)
 
 
-def opened(root: str | None, split: str, cache: Path, cache_gb: float, retry_s: float) -> tuple[Local | Remote, bool]:
+def opened(
+    root: str | None, split: str, cache: Path, cache_gb: float, retry_s: float, follow_links: bool
+) -> tuple[Local | Remote, bool]:
     """The store of a split, and whether the splits have stores of their own."""
     if root is None or not is_remote(root):
         top = given_root(root)
         parted = (top / "train").is_dir() and (top / "val").is_dir()
-        return Local(top / split if parted else top), parted
+        return Local(top / split if parted else top, follow_links), parted
     part = Remote(f"{root.rstrip('/')}/{split}", cache, cache_gb, retry_s)
     try:
         if part.has(INDEX) or part.names():  # of which the first asks for no listing
@@ -215,53 +229,84 @@ def opened(root: str | None, split: str, cache: Path, cache_gb: float, retry_s: 
     return Remote(root, cache, cache_gb, retry_s), False
 
 
-def indexed(store: Local | Remote, cache: Path) -> Index:
+def indexed(store: Local | Remote, cache: Path, layout: Layout = DEFAULT) -> Index:
     """The index beside the shards, or one made by reading through them."""
     try:
         data = store.read(INDEX)
     except FileNotFoundError:
-        return _made(store, cache)
+        return _made(store, cache, layout)
     except OSError as error:
         raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
     try:
         index = Index.load(data)
     except ValueError as error:
         raise ValueError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
+    if layout != DEFAULT:
+        raise ValueError(
+            f"{store.root}/{INDEX} says which files are the images and labels: leave out data.image_key, "
+            "data.label_key and data.sample_key, or remove the index."
+        )
     for name in index.names:
         store.check(name)
     return index
 
 
-def _listed(store: Local | Remote, name: str) -> tuple[Members, int]:
+def _listed(store: Local | Remote, name: str, layout: Layout) -> tuple[Members, int, Notes]:
+    notes = Notes()
     with store.open(name) as file:
-        return members(file, name), file.seek(0, io.SEEK_END)
+        return members(file, name, layout, notes), file.seek(0, io.SEEK_END), notes
 
 
-def _made(store: Local | Remote, cache: Path) -> Index:
+def _made(store: Local | Remote, cache: Path, layout: Layout) -> Index:
+    """The index that the shards give, from the cache where they have not changed since."""
     names = store.names()
     if not names:
         raise ValueError(f"data.root={store.root} holds no shard (*.tar).")
+    stamps = []
     for name in names:
         store.check(name)
-    stamps = json.dumps([FORMAT, str(store.root), [[n, store.stamp(n)] for n in names]])
-    path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
+        try:
+            stamps.append([name, store.stamp(name)])
+        except OSError as error:
+            raise _unreadable(store, name, error) from error
+    reading = json.dumps([READING, str(store.root), stamps, layout, SUFFIXES])
+    path = cache / "indices" / f"{hashlib.sha256(reading.encode()).hexdigest()[:20]}.bin"
     try:
-        return Index.load(path)
+        index = Index.load(path)
     except (OSError, ValueError):
         log.info("%s has no %s: its %d shards are read through once", store.root, INDEX, len(names))
-    parts, sizes = [], []
+        index = _read_through(store, names, layout)
+        try:
+            index.save(path, notes=index.notes)
+        except OSError as error:
+            log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
+    for sentence in index.notes:
+        log.warning("%s: %s", store.root, sentence)
+    return index
+
+
+def _read_through(store: Local | Remote, names: list[str], layout: Layout) -> Index:
+    """Raises ValueError where a shard cannot be read, or none holds an image."""
+    shards, sizes, notes = [], [], Notes()
     for name in names:
         try:
-            part, size = store.tried(name, partial(_listed, store, name))
+            shard, size, unused = store.tried(name, partial(_listed, store, name, layout))
         except OSError as error:
-            raise ValueError(f"the shard {name} in data.root={store.root} cannot be read: {error}.") from error
-        parts.append(part)
+            raise _unreadable(store, name, error) from error
+        shards.append(shard)
         sizes.append(size)
-    found = joined(parts)
-    classes = [str(k) for k in range(found.labels.max(initial=-1) + 1)]
-    index = Index(names, sizes, [len(p.offsets) for p in parts], found, classes)
-    try:
-        index.save(path)
-    except OSError as error:
-        log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
+        notes += unused
+    images = joined(shards)
+    if not len(images.offsets):
+        looked_for = f"KEY.{layout.image_key} (data.image_key)" if layout.image_key else " ".join(SUFFIXES)
+        raise ValueError(f"data.root={store.root}: no shard (*.tar) holds an image (looked for {looked_for}).")
+    if layout.label_key and images.labels.max() < 0:
+        raise ValueError(f"data.label_key={layout.label_key}: no image in data.root={store.root} has such a file.")
+    classes = [str(k) for k in range(images.labels.max() + 1)]
+    index = Index(names, sizes, [len(shard.offsets) for shard in shards], images, classes)
+    index.notes = notes.sentences()
     return index
+
+
+def _unreadable(store: Local | Remote, name: str, error: OSError) -> ValueError:
+    return ValueError(f"the shard {name} in data.root={store.root} cannot be read: {error}.")

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mae.data.listing import inside
+from mae.data.listing import hidden, inside
 from mae.data.source import BadImage
 
 T = TypeVar("T")
@@ -38,16 +39,27 @@ def contained(name: str, root: Any) -> str:
     return name
 
 
-class Local:
-    """Shards in a folder."""
+def is_hub_blob(path: str) -> bool:
+    """Whether a path is a file of the Hub's cache: REPO/snapshots/REVISION/... is a link to a file in REPO/blobs."""
+    folder = Path(os.path.realpath(os.path.dirname(path)))
+    blobs = os.path.dirname(os.path.realpath(path))
+    return any(above.name == "snapshots" and blobs == str(above.parent / "blobs") for above in folder.parents)
 
-    def __init__(self, root: Path):
-        self.root = root
+
+class Local:
+    """Shards in a folder; those that links out of it name only with `follow_links`, or in the Hub's cache."""
+
+    def __init__(self, root: Path, follow_links: bool = False):
+        self.root, self.follow_links = root, follow_links
 
     def check(self, name: str) -> None:
         """Raises ValueError for a shard outside the folder, or a link to one."""
-        if not inside(os.path.realpath(self.root), os.path.join(self.root, contained(name, self.root))):
-            raise ValueError(f"the shard {name} in {self.root} is a link that leads out of data.root.")
+        path = os.path.join(self.root, contained(name, self.root))
+        if not (self.follow_links or inside(os.path.realpath(self.root), path) or is_hub_blob(path)):
+            raise ValueError(
+                f"data.follow_links=true is needed: the shard {name} in {self.root} is a link that leads out of "
+                "data.root."
+            )
 
     def path(self, name: str, size: int) -> str:
         """Where the bytes of a shard can be read. Raises OSError."""
@@ -67,7 +79,8 @@ class Local:
 
     def names(self, pattern: str = "*.tar") -> list[str]:
         """The shards, sorted; or other files, at any depth for `**/*`."""
-        return sorted(str(p.relative_to(self.root)) for p in self.root.glob(pattern))
+        paths = (path.relative_to(self.root) for path in self.root.glob(pattern))
+        return sorted(str(path) for path in paths if not hidden(path.as_posix()))
 
     def tried(self, name: str, deed: Callable[[], T]) -> T:
         """The deed's result."""
@@ -76,6 +89,8 @@ class Local:
     def stamp(self, name: str) -> str:
         """Changes when the shard does."""
         status = (self.root / name).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a regular file")
         return f"{status.st_size}-{status.st_mtime_ns}"
 
 
@@ -149,7 +164,8 @@ class Remote:
     def names(self, pattern: str = "*.tar") -> list[str]:
         """The shards, sorted; or other files, at any depth for `**/*`."""
         start = len(self.root) + 1
-        return self._tried("", lambda: sorted(p[start:] for p in self.fs.glob(f"{self.root}/{pattern}")))
+        names = self._tried("", lambda: sorted(p[start:] for p in self.fs.glob(f"{self.root}/{pattern}")))
+        return [name for name in names if not hidden(name)]
 
     def tried(self, name: str, deed: Callable[[], T]) -> T:
         """The result of a deed that reads a shard, tried again for `retry_s`. Raises OSError."""
