@@ -44,7 +44,10 @@ NEUTRAL = (
 ADDED: dict[str, dict[str, Any]] = {
     "shards": {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False},
     "hf": {"follow_links": False},
+    **{name: {"splits": "auto"} for name in ("folder", "cifar10_folder", "scientific")},
 }
+# How the root's folders are read: a run may go on with another reading, as its images are compared by themselves
+READING = ("data.splits", "data.follow_links")
 
 
 class ConfigError(ValueError):

@@ -46,6 +46,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     stored = run / "config.yaml"
     if stored.exists():
         changed = difference(config.read(run), cfg)
+        if not (run / "summary.json").exists():
+            changed = [line for line in changed if line.partition(":")[0] not in config.READING]
         if changed:
             listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
@@ -66,7 +68,7 @@ def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     run = Path(cfg.resume)
     stored = config.read(run)
     given = {o.split("=", 1)[0].lstrip("+~") for o in overrides} - {"resume"}
-    free = tuple(".".join(path) for path in config.NEUTRAL)
+    free = (*(".".join(path) for path in config.NEUTRAL), *config.READING)
     for key in sorted(given):
         if not key.startswith(free):
             raise ConfigError(

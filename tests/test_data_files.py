@@ -32,6 +32,7 @@ FOLDER = {
     "val_fraction": 0.25,
     "exif_orientation": False,
     "max_pixels": 10**7,
+    "splits": "auto",
     "follow_links": False,
 }
 

@@ -15,6 +15,7 @@ from mae.data.loader import Loader
 
 PATHS, FOLDERS = 2_000_000, 1000
 OPTIONS = {"in_chans": 3, "val_fraction": 0.1, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
+OPTIONS |= {"splits": "auto"}
 
 
 @pytest.fixture

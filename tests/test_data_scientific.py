@@ -46,7 +46,7 @@ def root(tmp_path):
 
 def opened(root, split="train", **changes):
     options = {"in_chans": 5, "val_fraction": 0.25, "layout": "chw", "max_pixels": 10**6, "follow_links": False}
-    options |= {"cache_dir": str(root.parent / "cache")} | changes
+    options |= {"cache_dir": str(root.parent / "cache"), "splits": "auto"} | changes
     return scientific_folder(split, root=str(root), **options)
 
 

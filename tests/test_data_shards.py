@@ -723,7 +723,7 @@ def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)).save(root / f"{k}.jpg")
     (root / "bad.jpg").write_bytes(b"nothing")
     options = {k: OPTIONS[k] for k in ("in_chans", "exif_orientation", "max_pixels")}
-    options |= {"val_fraction": 0.2, "follow_links": False, "cache_dir": str(tmp_path / "cache")}
+    options |= {"val_fraction": 0.2, "follow_links": False, "cache_dir": str(tmp_path / "cache"), "splits": "auto"}
     source = image_folder("train", root=str(root), **options)
     made = pack.pack(source, tmp_path / "kept", KEEP, 9, workers=1)
     assert made["images"] + made["bad"] == len(source)

@@ -12,14 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mae.data import jpeg
+from mae.data.formats import KINDS
 from mae.data.source import BadImage
 from mae.geometry import Boxed, inside
 
 EXIF_ORIENTATION = 0x0112
-# Pillow would start Ghostscript for a file that is PostScript whatever its name says
-Image.init()
-WANTED = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
-KINDS = [kind for kind in WANTED if kind in Image.OPEN]
 BYTES_A_PIXEL, SLACK = 8, 64 << 20  # no image file takes more than 16 bits of four channels, and what goes with them
 
 

@@ -1,5 +1,6 @@
 """Any tree of images: labelled by sub-folder, or flat or nested and unlabelled."""
 
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -10,18 +11,23 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
+from mae.data.formats import COMMON, SUFFIXES
 from mae.data.known import given_root
-from mae.data.listing import SUFFIXES, Listing, cached_scan
+from mae.data.listing import Listing, cached_scan, folders_and_files, printable
 from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
+from mae.data.splits import TRAINING, Choice, Splits, in_words, splits_of, stays
 
-VAL_NAMES = ("val", "validation", "valid", "test")
+log = logging.getLogger(__name__)
+
+SPELLINGS = {"train": TRAINING, "val": ("validation", "valid")}  # of data.parts; a folder `test` has no labels there
 
 
 class Files(Encoded):
     """The image files of a listing."""
 
     def __init__(self, listing: Listing, decoder: Callable[..., Tensor]):
-        self.listing, self.decoder, self.classes = listing, decoder, listing.classes
+        self.listing, self.decoder = listing, decoder
+        self.classes = [os.fsencode(name).decode(errors="backslashreplace") for name in listing.classes]
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
         self.most_bytes = decoder.most_bytes if isinstance(decoder, Decoder) else None
 
@@ -68,12 +74,14 @@ def image_folder(
     max_pixels: int,
     follow_links: bool,
     cache_dir: str | None,
+    splits: Literal["auto", "off"] | list[str],
 ) -> Source:
     """Images under `root`, at any depth.
 
-    `root/train` and `root/val` are the two parts where both are there; else `val_fraction` of the images is
-    held out, always the same ones. The first-level folders are the classes where no image lies beside them.
-    Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small.
+    `root/train` and `root/val` are the splits where they are there (see `mae.data.splits`); else `val_fraction` of the
+    images is held out, always the same ones. The first-level folders are the classes where no image lies beside them.
+    Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small, or that can be
+    read in two ways.
     """
     return tree(
         split,
@@ -83,6 +91,7 @@ def image_folder(
         follow_links,
         cache_dir,
         SUFFIXES,
+        splits,
     )
 
 
@@ -94,17 +103,31 @@ def tree(
     follow_links: bool,
     cache_dir: str | None,
     suffixes: tuple[str, ...],
+    splits: Choice,
 ) -> Source:
     """`image_folder` for files of any kind, by their suffixes and what decodes them."""
     top = given_root(root)
-    train = top / "train" if (top / "train").is_dir() else top
+    parts = splits_of(top, suffixes, splits, follow_links)
+    train = top if parts.train is None else top / parts.train
     classes = first_level(train, suffixes)
-    val = next((top / name for name in VAL_NAMES if train != top and (top / name).is_dir()), None)
-    if val is not None:
-        place = train if split == "train" else val
-        return Files(listed(place, classes, follow_links, cache_dir, suffixes), decoder)
-    files = Files(listed(train, classes, follow_links, cache_dir, suffixes), decoder)
-    return held_out(files, val_fraction, split)
+    place = top / parts.val if parts.val is not None and split == "val" else train
+    otherwise = f" Type data.splits=off where {in_words(parts.names)} are classes."
+    listing = listed(place, classes, follow_links, cache_dir, suffixes, otherwise=otherwise)
+    files = Files(listing, decoder)
+    if parts.train is not None:
+        log_split(top, "train" if place == train else "val", parts, files)
+    return files if parts.val is not None else held_out(files, val_fraction, split)
+
+
+def log_split(top: Path, split: str, parts: Splits, files: Files) -> None:
+    """Says which folder was recognised as a split, and what it holds."""
+    role = "training" if split == "train" else "validation"
+    if parts.val is None:
+        role += " images, of which data.val_fraction is held out"
+    unused = f", {in_words(parts.unused)} left out" if parts.unused and split == "val" else ""
+    name = printable(str(parts.train if split == "train" else parts.val))
+    count = len(np.unique(files.labels[files.labels >= 0])) if files.labels is not None else 0
+    log.info("data.root=%s: %s is for %s: %d images, %d classes%s", top, name, role, len(files), count, unused)
 
 
 def classes_of(
@@ -126,7 +149,8 @@ def classes_of(
     a class is missing.
     """
     top = given_root(root)
-    place, first = top / parts[split == "val"], top / parts[0]
+    first, val = (top / spelt(top, name) for name in parts[:2])
+    place = val if split == "val" else first
     if place.is_dir() and not first.is_dir():  # there to evaluate on
         first = place
     for part in (first, place):
@@ -134,6 +158,7 @@ def classes_of(
             raise ValueError(
                 f"data.root={root} has no folder {part.name}: it must hold {' and '.join(parts)} (data.parts)."
             )
+        stays(top, part, follow_links)
     names = first_level(first)
     if names is None:
         raise ValueError(f"{first} holds no folders of classes: is data.root={root} the right one?")
@@ -152,6 +177,23 @@ def classes_of(
     return files if classes is None else Subset(files, np.flatnonzero(listing.labels >= 0))
 
 
+def spelt(top: Path, name: str) -> str:
+    """The folder of `top` that `data.parts` calls `name`, perhaps in other letters: `Train` or `training` for `train`.
+
+    Raises ValueError where there are several."""
+    if (top / name).is_dir():
+        return name
+    folders = folders_and_files(top, ())[0]
+    found = [folder for folder in folders if folder.lower() == name.lower()]
+    if not found and name in SPELLINGS:
+        found = [folder for folder in folders if folder.lower() in SPELLINGS[name]]
+    if len(found) > 1:
+        raise ValueError(f"data.root={top} holds {in_words(found)}: name the folders to take in data.parts.")
+    if found:
+        log.info("data.root=%s: the folder %s is taken for %s (data.parts)", top, printable(found[0]), name)
+    return found[0] if found else name
+
+
 def listed(
     path: Path,
     classes: list[str] | None,
@@ -159,16 +201,21 @@ def listed(
     cache_dir: str | None,
     suffixes: tuple[str, ...],
     strangers: bool = False,
+    otherwise: str = "",
 ) -> Listing:
     """The images under `path`. Raises ValueError where there are none or, unless `strangers` may be there,
-    where a class is not one of those to train on."""
+    where a class is not one of those to train on, with what to do `otherwise`."""
     if classes is not None and not strangers:
         unknown = set(first_level(path, suffixes) or []) - set(classes)
         if unknown:
-            raise ValueError(f"{path} has a class that the training images lack: {sorted(unknown)[0]} (data.root).")
+            name = printable(min(unknown))
+            raise ValueError(f"{path} has a class that the training images lack: {name} (data.root).{otherwise}")
     listing = cached_scan(path, classes, follow_links, cache_dir, suffixes)
     if not len(listing):
-        raise ValueError(f"data.root: no image lies under {path} (looked for {' '.join(suffixes)}).")
+        hint = f" {listing.outside} links lead out of it: data.follow_links=true takes them." if listing.outside else ""
+        others = f" and {len(set(suffixes) - {*COMMON})} others" if len(suffixes) > len(COMMON) else ""
+        shown = " ".join(COMMON if others else suffixes)
+        raise ValueError(f"data.root: no image lies under {printable(str(path))} (looked for {shown}{others}).{hint}")
     return listing
 
 
@@ -181,16 +228,5 @@ def held_out(source: Source, fraction: float, split: str) -> Source:
 
 def first_level(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str] | None:
     """The class names: sorted sub-folders; None where images lie beside them or there is but one folder."""
-    names = []
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    names.append(entry.name)
-                elif entry.name.lower().endswith(suffixes):
-                    return None
-    except OSError as error:
-        raise ValueError(f"data.root: the folder {path} cannot be read: {error.strerror}.") from error
-    return sorted(names) if len(names) > 1 else None
+    names, files = folders_and_files(path, suffixes)
+    return names if len(names) > 1 and not files else None

@@ -80,15 +80,16 @@ def given_root(root: str | None, must_exist: bool = True) -> Path:
     """`data.root` as a directory that is there; raises ValueError."""
     if root is None:
         raise ValueError("data.root is not set: give the directory of the images, as data.root=DIR.")
-    path = Path(root).expanduser()
-    if path.is_file():
-        raise ValueError(f"data.root={root} is a file, not a directory.")
-    if must_exist and not path.is_dir():
-        raise ValueError(f"data.root={root} does not exist: give the directory of the images.")
     try:
+        path = Path(root).expanduser()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"data.root={root} is a file, not a directory.")
+        if must_exist and not path.is_dir():
+            what = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
+            raise ValueError(f"data.root={root} {what}: give the directory of the images.")
         if path.is_dir():
             os.scandir(path).close()
-            (path / "train").exists()  # needs the right to go in, beside that to list
-    except PermissionError as error:
-        raise ValueError(f"data.root={root} cannot be read: {error.strerror}.") from error
+            os.stat(os.path.join(path, "."))  # needs the right to go in, beside that to list
+    except (OSError, RuntimeError) as error:  # the latter of a home that is not there
+        raise ValueError(f"data.root={root} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return path

@@ -16,25 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from mae.data import flat
+from mae.data.formats import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-)
-NOTES = ("__MACOSX", "__meta__")  # folders and files that programs leave in archives for themselves
-MAGIC = "mae-listing-2"
+# Folders and files that programs and file systems leave for themselves
+NOTES = ("__MACOSX", "__meta__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db")
+MAGIC = "mae-listing-3"
 RACY = 2.0  # seconds: a folder changed this shortly before the scan could change again within its time stamp
 
 
@@ -42,6 +30,8 @@ class Listing:
     """Paths relative to `root`, with labels from the first folder of each (-1: none), or a table's.
 
     `held` (N,) is 1 for the rows that a table holds out, or None."""
+
+    outside = 0  # links that a scan has left out, as they lead out of the root
 
     def __init__(
         self,
@@ -93,48 +83,107 @@ def scan(
     classes: names of the first-level folders that are labels, or None for no labels. Links that lead out of
     `root` are passed over unless `follow_links`. Raises ValueError for a folder that cannot be read.
     """
-    found, stamps, skipped = Builder(), {}, 0
+    found, stamps, outside, broken = Builder(), {}, 0, 0
     real_root, seen = os.path.realpath(root), set()
     number = {name: k for k, name in enumerate(classes or [])}
     todo = [""]
     while todo:
         folder = todo.pop()
         label = number.get(folder.split("/", 1)[0], -1)
-        try:
-            status = os.stat(os.path.join(root, folder))
-            with os.scandir(os.path.join(root, folder)) as entries:
-                entries = sorted(entries, key=lambda e: e.name)
-        except OSError as error:
-            raise ValueError(
-                f"the folder {os.path.join(root, folder)} of data.root cannot be read: {error.strerror}."
-            ) from error
+        path = os.path.join(root, folder)
+        status = status_of(path)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a parent
             continue
         seen.add((status.st_dev, status.st_ino))
         stamps[folder] = status.st_mtime_ns
         deeper = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink() and not follow_links and not inside(real_root, entry.path):
-                skipped += 1
+        for entry in entries_of(path):
+            link = entry.is_symlink()
+            if link and not follow_links and not inside(real_root, entry.path):
+                outside += 1
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
+            if is_folder(entry):
                 deeper.append(name)
             elif entry.name.lower().endswith(suffixes):
                 found.add(name, label)
+                broken += link and not os.path.exists(entry.path)
         todo.extend(reversed(deeper))
-    if skipped:
-        log.warning("%d links lead out of data.root=%s and were left out (data.follow_links)", skipped, root)
-    return found.listing(str(root), classes or []), stamps
+    if outside:
+        log.warning("%d links lead out of data.root=%s and were left out (data.follow_links)", outside, root)
+    if broken:
+        log.warning("%d links in data.root=%s lead to no file: each is an image that cannot be used", broken, root)
+    listing = found.listing(str(root), classes or [])
+    listing.outside = outside
+    return listing, stamps
 
 
 def hidden(path: str) -> bool:
-    """Whether a part of a relative path is hidden, or is what macOS (`._NAME`, `__MACOSX`) and webdataset (`__meta__`)
-    leave in archives. Such files are no images, shards or labels."""
-    names = path.split("/")
-    return any(name in NOTES or name[:1] == "." and name not in (".", "..") for name in names)
+    """Whether a part of a relative path is hidden, or is what macOS (`._NAME`, `__MACOSX`), webdataset (`__meta__`) and
+    others leave among the data. Such files are no images, shards or labels."""
+    return any(name in NOTES or name[:1] == "." and name not in (".", "..") for name in path.split("/"))
+
+
+def printable(name: str) -> str:
+    """A name in one line of text, whatever bytes it is of."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or leads to one; a link that leads to itself or to nothing is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def status_of(path: str | Path) -> os.stat_result:
+    """What a folder is. Raises ValueError where that cannot be read."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> ValueError:
+    return ValueError(f"data.root: the folder {printable(str(path))} cannot be read: {error.strerror}.")
+
+
+def entries_of(path: str | Path) -> list[os.DirEntry]:
+    """What a folder holds, sorted, without what is hidden. Raises ValueError where it cannot be read."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def folders_and_files(path: str | Path, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The names of a folder's sub-folders and of its files of `suffixes`."""
+    folders, files = [], []
+    for entry in entries_of(path):
+        if is_folder(entry):
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(suffixes):
+            files.append(entry.name)
+    return folders, files
+
+
+def holds(path: str | Path, suffixes: tuple[str, ...], real_root: str, follow_links: bool) -> bool:
+    """Whether a file of `suffixes` lies under a folder, at any depth; links are followed as `scan` does."""
+    todo, seen = [str(path)], set()
+    while todo:
+        folder = todo.pop()
+        status = status_of(folder)
+        if (status.st_dev, status.st_ino) in seen or not follow_links and not inside(real_root, folder):
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders, files = folders_and_files(folder, suffixes)
+        if files:
+            return True
+        todo.extend(os.path.join(folder, name) for name in folders)
+    return False
 
 
 def inside(real_root: str, path: str) -> bool:

@@ -18,6 +18,7 @@ from mae.data.folder import Files
 from mae.data.known import given_root
 from mae.data.listing import cached_scan
 from mae.data.source import Source
+from mae.data.splits import stays
 
 # Error of AlexNet in percent, mean over the five severities: 1903.12261, table 1, to the digits of its code
 ALEXNET_ERRORS = {
@@ -99,6 +100,7 @@ def robustness(
     names = [str(k) for k in range(1000)] if variant == "v2" else list(synsets())
 
     def files(place: Path) -> Files:
+        stays(top, place, follow_links)
         found = Files(cached_scan(place, names, follow_links, cache_dir), decoder)
         if not len(found) or int(found.listing.labels.min()) < 0:
             what = "images outside of these folders" if len(found) else "no image"

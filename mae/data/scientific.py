@@ -76,6 +76,7 @@ def scientific_folder(
     max_pixels: int,
     follow_links: bool,
     cache_dir: str | None,
+    splits: Literal["auto", "off"] | list[str],
 ) -> Source:
     """A tree of `.npy` and TIFF files of `in_chans` channels, laid out as `image_folder` has it.
 
@@ -87,4 +88,4 @@ def scientific_folder(
     except ImportError as error:
         raise ValueError("data.name=scientific needs tifffile: pip install tifffile.") from error
     decoder = Bands(in_chans, layout, max_pixels)
-    return tree(split, root, decoder, val_fraction, follow_links, cache_dir, SUFFIXES)
+    return tree(split, root, decoder, val_fraction, follow_links, cache_dir, SUFFIXES, splits)
