@@ -7,18 +7,23 @@ from it (see `mae.schema`).
 import hashlib
 import inspect
 import json
+import logging
+import os
 import secrets
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import rules
 from mae.ranges import ranges
 from mae.schema import SCHEMA, TOP, conform, describe, keyword_only, near, schema, table
+from mae.versions import completed
+
+log = logging.getLogger(__name__)
 
 NEUTRAL = (
     ("output_dir",),
@@ -94,9 +99,9 @@ def _check_keys(path: str, given: Mapping, known: dict[str, Any], out: dict, pro
             problems.append(f"{prefix}{key} must be {describe(hint)}, got {shown}.{hint_text}")
 
 
-def check(cfg: DictConfig) -> DictConfig:
-    """The same config with every value of its type. Raises ConfigError listing all that is wrong:
-    unknown, misspelt, missing and mistyped keys, then values out of range, then contradictions."""
+def check(cfg: DictConfig, values: bool = True) -> DictConfig:
+    """The same config with every value of its type. Raises ConfigError listing all that is wrong: unknown, misspelt,
+    missing and mistyped keys; then, unless `values` is false, values out of range, then contradictions."""
     given = OmegaConf.to_container(cfg)
     assert isinstance(given, dict)
     problems: list[str] = []
@@ -116,7 +121,7 @@ def check(cfg: DictConfig) -> DictConfig:
             continue
         out[group] = {}
         _check_keys(group, section, schema(group, name), out[group], problems)
-    if not problems:
+    if not problems and values:
         problems = list(ranges(out)) or list(rules.contradictions(out))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -153,12 +158,38 @@ def stored(run: Path) -> DictConfig:
     return found
 
 
+def stored_overrides(run: Path) -> list[str]:
+    """The command line of a run; empty where there is none."""
+    path = run / "overrides.yaml"
+    overrides = OmegaConf.load(path) if path.is_file() else None
+    return [str(override) for override in overrides] if isinstance(overrides, ListConfig) else []
+
+
 def read(run: Path) -> DictConfig:
-    """The saved config of a run, checked. Raises ConfigError where there is none."""
-    cfg = stored(run)
-    for key, value in added(plain(cfg)).items():
-        OmegaConf.update(cfg, f"data.{key}", OmegaConf.select(cfg, f"data.{key}", default=value), force_add=True)
-    return check(cfg)
+    """The saved config of a run: keys and types checked, ranges and rules not, nor whether its data are still there.
+
+    A key that it lacks is filled from today's default; a key that no longer exists is passed over; a warning names
+    them. Raises ConfigError where there is no config.
+    """
+    values = plain(stored(run))
+    if isinstance(values.get("data"), dict):
+        values["data"] = added(values) | values["data"]
+    values, filled, dropped = completed(values, stored_overrides(run))
+    _say_once(run, filled, dropped)
+    return check(OmegaConf.create(values), values=False)
+
+
+SAID: set[Path] = set()  # runs of other versions that a warning of this process has named
+
+
+def _say_once(run: Path, filled: list[str], dropped: list[str]) -> None:
+    if not (filled or dropped) or run.absolute() in SAID or os.environ.get("RANK", "0") != "0":
+        return
+    SAID.add(run.absolute())
+    if filled:
+        log.warning("%s lacks %s: today's defaults are taken.", run / "config.yaml", ", ".join(filled))
+    if dropped:
+        log.warning("%s: %s no longer exist and are passed over.", run / "config.yaml", ", ".join(dropped))
 
 
 def added(cfg: Mapping[str, Any]) -> dict[str, Any]:

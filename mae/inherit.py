@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from mae import config
+from mae import config, overrides
+from mae.compose import chosen_groups
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
@@ -58,30 +59,40 @@ def _complete(step: Path) -> bool:
 def with_groups(arguments: Sequence[str]) -> list[str]:
     """A command line with the groups `model` and `data` of the run that `init=` names, where it chooses none itself.
     An experiment chooses both. Raises ConfigError where the run's own config cannot be read."""
-    typed = {one.lstrip("+").partition("=")[0]: one for one in arguments if not one.startswith(("-", "~"))}
+    typed = {key: one for key, one in overrides.by_key(arguments).items() if not one.is_delete()}
     sections = [name for name in SECTIONS if name not in typed]
     if "init" not in typed or "experiment" in typed or not sections:
         return list(arguments)
-    inits = typed["init"].partition("=")[2].split(",")  # several in a sweep
-    choices = {tuple(_groups(run_of(init.strip("'\"")), sections)) for init in inits}
-    found = choices.pop()
-    if choices or not found:
+    inits = overrides.values_of(typed["init"])  # several in a sweep
+    choices = {tuple(_groups(run_of(str(init)), sections)) for init in inits}
+    groups = choices.pop()
+    init = typed["init"].input_line
+    assert init is not None
+    main = os.environ.get("RANK", "0") == "0"
+    if choices and main:
+        sys.stderr.write(
+            f"{init}: these runs differ in {' or '.join(sections)}, so that no run's is taken: "
+            f"{' and '.join(f'{name}=...' for name in sections)} choose{'s' * (len(sections) == 1)} for all.\n"
+        )
+    if choices or not groups:
         return list(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        taken = " and ".join(found)
-        sys.stderr.write(f"{typed['init']}: {taken} {'are' if len(found) > 1 else 'is'} that run's\n")
-    at = list(arguments).index(typed["init"]) + 1
-    mark = "-".join(one.partition("=")[0] for one in found)
-    return [*arguments[:at], *found, f"+{MARK}={mark}", *arguments[at:]]
+    if main:
+        sys.stderr.write(f"{init}: {' and '.join(groups)} {'are' if len(groups) > 1 else 'is'} that run's\n")
+    at = list(arguments).index(init) + 1
+    mark = "-".join(group.partition("=")[0] for group in groups)
+    return [*arguments[:at], *groups, f"+{MARK}={mark}", *arguments[at:]]
 
 
 def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
     """The choices of groups that a run makes, as overrides."""
-    stored = _stored(run) if run is not None else {}
+    if run is None:
+        return
+    stored = _stored(run)
+    choices = chosen_groups(config.stored_overrides(run))
     for name in sections:
-        chosen = stored.get(name, {}).get("name")
-        if isinstance(chosen, str) and re.fullmatch(r"[\w.-]+", chosen):
-            yield f"{name}={chosen}"
+        choice = choices.get(name, stored.get(name, {}).get("name"))
+        if isinstance(choice, str) and re.fullmatch(r"[\w.-]+", choice):
+            yield f"{name}={choice}"
 
 
 def _stored(run: Path) -> dict[str, dict[Any, Any]]:
@@ -90,7 +101,7 @@ def _stored(run: Path) -> dict[str, dict[Any, Any]]:
     return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 
-def inherited(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def inherited(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
     """The composed config with the run's own values in the sections whose group `with_groups` took over, but for single
     keys of the command line. Of the data it takes what they are, not how much of them is learned from, nor how they are
     loaded."""
@@ -98,7 +109,7 @@ def inherited(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         return cfg
     with open_dict(cfg):
         sections = cfg.pop(MARK).split("-")
-    given = [one.lstrip("+~").partition("=")[0] for one in overrides]
+    given = [overrides.key_of(argument) for argument in arguments]
     run = run_of(cfg.init)
     assert run is not None
     stored = _stored(run)

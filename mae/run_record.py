@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
-from mae.compose import CONF, composed
-from mae.config import leaves, resolve
+from mae.compose import CONF, composed, is_group
+from mae.config import leaves, resolve, stored_overrides
+from mae.overrides import key_of
 from mae.track import read_lines
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def read_record(run: Path) -> Record:
     if not summary and events:
         first = str(events[-1].get("event", "")).split(":", 1)[0]
         state = first if first in ("interrupted", "diverged", "failed", "pruned") else state
-    return Record(state, summary, overrides_of(run), read_lines(run / "metrics.jsonl"), events)
+    return Record(state, summary, stored_overrides(run), read_lines(run / "metrics.jsonl"), events)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,13 +58,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def overrides_of(run: Path) -> list[str]:
-    """The command line of a run."""
-    path = run / "overrides.yaml"
-    stored = OmegaConf.load(path) if path.exists() else None
-    return [str(one) for one in stored] if isinstance(stored, ListConfig) else []
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
@@ -87,8 +81,8 @@ def compared(cfg: DictConfig, overrides: list[str]) -> list[list[str]]:
 
 def defaults(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
     """The leaves of the same choice of groups with nothing else changed, or None where that does not compose."""
-    chosen = [one for one in overrides if is_group(one)]
-    named = {one.split("=", 1)[0].lstrip("+~") for one in chosen}
+    chosen = [override for override in overrides if is_group(key_of(override))]
+    named = {key_of(override) for override in chosen}
     chosen += [
         f"{group}={cfg[group].name}"
         for group in GROUPS
@@ -99,9 +93,3 @@ def defaults(cfg: DictConfig, overrides: list[str]) -> dict[str, Any] | None:
     except Exception as error:  # a group of another version of this code
         log.debug("the defaults of %s do not compose: %s", chosen, error)
         return None
-
-
-def is_group(override: str) -> bool:
-    """Whether an override chooses a file of conf/ rather than a value."""
-    key = override.split("=", 1)[0].lstrip("+~")
-    return "." not in key and (CONF / key).is_dir()
