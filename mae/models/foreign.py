@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mae.models.foreign_files import Opened, open_checkpoint
 from mae.models.foreign_layouts import SINUSOID, Layout, State, convert, sinusoid, with_class_row
+from mae.models.foreign_networks import check_network
 
 DECODER = ("mask_token", "decoder_")
 
@@ -35,6 +36,7 @@ class Foreign:
     notes: list[str]  # sentences on what was converted or left out
     meta: dict[str, Any] = field(default_factory=dict)  # config, args, epoch or step, as the file had them
     position: str = ""  # SINUSOID: the position tables are computed, not stored
+    head_difference: str = ""  # why its classifier is none of ours, as a part of a sentence
 
     @property
     def has_decoder(self) -> bool:
@@ -47,13 +49,6 @@ class Foreign:
     @property
     def head(self) -> Head | None:
         return _head(self.state)
-
-    @property
-    def pools_after_norm(self) -> bool:
-        """Whether the classifier reads the mean of patch tokens that went through `norm`, as timm's `*_gap_*`."""
-        config, head = self.meta.get("config") or {}, self.head
-        told = {config.get("global_pool"), (config.get("model_args") or {}).get("global_pool")}
-        return head is not None and head.pool == "token" and (not self.has_class_token or "avg" in told)
 
     @property
     def encoder(self) -> State:
@@ -139,13 +134,18 @@ def read(path: str) -> Foreign:
     """Reads a checkpoint without running code: see `open_checkpoint` for what `path` may be.
 
     Raises ValueError in one or two plain sentences: nothing there, truncated, damaged, holding code, or a
-    network that is unknown here.
+    network that is unknown here or computes another function.
     """
     opened = open_checkpoint(path)
+    head_difference, assumptions = check_network(opened, path)
     layout = convert(opened.tensors, opened.args, path)
     kind = f"{_family(opened, layout)}, {_contents(layout.state)}"
     meta = {"config": opened.config, "args": opened.args, **opened.counters}
-    return Foreign(path, kind, layout.state, opened.notes + layout.notes, meta, layout.position)
+    head_difference = head_difference or _head_difference(layout.state, opened.config)
+    notes = opened.notes + layout.notes
+    if layout.family in ("timm", "Hugging Face ViT") and "decoder_embed.weight" not in layout.state:
+        notes += assumptions
+    return Foreign(path, kind, layout.state, notes, meta, layout.position, head_difference)
 
 
 def architecture(state: State) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _family(opened: Opened, layout: Layout) -> str:
         return layout.family
     if opened.origin in ("ours", "timm"):
         return opened.origin
-    if opened.wrapper == "model" or "mask_token" in layout.state or "head.1.weight" in layout.state:
+    if opened.wrapper == "model" or "decoder_embed.weight" in layout.state or "head.1.weight" in layout.state:
         return "reference"
     return "timm"
 
@@ -206,11 +206,25 @@ def _contents(state: State) -> str:
     if "decoder_pred.weight" in state:
         text = "pretrained (encoder and decoder)"
     elif head := _head(state):
-        where = "mean of the patch tokens" if head.pool == "avg" else "class token"
+        where = "class token" if "cls_token" in state else "mean of all tokens"
+        where = "mean of the patch tokens" if head.pool == "avg" else where
         text = f"{'linear probe' if head.batch_norm else 'classifier'} of {head.classes} classes ({where})"
     else:
         text = "pretrained (encoder only)"
     return text if "cls_token" in state else f"{text}, no class token"
+
+
+def _head_difference(state: State, config: dict[str, Any]) -> str:
+    """Why the tensors' classifier is none of ours, as a part of a sentence, or ""."""
+    pool = config.get("global_pool") or (config.get("model_args") or {}).get("global_pool")
+    norm, pooled_norm = "norm.weight" in state, "fc_norm.weight" in state
+    if _head(state) is None:
+        return ""
+    if norm == pooled_norm:
+        return f"its classifier has {'two norms' if norm else 'no norm'} before it"
+    if norm and (pool == "avg" or "cls_token" not in state):
+        return "its classifier reads the mean of tokens after their norm, and none here does (timm's fc_norm=False)"
+    return ""
 
 
 def _head(state: State) -> Head | None:

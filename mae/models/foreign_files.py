@@ -18,7 +18,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Opened:
     args: dict[str, Any] = field(default_factory=dict)  # the command line that a training script saved
     counters: dict[str, Any] = field(default_factory=dict)  # epoch or step
     notes: list[str] = field(default_factory=list)
+    network: nn.Module | None = None  # timm's model object, where the weights came with it
 
 
 def open_checkpoint(path: str) -> Opened:
@@ -209,8 +210,4 @@ def _open_timm(name: str) -> Opened:
             f"init=timm:{name} could not be fetched ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Where there is no network, download its model.safetensors and config.json and name the folder."
         ) from error
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    blocks = getattr(model, "blocks", None)
-    heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
-    config = {"model_args": {"img_size": list(size) if size else None, "num_heads": heads}}
-    return Opened(model.state_dict(), "timm", config=config)
+    return Opened(model.state_dict(), "timm", network=model)

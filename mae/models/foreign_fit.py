@@ -126,6 +126,9 @@ def _plain(value: Any) -> str:
 
 def _check_names(report: Fit, foreign: Foreign, where: str) -> None:
     """Raises ValueError where the encoder, or a decoder that was taken, would be incomplete or other."""
+    known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
+    if strange := [name for name in report.unused if not name.startswith(known)]:
+        raise ValueError(f"{where} is another kind of network: the model has no place for {_some(strange)}.")
     optional = [*CLASSIFIER] if foreign.has_class_token else [*CLASSIFIER, "cls_token"]
     if not any(name.startswith("decoder_") for name in report.loaded):
         optional += DECODER
@@ -133,9 +136,6 @@ def _check_names(report: Fit, foreign: Foreign, where: str) -> None:
         raise ValueError(
             f"{where} is incomplete: it lacks {len(lacking)} tensors that the model needs, {_some(lacking)}."
         )
-    known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
-    if strange := [name for name in report.unused if not name.startswith(known)]:
-        raise ValueError(f"{where} is another kind of network: the model has no place for {_some(strange)}.")
 
 
 def _check_shapes(state: State, target: State, where: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
+CHUNKED_BLOCK = r"^blocks\.(\d+)\.(\d+)\.(norm|attn|mlp|ls)"
 SINUSOID = "sinusoid"  # a position table that is computed from the row's number, not stored
 
 
@@ -40,6 +41,11 @@ def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
         raise ValueError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
     except ValueError as error:
         raise ValueError(f"init={path}: {error}") from error
+    if "pos_embed" not in state and not found.position:
+        raise ValueError(
+            f"init={path} is another kind of network than is computed here: it has no table of position embeddings, "
+            "so its positions are relative, rotary or none."
+        )
     return found._replace(state=state)
 
 
@@ -97,8 +103,17 @@ def sinusoid(rows: int, dim: int) -> Tensor:
 
 
 def _native(state: State, args: dict[str, Any]) -> Layout:
-    """This project's, the reference's and timm's: the names are ours already."""
-    return Layout("timm", state, [])
+    """This project's, the reference's, timm's and DINOv2's: the names are ours already.
+
+    DINOv2's `block_chunks` puts blocks into groups (`blocks.GROUP.NUMBER.`); a number counts all blocks.
+    """
+    groups: dict[str, set[str]] = {}
+    for name in state:
+        if chunk := re.match(CHUNKED_BLOCK, name):
+            groups.setdefault(chunk[2], set()).add(chunk[1])
+    if any(len(held) > 1 for held in groups.values()):
+        raise ValueError("its blocks stand in groups that number them anew, which is another kind of network.")
+    return Layout("timm", _rename(state, [(CHUNKED_BLOCK, r"blocks.\2.\3")]), [])
 
 
 _HF_BLOCK = (
@@ -126,7 +141,7 @@ _HF_REST = (
 def _huggingface(state: State, args: dict[str, Any]) -> Layout:
     """transformers' ViT and ViTMAE, old (4.x, as on the hub) and new (5.x) names."""
     notes = []
-    for name in [n for n in state if re.search(r"(^|\.)pooler\.|embeddings\.mask_token$", n)]:
+    for name in [n for n in state if re.search(r"(^|\.)pooler\.|embeddings\.mask_token$|^decoder\.0\.", n)]:
         state.pop(name)
         notes.append(f"{name} is left out: no model here has it.")
     mae = any(name.startswith("decoder.") for name in state)
@@ -197,8 +212,6 @@ _PENG = (
 
 def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
     """pengzhiliang/MAE-pytorch: no class token, computed 1-D position tables, biases of q and v alone."""
-    if any("relative_position" in name for name in state):
-        raise ValueError("it is a BEiT with relative positions, which no model here has.")
     state = _rename(state, _PENG)
     for name in [n for n in state if n.endswith(".attn.q_bias")]:
         q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))

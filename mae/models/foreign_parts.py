@@ -71,8 +71,8 @@ def _misfit(target: State, foreign: Foreign) -> str:
     assert classes is not None
     if theirs is None:
         return "it holds no classifier"
-    if foreign.pools_after_norm:
-        return "its classifier reads the mean of tokens after their norm, and none here does (timm's fc_norm=False)"
+    if foreign.head_difference:
+        return foreign.head_difference
     if theirs.pool != pool:
         reads = {"avg": "the mean of the patch tokens", "token": "the class token"}
         return (
