@@ -4,9 +4,7 @@ import argparse
 import hashlib
 import json
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,9 +14,10 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
-import torch
 import yaml
 from torch import Tensor, nn
+
+from mae.models import foreign_names, foreign_unpickle
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +27,6 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
-PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 @dataclass
@@ -109,9 +106,9 @@ def _open_file(path: Path) -> Opened:
     if path.name.endswith(".index.json"):
         opened = _open_shards(path)
     elif path.suffix == ".safetensors":
-        opened = Opened(_load_safetensors(path), "safetensors")
+        opened = _select(_load_safetensors(path), path, "safetensors")
     else:
-        opened = _unwrap(_load_torch(path), path)
+        opened = _select(_load_torch(path), path, "torch")
     if ours:
         opened.origin = "ours"
         opened.counters = {"step": json.loads((path.parent / "manifest.json").read_text()).get("step")}
@@ -120,7 +117,6 @@ def _open_file(path: Path) -> Opened:
         opened.config = _read_config(path.parent / "config.json")
         if "architecture" in opened.config:  # timm's hub format
             opened.origin = "timm"
-    opened.tensors = _strip(opened.tensors)
     return opened
 
 
@@ -136,13 +132,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _open_shards(index: Path) -> Opened:
     """A Hugging Face folder whose weights are cut into several files."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
         part = index.parent / Path(name).name
         if not part.is_file():
             raise ValueError(f"init={index.parent} lacks {name}: copy the whole folder.")
-        tensors |= _open_file(part).tensors
-    return Opened(tensors, "safetensors")
+        tensors |= _load_safetensors(part) if part.suffix == ".safetensors" else _load_torch(part)
+    return _select(tensors, index, "safetensors")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -152,47 +148,45 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"init={path} is truncated or not a safetensors file ({error}).") from error
 
 
-def _load_torch(path: Path) -> Any:
-    """What `torch.save` wrote: tensors, numbers, and one class, `argparse.Namespace`. Code is refused."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"init={path} is refused: it carries code ({found[1]}), which is never run. Only tensors, "
-                "numbers, text and an argparse.Namespace are read: save the weights on their own."
-            ) from error
-        raise ValueError(f"init={path} is truncated or was not written by torch.save.") from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"init={path} is truncated or not a checkpoint ({type(error).__name__}).") from error
-
-
-def _unwrap(content: Any, path: Path) -> Opened:
-    """The state dict inside what a training script saved."""
+def _load_torch(path: Path) -> Mapping[Any, Any]:
+    """What a training script saved with `torch.save`."""
+    content, unread = foreign_unpickle.load(path)
+    if unread:
+        log.info("init=%s: objects of %s in the file are not read", path, ", ".join(unread[:5]))
+    if isinstance(content, foreign_unpickle.Inert):
+        raise ValueError(_object(f"init={path} holds", content))
     if not isinstance(content, Mapping):
         raise ValueError(f"init={path} is not a checkpoint: it holds a {type(content).__name__}.")
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), "")
-    state = content[wrapper] if wrapper else content
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    if not tensors:
+    return content
+
+
+def _select(content: Mapping[Any, Any], path: Path, origin: str) -> Opened:
+    """The weights in what a file holds, and what it says of their training."""
+    weights, notes = foreign_names.select(content, path)
+    if weights is None:  # no vision transformer: its names go into the message
+        states = foreign_names.states(content)
+        choices = [foreign_names.Weights(keys, "", foreign_names.clean(state, path)) for keys, state in states]
+        weights = max(choices, key=lambda choice: len(choice.tensors), default=None)
+    if weights is None:
+        for key, value in content.items():
+            if isinstance(value, foreign_unpickle.Inert) and key in foreign_names.CONTAINERS:
+                raise ValueError(_object(f"init={path} holds under {key!r}", value))
         raise ValueError(f"init={path} is not a checkpoint: it holds no tensors under names.")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return Opened(
-        tensors,
-        "torch",
-        wrapper=wrapper,
+        weights.tensors,
+        origin,
+        wrapper=weights.keys[0] if weights.keys else "",
         args=dict(args) if isinstance(args, Mapping) else {},
-        counters={"epoch": content["epoch"]} if wrapper and "epoch" in content else {},
+        counters={"epoch": content["epoch"]} if weights.keys and "epoch" in content else {},
+        notes=notes,
     )
 
 
-def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+def _object(start: str, value: foreign_unpickle.Inert) -> str:
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    return f"{start} an object of class {kind}, whose code is never run: save its state_dict() with torch.save."
 
 
 def _open_timm(name: str) -> Opened:
