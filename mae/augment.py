@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae.chance import seeded
-from mae.geometry import Box, cover, crop_box, pair, resize
+from mae.geometry import Box, covering_crop, crop_box, pair, resize
 
 DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), the position, jitter
 
@@ -62,14 +62,13 @@ class Crop:
         self.covered = int(size[0] / fraction), int(size[1] / fraction)
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
-        image = cover(image, self.covered)
-        rest = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
-        if self.jitter:
+        def corner(*rest: int) -> tuple[int, int]:
+            if not self.jitter:
+                return round(rest[0] / 2), round(rest[1] / 2)
             assert draw is not None
-            top, left = int(draw.numbers[20] * (rest[0] + 1)), int(draw.numbers[21] * (rest[1] + 1))
-        else:
-            top, left = round(rest[0] / 2), round(rest[1] / 2)
-        return image[:, top : top + self.size[0], left : left + self.size[1]]
+            return int(draw.numbers[20] * (rest[0] + 1)), int(draw.numbers[21] * (rest[1] + 1))
+
+        return covering_crop(image, self.covered, self.size, corner)
 
 
 class ColorJitter:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+LONGEST = 256  # of an image whose long side is more short sides than this, only the cropped region is resized
+REACH = 3  # pixels, or resized pixels where these are larger, that a bicubic weight reaches, and a spare one
+SHIFTS = 64  # places at which a region may begin, of which the best is chosen
 Box = tuple[int, int, int, int]  # top, left, height, width
 Boxed = Callable[[int, int], Box]  # the part that is wanted of an image of such a height and width
 
@@ -27,12 +29,21 @@ def inside(image: Tensor, box: Boxed) -> Tensor:
     return cut(image, box(image.shape[1], image.shape[2]))
 
 
-def resize(image: Tensor, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+def resize(
+    image: Tensor,
+    size: tuple[int, int],
+    out: Tensor | None = None,
+    scales: tuple[float, float] | tuple[None, None] = (None, None),
+) -> Tensor:
     """(C, H, W) -> (C, *size), bicubic with antialias. 8 bit stays 8 bit throughout, as in Pillow;
     other integers go through float32 and are rounded and clipped. Colours of 8 bit that lie side by side are written
-    to `out` where that is laid out alike."""
-    if image.shape[1:] == size:
+    to `out` where that is laid out alike. `scales` are output pixels for one of the image, where `size` does not say
+    it: of an image that is resized and then cropped."""
+    if image.shape[1:] == size and scales == (None, None):
         return image
+    if 1 in image.shape[1:]:  # whose stride may be any, and the kernel reads outside of the image by it
+        image = image.clone(memory_format=torch.contiguous_format)
+    resized = torch.ops.aten._upsample_bicubic2d_aa
     if image.dtype == torch.uint8 or image.is_floating_point():
         if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
             # With the colours of a pixel side by side: the same bits, faster. Where no `out` says so, the kernel judges
@@ -40,11 +51,11 @@ def resize(image: Tensor, size: tuple[int, int], out: Tensor | None = None) -> T
             if out is None or out.dtype != torch.uint8 or out.stride(0) != 1 or out.shape != (len(image), *size):
                 out = torch.empty((*size, len(image)), dtype=torch.uint8).permute(2, 0, 1)
             batch = image[None].contiguous(memory_format=torch.channels_last)
-            torch.ops.aten._upsample_bicubic2d_aa.out(batch, size, False, None, None, out=out[None])
+            resized.out(batch, size, False, *scales, out=out[None])
             return out
-        return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+        return resized(image[None], size, False, *scales)[0]
     info = torch.iinfo(image.dtype)
-    return resize(image.to(torch.float32), size).round_().clamp_(info.min, info.max).to(image.dtype)
+    return resize(image.to(torch.float32), size, None, scales).round_().clamp_(info.min, info.max).to(image.dtype)
 
 
 def crop_box(
@@ -67,9 +78,39 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resized, its aspect ratio kept, so that it just covers `size`."""
-    height, width = image.shape[1:]
+def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The height and width, of the same aspect ratio, that just cover `size`."""
     if height * size[1] <= width * size[0]:  # the height is the tight side
-        return resize(image, (size[0], max(size[1], int(width * size[0] / height))))
-    return resize(image, (max(size[0], int(height * size[1] / width)), size[1]))
+        return size[0], max(size[1], int(width * size[0] / height))
+    return max(size[0], int(height * size[1] / width)), size[1]
+
+
+def covering_crop(
+    image: Tensor, size: tuple[int, int], crop: tuple[int, int], corner: Callable[[int, int], tuple[int, int]]
+) -> Tensor:
+    """(C, H, W) -> (C, *crop): resized so that it just covers `size`, then cropped. `corner` gives top and left from
+    what the resized image has more than the crop."""
+    whole = covering(image.shape[1], image.shape[2], size)
+    top, left = corner(whole[0] - crop[0], whole[1] - crop[1])
+    if whole[0] * whole[1] > LONGEST * size[0] * size[1]:
+        return _cropped_first(image, whole, crop, (top, left))
+    return resize(image, whole)[:, top : top + crop[0], left : left + crop[1]]
+
+
+def _cropped_first(image: Tensor, whole: tuple[int, int], crop: tuple[int, int], corner: tuple[int, int]) -> Tensor:
+    """The crop of an image resized to `whole`, of which only the cropped region is made. Pixels differ by a value or
+    two of 255 where no region begins on a resized pixel."""
+    spans, sizes, scales = [], [], []
+    for side, resized, length, start in zip(image.shape[1:], whole, crop, corner, strict=True):
+        scale = resized / side
+        reach = math.ceil(REACH * max(1.0, 1 / scale))
+        first = max(0, math.floor(start / scale) - reach)
+        # a resized pixel begins near the first pixel, so that those of the crop lie where they did
+        first = min(
+            range(max(0, first - SHIFTS), first + 1), key=lambda pixel: abs(pixel * scale - round(pixel * scale))
+        )
+        spans.append(slice(first, min(side, math.ceil((start + length) / scale) + reach)))
+        sizes.append(start - round(first * scale) + length)
+        scales.append(scale)
+    resized = resize(image[:, spans[0], spans[1]], (sizes[0], sizes[1]), None, (scales[0], scales[1]))
+    return resized[:, -crop[0] :, -crop[1] :]

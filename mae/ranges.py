@@ -125,8 +125,21 @@ def in_words(interval: str) -> str:
     return f"lie in {interval}"
 
 
+def not_finite(key: str, value: Any) -> Iterator[str]:
+    """A sentence for each NaN or infinite number without an interval, in any list or mapping."""
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from not_finite(f"{key}.{name}" if key else str(name), below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from not_finite(key, below)
+    elif isinstance(value, float) and not math.isfinite(value) and key not in INTERVALS:
+        yield f"{key} must be a finite number, got {value}."
+
+
 def ranges(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each number outside its interval."""
+    """A sentence for each number that is not finite, or outside its interval."""
+    yield from not_finite("", cfg)
     for key, interval in INTERVALS.items():
         value: Any = cfg
         for part in key.split("."):

@@ -125,6 +125,12 @@ def refused(**values) -> str:
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas must lie in [0, 1), got 1.5."),
         ({"optimizer__betas": 0.9}, "optimizer.betas must be a list, each a number, got 0.9."),
         ({"optimizer__momentum": 0.9}, "optimizer.momentum is not a key of the configuration."),
+        ({"data__mean": [float("nan")]}, "data.mean must be a finite number, got nan."),
+        ({"data__mean": [0.5, float("inf"), 0.5]}, "data.mean must be a finite number, got inf."),
+        ({"data__std": [float("nan")]}, "data.std must be greater than 0, got nan."),
+        ({"data__std": [0.5, 0.0, 0.5]}, "data.std must be greater than 0, got 0.0."),
+        ({"data__std": [float("inf")]}, "data.std must be greater than 0, got inf."),
+        ({"data__mean": []}, "data.mean has 0 values for data.in_chans=3"),
         ({"data__mean": [0.1, 0.2]}, "data.mean has 2 values for data.in_chans=3"),
         (
             {"augmentation__scale": [1.0, 0.2]},

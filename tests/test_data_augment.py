@@ -149,3 +149,32 @@ def test_resizing_gives_the_bits_of_interpolate_whatever_the_layout(channels, dt
         assert torch.equal(resized, plain)
         if dtype == torch.uint8 and channels in (3, 4):  # as batches travel, so that none is laid out anew
             assert resized.permute(1, 2, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("size", [32, [64, 32], 224])
+@pytest.mark.parametrize("shape", [(3, 1, 600), (3, 3, 900), (3, 2000, 7), (1, 100, 9000), (5, 30, 900)])
+def test_a_long_image_is_cropped_before_it_is_resized(shape, size, monkeypatch):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    image = image.to(torch.uint16) * 257 if shape[0] == 5 else image
+    for name in ("center_crop", "fixed_crop"):
+        options = {"img_size": size, "crop_fraction": None} | ({"hflip": True} if name == "fixed_crop" else {})
+        transform = augment.AUGMENTATIONS[name](**options)
+        for number in range(3):
+            monkeypatch.setattr(geometry, "LONGEST", 10**9)
+            whole = transform(image, draw(number)).to(torch.float32)
+            monkeypatch.setattr(geometry, "LONGEST", 0)
+            cropped = transform(image, draw(number)).to(torch.float32)
+            assert cropped.shape == whole.shape
+            assert (cropped - whole).abs().max() <= (8 * 257 if shape[0] == 5 else 8)
+            assert shape[1] != 1 or torch.equal(cropped, whole)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_thin_image_takes_no_more_than_its_crop(channels):
+    image = torch.arange(20_000_000, dtype=torch.int64).remainder_(256).to(torch.uint8)[None, None]
+    image = image.expand(channels, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoding leaves it
+    crop = augment.center_crop(img_size=32, crop_fraction=None)
+    lying = crop(image)  # 36 x 720,000,000 when resized
+    assert lying.shape == (channels, 32, 32) and lying.unique().numel() > 1
+    standing = crop(image.transpose(1, 2))  # as an Exif orientation leaves it
+    assert (standing.transpose(1, 2).to(torch.int16) - lying.to(torch.int16)).abs().max() <= 1

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -176,6 +177,85 @@ def test_palettes_and_sixteen_bits():
     deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
     image = decoder()(encoded(Image.fromarray(deep), "PNG"))
     assert image.shape == (3, 30, 40) and torch.equal(image[0], torch.from_numpy((deep >> 8).astype(np.uint8)))
+
+
+def tiff(values, **options):
+    tifffile = pytest.importorskip("tifffile")
+    out = io.BytesIO()
+    tifffile.imwrite(out, values, **options)
+    return bytearray(out.getvalue())
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(("kind", "says"), [
+    ("float32", "its values are floating-point numbers, which have no fixed range to scale to 8 bits"),
+    ("float64", "not a TIFF that Pillow reads"),
+    ("float16", "not a TIFF that Pillow reads"),
+    ("uint32", "its values are signed or 32-bit numbers, which have no fixed range"),
+    ("int32", "its values are signed or 32-bit numbers"),
+    ("int16", "its values are signed or 32-bit numbers"),
+    ("int8", "its values are signed or 32-bit numbers"),
+    ("uint64", "not a TIFF that Pillow reads"),
+])  # fmt: skip
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_values_without_a_fixed_range_are_refused_by_name(kind, says, in_chans):
+    for values in (RAMP.astype(kind), (RAMP * 100).astype(kind)):
+        with pytest.raises(BadImage, match=f"{says}.*: use data=scientific, or convert the file$"):
+            decoder(in_chans)(tiff(values))
+    pfm = bytearray(b"Pf\n8 8\n-1.0\n" + RAMP.astype("<f4").tobytes())
+    with pytest.raises(BadImage, match="its values are floating-point numbers"):
+        decoder(in_chans)(pfm)
+
+
+def test_values_of_a_fixed_range_are_scaled():
+    deep = (RAMP * 65535).astype(np.uint16)
+    wanted = torch.from_numpy((deep >> 8).astype(np.uint8))
+    pgm = bytearray(b"P5 8 8 65535\n" + deep.astype(">u2").tobytes())
+    big_endian = tiff(deep.astype(">u2"), byteorder=">")
+    for data in (
+        tiff(deep),
+        big_endian,
+        pgm,
+        encoded(Image.fromarray(deep), "PNG"),
+        encoded(Image.fromarray(deep), "TIFF"),
+    ):
+        assert torch.equal(decoder(1)(data)[0], wanted)
+    values = np.arange(4096, dtype=np.uint16)[:: 4096 // 64]
+    pixels = int("".join(f"{value:012b}" for value in values), 2).to_bytes(96, "big")
+    tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 8, 279: 96}  # TIFF 6.0
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    packed = bytearray(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels)
+    assert decoder(1)(packed)[0].flatten().tolist() == (values >> 4).tolist()
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_other_modes_are_those_of_pillow(kind, in_chans):
+    image = Image.fromarray((np.stack([RAMP, RAMP**2, 1 - RAMP], -1) * 255).astype(np.uint8)).convert(kind)
+    if kind == "P":
+        image.info["transparency"] = bytes(range(0, 256, 4))
+    data = encoded(image, "TIFF" if kind == "CMYK" else "PNG")
+    pixels = pillow(data, {1: "L", 3: "RGB", 4: "RGBA"}[in_chans])
+    assert torch.equal(decoder(in_chans)(data), pixels) and pixels[0].unique().numel() > 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("block", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM"])
+def test_a_damaged_exif_block_leaves_the_pixels(kind, block):
+    data = encoded(photo((48, 32)), kind, exif=block)
+    assert torch.equal(decoder(exif=True)(data), pillow(data))
+
+
+def test_more_pixels_than_pillow_allows_by_itself(monkeypatch):
+    data = encoded(photo((50, 40)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match="50 x 40 is more than data.max_pixels=1999"):
+        decoder(max_pixels=1999)(data)
+    assert decoder(max_pixels=2000)(data).shape == (3, 40, 50)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decoder(max_pixels=2000)(data).shape == (3, 40, 50)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -87,6 +87,46 @@ def test_an_image_that_takes_too_much_memory_is_a_bad_file(kind, tmp_path):
     assert "3,spoilt/3,it takes more memory than there is,train" in listed.read_text()
 
 
+class Failing:
+    """A transform for which there is no memory."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, image, draw):
+        if self.error is None:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        raise self.error
+
+
+class FailsOnBlack(Failing):
+    def __call__(self, image, draw):
+        return super().__call__(image, draw) if int(image.max()) == 0 else image
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("kind", ["thread", "process"])
+@pytest.mark.parametrize(("error", "says"), [
+    (None, "it takes more memory than there is"),
+    (MemoryError(), "it takes more memory than there is"),
+    (RuntimeError("Input size\nis odd"), "RuntimeError: Input size"),
+])  # fmt: skip
+def test_an_image_whose_transform_fails_is_a_bad_file(kind, error, says, repeats, tmp_path):
+    images = torch.full((40, 3, 8, 8), 9, dtype=torch.uint8)
+    images[3] = 0
+    options = LOADING | {"workers": kind, "num_workers": 1, "repeats": repeats, "fraction": 1.0, "per_class": None}
+    path = tmp_path / "bad_files.csv"
+    source = Arrays(images, None, [], "images")
+    loader = Loader(source, FailsOnBlack(error), 40, 40, 0, bad_csv=path, max_bad_fraction=0.1, **options)
+    batches = [batch for epoch in range(repeats) for step in loader.steps(epoch) for batch in step]
+    loader.close()
+    assert len(batches) == repeats
+    assert all(3 not in batch["index"] and batch["image"].unique().tolist() == [9] for batch in batches)
+    assert f"3,images/3,{says},train" in path.read_text()
+    with pytest.raises(ValueError, match="100 images in a row cannot be used, the first of them images/"):
+        Reader(source, Failing(RuntimeError("a bug")), 0, None)[Ticket(0, np.arange(4), 1.0)]
+
+
 def test_a_batch_that_does_not_come_is_told_on_every_python(monkeypatch):
     class Earlier(Exception):
         """concurrent.futures.TimeoutError before Python 3.11."""

@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mae.data import jpeg
@@ -17,6 +17,10 @@ from mae.data.source import BadImage
 from mae.geometry import Boxed, inside
 
 EXIF_ORIENTATION = 0x0112
+BITS, SAMPLE_FORMAT = 258, 339  # tags of TIFF 6.0
+UNSIGNED = {1, 4}  # sample formats: whole numbers without a sign; not defined
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ELSEWHERE = "use data=scientific, or convert the file"
 BYTES_A_PIXEL, SLACK = 8, 64 << 20  # no image file takes more than 16 bits of four channels, and what goes with them
 
 
@@ -59,29 +63,53 @@ class Decoder:
             raise BadImage(f"{width} x {height} is more than data.max_pixels={self.max_pixels}")
 
     def _pillow(self, data: bytearray) -> Tensor:
+        if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many, of its own accord
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-self.max_pixels // 2))
         try:
             with Image.open(io.BytesIO(data), formats=KINDS) as image:
                 self._check_size(*image.size)
-                if self.exif_orientation:
-                    image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion clips instead of scaling
-                    deep = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-                    image = Image.fromarray(deep)
-                pixels = np.array(image.convert(self.mode))
+                image.load()
+                turned = orientation(image) if self.exif_orientation else 1
+                pixels = np.array(eight_bits(image).convert(self.mode))
         except BadImage:
             raise
         except UnidentifiedImageError as error:
+            if data[:4] in TIFF:
+                raise BadImage(f"not a TIFF that Pillow reads: {ELSEWHERE}") from error
             raise BadImage("not an image of a known kind") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise BadImage(f"{type(error).__name__}: {error}") from error
-        return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+        whole = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+        return oriented(whole, turned)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose values are scaled to 8 bits where their range is known. Raises BadImage where it is not."""
+    signed = image.format == "TIFF" and not {*image.tag_v2.get(SAMPLE_FORMAT, (1,))} <= UNSIGNED  # type: ignore[attr-defined]
+    if image.mode == "F" or signed or image.mode == "I" and image.format == "TIFF":
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise BadImage(f"its values are {kind} numbers, which have no fixed range to scale to 8 bits: {ELSEWHERE}")
+    if not image.mode.startswith("I"):
+        return image
+    bits = image.tag_v2.get(BITS, (16,))[0] if image.format == "TIFF" else 16  # type: ignore[attr-defined]
+    # Pillow's own conversion clips instead of scaling
+    deep = np.asarray(image).astype(np.int64) >> max(0, bits - 8)
+    return Image.fromarray(np.clip(deep, 0, 255).astype(np.uint8))
 
 
 def exif_orientation(data: bytearray) -> int:
-    """1 to 8 (Exif 2.32, table 4); 1 where nothing is said."""
+    """`orientation` of a file."""
     try:
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
-            return int(image.getexif().get(EXIF_ORIENTATION, 1))
+            return orientation(image)
+    except Exception:  # a file that Pillow does not read
+        return 1
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8 (Exif 2.32, table 4); 1 where none is given."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # a damaged Exif block does not make the pixels bad
         return 1
 

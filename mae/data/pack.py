@@ -23,9 +23,9 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from mae.data import SOURCES, flat
-from mae.data.reader import Failure, reason
+from mae.data.reader import Failure
 from mae.data.shards import INDEX, Index
-from mae.data.source import Source
+from mae.data.source import Source, reason
 from mae.data.tar import Members, joined
 from mae.data.write import WRITERS, Form, write
 

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from mae import augment, chance
 from mae.data.sampler import Ticket
-from mae.data.source import BadImage, Source, part
+from mae.data.source import FAILURES, Source, part, reason
 from mae.data.stack import Stack
-from mae.geometry import Boxed, inside
+from mae.geometry import inside
 
 log = logging.getLogger(__name__)
 
@@ -74,22 +74,14 @@ class Reader(Dataset):
         keys = [chance.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
         numbers = [chance.uniform(key, augment.DRAWS + 1) for key in keys]
         draws = [n[:, 1:].tolist() for n in numbers]
-        find = getattr(self.transform, "box", None)  # the part of an image that the transform looks at
         for k, index in enumerate(wanted):
             if over is not None and over.is_set():
                 raise InterruptedError("the pass is over")
             drawn = [augment.Draw(draws[r][k], int(keys[r][k])) for r in range(self.repeats)]
-            once = partial(find, draw=drawn[0]) if find and self.repeats == 1 else None
-            index, image, label = self._readable(index, bad, once)
+            places = range(k, stack.count, len(wanted))
+            index, label = self._filled(index, drawn, stack, places, bad, taken)
             taken.append(index)
             labels.append(label)
-            for place, draw in zip(range(k, stack.count, len(wanted)), drawn, strict=True):
-                seen = inside(image, partial(find, draw=draw)) if find and not once else image
-                given = {"out": stack.room(place)} if self.fills else {}
-                made = self.transform(seen, draw, **given)
-                if stack.images is not None and made.dtype != stack.images.dtype:  # its numbers would be cut
-                    self._two_types(taken[0], stack.images.dtype, index, made.dtype)
-                stack.put(place, made)
         hflip = getattr(self.transform, "hflip", False)
         batch: dict[str, Any] = {
             "image": stack.images,
@@ -111,12 +103,15 @@ class Reader(Dataset):
         names = [self.source.name(k) for k in (first, other)]
         raise ValueError(f"{names[0]} holds {types[0]} and {names[1]} {types[1]}: all files must be of one type.")
 
-    def _readable(self, index: int, bad: list[Bad], box: Boxed | None) -> tuple[int, Tensor, int]:
-        """The image, or the first readable one of a sequence that hangs on its index alone; or a part of it."""
+    def _filled(
+        self, index: int, draws: list[augment.Draw], stack: Stack, places: range, bad: list[Bad], taken: list[int]
+    ) -> tuple[int, int]:
+        """Puts the crops of an image where they belong; or those of the first usable image of a sequence that is a
+        function of its index alone. The image's number, and its label."""
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return index, *(part(self.source, index, box) if box else self.source[index])
-            except (BadImage, OSError, MemoryError) as error:
+                return index, self._transformed(index, draws, stack, places, taken)
+            except FAILURES as error:
                 bad.append(Bad(index, self.source.name(index), reason(error)))
             key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
@@ -124,10 +119,19 @@ class Reader(Dataset):
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
         )
 
-
-def reason(error: Exception) -> str:
-    """Why an image cannot be used; a MemoryError says nothing itself."""
-    return str(error) or "it takes more memory than there is"
+    def _transformed(self, index: int, draws: list[augment.Draw], stack: Stack, places: range, taken: list[int]) -> int:
+        """Puts the crops of an image where they belong. Its label."""
+        find = getattr(self.transform, "box", None)  # the part of an image that the transform looks at
+        once = partial(find, draw=draws[0]) if find and self.repeats == 1 else None
+        image, label = part(self.source, index, once) if once else self.source[index]
+        for place, draw in zip(places, draws, strict=True):
+            seen = inside(image, partial(find, draw=draw)) if find and not once else image
+            given = {"out": stack.room(place)} if self.fills else {}
+            made = self.transform(seen, draw, **given)
+            if stack.images is not None and made.dtype != stack.images.dtype:  # its numbers would be cut
+                self._two_types(taken[0] if taken else index, stack.images.dtype, index, made.dtype)
+            stack.put(place, made)
+        return label
 
 
 class Record:

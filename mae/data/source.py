@@ -17,6 +17,18 @@ class BadImage(ValueError):
     """One image that cannot be used; the loader counts it and takes another in its place."""
 
 
+# What makes one image bad: its file, or an operation on it for which there is no memory
+FAILURES = (BadImage, OSError, MemoryError, RuntimeError)
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be used."""
+    words = str(error).split("\n")[0]
+    if isinstance(error, MemoryError) or "allocate" in words:  # the second is torch's
+        return "it takes more memory than there is"
+    return words if isinstance(error, BadImage | OSError) else f"{type(error).__name__}: {words}"
+
+
 class Source(Protocol):
     """Images by number. `source[i]` is (image (C, H, W), label or -1); the image is uint8, or uint16 or
     float32 for scientific data. Raises BadImage or OSError where that one image cannot be read."""

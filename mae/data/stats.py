@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae.data.loader import Loader
 from mae.data.reader import Bad
-from mae.data.source import BadImage, Source
+from mae.data.source import FAILURES, Source, reason
 
 BLOCK = 1 << 20  # pixels of which sums are taken at once: a large image does not become an eightfold one
 
@@ -90,8 +90,8 @@ def statistics(source: Source, indices: np.ndarray, workers: int = 1) -> Statist
     def one(index: int) -> tuple[Moments, tuple[int, int], str] | Bad:
         try:
             image = source[index][0]
-        except (BadImage, OSError) as error:
-            return Bad(index, source.name(index), str(error))
+        except FAILURES as error:
+            return Bad(index, source.name(index), reason(error))
         return Moments.of(image), (image.shape[1], image.shape[2]), str(image.dtype).removeprefix("torch.")
 
     found = Statistics(Moments(0, np.zeros(1), np.zeros(1)), 0, [], Counter(), "")

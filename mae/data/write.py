@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mae.data.reader import reason
-from mae.data.source import BadImage, Source
+from mae.data.source import FAILURES, BadImage, Source, reason
 from mae.data.tar import Collector, Members
 
 KINDS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
@@ -79,7 +78,7 @@ class Images:
         for index in self.indices.tolist():
             try:
                 data = encoded(self.source, index, self.form)
-            except (BadImage, OSError, MemoryError) as error:
+            except FAILURES as error:
                 self.bad.append((index, self.source.name(index), reason(error)))
                 continue
             yield index, -1 if labels is None else int(labels[index]), data
