@@ -391,3 +391,27 @@ def test_parquet_without_pyarrow_is_said_in_a_sentence(folder, tmp_path, monkeyp
     assert pack.main([*command, f"data.cache_dir={tmp_path / 'cache'}"]) == 1
     assert "--format parquet needs pyarrow: pip install pyarrow" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "says"),
+    [
+        (["bus", "car", "train"], "takes train for splits. Use data=folder"),
+        (["bus", "car", "test"], "takes test for splits. Use data=folder"),
+        (["Training/x", "Training/y", "Testing/x"], "takes none of them for a split. Use data=folder"),
+        (["train/x", "train/y", "test/x", "test/y"], None),
+        (["bus", "car"], None),
+    ],
+)
+def test_folders_of_images_that_datasets_would_part_otherwise_are_refused(folders, says, tmp_path):
+    for name in folders:
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for k in range(4):
+            Image.fromarray(PICTURES[k]).save(tmp_path / "set" / name / f"{k}.png")
+    split = "test" if "test/x" in folders else None
+    options = OPTIONS | {"root": str(tmp_path / "set"), "val_split": split, "cache_dir": str(tmp_path / "cache")}
+    if says is None:
+        assert len(hf("train", **options).classes) == 2
+        return
+    with pytest.raises(ValueError, match=says):
+        hf("train", **options)

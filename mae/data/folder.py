@@ -164,6 +164,8 @@ def classes_of(
         raise ValueError(f"{first} holds no folders of classes: is data.root={root} the right one?")
     if classes is not None:
         try:
+            if Path(classes).expanduser().exists() and not Path(classes).expanduser().is_file():
+                raise ValueError(f"data.classes={classes} is not a regular file.")
             wanted = Path(classes).expanduser().read_text().split()
         except OSError as error:
             raise ValueError(f"data.classes={classes} cannot be read: {error.strerror}.") from error

@@ -9,10 +9,12 @@ import numpy as np
 
 from mae.data.decode import Decoder
 from mae.data.folder import read
+from mae.data.formats import SUFFIXES
 from mae.data.known import given_root
-from mae.data.listing import cache_folder, inside
+from mae.data.listing import cache_folder, folders_and_files, holds, inside
 from mae.data.rowgroups import RowGroups, indexed, numbered
 from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
+from mae.data.splits import WORDS, in_words, splits_of
 from mae.data.store import Local, Remote, is_remote
 
 HUB = "hf://"
@@ -94,6 +96,8 @@ def hf(
         raise ValueError("data.name=hf needs Hugging Face's datasets: pip install datasets.") from error
     if root is None:
         raise ValueError("data.root is not set: give a folder, or hf://NAME for a data set on the Hub.")
+    if not root.startswith(HUB):
+        check_folders(Path(root).expanduser())
     try:
         rows = _loaded(datasets, root, subset, part, cache_dir)
     except Exception as error:  # network, files and formats fail in many ways
@@ -110,6 +114,26 @@ def hf(
     if val_split is not None:
         return source
     return Subset(source, split_indices(labels, len(source), val_fraction, split))
+
+
+def check_folders(top: Path) -> None:
+    """Raises ValueError for folders of image files that `datasets`, which goes by names in small letters alone, would
+    part into other splits than what they hold says."""
+    if not top.is_dir() or not holds(top, SUFFIXES, os.path.realpath(top), False):
+        return
+    folders = folders_and_files(top, SUFFIXES)[0]
+    theirs = [name for name in folders if WORDS.search(name)]
+    try:
+        found = splits_of(top, SUFFIXES, "auto", False)
+        ours = [*found.names, *found.unused]
+    except ValueError:  # two readings
+        ours = None
+    if set(folders) - set(theirs) and (ours is None or set(ours) != set(theirs)):
+        taken = f"takes {in_words(theirs)} for splits" if theirs else "takes none of them for a split"
+        raise ValueError(
+            f"data.root={top} holds the folders {in_words(folders)}, and Hugging Face's datasets {taken}. Use "
+            "data=folder, or rename the folders."
+        )
 
 
 def _places(root: str, cache_dir: str | None) -> list[str]:
