@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import VisionTransformer, save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from mae.models import foreign_files, foreign_huggingface
@@ -17,7 +19,7 @@ from mae.models.foreign_networks import ASSUMED
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 
-ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated"
+ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
 NETWORK = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
 PLAIN = (  # architectures of timm that load
     "deit3_base_patch16_224",
@@ -80,22 +82,40 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def build(name: str):
-    """A timm architecture as small as its constructor allows, and the arguments that made it so."""
+    """A timm architecture as small as its constructor allows, and the arguments that made it so.
+
+    What is no VisionTransformer comes without memory for its weights: some cannot be made small.
+    """
     for arguments in ({"depth": 2, "embed_dim": 64, "num_heads": 2}, {"depth": 2}, {}):
         try:
-            return timm.create_model(name, num_classes=5, **arguments), arguments
-        except TypeError:
+            with torch.device("meta"):
+                model = timm.create_model(name, num_classes=5, **arguments)
+        except (TypeError, ValueError, AssertionError):
             continue
+        plain = type(model) is VisionTransformer
+        return scramble(timm.create_model(name, num_classes=5, **arguments)) if plain else model, arguments
     raise AssertionError(name)
+
+
+def save(model: nn.Module, folder, arguments) -> None:
+    """Writes timm's folder, and the same tensors alone in `bare/`. Tensors without memory become zeros."""
+    state = {
+        key: torch.zeros(()).to(tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
+        for key, tensor in model.state_dict().items()
+    }
+    save_config_for_hf(model, folder / "config.json", model_args=arguments)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "bare").mkdir()
+    torch.save(state, folder / "bare" / "bare.pth")
 
 
 def logits(path, x: torch.Tensor, heads: int):
     """What we compute from a file as it stands, and the report."""
     file = read(str(path))
     sizes = {key: file.arch[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
-    assert file.head is not None
+    pool = file.head.pool if file.head else "token"
     model = classifier(
-        **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=file.head.pool
+        **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=pool
     )
     report = fit(model, file, head="require")
     with torch.no_grad():
@@ -115,9 +135,9 @@ def loads(path, model, heads: int, size) -> bool:
             return False
         assert any(words in str(error) for words in ANOTHER.split("|")), error
         return False
-    with torch.no_grad():
-        theirs = getattr(output := model(x), "logits", output)
-    if ASSUMED.split(". ")[1] not in report:
+    if ASSUMED not in report:
+        with torch.no_grad():
+            theirs = getattr(output := model(x), "logits", output)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     return True
 
@@ -125,11 +145,7 @@ def loads(path, model, heads: int, size) -> bool:
 def both_load(folder, name: str) -> bool:
     """Whether an architecture loads as timm's folder; its bare tensors are tried as well."""
     model, arguments = build(name)
-    scramble(model)
-    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
-    torch.save(model.state_dict(), folder / "bare.pth")
-    (folder / "bare").mkdir()
-    (folder / "bare.pth").rename(folder / "bare" / "bare.pth")
+    save(model, folder, arguments)
     attention = getattr(getattr(model, "blocks", [None])[0], "attn", None)
     heads, size = getattr(attention, "num_heads", 2), getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = size or model.pretrained_cfg["input_size"][1:]
@@ -157,8 +173,7 @@ def test_every_transformer_of_timm_gives_its_own_logits_or_is_refused(tmp_path, 
     for name in timm.list_models(module=module):
         (folder := tmp_path / name).mkdir()
         both_load(folder, name)
-        for file in sorted(folder.rglob("*.*")):
-            file.unlink()
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------- arguments of timm's VisionTransformer
@@ -220,7 +235,7 @@ def test_norms_with_another_eps_are_refused(tmp_path, monkeypatch):
 
 def test_a_model_of_timms_collection_is_looked_at(monkeypatch):
     for name, words in (("vit_small_patch16_rope_ape_224", "rotary|Eva"), ("vit_base_patch16_rpn_224", "ResPostBlock")):
-        model = build(name)[0]
+        model = timm.create_model(name, num_classes=5, depth=1)
         with monkeypatch.context() as patch:
             patch.setattr(foreign_files.timm, "create_model", lambda name, pretrained, model=model: model)
             with pytest.raises(ValueError, match=words):

@@ -11,6 +11,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 CHUNKED_BLOCK = r"^blocks\.(\d+)\.(\d+)\.(norm|attn|mlp|ls)"
+BLOCK = r"(decoder_)?blocks\."
+KNOWN_IN_BLOCK = BLOCK + r"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
 SINUSOID = "sinusoid"  # a position table that is computed from the row's number, not stored
 
 
@@ -41,6 +43,12 @@ def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
         raise ValueError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
     except ValueError as error:
         raise ValueError(f"init={path}: {error}") from error
+    if strange := next(
+        (name for name in state if re.match(BLOCK, name) and not re.fullmatch(KNOWN_IN_BLOCK, name)), ""
+    ):
+        raise ValueError(
+            f"init={path} is another kind of network than is computed here: no block here has {strange[0]}."
+        )
     if "pos_embed" not in state and not found.position:
         raise ValueError(
             f"init={path} is another kind of network than is computed here: it has no table of position embeddings, "

@@ -63,6 +63,9 @@ def _by_shape(tensors: State) -> str:
             return f"a network for videos or series of images, as Prithvi and VideoMAE: {name} has patches of {sides}"
         if name.endswith(("pos_embed", "position_embeddings")) and tensor.ndim > 3:
             return f"a network whose positions are a map, as SAM's ({name} has {tensor.ndim} dimensions)"
+    first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is not None and second is not None and first.shape[0] != second.shape[1]:
+        return "a vision transformer with SwiGLU layers (blocks.0.mlp.fc1 has more outputs than fc2 has inputs)"
     for layer, kind in (("norm1", "norms have no bias, as RMSNorm"), ("attn.proj", "linear layers have no bias")):
         name = next((name for name in tensors if name.endswith(f".{layer}.weight")), None)
         if name and not any(name.endswith(f".{layer}.bias") for name in tensors):
