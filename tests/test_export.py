@@ -17,6 +17,7 @@ from mae.models.export_card import Facts, run_facts
 from mae.models.export_state import sizes
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
+from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 
@@ -254,6 +255,26 @@ def test_reference_and_safetensors_keep_every_bit(tmp_path, make):
         back = make()
         assert not fit(back, read(str(path))).fresh
     assert (tmp_path / "mae.md").exists() and (tmp_path / "net/README.md").exists()
+
+
+@pytest.mark.parametrize("format", ["reference", "safetensors", "timm"])
+@pytest.mark.parametrize("make", [autoencoder, vit])
+def test_an_export_says_its_grid_and_heads(tmp_path, format, make):
+    """16 x 4 patches are as many as 8 x 8: a model of another grid interpolates from the right one."""
+    model = make(img_size=[64, 16])
+    nn.init.normal_(model.pos_embed)
+    facts = UNLABELLED if isinstance(model, MaskedAutoencoder) else FACTS
+    path = export(model, format=format, path=str(tmp_path / "net"), facts=facts)[0].parent
+    path = path / "model.pth" if format == "reference" else path
+    for size, grid in (([64, 16], (16, 4)), ([32, 32], (8, 8)), ([16, 64], (4, 16))):
+        other = make(img_size=size)
+        report = fit(other, read(str(path)))
+        assert torch.equal(other.pos_embed, resize_pos_embed(model.pos_embed, (16, 4), grid))
+        assert "was taken as" not in str(report) and "Assumed" not in str(report)
+    with pytest.raises(ValueError, match=r"Set model\.num_heads=3"):
+        fit(make(img_size=[64, 16], num_heads=2), read(str(path)))
+    if format != "timm" and isinstance(model, MaskedAutoencoder):
+        assert read(str(path)).norm_pix_loss is True and read(str(path)).mask_ratio == 0.75
 
 
 # ---------------------------------------------------------------- graphs

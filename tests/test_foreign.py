@@ -607,6 +607,36 @@ def test_positions_of_a_table_that_is_no_square(tmp_path):
         fit(vit(), found)
 
 
+@pytest.mark.parametrize("size", [[64, 16], [16, 64], [8, 32], [36, 16]])
+def test_a_table_of_a_square_number_of_rows_fits_the_models_own_grid(tmp_path, size):
+    """16 x 4 patches are as many as 8 x 8: what does not say its grid is taken as the model's, and the report says so."""
+    model = scramble(autoencoder(img_size=size))
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    other = autoencoder(img_size=size)
+    nn.init.zeros_(other.pos_embed)
+    report = fit(other, read(str(tmp_path / "bare.pth")), need_decoder=True)
+    assert torch.equal(other.pos_embed, model.pos_embed) and torch.equal(
+        other.decoder_pos_embed, model.decoder_pos_embed
+    )
+    rows, side = model.num_patches, math.isqrt(model.num_patches)
+    expected = f"Its pos_embed of {rows} patches was taken as {size[0] // 4} x {size[1] // 4}, the model's grid; "
+    assert expected + f"the file does not say whether it was {side} x {side}." in str(report)
+    square = autoencoder(img_size=side * 4)  # says nothing of it: a square is what most files are
+    assert "taken as" not in str(fit(square, read(str(tmp_path / "bare.pth"))))
+
+
+@pytest.mark.parametrize("size", [(8, 24), (64, 16), (20, 52)])
+def test_a_table_without_a_class_row_is_known_by_the_models_grid(tmp_path, size):
+    """timm's `no_embed_class`, whatever the number of rows; 5 x 13 patches are as many as 8 x 8 and a class row."""
+    net = dict(patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg", no_embed_class=True)
+    model = scramble(timm.create_model("vit_tiny_patch16_224", img_size=size, **net)).eval()
+    nn.init.normal_(model.pos_embed)
+    torch.save({"state_dict": model.state_dict(), "args": {"img_size": list(size)}}, tmp_path / "vit.pth")
+    other = vit(img_size=list(size))
+    fit(other, read(str(tmp_path / "vit.pth")), head="require")
+    same(other(images(size=size)), model(images(size=size)))
+
+
 # ---------------------------------------------------------------- what does not fit, and what is no checkpoint
 
 

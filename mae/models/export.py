@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mae.models.export_card import Facts, card
-from mae.models.export_files import place, staged
+from mae.models.export_files import place, sort_metadata, staged
 from mae.models.export_huggingface import to_huggingface
-from mae.models.export_state import State, encoder_weights, sizes, weights
+from mae.models.export_state import State, description, encoder_weights, sizes, weights
 from mae.models.mae import MaskedAutoencoder
 
 TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
@@ -122,21 +122,23 @@ def _timm_config(name: str, arguments: dict[str, Any], size: dict[str, Any], fac
 
 
 def to_reference(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """The reference's own file: `{"model": state dict}` under its names, a `.pth`."""
+    """The reference's own file: `{"model": state dict}` under its names, a `.pth`; `args` says what no tensor does."""
     folder, name, readme = place(path, "model.pth")
     usage = f'import torch\n\nstate = torch.load("{name}", weights_only=True)["model"]'
     with staged(folder) as stage, (stage / name).open("wb") as file:
-        torch.save({"model": _own(model, facts)}, file)
+        torch.save({"model": _own(model, facts), "args": description(model, facts)}, file)
         (stage / readme).write_text(_card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
 
 
 def to_safetensors(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """The reference's names in a `.safetensors` file."""
+    """The reference's names in a `.safetensors` file, whose metadata says what no tensor does."""
     folder, name, readme = place(path, "model.safetensors")
     usage = f'from safetensors.torch import load_file\n\nstate = load_file("{name}")'
     with staged(folder) as stage:
-        safetensors.torch.save_file(_own(model, facts), stage / name, metadata={"format": "pt"})
+        text = {key: json.dumps(value) for key, value in description(model, facts).items()}
+        safetensors.torch.save_file(_own(model, facts), stage / name, metadata={"format": "pt"} | text)
+        sort_metadata(stage / name)
         (stage / readme).write_text(_card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
 

@@ -1,6 +1,7 @@
 """Files of an export: written aside, compared with what is there, and put in place whole."""
 
 import filecmp
+import json
 import os
 import shutil
 import tempfile
@@ -47,3 +48,13 @@ def place(path: str, default: str) -> tuple[Path, str, str]:
     if target.suffix == Path(default).suffix:
         return target.parent, target.name, f"{target.stem}.md"
     return target, default, "README.md"
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order, so that the same export has the same bytes: it comes in any."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(length))

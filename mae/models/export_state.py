@@ -5,11 +5,14 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mae.models.export_card import Facts
 from mae.models.foreign import DECODER
 from mae.models.foreign_parts import fold_batch_norm
+from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
 
 State = dict[str, Tensor]
+LIBRARY = "mae-experiments"  # in files of ours that have no config.json
 
 
 def weights(model: nn.Module, *, fold: bool) -> State:
@@ -58,3 +61,15 @@ def sizes(model: nn.Module) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "class_token": model.cls_token is not None,
     }
+
+
+def description(model: nn.Module, facts: Facts) -> dict[str, Any]:
+    """What no tensor says of a model, in numbers and text: for the formats that have no config of their own."""
+    size = sizes(model)
+    stated: dict[str, Any] = {"library": LIBRARY, "layer_norm_eps": LAYER_NORM_EPS, "hidden_act": "gelu"}
+    stated |= {key: list(size[key]) for key in ("img_size", "patch_size")} | {"num_heads": size["num_heads"]}
+    stated |= {"mean": list(facts.mean), "std": list(facts.std)}
+    if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
+        stated |= {"decoder_num_heads": size["decoder_num_heads"], "norm_pix_loss": model.norm_pix_loss}
+        stated |= {"mask_ratio": facts.mask_ratio}
+    return stated

@@ -88,17 +88,22 @@ class Foreign:
         return next((value for value in told if isinstance(value, kind)), None)
 
     def grid(self, rows: int, guess: tuple[int, int]) -> tuple[int, int] | None:
-        """(height, width) in patches of a position table of so many patches; None where nothing tells.
+        """(height, width) in patches of a position table of so many patches; None where nothing says it.
 
-        `guess` is taken where it fits and neither the files nor a square say otherwise.
+        What the file says of its image size comes first, then `guess`, the model's own grid, then a square.
         """
-        told = self._told_grid()
-        if told is not None and told[0] * told[1] == rows:
-            return told
+        stated = self.stated_grid(rows)
+        if stated is not None:
+            return stated
+        if guess[0] * guess[1] == rows:
+            return guess
         side = math.isqrt(rows)
-        if side**2 == rows:
-            return side, side
-        return guess if guess[0] * guess[1] == rows else None
+        return (side, side) if side**2 == rows else None
+
+    def stated_grid(self, rows: int) -> tuple[int, int] | None:
+        """The grid of so many patches that follows from the image size which the file states, or None."""
+        stated = self._told_grid()
+        return stated if stated is not None and stated[0] * stated[1] == rows else None
 
     def _told_grid(self) -> tuple[int, int] | None:
         """The grid of patches that the files say the weights were trained on, or None."""
@@ -121,13 +126,16 @@ class Foreign:
     def _has_class_row(self, rows: int, guess: tuple[int, int]) -> bool:
         """Whether a stored table of so many rows has one for the class token, which timm's `no_embed_class` leaves out.
 
-        A square number of rows may be either: all patches of a square, or one more than those of 4 x 6.
+        Rows may be all patches of one grid, or one more than those of another: 25 are 5 x 5, or 4 x 6 and a class row.
         """
-        if not self.has_class_token or math.isqrt(rows) ** 2 != rows or "mask_token" in self.state:
+        if not self.has_class_token or "mask_token" in self.state:
             return self.has_class_token
-        told = self._told_grid()
-        known = told if told is not None and told[0] * told[1] in (rows, rows - 1) else guess
-        return known[0] * known[1] == rows - 1
+        for patches in (rows - 1, rows):
+            if self.stated_grid(patches) is not None:
+                return patches < rows
+        if rows > 1 and (guess[0] * guess[1] == rows - 1 or math.isqrt(rows - 1) ** 2 == rows - 1):
+            return True
+        return guess[0] * guess[1] != rows and math.isqrt(rows) ** 2 != rows
 
 
 def read(path: str) -> Foreign:
@@ -179,16 +187,30 @@ def _told(meta: dict[str, Any]) -> dict[str, Any]:
         model.get("img_size"),
         config.get("image_size"),
         extra.get("img_size"),
-        (cfg.get("input_size") or [])[1:],
+        cfg.get("input_size"),
+        args.get("img_size"),  # timm's training script's, our exports'
         args.get("input_size"),  # the reference's, MAE-pytorch's
         args.get("input_resolution"),  # the seed's
     )
+    heads = (model.get("num_heads"), config.get("num_attention_heads"), extra.get("num_heads"), args.get("num_heads"))
+    wide = (
+        model.get("decoder_num_heads"), config.get("decoder_num_attention_heads"), args.get("decoder_num_heads")
+    )  # fmt: skip
     return {
-        "img_size": next((size for size in sizes if size), None),
-        "num_heads": model.get("num_heads") or config.get("num_attention_heads") or extra.get("num_heads"),
-        "decoder_num_heads": model.get("decoder_num_heads") or config.get("decoder_num_attention_heads"),
+        "img_size": next((size for size in map(_image_size, sizes) if size), None),
+        "num_heads": next(filter(None, heads), None),
+        "decoder_num_heads": next(filter(None, wide), None),
         "layer_norm_eps": config.get("layer_norm_eps"),
     }
+
+
+def _image_size(value: Any) -> int | list[int] | None:
+    """A side, or (height, width), which may stand after the channels; None for anything else."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, list | tuple) and len(value) in (2, 3) and all(isinstance(side, int) for side in value):
+        return list(value[-2:])
+    return None
 
 
 def _family(opened: Opened, layout: Layout) -> str:

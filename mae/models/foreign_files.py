@@ -107,6 +107,7 @@ def _open_file(path: Path) -> Opened:
         opened = _open_shards(path)
     elif path.suffix == ".safetensors":
         opened = _select(_load_safetensors(path), path, "safetensors")
+        opened.args = _metadata(path)
     else:
         opened = _select(_load_torch(path), path, "torch")
     if ours:
@@ -146,6 +147,18 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"init={path} is truncated or not a safetensors file ({error}).") from error
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What an export of ours says in a safetensors file's header; {} of other files."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        stated = file.metadata() or {}
+    if "library" not in stated:
+        return {}
+    try:
+        return {key: json.loads(value) for key, value in stated.items() if key != "format"}
+    except ValueError:
+        return {}
 
 
 def _load_torch(path: Path) -> Mapping[Any, Any]:

@@ -94,7 +94,7 @@ def check_network(opened: Opened, path: str) -> tuple[str, list[str]]:
         raise ValueError(f"init={path}{name} is another kind of network than is computed here: {network}.")
     if opened.network is None and "architecture" not in config:
         if "model_type" not in config:
-            return "", [ASSUMED]
+            return "", [] if "hidden_act" in opened.args else [ASSUMED]  # an export of ours
         if reason := foreign_huggingface.difference(config):
             raise ValueError(f"init={path} computes another function than this project's networks: {reason}.")
         return "", []

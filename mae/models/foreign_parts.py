@@ -3,6 +3,7 @@
 Each function edits `state`, the tensors about to be loaded, and returns sentences on what it did.
 """
 
+import math
 from typing import Any, Literal
 
 from torch import nn
@@ -140,6 +141,13 @@ def fit_positions(state: State, target: State, foreign: Foreign, model: Any, whe
             raise ValueError(
                 f"{where} has position embeddings of {table.shape[1] - 1} patches, which is no square, and "
                 "does not say its image size. Check model.img_size and model.patch_size."
+            )
+        rows = old[0] * old[1]
+        if old == new and math.isqrt(rows) ** 2 == rows and old[0] != old[1] and foreign.stated_grid(rows) is None:
+            side = math.isqrt(rows)
+            notes.append(
+                f"Its {name} of {rows} patches was taken as {_by(old)}, the model's grid; the file does not say "
+                f"whether it was {_by((side, side))}."
             )
         if old != new:
             notes.append(f"Its {name} was interpolated from {_by(old)} to {_by(new)} patches.")
