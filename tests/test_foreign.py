@@ -609,7 +609,7 @@ def test_positions_of_a_table_that_is_no_square(tmp_path):
 
 @pytest.mark.parametrize("size", [[64, 16], [16, 64], [8, 32], [36, 16]])
 def test_a_table_of_a_square_number_of_rows_fits_the_models_own_grid(tmp_path, size):
-    """16 x 4 patches are as many as 8 x 8: what does not say its grid is taken as the model's, and the report says so."""
+    """16 x 4 patches are as many as 8 x 8: without a stated grid the model's is taken, and the report says so."""
     model = scramble(autoencoder(img_size=size))
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     other = autoencoder(img_size=size)
