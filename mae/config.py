@@ -47,7 +47,13 @@ NEUTRAL = (
 
 # Keys that came after runs had been made, and what these runs did
 ADDED: dict[str, dict[str, Any]] = {
-    "shards": {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False},
+    "shards": {
+        "image_key": None,
+        "label_key": None,
+        "sample_key": "first_dot",
+        "follow_links": False,
+        "splits": "auto",
+    },
     "hf": {"follow_links": False},
     **{name: {"splits": "auto"} for name in ("folder", "cifar10_folder", "scientific")},
 }

@@ -226,7 +226,7 @@ def test_the_directory_of_a_run_hangs_on_what_it_computes():
 
 
 @pytest.mark.parametrize(("name", "keys"), [
-    ("shards", ("image_key", "label_key", "sample_key", "follow_links")), ("hf", ("follow_links",))
+    ("shards", ("image_key", "label_key", "sample_key", "follow_links", "splits")), ("hf", ("follow_links",))
 ])  # fmt: skip
 def test_a_run_of_a_version_without_a_key_goes_on(tmp_path, name, keys):
     cfg = composed(f"data={name}", f"data.root={tmp_path}")

@@ -42,6 +42,7 @@ OPTIONS = {
     "image_key": None,
     "label_key": None,
     "sample_key": "first_dot",
+    "splits": "auto",
 }
 LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
 
@@ -457,6 +458,45 @@ def test_odd_shards_are_refused_in_words(tmp_path, files, says):
             path.write_bytes(content) if isinstance(content, bytes) else tar(path, content)
     with pytest.raises(ValueError, match=says):
         opened(tmp_path / "set", tmp_path)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(("train", "val", "others"), [
+    ("train/{}", "val/{}", ["extra/{}"]),
+    ("train/{}", "validation/{}", []),
+    ("Train/{}", "Valid/{}", []),
+    ("training/{}", "test/{}", []),
+    ("train-{}", "val-{}", ["test-{}"]),
+    ("imagenet1k-train-000{}", "imagenet1k-validation-0{}", []),
+])  # fmt: skip
+def test_shards_of_training_and_validation_are_told_by_folders_and_names(tmp_path, train, val, others, remote, caplog):
+    caplog.set_level("INFO")
+    for value, name in enumerate((train, val, *others)):
+        for number in range(2):
+            tar(tmp_path / "set" / f"{name.format(number)}.tar", [("0.jpg", value), ("1.jpg", value)])
+    root = f"file://{tmp_path}/set" if remote else tmp_path / "set"
+    for split, value in (("train", 0), ("val", 1)):
+        source = opened(root, tmp_path, split)
+        assert [int(source[i][0][0, 0, 0]) for i in range(len(source))] == [value] * 4
+    assert "is for training: 4 images" in caplog.text and "is for validation: 4 images" in caplog.text
+
+
+def test_shards_of_splits_that_can_be_read_in_two_ways(tmp_path):
+    for value, name in enumerate(("train-0", "val-0", "more-0")):
+        tar(tmp_path / "set" / f"{name}.tar", [("0.jpg", value), ("1.jpg", value)])
+    says = (
+        r"shards of train and val beside more-0\.tar, which can be read in two ways\. Type data\.splits=\[train,val\] "
+    )
+    with pytest.raises(ValueError, match=f"{says}to leave the others out, or data\\.splits=off"):
+        opened(tmp_path / "set", tmp_path)
+    assert len(opened(tmp_path / "set", tmp_path, splits=["train", "val"])) == 2
+    assert len(opened(tmp_path / "set", tmp_path, "val", splits=["train", "val"])) == 2
+    assert len(opened(tmp_path / "set", tmp_path, splits="off").source) == 6
+    tar(tmp_path / "one" / "train" / "0.tar", [(f"{k}.jpg", k) for k in range(10)])
+    assert [len(opened(tmp_path / "one", tmp_path, split)) for split in ("train", "val")] == [8, 2]
+    tar(tmp_path / "classes" / "train_station-0.tar", [("0.jpg", 0), ("1.jpg", 1)])  # of no split
+    tar(tmp_path / "classes" / "test_tube-0.tar", [("0.jpg", 0), ("1.jpg", 1)])
+    assert len(opened(tmp_path / "classes", tmp_path).source) == 4
 
 
 def test_a_shard_without_images_among_others(tmp_path):

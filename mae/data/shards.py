@@ -23,15 +23,14 @@ import numpy as np
 from mae.data import flat
 from mae.data.decode import Decoder
 from mae.data.folder import held_out
-from mae.data.known import given_root
 from mae.data.listing import SUFFIXES, cache_folder
+from mae.data.shard_splits import INDEX, opened
 from mae.data.source import BadImage, Encoded, Source
-from mae.data.store import Local, Remote, is_remote
+from mae.data.store import Local, Remote
 from mae.data.tar import DEFAULT, Layout, Members, Notes, joined, members
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.bin"
 FORMAT = "mae-shards-1"
 READING = "mae-shards-2"  # how files form samples: an index kept of another reading is not used
 OPEN_FILES = 64  # shards a process keeps open
@@ -128,17 +127,17 @@ class Shards(Encoded):
         return data
 
     def _file(self, shard: int) -> int:
-        opened = self._open.files
-        if shard not in opened:
+        descriptors = self._open.files
+        if shard not in descriptors:
             where = self.index.names[shard], self.index.sizes[shard]
             try:
-                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+                descriptors[shard] = os.open(self.store.path(*where), os.O_RDONLY)
             except FileNotFoundError:  # just then another process made room in the cache
-                opened[shard] = os.open(self.store.path(*where), os.O_RDONLY)
-            if len(opened) > OPEN_FILES:
-                os.close(opened.popitem(last=False)[1])
-        opened.move_to_end(shard)
-        return opened[shard]
+                descriptors[shard] = os.open(self.store.path(*where), os.O_RDONLY)
+            if len(descriptors) > OPEN_FILES:
+                os.close(descriptors.popitem(last=False)[1])
+        descriptors.move_to_end(shard)
+        return descriptors[shard]
 
     def order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
         """The epoch's permutation (see above), of the images that `kept` is true of."""
@@ -190,51 +189,36 @@ def tar_shards(
     image_key: str | None,
     label_key: str | None,
     sample_key: Literal["first_dot", "last_dot"],
+    splits: Literal["auto", "off"] | list[str],
 ) -> Source:
     """Tar shards under `root`, a folder or a URL of fsspec (s3://, gs://, https://).
 
-    `root/train` and `root/val` are the two parts where both are there, else `val_fraction` of the images is
-    held out. Shards without an index are read through once, and what is found is kept in the cache folder.
-    `image_key` and `label_key` are the suffixes of a sample's files (null: its image and `cls`), and `sample_key` says
-    at which dot its name ends. Raises ValueError where there is no shard, or no image in it, a sample has several
-    images, or the root cannot be reached.
+    `root/train` and `root/val`, or shards called `train-*` and `val-*`, are the splits where they are there (see
+    `mae.data.shard_splits`), else `val_fraction` of the images is held out. Shards without an index are read through
+    once, and the index is kept in the cache folder. `image_key` and `label_key` are the suffixes of a sample's files
+    (null: its image and `cls`), and `sample_key` says at which dot its name ends. Raises ValueError where there is no
+    shard, or no image in it, a sample has several images, or the root cannot be reached.
     """
     cache = cache_folder(cache_dir)
-    store, parted = opened(root, split, cache, cache_gb, retry_s, follow_links)
+    shards = opened(root, split, cache, cache_gb, retry_s, follow_links, splits)
     image_suffix, label_suffix = (key and key.lower().lstrip(".") for key in (image_key, label_key))
     layout = Layout(image_suffix, label_suffix, sample_key)
-    index = indexed(store, cache, layout)
-    source = Shards(index, store, Decoder(in_chans, exif_orientation, max_pixels), lanes, window)
-    if parted:
+    index = indexed(shards.store, cache, layout, shards.names)
+    source = Shards(index, shards.store, Decoder(in_chans, exif_orientation, max_pixels), lanes, window)
+    if shards.name is not None:
+        role = ("validation" if split == "val" else "training") if shards.parted else "both, data.val_fraction held out"
+        log.info("data.root=%s: %s is for %s: %d images", root, shards.name, role, len(source))
+    if shards.parted:
         return source
     return held_out(source, val_fraction, split)
 
 
-def opened(
-    root: str | None, split: str, cache: Path, cache_gb: float, retry_s: float, follow_links: bool
-) -> tuple[Local | Remote, bool]:
-    """The store of a split, and whether the splits have stores of their own."""
-    if root is None or not is_remote(root):
-        top = given_root(root)
-        parted = (top / "train").is_dir() and (top / "val").is_dir()
-        return Local(top / split if parted else top, follow_links), parted
-    part = Remote(f"{root.rstrip('/')}/{split}", cache, cache_gb, retry_s)
-    try:
-        if part.has(INDEX) or part.names():  # of which the first asks for no listing
-            return part, True
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
-    return Remote(root, cache, cache_gb, retry_s), False
-
-
-def indexed(store: Local | Remote, cache: Path, layout: Layout = DEFAULT) -> Index:
+def indexed(store: Local | Remote, cache: Path, layout: Layout = DEFAULT, names: list[str] | None = None) -> Index:
     """The index beside the shards, or one made by reading through them."""
     try:
         data = store.read(INDEX)
     except FileNotFoundError:
-        return _made(store, cache, layout)
+        return _made(store, cache, layout, store.names() if names is None else names)
     except OSError as error:
         raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
     try:
@@ -257,9 +241,8 @@ def _listed(store: Local | Remote, name: str, layout: Layout) -> tuple[Members, 
         return members(file, name, layout, notes), file.seek(0, io.SEEK_END), notes
 
 
-def _made(store: Local | Remote, cache: Path, layout: Layout) -> Index:
+def _made(store: Local | Remote, cache: Path, layout: Layout, names: list[str]) -> Index:
     """The index that the shards give, from the cache where they have not changed since."""
-    names = store.names()
     if not names:
         raise ValueError(f"data.root={store.root} holds no shard (*.tar).")
     stamps = []

@@ -167,6 +167,12 @@ class Remote:
         names = self._tried("", lambda: sorted(p[start:] for p in self.fs.glob(f"{self.root}/{pattern}")))
         return [name for name in names if not hidden(name)]
 
+    def folders(self) -> list[str]:
+        """The names of the folders, sorted. Raises OSError, and NotImplementedError where there are no listings."""
+        entries = self._tried("", lambda: self.fs.ls(self.root, detail=True))
+        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+        return sorted(name for name in names if not hidden(name))
+
     def tried(self, name: str, deed: Callable[[], T]) -> T:
         """The result of a deed that reads a shard, tried again for `retry_s`. Raises OSError."""
         return self._tried(name, deed, known=True)
