@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae import config
+from mae import config, launch
 from mae.data.folder import classes_of, image_folder
 from mae.data.scientific import scientific_folder
 from tests.conftest import composed, run_here
@@ -20,6 +20,11 @@ FOLDER = {
     "splits": "auto",
 }
 PIXELS = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+
+
+TINY_RUN = ["data=folder", "model.img_size=8", "model.patch_size=4", "model.embed_dim=8", "model.depth=1"]
+TINY_RUN += ["model.num_heads=1", "model.decoder_embed_dim=8", "model.decoder_depth=1", "model.decoder_num_heads=1"]
+TINY_RUN += ["task.batch_size=4", "task.warmup_epochs=0", "data.num_workers=0", "device=cpu", "task.epochs=1"]
 
 
 def images(folder, count=4):
@@ -164,19 +169,37 @@ def test_published_sets_are_found_in_other_letters(tmp_path):
         classes_of("train", root=str(root), **(options | {"parts": ["train", "val"]}))
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
     root = grown(tmp_path / "set", "train/x", "train/y", "val/x", "val/y")
-    tiny = ["data=folder", f"data.root={root}", "model.img_size=8", "model.patch_size=4", "model.embed_dim=8"]
-    tiny += ["model.depth=1", "model.num_heads=1", "model.decoder_embed_dim=8", "model.decoder_depth=1"]
-    tiny += ["model.decoder_num_heads=1", "task.batch_size=4", "task.warmup_epochs=0", "data.num_workers=0"]
-    tiny += ["device=cpu", "task.epochs=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    tiny = [*TINY_RUN, f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}"]
     assert run_here(tmp_path / "run", *tiny) == 0
     saved = tmp_path / "run" / "config.yaml"
     assert "  splits: auto\n" in saved.read_text()
     saved.write_text(saved.read_text().replace("  splits: auto\n", ""))
     (tmp_path / "run" / "summary.json").unlink()
     assert config.read(tmp_path / "run").data.splits == "auto"
+    capsys.readouterr()
     assert run_here(tmp_path / "run", *tiny) == 0
+    said = capsys.readouterr().err
+    assert "resumed at step 2" in said and "have changed" not in said  # the same images in the same order
     now = composed(*tiny)
     assert "data.splits" not in config.identity(now)  # so the same command comes back to the same directory
     assert config.identity(composed(*tiny, "data.splits=off"))["data.splits"] == "off"
+
+
+def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
+    root = grown(tmp_path / "set", "train", "val")
+    run, command = tmp_path / "run", [*TINY_RUN, f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert run_here(run, *command) == 0
+    with pytest.raises(config.ConfigError, match="data.splits"):  # a finished run is of one reading
+        run_here(run, *command, "data.splits=off")
+    (run / "summary.json").unlink()
+    images(root / "extra")
+    with pytest.raises(ValueError, match=r"Type data.splits=\[train,val\] where"):
+        run_here(run, *command)
+    capsys.readouterr()
+    assert run_here(run, *command, "data.splits=[train,val]") == 0
+    said = capsys.readouterr().err
+    assert "resumed at step 1" in said and "have changed" not in said
+    merged = launch.resumed(composed(*command, f"resume={run}", "data.splits=[train,val]"), ["data.splits=[train,val]"])
+    assert merged.data.splits == ["train", "val"]

@@ -8,6 +8,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -147,6 +148,24 @@ def test_links_that_lead_to_themselves_or_nowhere_do_not_refuse_the_rest(tmp_pat
         with pytest.raises(BadImage, match="cannot be read"):
             source[index]
     assert len(bad) == 2
+
+
+def test_a_link_to_the_folder_of_another_class_does_not_take_its_images(tmp_path):
+    root = grown(tmp_path / "set", "cat", "dog", ".store/eel")
+    (root / "cat" / "more").symlink_to("../dog")
+    (root / "eel").symlink_to(".store/eel")
+    source = opened(root, val_fraction=0.1).source
+    assert source.classes == ["cat", "dog", "eel"] and np.bincount(source.labels).tolist() == [4, 4, 4]
+    assert {source.name(k) for k in range(12)} == {f"{c}/{k}.png" for c in ("cat", "dog", "eel") for k in range(4)}
+
+
+def test_corruptions_are_not_looked_for_in_what_macos_leaves(tmp_path):
+    images(tmp_path / "set" / "imagenet-c" / "snow" / "1" / "n01440764")
+    for severity in "2345":
+        images(tmp_path / "set" / "imagenet-c" / "snow" / severity / "n01440764", 1)
+    (tmp_path / "set" / "__MACOSX" / "snow" / "1").mkdir(parents=True)
+    options = FILES | {"cache_dir": str(tmp_path / "cache"), "variant": "c"}
+    assert len(robustness("val", root=str(tmp_path / "set"), **options)) == 8
 
 
 def test_the_cache_of_the_hub_is_taken_with_follow_links(tmp_path):

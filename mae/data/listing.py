@@ -81,9 +81,10 @@ def scan(
     """All images under `root`, folder by folder in sorted order, and the time stamp of each folder.
 
     classes: names of the first-level folders that are labels, or None for no labels. Links that lead out of
-    `root` are passed over unless `follow_links`. Raises ValueError for a folder that cannot be read.
+    `root` are passed over unless `follow_links`, and those that lead to folders that are listed themselves.
+    Raises ValueError for a folder that cannot be read.
     """
-    found, stamps, outside, broken = Builder(), {}, 0, 0
+    found, stamps, outside, broken, twice = Builder(), {}, 0, 0, 0
     real_root, seen = os.path.realpath(root), set()
     number = {name: k for k, name in enumerate(classes or [])}
     todo = [""]
@@ -104,13 +105,18 @@ def scan(
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
             if is_folder(entry):
-                deeper.append(name)
+                if link and listed_itself(real_root, entry.path):
+                    twice += 1
+                else:
+                    deeper.append(name)
             elif entry.name.lower().endswith(suffixes):
                 found.add(name, label)
                 broken += link and not os.path.exists(entry.path)
         todo.extend(reversed(deeper))
     if outside:
         log.warning("%d links lead out of data.root=%s and were left out (data.follow_links)", outside, root)
+    if twice:
+        log.info("%d links in data.root=%s lead to folders whose images are taken at their own place", twice, root)
     if broken:
         log.warning("%d links in data.root=%s lead to no file: each is an image that cannot be used", broken, root)
     listing = found.listing(str(root), classes or [])
@@ -189,6 +195,11 @@ def holds(path: str | Path, suffixes: tuple[str, ...], real_root: str, follow_li
 def inside(real_root: str, path: str) -> bool:
     """Whether what `path` leads to is `real_root` or lies under it."""
     return os.path.commonpath([real_root, os.path.realpath(path)]) == real_root
+
+
+def listed_itself(real_root: str, link: str) -> bool:
+    """Whether the folder that a link leads to is listed by its own name too, which is that of its images' class."""
+    return inside(real_root, link) and not hidden(os.path.relpath(os.path.realpath(link), real_root))
 
 
 # ---------------------------------------------------------------- cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from mae.data.decode import Decoder
 from mae.data.folder import Files
 from mae.data.known import given_root
-from mae.data.listing import cached_scan
+from mae.data.listing import cached_scan, hidden
 from mae.data.source import Source
 from mae.data.splits import stays
 
@@ -133,7 +133,8 @@ def corruptions(top: Path, root: str | None) -> dict[str, Path]:
     """`corruption/severity` -> folder, for those under `top` or, as the archives unpack, one level deeper."""
     found = {}
     for name in ALEXNET_ERRORS:
-        place = next((p for p in (top / name, *sorted(top.glob(f"*/{name}"))) if p.is_dir()), None)
+        places = (p for p in (top / name, *sorted(top.glob(f"*/{name}"))) if not hidden(str(p.relative_to(top))))
+        place = next((p for p in places if p.is_dir()), None)
         for severity in SEVERITIES if place is not None else ():
             assert place is not None
             if not (place / severity).is_dir():

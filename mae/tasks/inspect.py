@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mae import device, optim
 from mae.augment import AUGMENTATIONS, Prepare
 from mae.config import build, call
+from mae.data.listing import printable
 from mae.data.loader import Loader
 from mae.data.source import Source
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
@@ -219,7 +220,14 @@ def told(found: dict[str, Any]) -> None:
     log.info("%d training and %d validation images", found["train_images"], found["val_images"])
     if found["classes"]:
         (small, least), (large, most) = found["smallest_class"], found["largest_class"]
-        log.info("%d classes, from %d images (%s) to %d (%s)", found["classes"], least, small, most, large)
+        log.info(
+            "%d classes, from %d images (%s) to %d (%s)",
+            found["classes"],
+            least,
+            printable(small),
+            most,
+            printable(large),
+        )
     for side in ("height", "width"):
         log.info("%s %d to %d pixels, median %d", side, found[side][0], found[side][2], found[side][1])
     if "step_images_per_second" in found:
