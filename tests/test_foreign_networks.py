@@ -324,6 +324,9 @@ def test_block_chunks_of_dinov2_are_numbered_through(tmp_path):
         ({"blocks.0.attn.q_bias": (24,), "blocks.0.attn.v_bias": (24,)}, "BEiT or EVA"),
         ({"patch_embed.proj.weight": (24, 3, 1, 8, 8)}, "Prithvi and VideoMAE: .* patches of 1 x 8 x 8"),
         ({"pos_embed": (1, 4, 4, 24)}, "map, as SAM's"),
+        ({"blocks.0.mlp.fc1.weight": (192, 24)}, "SwiGLU"),
+        ({"blocks.0.proj.weight": (24, 24)}, r"no block here has blocks\.0\.proj\.weight"),
+        ({"blocks.0.attns.0.norm.weight": (24,)}, "parallel layers"),
     ],
 )
 def test_bare_tensors_of_another_network_are_named(tmp_path, extra, words):

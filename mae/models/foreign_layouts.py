@@ -43,9 +43,7 @@ def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
         raise ValueError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
     except ValueError as error:
         raise ValueError(f"init={path}: {error}") from error
-    if strange := next(
-        (name for name in state if re.match(BLOCK, name) and not re.fullmatch(KNOWN_IN_BLOCK, name)), ""
-    ):
+    if strange := [name for name in state if re.match(BLOCK, name) and not re.fullmatch(KNOWN_IN_BLOCK, name)]:
         raise ValueError(
             f"init={path} is another kind of network than is computed here: no block here has {strange[0]}."
         )
