@@ -262,7 +262,17 @@ def test_a_config_that_lacks_arguments_is_said(tmp_path):
     [
         ({"architecture": "prithvi_eo_v9"}, "names the architecture prithvi_eo_v9, which timm .* does not have"),
         ({"architecture": "resnet18"}, "names timm's resnet18, which is not timm's plain VisionTransformer"),
-        ({"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}, "cannot build .*no_such"),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}},
+            "hold no_such, which is not known here",
+        ),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "x"}}, "hold checkpoint_path"),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "none_such"}},
+            "cannot build .*none_such",
+        ),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 0}}, "cannot build"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": [1]}, "not names with values"),
     ],
 )
 def test_a_config_that_timm_cannot_build(tmp_path, config, words):
@@ -382,7 +392,7 @@ def test_hidden_act_is_compared(tmp_path, kind, activation):
     model.save_pretrained(tmp_path)
     assert loads(tmp_path, model, 3, (32, 32)) == (activation in EXACT)
     if activation not in EXACT:
-        with pytest.raises(ValueError, match=f"config.json says hidden_act={activation}, ours is gelu"):
+        with pytest.raises(ValueError, match=f"config says hidden_act={activation}, ours is gelu"):
             read(str(tmp_path))
     (tmp_path / "config.json").unlink()
     report = logits(tmp_path / "model.safetensors", torch.zeros(1, 3, 32, 32), 3)[1]
@@ -444,6 +454,7 @@ def test_other_models_of_hugging_face_are_refused_by_name(tmp_path, name, change
     ("key", "value", "words"),
     [
         ("layer_norm_eps", 1e-5, "layer_norm_eps=1e-05, ours is 1e-06"),
+        ("layer_norm_eps", "1e-12", "layer_norm_eps=1e-12, ours is 1e-06"),
         ("use_swiglu_ffn", True, "use_swiglu_ffn=True, which is not known here. Remove that key"),
         ("num_register_tokens", 4, "num_register_tokens=4, which is not known here"),
         ("rope_theta", 100.0, "rope_theta=100.0, which is not known here"),
@@ -464,6 +475,25 @@ def test_each_setting_of_a_hugging_face_config_is_compared(tmp_path, key, value,
             read(str(tmp_path))
     else:
         assert loads(tmp_path, model, 3, (32, 32))
+
+
+def test_the_config_beside_a_link_of_the_hubs_cache_is_read(tmp_path):
+    """The cache's files lie under their checksums, and a snapshot's names are links to them."""
+    model = transformers_model("ViTForImageClassification", hidden_act="relu", layer_norm_eps=1e-6)
+    (blobs := tmp_path / "blobs").mkdir()
+    model.save_pretrained(folder := tmp_path / "snapshots" / "main")
+    (folder / "model.safetensors").rename(blobs / "0a1b")
+    (folder / "model.safetensors").symlink_to(blobs / "0a1b")
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(ValueError, match="hidden_act=relu"):
+            read(str(path))
+
+
+def test_what_an_export_says_of_itself_is_compared(tmp_path):
+    metadata = {"library": '"x"', "hidden_act": '"relu"'}
+    safetensors.torch.save_file(plain_state(), tmp_path / "model.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="hidden_act=relu, ours is gelu"):
+        read(str(tmp_path / "model.safetensors"))
 
 
 def test_a_whole_config_of_transformers_is_known():

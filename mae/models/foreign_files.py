@@ -54,7 +54,7 @@ def open_checkpoint(path: str) -> Opened:
         raise ValueError(
             f"init={path} does not exist. Name a run directory, a checkpoint folder or file, or timm:NAME."
         )
-    if place.is_symlink():  # checkpoints/best
+    if place.is_symlink() and place.resolve().suffix == place.suffix:  # checkpoints/best, no file of the Hub's cache
         place = place.resolve()
     return _open_folder(place) if place.is_dir() else _open_file(place)
 

@@ -41,16 +41,24 @@ def difference(config: dict[str, Any]) -> str:
             f"its config.json says that it is Hugging Face's {name} (model_type={kind}): of Hugging Face's models only "
             "ViT, ViTMAE and ViTMSN are computed here"
         )
-    eps = config.get("layer_norm_eps")
-    if isinstance(eps, int | float) and eps > LAYER_NORM_EPS:
-        return f"its config.json says layer_norm_eps={eps:g}, ours is {LAYER_NORM_EPS:g}"
+    if reason := setting_difference(config):
+        return reason
     for key, value in config.items():
-        allowed = SETTINGS.get(key)
-        if allowed is not None and value is not None and value not in allowed:
-            return f"its config.json says {key}={value}, ours is {allowed[0]}"
-        if allowed is None and key not in HARMLESS and value:
+        if key not in SETTINGS and key not in HARMLESS and value:
             return (
                 f"its config.json says {key}={value}, which is not known here. Remove that key from it if it does "
                 "not change what the network computes"
             )
+    return ""
+
+
+def setting_difference(config: dict[str, Any]) -> str:
+    """Which setting of the function has another value than ours, as a part of a sentence, or ""."""
+    eps = config.get("layer_norm_eps")
+    if eps is not None and not (isinstance(eps, int | float) and eps <= LAYER_NORM_EPS):
+        return f"its config says layer_norm_eps={eps}, ours is {LAYER_NORM_EPS:g}"
+    for key, allowed in SETTINGS.items():
+        value = config.get(key)
+        if value is not None and value not in allowed:
+            return f"its config says {key}={value}, ours is {allowed[0]}"
     return ""

@@ -93,12 +93,21 @@ def check_network(opened: Opened, path: str) -> tuple[str, list[str]]:
     if network := unsupported_network(opened.tensors):
         raise ValueError(f"init={path}{name} is another kind of network than is computed here: {network}.")
     if opened.network is None and "architecture" not in config:
-        if "model_type" not in config:
-            return "", [] if "hidden_act" in opened.args else [ASSUMED]  # an export of ours
-        if reason := foreign_huggingface.difference(config):
-            raise ValueError(f"init={path} computes another function than this project's networks: {reason}.")
-        return "", []
+        return "", _check_settings(opened, path)
     return _check_timm(opened, path)
+
+
+def _check_settings(opened: Opened, path: str) -> list[str]:
+    """Compares a Hugging Face config, or what an export of ours says of itself; notes what had to be assumed."""
+    if "model_type" in opened.config:
+        reason = foreign_huggingface.difference(opened.config)
+    elif "hidden_act" in opened.args:
+        reason = foreign_huggingface.setting_difference(opened.args)
+    else:
+        return [ASSUMED]
+    if reason:
+        raise ValueError(f"init={path} computes another function than this project's networks: {reason}.")
+    return []
 
 
 def _check_timm(opened: Opened, path: str) -> tuple[str, list[str]]:
@@ -118,7 +127,7 @@ def _check_timm(opened: Opened, path: str) -> tuple[str, list[str]]:
         opened.config["model_args"] = sizes | {key: value for key, value in told.items() if value is not None}
     else:
         notes.append(
-            f"Its config.json describes a {opened.config['architecture']} of other tensors. "
+            f"Its config.json describes a {opened.config.get('architecture')} of other tensors. "
             f"{ASSUMED.replace('No config says how its tensors are used. ', '')}"
         )
     head_difference, name = foreign_timm.head_difference(network), opened.config.get("architecture")

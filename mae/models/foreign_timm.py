@@ -4,6 +4,7 @@ The model object says what no tensor does: activation, norms, pooling, order of 
 """
 
 import re
+from inspect import signature
 from typing import Any
 
 import timm
@@ -46,20 +47,25 @@ def network_of(config: dict[str, Any]) -> nn.Module:
 
     Raises ValueError, a part of a sentence, where timm lacks it or it is no plain vision transformer.
     """
-    name, arguments = str(config["architecture"]).partition(".")[0], dict(config.get("model_args") or {})
+    name, arguments = str(config["architecture"]).partition(".")[0], config.get("model_args") or {}
     if not timm.is_model(name):
         raise ValueError(f"its config.json names the architecture {name}, which timm {timm.__version__} does not have")
     if not is_model_in_modules(name, MODULES):
         raise ValueError(
             f"its config.json names timm's {name}, which is not timm's plain VisionTransformer: only that is computed"
         )
-    if isinstance(config.get("global_pool"), str):  # older versions of timm recorded no other argument
-        arguments.setdefault("global_pool", config["global_pool"])
-    arguments.setdefault("num_classes", config.get("num_classes", 1000))
+    if not isinstance(arguments, dict):
+        raise ValueError("the model_args of its config.json are not names with values")
+    if unknown := arguments.keys() - signature(VisionTransformer).parameters:
+        raise ValueError(
+            f"the model_args of its config.json hold {', '.join(sorted(unknown))}, which is not known here"
+        )
+    pool = {"global_pool": config["global_pool"]} if isinstance(config.get("global_pool"), str) else {}
+    arguments = {"num_classes": config.get("num_classes", 1000)} | pool | arguments  # timm once recorded nothing else
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"timm {timm.__version__} cannot build {name} with the model_args of its config.json ({error})"
         ) from error
