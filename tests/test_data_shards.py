@@ -2,8 +2,8 @@
 
 import hashlib
 import io
-import logging
 import json
+import logging
 import os
 import pickle
 import shutil
