@@ -18,6 +18,7 @@ from mae.models.foreign_fit import fit
 from mae.models.foreign_networks import ASSUMED
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
+from mae.tasks.export import restore_eps
 
 ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
 NETWORK = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
@@ -397,6 +398,40 @@ def test_hidden_act_is_compared(tmp_path, kind, activation):
     (tmp_path / "config.json").unlink()
     report = logits(tmp_path / "model.safetensors", torch.zeros(1, 3, 32, 32), 3)[1]
     assert "Assumed are exact GELU" in report
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-7])
+def test_the_eps_of_a_model_that_is_not_trained_is_the_files(tmp_path, eps):
+    """As transformers initialises a ViT its tokens vary so little that the eps decides."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(**SIZES, num_labels=5, layer_norm_eps=eps)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    assert loads(tmp_path, model, 3, (32, 32))
+    report = logits(tmp_path, torch.zeros(1, 3, 32, 32), 3)[1]
+    assert f"Its LayerNorms have eps {eps:g}, which the model's get." in report
+    encoder = classifier(
+        img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, num_classes=0,
+        drop_path=0.0, global_pool="token",
+    ).eval()  # fmt: skip
+    fit(encoder, read(str(tmp_path)), head="fresh", trained=False)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(encoder(x), model.vit(x).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
+    assert "ours have 1e-06" in str(fit(encoder, read(str(tmp_path)), head="fresh"))  # no checkpoint records an eps
+
+
+def test_an_export_has_the_eps_that_its_config_says(tmp_path, caplog):
+    transformers_model("ViTForImageClassification", layer_norm_eps=1e-12).save_pretrained(tmp_path)
+    file = read(str(tmp_path))
+    model = classifier(
+        img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, num_classes=5,
+        drop_path=0.0, global_pool="token",
+    )  # fmt: skip
+    fit(model, file, head="require")
+    assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-12}
+    restore_eps(file, model)
+    assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-6}
+    assert "LayerNorms of eps 1e-12; the exported network has 1e-06" in caplog.text
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_python", "gelu_new", "relu", "quick_gelu"])

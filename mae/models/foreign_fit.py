@@ -15,7 +15,7 @@ from mae.models.foreign_parts import (
     fit_head,
     fit_positions,
 )
-from mae.models.layers import LAYER_NORM_EPS
+from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +42,24 @@ class Fit:
         return " ".join([f"{text}.", *self.notes])
 
 
-def fit(model: nn.Module, foreign: Foreign, *, need_decoder: bool = False, head: HeadMode = "fit") -> Fit:
+def fit(
+    model: nn.Module, foreign: Foreign, *, need_decoder: bool = False, head: HeadMode = "fit", trained: bool = True
+) -> Fit:
     """Loads `foreign` into a MaskedAutoencoder or a timm VisionTransformer, in place.
 
     Position embeddings are interpolated where the grid differs. A MaskedAutoencoder takes the decoder if it
     is there and fits, and must find one under `need_decoder`. A classifier takes the file's head if it has
     as many classes and reads the same tokens (`"fit"`), must find that (`"require"`, for evaluation), or
-    keeps its own (`"fresh"`). Raises ValueError in plain words where what is needed does not fit; the model
-    is then unchanged.
+    keeps its own (`"fresh"`). A model that nobody trains (`trained=False`, `"require"`, `need_decoder`) gets the eps
+    of the file's LayerNorms; a checkpoint of a trained one would not record it. Raises ValueError in plain words
+    where what is needed does not fit; the model is then unchanged.
     """
     target = model.state_dict()
     ours = architecture(target) | _heads(model)
     where = f"init={foreign.path} ({foreign.kind})"
     _check_sizes(foreign.arch, ours, where)
-    notes = [*foreign.notes, *_eps_note(foreign)]
+    adopt_eps = not trained or need_decoder or head == "require"
+    notes = [*foreign.notes, *_eps_note(foreign, adopt_eps)]
     state = {name: tensor for name, tensor in foreign.state.items() if not name.endswith("pos_embed")}
     notes += fit_decoder(state, target, foreign, ours, where, need_decoder)
     notes += fit_head(state, target, foreign, where, head)
@@ -78,6 +82,8 @@ def fit(model: nn.Module, foreign: Foreign, *, need_decoder: bool = False, head:
     if bare:
         drop_class_token(model)
     model.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    if adopt_eps:
+        set_layer_norm_eps(model, foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS))
     log.info("init=%s: %s", foreign.path, report)
     return report
 
@@ -87,10 +93,12 @@ def _families(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(f"{n.split('.')[0]}.*" if "." in n else n for n in names))
 
 
-def _eps_note(foreign: Foreign) -> list[str]:
+def _eps_note(foreign: Foreign, adopted: bool) -> list[str]:
     eps = foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps == LAYER_NORM_EPS:
         return []
+    if adopted:
+        return [f"Its LayerNorms have eps {eps:g}, which the model's get."]
     return [f"Its LayerNorms had eps {eps:g}; ours have {LAYER_NORM_EPS:g}, as the reference's."]
 
 

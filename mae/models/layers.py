@@ -120,6 +120,13 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
+def set_layer_norm_eps(model: nn.Module, eps: float) -> None:
+    """Gives every LayerNorm of `model` this eps."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
 def set_attention_kernel(model: nn.Module, kernel: Kernel | Literal["auto"]) -> None:
     """Make every block of `model` use `kernel`, whatever its inputs; `auto` gives the choice back."""
     for block in blocks_of(model):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from mae.augment import kept_fraction
 from mae.geometry import pair
@@ -14,6 +15,7 @@ from mae.inherit import run_of
 from mae.models.export import export as write
 from mae.models.export_card import Facts, run_facts
 from mae.models.foreign import DECODER, Foreign, read
+from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
 from mae.tasks.common import channels, kept_classes, need_init, read_from
 from mae.tasks.evaluate import load_classifier
@@ -50,6 +52,7 @@ def export(
                 classes = names if len(names) == foreign.head.classes else []
             else:
                 model, encoder_only = autoencoder(cfg, foreign, norm_pix_loss, need_decoder=format == "huggingface")
+        restore_eps(foreign, model)
         check_grid(foreign, model.patch_embed.grid_size, cfg)
         facts = Facts(
             name=cfg.model.name,
@@ -94,6 +97,17 @@ def autoencoder(
             "fine-tune it first, and export that run."
         )
     return model, any(name.startswith(DECODER) for name in report.fresh)
+
+
+def restore_eps(foreign: Foreign, model: nn.Module) -> None:
+    """Gives LayerNorms the eps that every export has: timm's and the reference's formats record none."""
+    theirs = foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS)
+    if theirs != LAYER_NORM_EPS:
+        set_layer_norm_eps(model, LAYER_NORM_EPS)
+        log.warning(
+            "init=%s has LayerNorms of eps %g; the exported network has %g, which changes its numbers slightly",
+            foreign.path, theirs, LAYER_NORM_EPS,
+        )  # fmt: skip
 
 
 def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:

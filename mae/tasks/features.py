@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool=pool)
         foreign = read(need_init(cfg))
-        fit(self.model, foreign, head="fresh")
+        fit(self.model, foreign, head="fresh", trained=False)
         warn_of_statistics(cfg, foreign)
         self.read_from = read_from(cfg, foreign)
         self.prepare = call(Prepare, cfg.data)

@@ -142,7 +142,7 @@ def load_autoencoder(
             "false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
         )
     model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(told))
-    report = fit(model, foreign, need_decoder=need_decoder)
+    report = fit(model, foreign, need_decoder=need_decoder, trained=False)
     return model.eval(), report
 
 
