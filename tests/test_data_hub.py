@@ -1,6 +1,7 @@
 """Hugging Face datasets, read from folders; Parquet files as a stream."""
 
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ from mae.data.source import BadImage
 from tests.test_data_shards import Flaky, loaded, same
 
 datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 PICTURES = [np.full((9, 12, 3), 10 * k, np.uint8) for k in range(10)]
 
@@ -140,6 +143,101 @@ def test_faults_are_named(made, changes, says):
             opened(made / kind, **changes)
     with pytest.raises(ValueError, match="cannot be opened .*there is no such folder"):
         opened(made / "nowhere")
+
+
+def jpeg():
+    out = io.BytesIO()
+    Image.fromarray(PICTURES[3]).save(out, "JPEG")
+    return out.getvalue()
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGES = [{"bytes": jpeg(), "path": "a.jpg"}] * 10
+NAMES = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}'
+
+
+def parquet(root, *columns, metadata=None):
+    """A Parquet file of the training split for each (images, labels)."""
+    root.mkdir(exist_ok=True)
+    for number, (images, labels) in enumerate(columns):
+        rows = {"image": images} | ({} if labels is None else {"label": labels})
+        pq.write_table(pa.table(rows).replace_schema_metadata(metadata), root / f"train-{number}.parquet")
+    return root
+
+
+LISTED = "and a label is one number or word: choose another column, or data.label_column=null to read no labels"
+BY_PATH = r"holds string, and not encoded images: .* Images that a table names by their paths are read with data=table"
+
+
+@pytest.mark.parametrize(("columns", "says"), [
+    ((pa.array([], STRUCT), pa.array([], pa.int64())), "holds no rows"),
+    ((IMAGES, [[0], [1]] * 5), f"data.label_column=label.* holds list<.*>, {LISTED}"),
+    ((IMAGES, [{"a": 1}] * 10), f"data.label_column=label.* holds struct<a: int64>, {LISTED}"),
+    ((IMAGES, [b"a", b"b"] * 5), f"data.label_column=label.* holds binary, {LISTED}"),
+    ((IMAGES, None), "data.label_column=label is not one of .*columns.*: image"),
+    ((["a.jpg"] * 10, [0, 1] * 5), f"data.image_column=image.* {BY_PATH}"),
+    (([1] * 10, [0, 1] * 5), "data.image_column=image.* holds int64, and not encoded images"),
+    (([[1, 2]] * 10, [0, 1] * 5), "data.image_column=image.* holds list<.*>, and not encoded images"),
+    (([{"x": 1}] * 10, [0, 1] * 5), "data.image_column=image.* holds struct<x: int64>, and not encoded images"),
+    (([{"bytes": None, "path": 3}] * 10, [0, 1] * 5), "holds struct<bytes: null, path: int64>, and not encoded images"),
+    ((IMAGES[:1], [0]), "data.root holds one image only: two are needed"),
+])  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_hold_no_images_or_labels_are_refused(tmp_path, columns, says, streaming):
+    root = parquet(tmp_path / "set", columns)
+    with pytest.raises(ValueError, match=says):
+        opened(root, streaming=streaming, val_split=None)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_and_the_names_of_their_classes(tmp_path, streaming):
+    words = parquet(tmp_path / "words", (IMAGES, ["b", "a"] * 5), metadata={b"huggingface": NAMES})
+    source = opened(words, streaming=streaming, val_split=None).source
+    assert source.labels.tolist() == [1, 0] * 5 and source.classes == ["a", "b"]
+    strange = parquet(tmp_path / "strange", (IMAGES, [0, 7] * 5), metadata={b"huggingface": NAMES})
+    with pytest.raises(ValueError, match="data.label_column: the label 7 is none of the 2 classes"):
+        opened(strange, streaming=streaming, val_split=None)
+    mixed = parquet(tmp_path / "mixed", (IMAGES, [0, 1] * 5), (IMAGES, ["a", "b"] * 5))
+    with pytest.raises(
+        ValueError, match="has labels of another kind than train-0" if streaming else "cannot be opened"
+    ):
+        opened(mixed, streaming=streaming, val_split=None)
+    nulls = parquet(tmp_path / "nulls", (pa.array([None] * 10, STRUCT), [0, 1] * 5))
+    with pytest.raises(BadImage, match="no image in its column image"):
+        opened(nulls, streaming=streaming, val_split=None)[0]
+
+
+def test_files_of_a_stream_agree_on_their_classes(tmp_path):
+    root = parquet(tmp_path / "set", (IMAGES, [0, 1] * 5), metadata={b"huggingface": NAMES})
+    other = pa.table({"image": IMAGES, "label": [0, 1] * 5})
+    swapped = other.replace_schema_metadata({b"huggingface": NAMES.replace(b'"a", "b"', b'"b", "a"')})
+    pq.write_table(swapped, root / "train-1.parquet")
+    with pytest.raises(ValueError, match=r"train-1\.parquet has other classes than train-0\.parquet"):
+        opened(root, streaming=True)
+    for damaged in (b"{", b"[]"):
+        pq.write_table(other.replace_schema_metadata({b"huggingface": damaged}), root / "train-1.parquet")
+        with pytest.raises(ValueError, match=r"what train-1\.parquet says of its features .* cannot be read"):
+            opened(root, streaming=True)
+    paths = parquet(tmp_path / "paths", (pa.array([{"bytes": None, "path": "a.jpg"}] * 4, STRUCT), [0, 1] * 2))
+    with pytest.raises(BadImage, match="names a file, which data.streaming=false reads"):
+        opened(paths, streaming=True, val_split=None)[0]
+    empty = parquet(tmp_path / "empty", (IMAGES, [0, 1] * 5), (pa.array([], STRUCT), pa.array([], pa.int64())))
+    with pytest.raises(ValueError, match="holds no rows: remove it, or set data.streaming=true"):
+        opened(empty)
+    assert len(opened(empty, streaming=True, val_split=None).source) == 10
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_of_the_hubs_cache_are_read(stream, tmp_path, streaming):
+    snapshot = tmp_path / "datasets--some--set" / "snapshots" / "rev"
+    (tmp_path / "datasets--some--set" / "blobs").mkdir(parents=True)
+    (snapshot / "data").mkdir(parents=True)
+    shutil.copy(stream / "data" / "train-00000-of-00007.parquet", tmp_path / "datasets--some--set" / "blobs" / "12")
+    (snapshot / "data" / "train-00000-of-00001.parquet").symlink_to("../../../blobs/12")
+    assert len(opened(snapshot, streaming=streaming, val_split=None).source) == 17
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").symlink_to(stream / "data" / "train-00000-of-00007.parquet")
+    assert len(opened(tmp_path / "set", streaming=streaming, val_split=None, follow_links=True).source) == 17
 
 
 # ---------------------------------------------------------------- streams

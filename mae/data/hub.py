@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mae.data.columns import checked, numbered
 from mae.data.decode import Decoder
-from mae.data.folder import read
+from mae.data.folder import held_out, read
 from mae.data.formats import SUFFIXES
 from mae.data.known import given_root
 from mae.data.listing import cache_folder, folders_and_files, holds, inside
-from mae.data.rowgroups import RowGroups, indexed, numbered
-from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
+from mae.data.rowgroups import RowGroups, indexed
+from mae.data.source import BadImage, Encoded, Source
 from mae.data.splits import WORDS, in_words, splits_of
 from mae.data.store import Local, Remote, is_remote
 
@@ -89,7 +90,7 @@ def hf(
             raise ValueError(f"data.root={root} cannot be read: {error}.") from error
         decoder = Decoder(in_chans, exif_orientation, max_pixels)
         rows = RowGroups(names, sizes, groups, labels, classes, store, decoder, image_column, lanes, window)
-        return rows if val_split else Subset(rows, split_indices(labels, len(rows), val_fraction, split))
+        return _split(rows, root, part, val_split, val_fraction, split)
     try:
         import datasets
     except ImportError as error:
@@ -101,19 +102,27 @@ def hf(
     try:
         rows = _loaded(datasets, root, subset, part, cache_dir)
     except Exception as error:  # network, files and formats fail in many ways
-        what = str(error).strip().splitlines() or [type(error).__name__]
+        cause = error.__cause__ or error  # datasets says of many only that an error occurred
+        what = str(cause).strip().splitlines() or [type(cause).__name__]
+        if type(cause).__name__ == "SchemaInferenceError" or what[0].startswith("BatchSize must be greater than 0"):
+            raise ValueError(
+                f"data.root={root}: a file of the split {part} holds no rows: remove it, or set data.streaming=true."
+            ) from error
         raise ValueError(f"data.root={root} cannot be opened as a data set, split {part}: {what[0]}") from error
-    for key, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None and column not in rows.column_names:
-            raise ValueError(f"data.{key}={column} is not one of its columns: {', '.join(rows.column_names)}.")
+    checked(rows.features.arrow_schema, image_column, label_column)
     labels, classes = _labels(rows, label_column)
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     decoder = Decoder(in_chans, exif_orientation, max_pixels)
     source = Rows(rows, image_column, labels, classes, decoder, _places(root, cache_dir))
-    if val_split is not None:
-        return source
-    return Subset(source, split_indices(labels, len(source), val_fraction, split))
+    return _split(source, root, part, val_split, val_fraction, split)
+
+
+def _split(rows: Source, root: str, part: str, val_split: str | None, val_fraction: float, split: str) -> Source:
+    """The rows of a split, or a held-out part of them. Raises ValueError where there are none."""
+    if not len(rows):
+        raise ValueError(f"data.root={root} holds no rows of the split {part}.")
+    return rows if val_split is not None else held_out(rows, val_fraction, split)
 
 
 def check_folders(top: Path) -> None:

@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae.data import flat
+from mae.data.columns import agree, checked, class_names, numbered
 from mae.data.decode import Decoder
 from mae.data.shards import laned
-from mae.data.source import UNLABELLED, BadImage, Encoded
+from mae.data.source import BadImage, Encoded
 from mae.data.store import Local, Remote
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mae-rowgroups-1"
+FORMAT = "mae-rowgroups-2"
 
 
 class Groups(NamedTuple):
@@ -105,6 +106,8 @@ class RowGroups(Encoded):
         group = self._group(index)
         value = self._kept.get(group, self._read)[index - int(self.starts[group])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes) and isinstance(value, dict) and value.get("path") is not None:
+            raise BadImage(f"its column {self.image} names a file, which data.streaming=false reads")
         if not isinstance(data, bytes):
             raise BadImage(f"no image in its column {self.image}")
         return bytearray(data)
@@ -175,14 +178,15 @@ def indexed(
         return head["sizes"], Groups(**arrays), labels, head["classes"]
     except (OSError, ValueError, KeyError):
         log.info("the footers and labels of %d Parquet files are read once", len(names))
-    sizes, parts, values, known = [], [], [], None
-    for number, name in enumerate(names):
-        size, counts, column, known = store.tried(name, partial(_footer, store, name, image, label))
-        sizes.append(size)
-        values.append(column)
-        parts.append((np.full(len(counts), number), np.arange(len(counts)), np.array(counts)))
+    footers = [store.tried(name, partial(_footer, store, name, image, label)) for name in names]
+    sizes, parts = [footer.size for footer in footers], []
+    for number, footer in enumerate(footers):
+        parts.append((np.full(len(footer.counts), number), np.arange(len(footer.counts)), np.array(footer.counts)))
     groups = Groups(*(np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True)))
-    labels, classes = (None, []) if label is None else numbered(np.concatenate(values), known)
+    labels, classes = None, []
+    if label is not None:
+        known = agree(names, [footer.kind for footer in footers], [footer.classes for footer in footers], label)
+        labels, classes = numbered(np.concatenate([footer.labels for footer in footers]), known)
     arrays = groups._asdict() | ({} if labels is None else {"labels": labels})
     try:
         flat.write(path, {"format": FORMAT, "sizes": sizes, "classes": classes}, arrays)
@@ -191,38 +195,35 @@ def indexed(
     return sizes, groups, labels, classes
 
 
-def _footer(store: Local | Remote, name: str, image: str, label: str | None) -> tuple:
+class Footer(NamedTuple):
+    """What a Parquet file says of its rows."""
+
+    size: int  # bytes of the file
+    counts: list[int]  # rows of each row group
+    labels: Any  # (rows,), or None where they are not asked for
+    kind: str | None  # of the labels: text, numbers, or None where all are null
+    classes: list[str] | None  # names, where the file has them
+
+
+def _footer(store: Local | Remote, name: str, image: str, label: str | None) -> Footer:
     with store.open(name) as file:
-        return footer(file, name, image, label)
+        return read_footer(file, name, image, label)
 
 
-def footer(file: Any, name: str, image: str, label: str | None) -> tuple[int, list[int], Any, list[str] | None]:
-    """A file's size, rows by row group, labels, and the names of its classes where it says them."""
+def read_footer(file: Any, name: str, image: str, label: str | None) -> Footer:
+    """Of an open file. Raises ValueError where it is no Parquet file, or its columns are not images and labels."""
     from pyarrow import ArrowException, parquet
 
     try:
         opened = parquet.ParquetFile(file)
         schema, about = opened.schema_arrow, opened.metadata
-        for key, column in (("image_column", image), ("label_column", label)):
-            if column is not None and column not in schema.names:
-                raise ValueError(f"data.{key}={column} is not one of the columns of {name}: {', '.join(schema.names)}.")
-        values = None if label is None else opened.read([label], use_threads=False).column(0).to_numpy()
+        kind = checked(schema, image, label, name)
+        labels = None if label is None else opened.read([label], use_threads=False).column(0).to_numpy()
     except ArrowException as error:
-        raise ValueError(f"{name} under data.root is not a Parquet file: {str(error).splitlines()[0]}.") from error
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = told.get("info", {}).get("features", {}).get(label, {}).get("names")
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} under data.root is not a Parquet file: {reason}.") from error
+    if kind is None and labels is not None:
+        labels = np.full(len(labels), None, object)  # of the null type, which numpy makes numbers of
     counts = [about.row_group(k).num_rows for k in range(about.num_row_groups)]
-    return file.seek(0, os.SEEK_END), counts, values, names
-
-
-def numbered(values: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Labels as numbers, and their names: those given, or the sorted values. A row without one (null) has -1."""
-    missing = np.array([value is None for value in values]) if values.dtype == object else values != values
-    told, labels = values[~missing], np.full(len(values), UNLABELLED, np.int64)
-    if told.dtype.kind == "f" and missing.any() and (told == told.astype(np.int64)).all():  # which nulls made of ints
-        told = told.astype(np.int64)
-    if names is not None:
-        labels[~missing] = told.astype(np.int64)
-        return labels, list(names)
-    known, labels[~missing] = np.unique(told, return_inverse=True)
-    return labels, [str(k) for k in known]
+    classes = None if label is None else class_names(schema, label, name)
+    return Footer(file.seek(0, os.SEEK_END), counts, labels, kind, classes)
