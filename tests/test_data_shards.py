@@ -241,6 +241,7 @@ def test_an_index_whose_parts_do_not_fit_is_damaged(packed, tmp_path, part, valu
 
 
 def test_an_index_is_made_anew_where_the_one_kept_is_damaged_or_none_can_be_kept(packed, tmp_path, caplog):
+    caplog.set_level("WARNING")
     root = shutil.copytree(packed / "train", tmp_path / "foreign")
     (root / "index.bin").unlink()
     assert len(opened(root, tmp_path).source) == 110
