@@ -6,7 +6,9 @@ python run.py --help             the groups to choose from
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
@@ -18,7 +20,9 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae import config, inherit, launch, sweep_names  # noqa: E402
+from mae import config, inherit, launch, pipeline, run_start, sweep_names  # noqa: E402
+from mae.compose import chosen_groups  # noqa: E402
+from mae.overrides import by_key, key_of  # noqa: E402
 from mae.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
@@ -55,12 +59,13 @@ def run(cfg: DictConfig) -> int:
     if plugin.inside():
         plugin.join()
     here = HydraConfig.get()
-    overrides = [one for one in here.overrides.task if not one.startswith(f"+{inherit.MARK}=")]
+    overrides = [override for override in here.overrides.task if key_of(override) != inherit.MARK]
     cfg = inherit.inherited(cfg, overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
+    overrides += pipeline.own_names(cfg, without_typed(here.runtime.choices, overrides))
     if cfg.resume:
-        cfg = launch.resumed(cfg, overrides)
+        cfg, overrides = run_start.resumed(cfg, overrides)
     checked = config.check(config.resolve(cfg))
     if checked.dry_run:
         from mae import dry_run
@@ -75,11 +80,18 @@ def run(cfg: DictConfig) -> int:
     return launch.launch(checked, overrides)
 
 
+def without_typed(choices: Mapping[str, Any], overrides: list[str]) -> dict[str, str]:
+    """The files of groups that were chosen by another way than the command line, such as an experiment."""
+    typed = chosen_groups(overrides)
+    return {group: str(choice) for group, choice in choices.items() if group not in typed}
+
+
 def start() -> int:
     """The command, one run or a whole sweep; returns the exit code."""
     try:
         if status.is_asked(sys.argv[1:]):
             return status.answer(sys.argv[1:])
+        refuse_directories(sys.argv[1:])
         sys.argv[1:] = inherit.with_groups(sys.argv[1:])
         main()
         if MEMBERS:
@@ -94,6 +106,17 @@ def start() -> int:
         sys.stderr.write(f"{launch.explain(error)}\n")
         return 1
     return 0
+
+
+def refuse_directories(arguments: list[str]) -> None:
+    """Raises ConfigError for Hydra's own keys of directories that would do nothing."""
+    keys = by_key(arguments)
+    if "hydra.run.dir" in keys:
+        raise config.ConfigError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
+    if "hydra.sweep.dir" in keys and not {"-m", "--multirun"} & set(arguments) and "hydra.mode" not in keys:
+        raise config.ConfigError(
+            "hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR."
+        )
 
 
 def end_sweeps() -> None:

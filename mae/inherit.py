@@ -15,6 +15,8 @@ from omegaconf import DictConfig, open_dict
 
 from mae import config, overrides
 from mae.compose import chosen_groups
+from mae.rules import reads_data
+from mae.run_paths import data_root
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
@@ -120,5 +122,6 @@ def inherited(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
             new = "data" not in sections or f"data.{key}" in given
             follows = name == "model" and key in FOLLOWS and new and value == stored.get("data", {}).get(key)
             if not follows and not (name == "data" and key in OWN):
-                cfg[name][key] = value
+                root = (name, key) == ("data", "root") and isinstance(value, str)
+                cfg[name][key] = data_root(run, value, must_exist=reads_data(cfg)) if root else value
     return cfg

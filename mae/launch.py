@@ -5,84 +5,30 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import config
-from mae.compose import composed
-from mae.config import ConfigError, build, difference, run_directory, write_text
+from mae.compose import chosen_groups, composed
+from mae.config import ConfigError, build
 from mae.inherit import stands_for
 from mae.local import RankFailed, inline, local
-from mae.pipeline import pretraining, run_pipeline
+from mae.overrides import assignment, parsed, pasted
+from mae.pipeline import own_names, pretraining, run_pipeline
 from mae.rules import READERS, missing_init
+from mae.run_paths import absolute
+from mae.run_start import prepare
 from mae.schema import near
 from mae.slurm.submit import slurm, submit, submit_last
 
 log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------- the run's directory
-
-
-def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
-    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
-
-    Raises ConfigError where it cannot be written to, or holds a run of another config.
-    """
-    run = run_directory(cfg).absolute()
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run) as probe:
-            probe.write(b"a full disk shows here")
-    except OSError as error:
-        raise ConfigError(f"output_dir: {run} cannot be written to ({error.strerror}).") from error
-    stored = run / "config.yaml"
-    if stored.exists():
-        changed = difference(config.read(run), cfg)
-        if not (run / "summary.json").exists():
-            changed = [line for line in changed if line.partition(":")[0] not in config.READING]
-        if changed:
-            listed = "".join(f"\n  {line}" for line in changed)
-            raise ConfigError(
-                f"{run} holds a run of another config, which differs in:{listed}\n"
-                "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
-            )
-    if (run / "summary.json").exists():  # a finished run stays as it is
-        return run
-    write_text(stored, OmegaConf.to_yaml(cfg))
-    write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
-    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
-        (run / "failure.json").unlink(missing_ok=True)
-    return run
-
-
-def resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The saved config of `resume=RUN`, with what may change between two starts taken from the command line."""
-    run = Path(cfg.resume)
-    stored = config.read(run)
-    given = {o.split("=", 1)[0].lstrip("+~") for o in overrides} - {"resume"}
-    free = (*(".".join(path) for path in config.NEUTRAL), *config.READING)
-    for key in sorted(given):
-        if not key.startswith(free):
-            raise ConfigError(
-                f"{key} cannot be changed together with resume={cfg.resume}: a run goes on with its own config. "
-                "Leave it out, or start a new run with init=RUN."
-            )
-    merged = OmegaConf.create(OmegaConf.to_container(stored))
-    for key in given:
-        OmegaConf.update(
-            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
-        )  # another launcher has other keys
-    merged.output_dir, merged.resume = str(run), None
-    assert isinstance(merged, DictConfig)
-    return config.check(merged)
 
 
 # ---------------------------------------------------------------- launchers
@@ -96,7 +42,7 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
     if problem := missing_init(cfg.task.name, cfg.init):
         raise ConfigError(problem)
     if cfg.init == AUTO:
-        cfg, code = after_pretraining(cfg)
+        cfg, code = after_pretraining(cfg, overrides)
         if code:
             return code
     run = prepare(cfg, overrides)
@@ -127,9 +73,8 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
 def moved(run: Path, cfg: DictConfig) -> str:
     """A sentence where a finished run read its images from another place than is named now, which may have moved."""
     before, now = config.read(run).data.root, cfg.data.root
-    return (
-        "" if before == now else f" It read data.root={before}: for other images than those choose another output_dir."
-    )
+    same = before == now or (before and now and absolute(before) == absolute(now))
+    return "" if same else f" It read data.root={before}: for other images than those choose another output_dir."
 
 
 def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
@@ -138,18 +83,21 @@ def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
     read = Path(str(summary.get("checkpoint")))
     if now is None or now.name == read.name or not read.name.startswith("step_"):
         return ""
-    return f" It read {read.name}, and init={cfg.init} stands for {now.name} now: init={now} takes that."
+    return (
+        f" It read {read.name}, and init={cfg.init} stands for {now.name} now: {pasted('init', str(now))} takes that."
+    )
 
 
-def after_pretraining(cfg: DictConfig) -> tuple[DictConfig, int]:
+def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, int]:
     """A config whose `init=auto` names a finished pre-training, made first where there is none, or on a cluster one
     that is queued and waited for; and the exit code of that."""
-    parent = pretraining(cfg, composed)
+    choices = chosen_groups(overrides)
+    parent = pretraining(cfg, composed, choices)
     made, cfg = Path(parent.output_dir), config.changed(cfg, init=parent.output_dir)
     if (made / "summary.json").exists():
         return cfg, 0
     sys.stderr.write(f"init=auto: pre-training comes first, in {made}\n")
-    code = launch(parent, ["task=pretrain"])
+    code = launch(parent, ["task=pretrain", *own_names(cfg, choices)])
     if not code and not (made / "summary.json").exists():
         job = json.loads((made / "slurm" / "job.json").read_text())["job"]
         cfg = config.changed(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
@@ -169,7 +117,7 @@ def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
     runs = []
     for cfg, overrides in members:
         if cfg.init == AUTO:
-            cfg, code = after_pretraining(cfg)
+            cfg, code = after_pretraining(cfg, overrides)
             if code:
                 return code
         runs.append((prepare(cfg, overrides), cfg.launcher))
@@ -185,7 +133,7 @@ def explain(error: BaseException) -> str:
         listed = f" Choose one of {', '.join(sorted(known))}." if known else ""
         return f"{group}={choice} does not exist.{near(choice, known)}{listed}"
     if isinstance(error, OverrideParseException):
-        return f"The override {error.override!r} cannot be read: write key=value, with quotes around spaces or = signs."
+        return _unreadable(str(error.override))
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _composition(text, error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -196,6 +144,14 @@ def explain(error: BaseException) -> str:
         return f"{error.filename or 'A file'}: {error.strerror or error}."
     name = type(error).__name__
     return f"{name}: {text or 'no message'}. The traceback is in the run's log.txt, or printed with HYDRA_FULL_ERROR=1."
+
+
+def _unreadable(override: str) -> str:
+    """A sentence for an override that Hydra cannot read, and how it is typed where it has a key and a value."""
+    said = f"The override {override!r} cannot be read: write key=value, with quotes around spaces or = signs"
+    key, _, value = override.partition("=")
+    mended = bool(value) and parsed(f"{key}=0") is not None and value[0] not in "[{('\""
+    return f"{said}, as {shlex.quote(assignment(key, value))}." if mended else f"{said}."
 
 
 def _composition(text: str, error: BaseException) -> str:
@@ -231,7 +187,7 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     if isinstance(value, list):
         value = " ".join(value)
     result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
-    lines = [f"  {line.replace('RUN', shown)}" for line in NEXT.get(summary["task"], [])]
+    lines = [f"  {line.replace('init=RUN', pasted('init', shown))}" for line in NEXT.get(summary["task"], [])]
     return "\n".join(["Next:", *lines] if lines else []) + f"\n{result}  {shown}\n"
 
 

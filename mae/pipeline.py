@@ -6,22 +6,27 @@ typed, and hands each stage to the launcher: it imports no torch.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from mae import config
+from mae.compose import chosen_groups
 from mae.config import ConfigError, call, write_text
 from mae.inherit import FOLLOWS
+from mae.overrides import key_of
 
 log = logging.getLogger(__name__)
 
 SHARED = ("model", "data", "launcher", "wandb")  # the same in every stage; the rest hangs on the task
 GROUPS = ("model", "data", "launcher")  # of these, that are chosen
 SET = ("task", "output_dir", "init", "resume")
-OWN = ("optimizer", "augmentation", "checkpoint", "recipe", "~recipe", "experiment", "+experiment")
+OWN = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")
+EMPTY: Mapping[str, str] = {}
 CLASSIFIERS = ("finetune", "linprobe")
 Compose = Callable[[list[str]], DictConfig]  # a command line -> its config, not yet resolved
 Start = Callable[[DictConfig, list[str]], int]  # launches a checked config; gives the exit code
@@ -32,6 +37,7 @@ def pipeline(
     cfg: DictConfig,
     compose: Compose,
     start: Start,
+    choices: Mapping[str, str],
     *,
     stages: list[Literal["pretrain", "linprobe", "finetune", "knn", "evaluate", "visualize", "export"]],
     mask_ratio: float | None,
@@ -39,9 +45,10 @@ def pipeline(
 ) -> tuple[int, dict[str, Any] | None]:
     """Runs the stages in order; returns the exit code, and the summary once all are finished.
 
-    `overrides` holds, for a stage, what it alone changes, as on a command line; `mask_ratio` is that of stage
-    pretrain, where a number is given. Raises ConfigError before
-    the first stage starts where one of them is not possible.
+    `choices` are the files of groups that the command line chose. `overrides` holds, for a stage, what it alone
+    changes, as on a command line. `mask_ratio` is that of stage pretrain, where a number is given.
+
+    Raises ConfigError before the first stage starts where one of them is not possible.
     """
     if strange := [name for name, given in overrides.items() if given and name not in stages]:
         raise ConfigError(f"task.overrides names {strange[0]}, which is not among task.stages={list(stages)}.")
@@ -52,7 +59,7 @@ def pipeline(
             raise ConfigError("task.mask_ratio is of stage pretrain, which is not among task.stages.")
         given = overrides.get("pretrain") or []
         overrides = overrides | {"pretrain": [f"task.mask_ratio={mask_ratio}", *given]}
-    made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or []) for name in stages}
+    made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or [], choices) for name in stages}
     summaries: dict[str, Any] = {}
     jobs: dict[str, str] = {}
     for number, (name, stage) in enumerate(made.items(), start=1):
@@ -60,7 +67,7 @@ def pipeline(
         if job := jobs.get(parent_of(name, stages) or ""):
             stage = OmegaConf.merge(stage, {"launcher": {"dependency": f"afterok:{job}"}})
             assert isinstance(stage, DictConfig)
-        if code := start(stage, [f"task={name}", *(overrides.get(name) or [])]):
+        if code := start(stage, [f"task={name}", *own_names(cfg, choices), *(overrides.get(name) or [])]):
             return code, None
         summary = run / name / "summary.json"
         if summary.exists():
@@ -78,14 +85,20 @@ def conclude(run: str) -> None:
 
 
 def stage_config(
-    run: Path, cfg: DictConfig, compose: Compose, name: str, stages: Sequence[str], given: list[str]
+    run: Path,
+    cfg: DictConfig,
+    compose: Compose,
+    name: str,
+    stages: Sequence[str],
+    given: list[str],
+    choices: Mapping[str, str] = EMPTY,
 ) -> DictConfig:
     """The checked config of a stage: its own recipe, on the pipeline's model and data."""
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
-    if fixed := [one for one in given if one.lstrip("+~").partition("=")[0] in (*GROUPS, *SET)]:
-        raise ConfigError(f"task.overrides.{name}: {fixed[0].split('=')[0]} is the pipeline's to set.")
-    stage = alike(cfg, compose, name, given)
+    if fixed := [key for key in map(key_of, given) if key in (*GROUPS, *SET)]:
+        raise ConfigError(f"task.overrides.{name}: {fixed[0]} is the pipeline's to set.")
+    stage = alike(cfg, compose, name, given, choices)
     stage.seed = cfg.seed
     stage.output_dir = str(run / name)
     parent = parent_of(name, stages)
@@ -100,12 +113,19 @@ def stage_config(
         raise ConfigError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
 
 
-def alike(cfg: DictConfig, compose: Compose, name: str, given: list[str]) -> DictConfig:
+def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
+    """The choices of groups whose files bear another name than `name:` in them, as overrides."""
+    return [f"{group}={choices[group]}" for group in GROUPS if choices.get(group, cfg[group].name) != cfg[group].name]
+
+
+def alike(
+    cfg: DictConfig, compose: Compose, name: str, given: list[str], choices: Mapping[str, str] = EMPTY
+) -> DictConfig:
     """Another task on the model, data, launcher and device of a config; not resolved yet."""
-    same = [f"{group}={cfg[group].name}" for group in GROUPS]
+    same = [f"{group}={choices.get(group, cfg[group].name)}" for group in GROUPS]
     stage = compose([f"task={name}", *same, *given])
     OmegaConf.set_struct(stage, False)
-    changed = {one.lstrip("+").split("=")[0] for one in given}
+    changed = set(map(key_of, given))
     for section in SHARED:
         for key, value in cfg[section].items():
             follows = section == "model" and key in FOLLOWS and f"data.{key}" in changed and value == cfg.data[key]
@@ -117,9 +137,9 @@ def alike(cfg: DictConfig, compose: Compose, name: str, given: list[str]) -> Dic
     return stage
 
 
-def pretraining(cfg: DictConfig, compose: Compose) -> DictConfig:
+def pretraining(cfg: DictConfig, compose: Compose, choices: Mapping[str, str] = EMPTY) -> DictConfig:
     """The run that `init=auto` stands for: task=pretrain with the same model and data, whatever the seed."""
-    checked = config.check(config.resolve(alike(cfg, compose, "pretrain", [])))
+    checked = config.check(config.resolve(alike(cfg, compose, "pretrain", [], choices)))
     return config.changed(checked, output_dir=str(config.run_directory(checked)))
 
 
@@ -149,10 +169,11 @@ def together(summaries: dict[str, Any]) -> dict[str, Any]:
 
 def run_pipeline(run: Path, cfg: DictConfig, overrides: list[str], compose: Compose, start: Start, main: bool) -> int:
     """The pipeline of a config, with its summary written by the main process. Returns the exit code."""
-    for one in overrides:
-        if one.startswith(OWN):
-            raise ConfigError(f"{one} belongs to a stage: give it to one, as in 'task.overrides.pretrain=[\"{one}\"]'.")
-    code, summary = call(pipeline, cfg.task, run, cfg, compose, start)
+    for override in overrides:
+        if key_of(override).split(".")[0] in OWN:
+            typed = shlex.quote(f"task.overrides.pretrain=[{QuotedString(override, Quote.double).with_quotes()}]")
+            raise ConfigError(f"{override} belongs to a stage: give it to one, as in {typed}.")
+    code, summary = call(pipeline, cfg.task, run, cfg, compose, start, chosen_groups(overrides))
     if summary is not None and main:
         write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return code

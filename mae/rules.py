@@ -151,10 +151,14 @@ def _graphs(task: Mapping[str, Any], world: int) -> Iterator[str]:
         )
 
 
+def reads_data(cfg: Mapping[str, Any]) -> bool:
+    """Whether a task reads the images of the data, and not their settings alone."""
+    return cfg["task"]["name"] != "export" and not cfg["task"].get("files")
+
+
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
     root, name = cfg["data"]["root"], cfg["data"]["name"]
-    unread = cfg["task"]["name"] == "export" or bool(cfg["task"].get("files"))  # of the data the settings alone count
-    if name in EMBEDDED or unread or (cfg["dry_run"] and cfg["data"].get("train_images")):
+    if name in EMBEDDED or not reads_data(cfg) or (cfg["dry_run"] and cfg["data"].get("train_images")):
         return
     if root is None:
         yield "data.root is not set: give the directory of the images, as data.root=DIR."

@@ -22,11 +22,12 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 
 from mae import config, search_trial, sweep
-from mae.compose import composed
+from mae.compose import chosen_groups, composed
 from mae.config import ConfigError
 from mae.inherit import inherited, with_groups
 from mae.launch import AUTO, explain, launch
-from mae.pipeline import pretraining
+from mae.overrides import assignment, key_of
+from mae.pipeline import own_names, pretraining
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
     given = with_groups([*fixed, *first_values(searched)])
     first = config.check(config.resolve(inherited(composed(given), given)))
     if first.init == AUTO:
-        fixed = [one for one in fixed if not one.startswith("init=")] + [f"init={parent_of(first)}"]
+        parent = assignment("init", parent_of(first, chosen_groups(given)))
+        fixed = [*(override for override in fixed if key_of(override) != "init"), parent]
     study = open_study(directory, metric)
     config.write_text(directory / sweep.SEARCHED, "".join(f"- {key}\n" for key in searched))
     while (found := next_trial(study, directory, trials, seed)) is not None:
@@ -148,11 +150,13 @@ def first_values(searched: dict[str, Override]) -> Iterator[str]:
             yield f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
-def parent_of(cfg: Any) -> str:
+def parent_of(cfg: Any, choices: dict[str, str]) -> str:
     """The pretrained run that all trials start from with init=auto, made where it is missing."""
-    parent = pretraining(cfg, composed)
+    parent = pretraining(cfg, composed, choices)
     with search_trial.locked(Path(f"{parent.output_dir}.lock")):
-        if not Path(parent.output_dir, "summary.json").exists() and launch(parent, ["task=pretrain"]):
+        if not Path(parent.output_dir, "summary.json").exists() and launch(
+            parent, ["task=pretrain", *own_names(cfg, choices)]
+        ):
             raise ConfigError(f"init=auto: pre-training in {parent.output_dir} was not finished.")
     return parent.output_dir
 

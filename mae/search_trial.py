@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mae.overrides import assignment
 from mae.track import JsonLines, read_lines
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def watch(place: Path, trial: Any, overrides: list[str], metric: str, prune: boo
 
     Raises KeyboardInterrupt where we are asked to stop; the run has saved a checkpoint by then.
     """
-    command = [sys.executable, str(RUN), *overrides, f"output_dir={place}"]
+    command = [sys.executable, str(RUN), *overrides, assignment("output_dir", str(place))]
     with (place / "output.txt").open("a") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, close_fds=False, start_new_session=True, preexec_fn=end_with_parent

@@ -4,6 +4,7 @@
 """
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Iterable
@@ -11,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from mae import report, sweep_figure
+from mae import report, run_paths, sweep_figure
 from mae.config import ConfigError, leaves, read, write_text
+from mae.overrides import by_key, values_of
 from mae.page import data_url, page
 from mae.run_record import Record, read_record
-from mae.sweep_names import params, short, swept, values_of
+from mae.sweep_names import params, short, swept
 
 STAGES = ("finetune", "linprobe", "knn", "pretrain")  # in the order in which they say how good a member is
 SEARCHED = "search.yaml"  # the keys of a search by Optuna
@@ -119,8 +122,12 @@ def read_sweep(directory: Path) -> Sweep:
             if key not in neutral and len({str(one.get(key)) for one in found}) > 1
         ]
     for member, one in zip(members, found, strict=True):
-        given = values_of(member.record.overrides)
-        member.values = {key: one[key] if key in one else written(given.get(key)) for key in keys}
+        typed = by_key(member.record.overrides)
+        for key in keys:
+            if key in typed and (key not in one or key in run_paths.KEYS):  # a group; a path, as it was typed
+                member.values[key] = written(typed[key])
+            else:
+                member.values[key] = shown(one[key]) if key in one else None
     members.sort(key=lambda m: [order(v) for v in m.values.values()])
     return Sweep(directory, directory.absolute().name, keys, members)
 
@@ -137,12 +144,14 @@ def told_keys(path: Path) -> list[str]:
     return list(dict.fromkeys(params(told.hydra) + swept(str(one) for one in told.hydra.overrides.task)))
 
 
-def written(value: str | None) -> Any:
-    """A value of a command line as a number where it is one."""
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return value
+def shown(value: Any) -> Any:
+    """A value as tables and figures take it: numbers, words and true or false as they are, all else as text."""
+    return json.dumps(value) if value is None or isinstance(value, list | dict) else value
+
+
+def written(override: Override) -> Any:
+    """The value that a command line gives a key, of a group the file that it chooses."""
+    return shown(values_of(override)[0])
 
 
 def order(value: Any) -> tuple[int, float, str]:

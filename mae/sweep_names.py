@@ -6,24 +6,16 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+
+from mae.overrides import by_key, key_of, written_value
 
 LONGEST = 120  # characters of a directory's name; file systems take 255 bytes
 
 
 def swept(arguments: Iterable[str]) -> list[str]:
     """The keys that command-line arguments give several values each."""
-    found = []
-    for one in arguments:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([one])
-        except OverrideParseException:  # an option, or what Hydra refuses by itself
-            continue
-        if override.is_sweep_override():
-            found.append(override.key_or_group)
-    return found
+    return [key for key, override in by_key(arguments).items() if override.is_sweep_override()]
 
 
 def params(hydra: DictConfig) -> list[str]:
@@ -47,8 +39,7 @@ def safe(name: str) -> str:
 
 def values_of(overrides: Iterable[str]) -> dict[str, str]:
     """Key -> value, as written, of a member's overrides; the last one wins."""
-    pairs = (one.split("=", 1) for one in overrides if "=" in one)
-    return {key.lstrip("+"): value for key, value in pairs}
+    return {key_of(override): written_value(override) for override in overrides if "=" in override}
 
 
 def member_name(keys: list[str], overrides: Iterable[str]) -> str:

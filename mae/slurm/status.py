@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from mae import config
 from mae.config import ConfigError
+from mae.overrides import by_key, parsed, pasted, values_of
 from mae.slurm import queue, submit
 from mae.slurm.state import asked, metric, reason, shown, state
 from mae.slurm.verdict import read
@@ -17,14 +18,21 @@ VERBS = ("status", "cancel", "retry_failed")
 
 def is_asked(words: list[str]) -> bool:
     """Whether a command line is `VERB=DIR ...` and no run."""
-    verb, _, where = (words[0] if words else "").partition("=")
-    return verb in VERBS and bool(where)
+    verb, _, directory = (words[0] if words else "").partition("=")
+    return verb in VERBS and bool(directory)
+
+
+def directory_of(word: str) -> Path:
+    """The directory of `VERB=DIR`, typed as it is or quoted for Hydra as everywhere else."""
+    typed, override = word.partition("=")[2], parsed(word)
+    if override is None or override.is_sweep_override() or Path(typed).exists():
+        return Path(typed).absolute()
+    return Path(str(values_of(override)[0])).absolute()
 
 
 def answer(words: list[str]) -> int:
     """Does what `VERB=DIR ...` asks for; returns the exit code. Raises ConfigError."""
-    verb, _, where = words[0].partition("=")
-    folder = Path(where).absolute()
+    verb, folder = words[0].partition("=")[0], directory_of(words[0])
     if verb == "retry_failed":
         return retry_failed(folder, words[1:])
     if len(words) > 1:
@@ -84,8 +92,11 @@ def cancel(folder: Path) -> str:
 def retry_failed(folder: Path, overrides: list[str]) -> int:
     """Submits again what is neither finished nor in the queue, from its own config, with `launcher.*` of the overrides
     changed. Returns the exit code. Raises ConfigError."""
-    if strange := [one for one in overrides if not one.startswith("launcher.")]:
-        raise ConfigError(f"{strange[0]} cannot be changed with retry_failed={folder}: only launcher.* can.")
+    changes = by_key(overrides)
+    unread = [word for word in overrides if parsed(word) is None]
+    strange = [str(change.input_line) for key, change in changes.items() if not key.startswith("launcher.")]
+    if unread or strange:
+        raise ConfigError(f"{(unread + strange)[0]} cannot be changed with retry_failed={folder}: only launcher.* can.")
     failed = [
         run
         for run, (_, job) in asked(runs_under(folder)).items()
@@ -96,11 +107,14 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
         return 0
     again = []
     for run in failed:
-        changed = OmegaConf.merge(
-            config.read(run), OmegaConf.from_dotlist(overrides), {"launcher": {"dependency": None}}
-        )
-        settings = config.check(changed).launcher  # type: ignore[arg-type]
+        changed = OmegaConf.create(config.plain(config.read(run)))
+        for key, change in changes.items():
+            OmegaConf.update(changed, key, values_of(change)[0], force_add=True)
+        changed.launcher.dependency = None
+        settings = config.check(changed).launcher
         if settings.name != "slurm":
-            raise ConfigError(f"{run} did not run on SLURM: python run.py resume={run} goes on with it.")
+            raise ConfigError(
+                f"{run} did not run on SLURM: python run.py {pasted('resume', str(run))} goes on with it."
+            )
         again.append((run, settings))
     return submit.submit(again, folder)

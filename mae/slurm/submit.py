@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import ConfigError
+from mae.overrides import pasted
 from mae.slurm.check import check, tasks_per_node
 from mae.slurm.job import SUPERVISE
 from mae.slurm.state import asked, follow, shown
@@ -81,7 +82,9 @@ def submit(runs: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path) -> int:
     waiting = [run for run, _ in runs if not (run / "summary.json").exists()]
     queued = [run for run, (_, job) in asked(waiting).items() if job is not None and job.alive]
     for run in queued:
-        sys.stdout.write(f"{shown(run)} is in the queue already; python run.py cancel={shown(run)} takes it out.\n")
+        sys.stdout.write(
+            f"{shown(run)} is in the queue already; python run.py {pasted('cancel', shown(run))} takes it out.\n"
+        )
     groups: dict[str, list[Path]] = {}
     for run, settings in runs:
         if run in waiting and run not in queued:
@@ -211,12 +214,14 @@ def told_to_user(job: str, runs: list[Path], folder: Path, settings: Mapping[str
     tasks = tasks_per_node(settings)
     count = f"{len(runs)} jobs, {settings['array_parallelism']} at a time, of " if len(runs) > 1 else ""
     size = f"{count}{settings['nodes']} node{'s' * (settings['nodes'] > 1)} x {tasks} task{'s' * (tasks > 1)}"
-    name = shown(folder)
+    name, log = shown(folder), shlex.quote(shown(runs[0] / "log.txt"))
     lines = [f"Submitted job {job}: {size}"]
     if len(runs) == 1:
         lines += [f"  log      {shown(runs[0] / 'log.txt')}, one a rank in {shown(runs[0] / 'logs')}/"]
-        lines += [f"  follow   tail -F {shown(runs[0] / 'log.txt')}"]
+        lines += [f"  follow   tail -F {log}"]
     else:
         lines += [f"  log      log.txt of each member, as {shown(runs[0] / 'log.txt')}"]
-    lines += [f"  state    python run.py status={name}", f"  cancel   python run.py cancel={name}"]
+    lines += [
+        f"  {verb:8} python run.py {pasted(word, name)}" for verb, word in (("state", "status"), ("cancel", "cancel"))
+    ]
     return "\n".join(lines) + "\n"
