@@ -207,13 +207,14 @@ def test_labels_and_the_names_of_their_classes(tmp_path, streaming):
         opened(nulls, streaming=streaming, val_split=None)[0]
 
 
-def test_files_of_a_stream_agree_on_their_classes(tmp_path):
+def test_files_agree_on_their_classes(tmp_path):
     root = parquet(tmp_path / "set", (IMAGES, [0, 1] * 5), metadata={b"huggingface": NAMES})
     other = pa.table({"image": IMAGES, "label": [0, 1] * 5})
     swapped = other.replace_schema_metadata({b"huggingface": NAMES.replace(b'"a", "b"', b'"b", "a"')})
     pq.write_table(swapped, root / "train-1.parquet")
-    with pytest.raises(ValueError, match=r"train-1\.parquet has other classes than train-0\.parquet"):
-        opened(root, streaming=True)
+    for streaming in (True, False):
+        with pytest.raises(ValueError, match=r"train-1\.parquet has other classes than train-0\.parquet"):
+            opened(root, streaming=streaming, val_split=None)
     for damaged in (b"{", b"[]"):
         pq.write_table(other.replace_schema_metadata({b"huggingface": damaged}), root / "train-1.parquet")
         with pytest.raises(ValueError, match=r"what train-1\.parquet says of its features .* cannot be read"):

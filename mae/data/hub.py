@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mae.data.columns import checked, numbered
+from mae.data.columns import agree, checked, class_names, numbered
 from mae.data.decode import Decoder
 from mae.data.folder import held_out, read
 from mae.data.formats import SUFFIXES
@@ -110,12 +110,32 @@ def hf(
             ) from error
         raise ValueError(f"data.root={root} cannot be opened as a data set, split {part}: {what[0]}") from error
     checked(rows.features.arrow_schema, image_column, label_column)
+    if label_column is not None and not root.startswith(HUB) and not is_saved(root):
+        _same_classes(root, subset, part, label_column)
     labels, classes = _labels(rows, label_column)
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     decoder = Decoder(in_chans, exif_orientation, max_pixels)
     source = Rows(rows, image_column, labels, classes, decoder, _places(root, cache_dir))
     return _split(source, root, part, val_split, val_fraction, split)
+
+
+def _same_classes(root: str, subset: str | None, part: str, label: str) -> None:
+    """Raises ValueError where Parquet files of a split number other classes: `datasets` takes the first names."""
+    from pyarrow import parquet
+
+    top = given_root(root)
+    names = [name for name in Local(top).names("**/*.parquet") if _is_of(name, subset, part)]
+    schemas = {name: parquet.read_schema(top / name) for name in names}
+    classes = [class_names(schema, label, name) for name, schema in schemas.items()]
+    agree(names, [None] * len(names), classes, label)
+
+
+def _is_of(name: str, subset: str | None, part: str) -> bool:
+    """Whether a Parquet file is of a split: `PART/*`, `PART-*` or `PART.parquet`, at any depth."""
+    marks = (f"/{part}/", f"/{part}-", f"/{part}.parquet")
+    within = f"/{subset}/" if subset is not None else "/"
+    return within in f"/{name}" and any(mark in f"/{name}" for mark in marks)
 
 
 def _split(rows: Source, root: str, part: str, val_split: str | None, val_fraction: float, split: str) -> Source:
@@ -198,9 +218,7 @@ def _listed(
         names = store.names("**/*.parquet")
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
-    marks = (f"/{part}/", f"/{part}-", f"/{part}.parquet")
-    within = f"/{subset}/" if subset is not None else "/"
-    found = [name for name in names if within in f"/{name}" and any(mark in f"/{name}" for mark in marks)]
+    found = [name for name in names if _is_of(name, subset, part)]
     if not found:
         below = f" in a folder {subset} (data.subset)" if subset is not None else ""
         raise ValueError(
