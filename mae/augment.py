@@ -212,6 +212,11 @@ AUGMENTATIONS = {
 # ---------------------------------------------------------------- device half
 
 
+def top_of(image: Tensor) -> float:
+    """What an image's values are divided by: the largest value of an integer type, 1 where they are floating."""
+    return 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+
+
 class Prepare(nn.Module):
     """Flip and normalise on the device, without waiting for it.
 
@@ -229,7 +234,7 @@ class Prepare(nn.Module):
 
     def forward(self, image: Tensor, flip: Tensor | None = None) -> Tensor:
         """image (B, C, H, W) of any type, flip (B,) bool -> float32 (B, C, H, W)."""
-        top = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        top = top_of(image)
         if image.dtype != torch.uint8:  # flipped as bytes where it can be: a quarter of the traffic
             image = image.to(torch.float32)
         if flip is not None:

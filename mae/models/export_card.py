@@ -24,6 +24,7 @@ class Facts:
     summary: dict[str, Any] = field(default_factory=dict)  # the run's summary.json
     crop: float = 0.875  # the part of a side that is kept in evaluation; 224 / 256: the reference's
     encoder_only: bool = False  # a masked autoencoder whose decoder is not the weights' own, and is left out
+    top: float | None = 255.0  # what values are divided by before `mean`: 65535 of 16 bits, 1 of floats, None: unknown
     mask_ratio: float = 0.75  # that the decoder learned at; the paper's
 
 
@@ -45,9 +46,7 @@ def card(facts: Facts, *, library: str, usage: str, classifier: bool, encoder: b
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: {kind}\ntags:\n- vision\n- vit\n- mae\n---",
         f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.{alone}",
-        f"## Use\n\nInputs are RGB values in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}."
-        if len(facts.mean) == 3
-        else f"## Use\n\nInputs are in [0, 1], less mean {_list(facts.mean)}, over std {_list(facts.std)}.",
+        f"## Use\n\nInputs are {_inputs(facts)}, less mean {_list(facts.mean)}, over std {_list(facts.std)}.",
         f"```python\n{usage.strip()}\n```",
         _results(facts),
         _recipe(facts),
@@ -56,6 +55,14 @@ def card(facts: Facts, *, library: str, usage: str, classifier: bool, encoder: b
         shown = ", ".join(facts.classes[:20]) + (", ..." if len(facts.classes) > 20 else "")
         parts.insert(4, f"{len(facts.classes)} classes: {shown}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _inputs(facts: Facts) -> str:
+    if facts.top == 255:
+        return "RGB values in [0, 1]" if len(facts.mean) == 3 else "in [0, 1]"
+    if facts.top == 1:
+        return "the images' own floating values"
+    return "values of 16 bits over 65535" if facts.top else "as in training"
 
 
 def _list(values: list[float]) -> str:

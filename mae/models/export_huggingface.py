@@ -1,6 +1,7 @@
 """Export to Hugging Face's ViTMAE and ViT: their names and config, written without importing transformers."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mae.models.export_files import staged
 from mae.models.export_state import State, sizes, weights
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
+
+log = logging.getLogger(__name__)
 
 # The names of transformers 4, which the hub's own files have and transformers 5 still reads.
 BLOCK = {
@@ -35,8 +38,8 @@ OUTSIDE = {
 def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     """A folder for `from_pretrained`: of ViTMAEForPreTraining, or of ViTForImageClassification.
 
-    Raises ValueError where transformers has no such network: a mean of patch tokens, or an image that is no
-    square for ViTMAE.
+    Raises ValueError where transformers has no such network (a mean of patch tokens, or an image that is no
+    square for ViTMAE), or cannot prepare such images.
     """
     size = sizes(model)
     config = _config(model, size, facts)
@@ -49,14 +52,21 @@ def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     else:
         kind = "ViTForImageClassification"
         _check_classifier(size)
-    folder = Path(path).expanduser()
+    processor, folder = _processor(size, facts), Path(path).expanduser()
     usage = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({folder.name!r})"
+    if processor is None:
+        height, width = size["img_size"]
+        reason = f"images must be resized to cover {int(height / facts.crop)} x {int(width / facts.crop)} (height x "
+        reason += f"width) and the centre {height} x {width} cut out, which no processor of transformers does"
+        log.warning("no preprocessor_config.json is written: %s", reason)
+        usage += f"\n# {reason}"
     text = card(facts, library="transformers", usage=usage, classifier=kind != "ViTMAEForPreTraining")
     with staged(folder) as stage:
         state = huggingface_names(weights(model, fold=True))
         safetensors.torch.save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
         (stage / "config.json").write_text(json.dumps(config | {"architectures": [kind]}, indent=2) + "\n")
-        (stage / "preprocessor_config.json").write_text(json.dumps(_processor(size, facts), indent=2) + "\n")
+        if processor:
+            (stage / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
         (stage / "README.md").write_text(text)
         names = sorted(file.name for file in stage.iterdir())
     return [folder / name for name in names]
@@ -127,23 +137,35 @@ def _config(model: nn.Module, size: dict[str, Any], facts: Facts) -> dict[str, A
     }
 
 
-def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    """As evaluation prepares images: resized to cover, the centre cropped. A size that is no square transformers can
-    only resize to."""
+def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any] | None:
+    """As evaluation prepares images: resized to cover, the centre cropped. None where the size is no square:
+    transformers' processors only cover squares, and stretch an image to any other size.
+
+    Raises ValueError of 16-bit images, and where their type is not known.
+    """
     height, width = size["img_size"]
-    whole = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    centre = {
+    if facts.top is None:
+        raise ValueError(
+            "Hugging Face's image processor needs to know the type of the images, and none can be read: name the "
+            "folder that they lie in now (data.root=DIR)."
+        )
+    if facts.top == 65535:
+        raise ValueError(
+            "Hugging Face's image processors cannot prepare 16-bit images: values overflow when they are resized. "
+            "Choose task.format=timm, reference or safetensors."
+        )
+    if height != width:
+        return None
+    return {
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": int(height / facts.crop)},
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_convert_rgb": size["in_chans"] == 3,
-    }
-    return (centre if height == width else whole) | {
+        "do_convert_rgb": size["in_chans"] == 3 and facts.top == 255,
         "do_resize": True,
         "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "do_rescale": facts.top != 1,
+        "rescale_factor": 1 / facts.top,
         "do_normalize": True,
         "image_mean": facts.mean,
         "image_std": facts.std,

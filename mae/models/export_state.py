@@ -69,6 +69,7 @@ def description(model: nn.Module, facts: Facts) -> dict[str, Any]:
     stated: dict[str, Any] = {"library": LIBRARY, "layer_norm_eps": LAYER_NORM_EPS, "hidden_act": "gelu"}
     stated |= {key: list(size[key]) for key in ("img_size", "patch_size")} | {"num_heads": size["num_heads"]}
     stated |= {"mean": list(facts.mean), "std": list(facts.std)}
+    stated |= {"rescale_factor": 1 / facts.top} if facts.top else {}
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": size["decoder_num_heads"], "norm_pix_loss": model.norm_pix_loss}
         stated |= {"mask_ratio": facts.mask_ratio}

@@ -14,6 +14,7 @@ from torch import Tensor
 from mae.models.foreign_files import Opened, open_checkpoint
 from mae.models.foreign_layouts import SINUSOID, Layout, State, convert, sinusoid, with_class_row
 from mae.models.foreign_networks import check_network
+from mae.models.foreign_preprocessing import Preprocessing, stated
 
 DECODER = ("mask_token", "decoder_")
 
@@ -71,12 +72,14 @@ class Foreign:
         return self._told(float, "mask_ratio")
 
     @property
-    def statistics(self) -> dict[str, list[float]]:
-        """`mean` and `std` that the training's images were normalised by, as the files beside the tensors say."""
-        config = self.meta.get("config") or {}
-        places = (config.get("data"), config.get("pretrained_cfg"))  # a run's, timm's
-        told = next((place for place in places if isinstance(place, dict)), {})
-        return {key: list(told[key]) for key in ("mean", "std") if isinstance(told.get(key), list | tuple)}
+    def of_a_run(self) -> bool:
+        """Whether a run's config.yaml goes with it."""
+        return isinstance((self.meta.get("config") or {}).get("data"), dict)
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the training's images were prepared, as the files beside the tensors say, or None."""
+        return stated(*(self.meta.get(key) or {} for key in ("config", "args", "processor")))
 
     def _told(self, kind: type, *keys: str) -> Any:
         """A setting of the training by the first of its names that a run's config, a config.json or saved arguments
@@ -148,7 +151,7 @@ def read(path: str) -> Foreign:
     head_difference, assumptions = check_network(opened, path)
     layout = convert(opened.tensors, opened.args, path)
     kind = f"{_family(opened, layout)}, {_contents(layout.state)}"
-    meta = {"config": opened.config, "args": opened.args, **opened.counters}
+    meta = {"config": opened.config, "args": opened.args, "processor": opened.processor, **opened.counters}
     head_difference = head_difference or _head_difference(layout.state, opened.config)
     notes = opened.notes + layout.notes
     if layout.family in ("timm", "Hugging Face ViT") and "decoder_embed.weight" not in layout.state:

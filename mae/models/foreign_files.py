@@ -39,6 +39,7 @@ class Opened:
     config: dict[str, Any] = field(default_factory=dict)  # config.json or a run's config.yaml
     args: dict[str, Any] = field(default_factory=dict)  # the command line that a training script saved
     counters: dict[str, Any] = field(default_factory=dict)  # epoch or step
+    processor: dict[str, Any] = field(default_factory=dict)  # Hugging Face's preprocessor_config.json
     notes: list[str] = field(default_factory=list)
     network: nn.Module | None = None  # timm's model object, where the weights came with it
 
@@ -116,6 +117,9 @@ def _open_file(path: Path) -> Opened:
         opened.config = _read_config(path.parent.parent.parent / "config.yaml")
     else:
         opened.config = _read_config(path.parent / "config.json")
+        opened.processor = _read_config(path.parent / "preprocessor_config.json") or (
+            _read_config(path.parent / "processor_config.json").get("image_processor") or {}
+        )
         if "architecture" in opened.config:  # timm's hub format
             opened.origin = "timm"
     return opened
@@ -217,4 +221,6 @@ def _open_timm(name: str) -> Opened:
             f"init=timm:{name} could not be fetched ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "Where there is no network, download its model.safetensors and config.json and name the folder."
         ) from error
-    return Opened(model.state_dict(), "timm", network=model)
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    config = {"pretrained_cfg": {key: stated.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}}
+    return Opened(model.state_dict(), "timm", config=config, network=model)

@@ -1,5 +1,6 @@
 """What several tasks need: a data set's labels checked, its images in order, its class names kept."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import data, device
-from mae.augment import center_crop
+from mae.augment import center_crop, kept_fraction, top_of
 from mae.checkpoint import step_name, weights_digest
 from mae.config import build, call, write_text
 from mae.data.loader import EvalLoader
-from mae.data.source import Source, matched, reduced
+from mae.data.source import BadImage, Source, matched, reduced
+from mae.geometry import pair
 from mae.inherit import run_of, stands_for
 from mae.models.foreign import Foreign
 from mae.rules import missing_init
@@ -151,17 +153,60 @@ def same_weights(ranks: Any, model: nn.Module) -> None:
 
 
 def warn_of_statistics(cfg: DictConfig, foreign: Foreign) -> None:
-    """Says where images will be normalised otherwise than those that frozen weights were trained on."""
-    for key, theirs in foreign.statistics.items():
+    """Says where images will be prepared otherwise than those that frozen weights were trained on."""
+    theirs = foreign.preprocessing
+    if theirs is None:
+        return
+    for key, stated in theirs.of_images_up_to(image_top(cfg)).items():
         ours = list(cfg.data[key])
-        count = max(len(ours), len(theirs))
-        if not np.allclose(channels(ours, count), channels(theirs, count), atol=1e-3):
-            values = ",".join(f"{value:g}" for value in theirs)
+        count = max(len(ours), len(stated))
+        if not np.allclose(channels(ours, count), channels(stated, count), rtol=1e-3, atol=1e-3):
+            values = ",".join(f"{value:g}" for value in stated)
             log.warning(
                 "init=%s was trained on images of data.%s=[%s], and these are normalised by %s: set data.%s=[%s] to "
                 "show it images as it knows them",
                 foreign.path, key, values, ours, key, values,
             )  # fmt: skip
+
+
+def warn_of_crop(cfg: DictConfig, foreign: Foreign) -> None:
+    """Says where a file's classifier was evaluated on images that were resized or cut otherwise."""
+    theirs = foreign.preprocessing
+    if theirs is None:
+        return
+    ours = kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction)
+    if theirs.crop and abs(theirs.crop - ours) > 5e-3:
+        log.warning(
+            "init=%s is for images of which %.4g of a side is kept, and of these %.4g is: set data.crop_fraction=%.4g "
+            "to show it images as it knows them",
+            foreign.path, theirs.crop, ours, theirs.crop,
+        )  # fmt: skip
+    if theirs.interpolation in ("nearest", "lanczos", "bilinear", "box", "hamming"):
+        log.warning(
+            "init=%s is for images that are resized by %s interpolation, and these are by bicubic: its accuracy can "
+            "differ a little",
+            foreign.path, theirs.interpolation,
+        )  # fmt: skip
+
+
+def image_top(cfg: DictConfig) -> float | None:
+    """What the values of images are divided by before `data.mean` and `data.std`: 255, 65535, or 1 where they are
+    floating. None where only the images would say it, and none can be read."""
+    if cfg.data.name != "scientific":
+        return 255.0  # every other source decodes to 8 bits
+    for split in ("val", "train"):
+        with contextlib.suppress(ValueError, OSError):
+            source: Source = build(data.SOURCES, cfg.data, split)
+            if (image := next(readable(source), None)) is not None:
+                return top_of(image)
+    return None
+
+
+def readable(source: Source) -> Iterator[Tensor]:
+    """The images of a source that are not bad."""
+    for index in range(len(source)):
+        with contextlib.suppress(BadImage, OSError):
+            yield source[index][0]
 
 
 def channels(values: Any, count: int) -> list[float]:

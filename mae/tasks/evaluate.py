@@ -29,6 +29,7 @@ from mae.tasks.common import (
     read_from,
     same_weights,
     sent,
+    warn_of_crop,
     warn_of_statistics,
 )
 from mae.tasks.linprobe import head as probe_head
@@ -58,6 +59,7 @@ def evaluate(
     model, dtype = load_classifier(cfg, foreign, len(source.classes)), device.number_format(precision, ranks.device)
     same_weights(ranks, model)
     warn_of_statistics(cfg, foreign)
+    warn_of_crop(cfg, foreign)
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     names = kept_classes(cfg.init)
     place = places(cfg, source, model.num_classes, names)

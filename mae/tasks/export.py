@@ -17,7 +17,7 @@ from mae.models.export_card import Facts, run_facts
 from mae.models.foreign import DECODER, Foreign, read
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import channels, kept_classes, need_init, read_from
+from mae.tasks.common import channels, image_top, kept_classes, need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
 from mae.tasks.visualize import load_autoencoder
 
@@ -54,12 +54,14 @@ def export(
                 model, encoder_only = autoencoder(cfg, foreign, norm_pix_loss, need_decoder=format == "huggingface")
         restore_eps(foreign, model)
         check_grid(foreign, model.patch_embed.grid_size, cfg)
+        warn_of_statistics(cfg, foreign)
         facts = Facts(
             name=cfg.model.name,
             source=foreign.kind,
             mean=channels(cfg.data.mean, cfg.model.in_chans),
             std=channels(cfg.data.std, cfg.model.in_chans),
             crop=kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction),
+            top=image_top(cfg),
             classes=classes,
             encoder_only=encoder_only,
             mask_ratio=foreign.mask_ratio or PAPERS_MASK_RATIO,

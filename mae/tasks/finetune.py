@@ -20,6 +20,7 @@ from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.sharding import held, load
 from mae.tasks.classify import Classify
+from mae.tasks.common import warn_of_statistics
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,10 @@ class Finetune(Classify):
 
     def take_up_init(self, cfg: DictConfig) -> None:
         if cfg.init is not None:
-            fit(self.live, read(cfg.init))
+            foreign = read(cfg.init)
+            fit(self.live, foreign)
+            if cfg.task.finetune_blocks is not None or not foreign.of_a_run:
+                warn_of_statistics(cfg, foreign)
             self.model.load_state_dict(self.live.state_dict())
         elif cfg.task.finetune_blocks is not None:
             raise ValueError(

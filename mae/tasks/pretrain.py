@@ -14,6 +14,7 @@ from mae.config import call
 from mae.models.foreign import read
 from mae.models.foreign_fit import fit
 from mae.models.mae import MaskedAutoencoder
+from mae.tasks.common import warn_of_statistics
 from mae.tasks.knn import Signal
 
 
@@ -52,7 +53,10 @@ class Pretrain(nn.Module):
     def take_up_init(self, cfg: DictConfig) -> None:
         """Loads the weights that `init` names, if any; without a decoder in them ours starts afresh."""
         if cfg.init is not None:
-            fit(self.model, read(cfg.init))
+            foreign = read(cfg.init)
+            fit(self.model, foreign)
+            if not foreign.of_a_run:
+                warn_of_statistics(cfg, foreign)
 
     @property
     def trained(self) -> nn.Module:
