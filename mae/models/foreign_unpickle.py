@@ -23,8 +23,8 @@ from torch import _utils as rebuild
 
 # Modules of Python's library whose objects settings and counters hold; they are not read, but do no harm.
 DATA_MODULES = {
-    "abc", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
-    "inspect", "logging", "pathlib", "random", "re", "signal", "threading", "types", "typing", "uuid", "weakref",
+    "abc", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "pathlib",
+    "random", "re", "types", "typing", "uuid",
 }  # fmt: skip
 DATA_NAMES = {"builtins.getattr", "builtins.object", "builtins.type"}
 FAILURES = (
