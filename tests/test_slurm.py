@@ -369,7 +369,7 @@ def script(monkeypatch, tmp_path, *overrides: str, members: int = 1) -> str:
     programs.mkdir()
     counted = f"n=$(cat {programs}/n 2>/dev/null || echo 7); echo $((n + 1)) > {programs}/n"
     queued = f"{counted}; echo Submitted batch job $n"
-    for name, text in (("sbatch", queued), ("srun", "true"), ("squeue", "false")):
+    for name, text in (("sbatch", f"env > {programs}/env; {queued}"), ("srun", "true"), ("squeue", "false")):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -400,6 +400,78 @@ def test_every_option_reaches_sbatch(monkeypatch, tmp_path):
 def test_a_container_s_python_is_used(monkeypatch, tmp_path):
     told = script(monkeypatch, tmp_path, "launcher.python='apptainer exec image.sif python'")
     assert "\napptainer exec image.sif python -u -c " in told
+
+
+AROUND = {  # of a job in which somebody types the command
+    "SLURM_JOB_ID": "99",
+    "SLURM_MEM_PER_CPU": "4000",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_TRES_PER_TASK": "cpu:2",
+    "SLURM_NTASKS_PER_GPU": "1",
+    "SLURM_CPUS_PER_TASK": "2",
+    "SLURMD_NODENAME": "n1",
+    "SRUN_DEBUG": "3",
+    "SBATCH_MEM_PER_CPU": "4000",
+    "SUBMITIT_EXECUTOR": "slurm",
+    "CUDA_VISIBLE_DEVICES": "3",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    fence.NAME: "99.0",
+}
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_job_submitted_inside_a_job_inherits_none_of_its_settings(monkeypatch, tmp_path, members):
+    stay = {"SLURM_CONF": "/etc/other.conf", "SBATCH_ACCOUNT": "lab", "OMP_NUM_THREADS": "4", "SINFO_FORMAT": "%n"}
+    for name, value in (AROUND | stay).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    script(monkeypatch, tmp_path, members=members)  # of several also the job that sums them up, the last one handed in
+    handed = dict(line.partition("=")[::2] for line in (tmp_path / "bin" / "env").read_text().splitlines())
+    assert not AROUND.keys() & handed.keys()
+    assert stay.items() <= handed.items()
+    assert {key: value for key, value in os.environ.items() if key != "PATH"} == {
+        key: value for key, value in before.items() if key != "PATH"
+    }
+
+
+def test_a_retried_job_inherits_none_of_the_settings_of_the_job_around_it(monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path)
+    run = tmp_path / "again"
+    run.mkdir()
+    cfg = composed(*SLURM, "launcher.probe_s=0", f"output_dir={run}")
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    for name, value in AROUND.items():
+        monkeypatch.setenv(name, value)
+    status.retry_failed(run, [])
+    assert not [line for line in (tmp_path / "bin" / "env").read_text().splitlines() if line.startswith("SLURM_")]
+
+
+def test_outside_of_a_job_the_shell_s_wishes_stay(monkeypatch, tmp_path):
+    wishes = {"SBATCH_MEM_PER_CPU": "4000", "SBATCH_PARTITION": "main", "SLURM_CPU_BIND": "none"}
+    for name, value in wishes.items():
+        monkeypatch.setenv(name, value)
+    script(monkeypatch, tmp_path)
+    handed = (tmp_path / "bin" / "env").read_text().splitlines()
+    assert all(f"{name}={value}" in handed for name, value in wishes.items())
+
+
+def test_the_probe_of_a_node_is_no_step_of_the_job_around_it(monkeypatch, tmp_path):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nenv > {tmp_path}/env; echo good\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in AROUND.items():
+        monkeypatch.setenv(name, value)
+    check._probe(settings("launcher.probe_s=1"), tmp_path)
+    assert not [line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SLURM_")]
+
+
+def test_what_a_user_wants_to_see_of_slurm_does_not_change_what_is_read(monkeypatch):
+    for name in ("SQUEUE_FORMAT", "SINFO_FORMAT", "SACCT_FORMAT", "SCANCEL_INTERACTIVE", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(name, "x")
+    _, said, _ = queue.command("env")
+    assert "_FORMAT=x" not in said and "SCANCEL_" not in said
 
 
 def test_a_sweep_is_one_bounded_array(monkeypatch, tmp_path):

@@ -161,6 +161,17 @@ def test_two_nodes_by_two_tasks_equal_four_local_processes(job):
     )
 
 
+def test_a_job_submitted_inside_an_interactive_job_has_settings_of_its_own(job):
+    """With the outer job's SLURM_MEM_PER_CPU beside the inner one's SLURM_MEM_PER_NODE, every srun would be refused."""
+    command = job.command(*TINY_PRETRAIN, "launcher.tasks_per_node=2", "launcher.mem_gb=1", "launcher.wait=true")
+    around = ["srun", "--ntasks=1", "--cpus-per-task=2", "--mem-per-cpu=300", "--cpu-bind=none"]
+    env = job.cluster.env | {"OMP_NUM_THREADS": "1", "SBATCH_MEM_PER_CPU": "300", "SRUN_CPUS_PER_TASK": "2"}
+    done = subprocess.run([*around, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr + job.log()
+    assert done.stdout.splitlines()[-1].startswith("val_loss")
+    assert job.cluster.field(job.id, "NumTasks") == "2" and job.cluster.field(job.id, "MinMemoryNode") == "1G"
+
+
 # ---------------------------------------------------------------- disturbed
 
 

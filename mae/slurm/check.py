@@ -11,6 +11,7 @@ from typing import Any
 from mae.config import ConfigError
 from mae.schema import near
 from mae.slurm import queue
+from mae.slurm.environment import outside_of_jobs
 
 # File systems that other machines see too
 NETWORK = re.compile(r"nfs|lustre|gpfs|beegfs|ceph|fuse|panfs|pvfs|orangefs|weka|vast|glusterfs|quobyte|afs|cifs|9p")
@@ -139,7 +140,8 @@ def _probe(settings: Mapping[str, Any], folder: Path) -> None:
                if settings[key]]  # fmt: skip
     words = ["srun", f"--immediate={settings['probe_s']}", "--nodes=1", "--ntasks=1", "--time=1", "--chdir=/", *options]
     script = 'test -d "$0" || { echo absent; exit; }; test -w "$0" || { echo closed; exit; }; echo good'
-    _, told, _ = queue.command(*words, "sh", "-c", script, str(folder), seconds=settings["probe_s"] + 30)
+    with outside_of_jobs():  # where srun would start a step of the job around it
+        _, told, _ = queue.command(*words, "sh", "-c", script, str(folder), seconds=settings["probe_s"] + 30)
     if told.strip() == "absent":
         raise ConfigError(
             f"output_dir: {folder} is not shared: this machine has it, and a node of the cluster does not see it. "

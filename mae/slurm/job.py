@@ -103,7 +103,7 @@ def start_tasks(run: Path, code: str, settings: Mapping[str, Any]) -> tuple[list
             environment[f"{name.upper()}_SOCKET_IFNAME"] = settings[f"{name}_interface"]
     words = ["srun", f"--ntasks={len(hosts) * per_node}", f"--ntasks-per-node={per_node}"]
     words += [f"--cpus-per-task={settings['cpus_per_task']}", "--distribution=block", "--kill-on-bad-exit=1"]
-    words += ["--wait=0", "--unbuffered", "--open-mode=append", f"--output={run}/logs/console_%t.txt"]
+    words += ["--export=ALL", "--wait=0", "--unbuffered", "--open-mode=append", f"--output={run}/logs/console_%t.txt"]
     python = shlex.split(settings["python"] or shlex.quote(sys.executable))
     words += [*settings["srun_args"], *python, "-u", "-c", TASK.format(code=code, run=str(run))]
     causes = []

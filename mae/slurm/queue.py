@@ -1,5 +1,6 @@
 """What SLURM says of jobs, and what it is asked to do with them."""
 
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ ALIVE = (
     "STOPPED",
     "RESIZING",
 )
+# A user's wishes for what these commands show and ask, where we read their words
+SHOWN = ("SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
 # SLURM shows these for a moment before it requeues the job by itself
 PASSING = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED")
 COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 12, "Reason": 80}
@@ -35,8 +38,11 @@ class Job:
 
 def command(*words: str, seconds: float = 60) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a SLURM command; 124 where it does not answer, 127 where there is none."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(SHOWN)}
     try:
-        told = subprocess.run(words, text=True, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
+        told = subprocess.run(
+            words, text=True, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL, env=environment
+        )
     except subprocess.TimeoutExpired:
         return 124, "", f"{words[0]} did not answer within {seconds:g} s"
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """From the login node into the queue: one job with a task a GPU, or one array of such jobs for a sweep."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import ConfigError
+from mae.locks import held_run
 from mae.overrides import pasted
 from mae.slurm.check import check, tasks_per_node
+from mae.slurm.environment import outside_of_jobs
 from mae.slurm.job import SUPERVISE
 from mae.slurm.state import asked, follow, shown
 
@@ -80,7 +83,22 @@ def submit(runs: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path) -> int:
     """Queues prepared runs with their launcher settings, those of the same settings as one array. What belongs to the
     jobs lies under `folder/slurm`. Returns the exit code."""
     waiting = [run for run, _ in runs if not (run / "summary.json").exists()]
-    queued = [run for run, (_, job) in asked(waiting).items() if job is not None and job.alive]
+    with contextlib.ExitStack() as lock:
+        if len(in_queue(waiting)) < len(waiting):  # two commands at once would queue the rest twice
+            lock.enter_context(held_run(folder))
+        _enqueue_all(runs, waiting, folder)
+    settings = plain(runs[0][1])
+    return follow([run for run, _ in runs], settings["poll_s"]) if settings["wait"] else 0
+
+
+def in_queue(runs: Sequence[Path]) -> list[Path]:
+    """Those of the runs whose job is queued or running."""
+    return [run for run, (_, job) in asked(runs).items() if job is not None and job.alive]
+
+
+def _enqueue_all(runs: Sequence[tuple[Path, Mapping[str, Any]]], waiting: list[Path], folder: Path) -> None:
+    """Queues those of the runs that are neither finished nor in the queue."""
+    queued = in_queue(waiting)
     for run in queued:
         sys.stdout.write(
             f"{shown(run)} is in the queue already; python run.py {pasted('cancel', shown(run))} takes it out.\n"
@@ -95,10 +113,8 @@ def submit(runs: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path) -> int:
     for text, members in groups.items():
         jobs.append(enqueue(members, folder, json.loads(text)))
         sys.stdout.write(told_to_user(jobs[-1], members, folder, json.loads(text)))
-    settings = plain(runs[0][1])
     if jobs and folder not in waiting and (ROOT / "mae" / "sweep.py").exists():
-        after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, settings)
-    return follow([run for run, _ in runs], settings["poll_s"]) if settings["wait"] else 0
+        after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, plain(runs[0][1]))
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +185,6 @@ def enqueue(runs: list[Path], folder: Path, settings: Mapping[str, Any]) -> str:
 
 def sbatch(command: str, folder: Path, options: Mapping[str, Any], array: int | None) -> str:
     """Submits a command, as an array of `array` jobs; returns the id. Raises ConfigError with what SLURM says."""
-    import contextlib
     import io
 
     import submitit
@@ -180,7 +195,7 @@ def sbatch(command: str, folder: Path, options: Mapping[str, Any], array: int | 
     if array is not None:
         executor.parameters["map_count"] = array
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return executor._submit_command(command).job_id  # without its worker: see mae/slurm/job.py
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines() if line]
