@@ -7,7 +7,6 @@ SHA-256 of both). It is written under a temporary name, flushed, and renamed.
 `python -m mae.checkpoint RUN` lists a run's checkpoints.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mae import fence
+from mae.file_system import flush, point_to, system_error
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +50,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` exists whole or not at all. Raises OSError, leaving nothing behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get(fence.NAME, '')}")
@@ -74,17 +65,18 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         }
         (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
         for name in (WEIGHTS, TRAINER, MANIFEST):
-            _flush(temporary / name)
-        _flush(temporary)
+            flush(temporary / name)
+        flush(temporary)
         fence.check(path.parent.parent)
         if path.exists():  # a damaged one of the same step
             shutil.rmtree(path)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if os.strerror(errno.ENOSPC) in str(error):  # as torch and safetensors word it, each with a type of its own
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        system = system_error(error)  # torch and safetensors hide it, each in a type of its own
+        if system is not None and system.errno is not None:
+            raise OSError(system.errno, os.strerror(system.errno), str(path)) from error
         raise
 
 
@@ -176,16 +168,6 @@ def best_of(run: Path) -> Path | None:
     """The checkpoint that `checkpoints/best` points to, or None."""
     link = run / "checkpoints" / BEST
     return link.with_name(os.readlink(link)) if link.is_symlink() else None
-
-
-def point_to(path: Path, link: Path) -> None:
-    """Makes `link` a symbolic link to its neighbour `path`, replacing an earlier one at once."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.name)
-    if link.is_dir() and not link.is_symlink():  # of a run that was copied by what follows links, such as scp
-        shutil.rmtree(link)
-    temporary.replace(link)
 
 
 def newest_valid(run: Path) -> Path | None:

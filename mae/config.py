@@ -19,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae import rules
+from mae.file_system import full_disk
 from mae.ranges import ranges
 from mae.schema import SCHEMA, TOP, conform, describe, keyword_only, near, schema, table
 from mae.versions import completed
@@ -211,7 +212,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
         temporary.replace(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}).") from error
+        raise ConfigError(full_disk(error) or f"{path} cannot be written ({error.strerror}).") from error
 
 
 # ---------------------------------------------------------------- build

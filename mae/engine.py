@@ -1,5 +1,6 @@
 """The train loop. Everything it calls is one import away; a line belongs here only if it says what a step is."""
 
+import contextlib
 import json
 import logging
 import math
@@ -13,10 +14,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, environment, fence, norms, report, track
+from mae import checkpoint, device, environment, fence, limits, norms, report, track
 from mae.config import build, call, read, write_text
 from mae.data.workers import naming_killed_workers
 from mae.distributed import Interruption, Ranks, lost_peer, start
+from mae.file_system import check_needs
+from mae.locks import held_run
 from mae.profiling import profiled
 from mae.schema import TRAINED
 from mae.setup import Training, set_up
@@ -216,12 +219,23 @@ def work(run: Path) -> int:
     """
     cfg = read(run)
     rank = int(os.environ.get("RANK", 0))
+    limits.raise_open_files()
+    if "OMP_NUM_THREADS" not in os.environ and limits.cpus() < torch.get_num_threads():  # of a container's quota
+        torch.set_num_threads(limits.cpus())
+    with held_run(run) if rank == 0 else contextlib.nullcontext():
+        return _work(run, cfg, rank)
+
+
+def _work(run: Path, cfg: DictConfig, rank: int) -> int:
+    """One process of a run that no other process writes into."""
     track.set_up_logging(run, rank)
     tracker, ranks = track.Tracker(), None
     code, summary = 1, {}
     try:
         ranks = call(start, cfg.launcher, cfg.device)
         if ranks.main:
+            for warning in check_needs(run):
+                log.warning("%s", warning)
             tracker = track.trackers(run, cfg)
             environment.keep(run, ranks.device, ranks.world)
         summary = run_task(run, cfg, ranks, tracker)

@@ -1,6 +1,6 @@
 """Where a run runs: in this process, in several of this machine, or on a cluster."""
 
-import errno
+import contextlib
 import json
 import logging
 import os
@@ -15,16 +15,18 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mae import config
+from mae import config, limits
 from mae.compose import chosen_groups, composed
 from mae.config import ConfigError, build
+from mae.file_system import full_disk, system_error
 from mae.inherit import stands_for
 from mae.local import RankFailed, inline, local
+from mae.locks import held_run
 from mae.overrides import assignment, parsed, pasted
 from mae.pipeline import own_names, pretraining, run_pipeline
 from mae.rules import READERS, missing_init
 from mae.run_paths import absolute
-from mae.run_start import prepare
+from mae.run_start import make_directory, prepare
 from mae.schema import near
 from mae.slurm.submit import slurm, submit, submit_last
 
@@ -45,8 +47,25 @@ def launch(cfg: DictConfig, overrides: list[str]) -> int:
         cfg, code = after_pretraining(cfg, overrides)
         if code:
             return code
-    run = prepare(cfg, overrides)
-    summary, first = run / "summary.json", os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as lock:
+        if first and not queues(cfg):  # whose jobs take it as they begin
+            lock.enter_context(held_run(make_directory(cfg)))
+        run = prepare(cfg, overrides)
+        if starts_processes(cfg):  # the first of which takes it
+            lock.close()
+        return start(run, cfg, overrides, first)
+
+
+def starts_processes(cfg: DictConfig) -> bool:
+    """Whether a run is computed by other processes than this one. Those of a pipeline's stages come back here."""
+    several = cfg.launcher.name == "local" and cfg.launcher.processes > 1
+    return several and "TORCHELASTIC_RUN_ID" not in os.environ and cfg.task.name != "pipeline"
+
+
+def start(run: Path, cfg: DictConfig, overrides: list[str], first: bool) -> int:
+    """Runs what a prepared directory holds, unless it is finished; returns the exit code."""
+    summary = run / "summary.json"
     if not summary.exists():
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
@@ -127,6 +146,11 @@ def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
 def explain(error: BaseException) -> str:
     """An error in a plain sentence or two; the traceback of one that is not the user's is in the run's log.txt."""
     text = str(error)
+    system = system_error(error)
+    if system is not None and system.errno in limits.FILES_ERRORS:
+        return limits.too_many_open_files()
+    if full := full_disk(error):
+        return text if isinstance(error, ValueError) else full
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         known = [str(option) for option in error.options or []]
@@ -136,8 +160,6 @@ def explain(error: BaseException) -> str:
         return _unreadable(str(error.override))
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _composition(text, error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "The disk is full. What was saved before is whole; make room and start the same command again."
     if isinstance(error, ValueError | RankFailed):
         return text
     if isinstance(error, OSError):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from mae import config
 from mae.compose import is_group
 from mae.config import ConfigError, difference, run_directory, stored_overrides, write_text
+from mae.file_system import full_disk
 from mae.overrides import key_of
 from mae.rules import reads_data
 from mae.run_paths import comparable, data_root, with_absolute_paths, write_typed
@@ -20,18 +21,24 @@ FAILED = "failed"  # folder of a run: what starts left that failed before the fi
 LEFT = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
 
 
-def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
-    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
-
-    Raises ConfigError where it cannot be written to, or holds a run of another config.
-    """
+def make_directory(cfg: DictConfig) -> Path:
+    """The run's directory, made where it is not there. Raises ConfigError where it cannot be written to."""
     run = run_directory(cfg).absolute()
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run) as probe:
             probe.write(b"a full disk shows here")
     except OSError as error:
-        raise ConfigError(f"output_dir: {run} cannot be written to ({error.strerror}).") from error
+        raise ConfigError(full_disk(error) or f"output_dir: {run} cannot be written to ({error.strerror}).") from error
+    return run
+
+
+def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
+    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
+
+    Raises ConfigError where it cannot be written to, or holds a run of another config.
+    """
+    run = make_directory(cfg)
     stored = run / "config.yaml"
     if stored.exists():
         changes = difference(comparable(config.read(run)), comparable(cfg))

@@ -13,10 +13,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -26,6 +27,7 @@ from mae.compose import chosen_groups, composed
 from mae.config import ConfigError
 from mae.inherit import inherited, with_groups
 from mae.launch import AUTO, explain, launch
+from mae.locks import file_lock
 from mae.overrides import assignment, key_of
 from mae.pipeline import own_names, pretraining
 
@@ -90,9 +92,9 @@ def open_study(directory: Path, metric: str) -> Any:
         )
 
 
-def held(directory: Path) -> AbstractContextManager[None]:
+def held(directory: Path) -> BaseFileLock:
     """What all workers of a search share is touched by one at a time."""
-    return search_trial.locked(directory / ".lock")
+    return file_lock(directory / ".lock")
 
 
 def next_trial(study: Any, directory: Path, trials: int, seed: int) -> tuple[Any, Any] | None:
@@ -153,7 +155,7 @@ def first_values(searched: dict[str, Override]) -> Iterator[str]:
 def parent_of(cfg: Any, choices: dict[str, str]) -> str:
     """The pretrained run that all trials start from with init=auto, made where it is missing."""
     parent = pretraining(cfg, composed, choices)
-    with search_trial.locked(Path(f"{parent.output_dir}.lock")):
+    with file_lock(Path(f"{parent.output_dir}.lock")):
         if not Path(parent.output_dir, "summary.json").exists() and launch(
             parent, ["task=pretrain", *own_names(cfg, choices)]
         ):

@@ -1,19 +1,19 @@
 """One trial of a search: a run in a process of its own, watched, and ended early where it is not worth its time."""
 
 import ctypes
-import fcntl
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, Timeout
+
+from mae.locks import RUN as RUN_LOCK
+from mae.locks import file_lock, is_free
 from mae.overrides import assignment
 from mae.track import JsonLines, read_lines
 
@@ -29,26 +29,17 @@ def folder(directory: Path, number: int) -> Path:
     return directory / f"trial_{number:04d}"
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; waits for whoever holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def try_lock(run: Path) -> Any:
-    """The open lock file of a trial, or None where another worker, or what it started, still holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("w")
+def try_lock(run: Path) -> BaseFileLock | None:
+    """The acquired lock of a trial, or None where another worker holds it, or a run that one left behind goes on."""
+    lock = file_lock(run / ".lock", 0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        lock.acquire()
+    except Timeout:
         return None
-    os.set_inheritable(file.fileno(), True)
-    return file
+    if is_free(run / RUN_LOCK):
+        return lock
+    lock.release()
+    return None
 
 
 def run(study: Any, trial: Any, directory: Path, overrides: list[str], metric: str, prune: bool) -> None:
@@ -78,7 +69,7 @@ def watch(place: Path, trial: Any, overrides: list[str], metric: str, prune: boo
     command = [sys.executable, str(RUN), *overrides, assignment("output_dir", str(place))]
     with (place / "output.txt").open("a") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, close_fds=False, start_new_session=True, preexec_fn=end_with_parent
+            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent
         )
     key, told, pruned = f"val/{metric.removeprefix('val_')}", set(trial_steps(trial)), False
     try:

@@ -1,20 +1,23 @@
 """Where shards lie: a folder here, or a place that fsspec reaches, kept in a local cache while in use."""
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import BaseFileLock
+
 from mae.data.listing import hidden, inside
 from mae.data.source import BadImage
+from mae.file_system import full_disk
+from mae.locks import file_lock
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -226,6 +229,8 @@ class Remote:
             except (ValueError, NotImplementedError):  # of what came, which is no better the next time
                 raise
             except Exception as error:  # each protocol of fsspec has errors of its own
+                if full := full_disk(error):  # that of the cache here, which no later try finds emptier
+                    raise ValueError(f"data.cache_dir: {full} Or lower data.cache_gb.") from error
                 if isinstance(error, FileNotFoundError) and not known:
                     raise
                 refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
@@ -255,13 +260,6 @@ def _failure(path: Path) -> Path:
     return path.with_name(f"{path.name}.failed")
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time fetches a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has the file too, and never closes it
+def locked(path: Path) -> BaseFileLock:
+    """One process or thread at a time fetches a file."""
+    return file_lock(path.with_name(f"{path.name}.lock"))

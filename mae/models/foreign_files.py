@@ -101,7 +101,7 @@ def _damage(folder: Path) -> str:
 
 
 def _open_file(path: Path) -> Opened:
-    ours = path.parent.name.startswith("step_") and (path.parent / "manifest.json").is_file()
+    ours = path.parent.name.startswith(("step_", "best")) and (path.parent / "manifest.json").is_file()
     if ours and (reason := _damage(path.parent)):
         raise ValueError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
     if path.name.endswith(".index.json"):
