@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import config, limits
 from mae.compose import chosen_groups, composed
 from mae.config import ConfigError, build
-from mae.file_system import full_disk, system_error
+from mae.file_system import full_disk
 from mae.inherit import stands_for
 from mae.local import RankFailed, inline, local
 from mae.locks import held_run
@@ -146,9 +146,8 @@ def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
 def explain(error: BaseException) -> str:
     """An error in a plain sentence or two; the traceback of one that is not the user's is in the run's log.txt."""
     text = str(error)
-    system = system_error(error)
-    if system is not None and system.errno in limits.FILES_ERRORS:
-        return limits.too_many_open_files()
+    if not isinstance(error, ValueError) and (limit := limits.limit_reached(error)):
+        return limit
     if full := full_disk(error):
         return text if isinstance(error, ValueError) else full
     if isinstance(error, MissingConfigException):

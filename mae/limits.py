@@ -8,6 +8,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from mae.file_system import system_error
+
 FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 OPEN_FILES = 65_536  # asked for at most: some libraries walk through all that are allowed
 SHARED_MEMORY = Path("/dev/shm")
@@ -78,6 +80,16 @@ def too_many_open_files() -> str:
         f"Too many open files: this process may open {open_files()} (ulimit -n). Raise that limit, as ulimit -n 4096, "
         "or choose data.workers=thread and a smaller data.num_workers."
     )
+
+
+def limit_reached(error: BaseException) -> str:
+    """A sentence where an error, of the system or in torch's words, says that a limit of open files or shared memory is
+    reached; empty for others."""
+    system, words = system_error(error), str(error)
+    files = system is not None and system.errno in FILES_ERRORS
+    if files or os.strerror(errno.EMFILE) in words or "ancdata" in words:
+        return too_many_open_files()
+    return little_shared_memory() if "shared memory" in words else ""
 
 
 def shared_memory() -> int | None:

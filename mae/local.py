@@ -71,6 +71,7 @@ def local(run: Path, *, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from mae import limits
     from mae.distributed import Interruption
     from mae.run_record import read_json
 
@@ -90,7 +91,7 @@ def local(run: Path, *, processes: int) -> int:
         monitor_interval=0.2,
         **ours,
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, limits.cpus() // processes)))
     with forwarded(Interruption.SIGNALS) as received:
         try:
             return max(elastic_launch(settings, rank_work)(str(run)).values())

@@ -78,7 +78,7 @@ class Loader:
         self._running: Iterator | None = None  # going on from `_start`
         reader = Reader(self.source, transform, seed, num_patches, repeats)
         tickets = Tickets(self._tickets)
-        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
+        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory, micro_batch_size)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:
@@ -138,7 +138,7 @@ class EvalLoader:
         self.record = Record(len(source), max_bad_fraction, bad_csv, "val", world)
         reader = Reader(source, transform, seed, num_patches)
         tickets = Tickets(self._tickets)
-        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory)
+        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory, batch_size)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:

@@ -12,7 +12,6 @@ import csv
 import hashlib
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
+from mae import limits
 from mae.data import SOURCES, flat
 from mae.data.reader import Failure
 from mae.data.shards import INDEX, Index
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="of JPEG, with --size (default 90)",
     )
     parser.add_argument("--per-shard", type=positive, default=2048, help="images in a shard (default 2048)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=positive, default=limits.cpus(), help="processes")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
         data = data_group(options.overrides)

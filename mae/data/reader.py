@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from mae import augment, chance
+from mae import augment, chance, limits
 from mae.data.sampler import Ticket
 from mae.data.source import FAILURES, Source, part, reason
 from mae.data.stack import Stack
@@ -112,6 +112,8 @@ class Reader(Dataset):
             try:
                 return index, self._transformed(index, draws, stack, places, taken)
             except FAILURES as error:
+                if limit := limits.limit_reached(error):  # no fault of the image
+                    raise ValueError(limit) from error
                 bad.append(Bad(index, self.source.name(index), reason(error)))
             key = chance.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))

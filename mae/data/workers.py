@@ -6,6 +6,7 @@ some 0.07 ms, so that many threads get in each other's and the train loop's way,
 process' own generators (RandAugment) cannot run in threads at all.
 """
 
+import logging
 import os
 import queue
 import signal
@@ -18,14 +19,21 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # before Pyth
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.multiprocessing
 from torch.utils.data import DataLoader
 
+from mae import limits
 from mae.data.reader import Batch, Reader, Record
 from mae.data.sampler import Ticket
 
+log = logging.getLogger(__name__)
+
 Kind = Literal["auto", "thread", "process"]
 MAX_THREADS = 8  # above so many, `auto` takes processes
+SMALL = 1 << 30  # bytes of shared memory: below so many, it is reckoned whether batches fit
+FILES = 16  # that a batch on its way from a worker process may keep open
 ENDING_S = 5.0  # how long the end of threads is waited for: one may hang on dead storage
 
 
@@ -104,9 +112,7 @@ def worker_count(num_workers: int | None) -> int:
     """`data.num_workers`, or one for each CPU that this process may use."""
     if num_workers is not None:
         return num_workers
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus = min(cpus, int(os.environ.get("SLURM_CPUS_PER_TASK") or cpus))  # where a step's tasks share its cores
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, limits.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def makers(
@@ -117,8 +123,10 @@ def makers(
     prefetch: int,
     timeout_s: float,
     pin_memory: bool,
+    images: int,
 ) -> DataLoader | Threads:
-    """What gives a batch for each ticket when gone through. Raises ValueError for threads that cannot be.
+    """What gives a batch of up to `images` for each ticket when gone through. Raises ValueError for threads that cannot
+    be, and for processes whose batches do not fit into shared memory.
 
     For processes it is torch's loader, used for its workers alone; its own seeds come from a generator of
     its own, so that the main process' generators are left as they are.
@@ -132,6 +140,17 @@ def makers(
         )
     if count and not draws and (workers == "thread" or workers == "auto" and count <= MAX_THREADS):
         return Threads(reader, tickets, count, prefetch, timeout_s, pin_memory)
+    need, room = shared_memory(reader, count * prefetch + 2, images) if count else (0, 1)
+    if need > room and workers == "process":
+        raise ValueError(limits.little_shared_memory(need))
+    if need > room // 2 and workers == "auto":  # the other half is the validation's
+        instead = "this process itself makes them" if draws else f"{MAX_THREADS} threads make them"
+        log.warning("%s has too little room for batches of worker processes: %s", limits.SHARED_MEMORY, instead)
+        if not draws:
+            return Threads(reader, tickets, MAX_THREADS, prefetch, timeout_s, pin_memory)
+        count = 0
+    if count and limits.open_files() < 128 + FILES * count * prefetch:
+        torch.multiprocessing.set_sharing_strategy("file_system")  # which keeps no file open for each tensor
     return DataLoader(
         reader,
         sampler=tickets,  # type: ignore[arg-type]
@@ -145,6 +164,17 @@ def makers(
         prefetch_factor=prefetch if count else None,
         worker_init_fn=_leave_signals_to_main,
     )
+
+
+def shared_memory(reader: Reader, batches: int, images: int) -> tuple[int, int]:
+    """Bytes that `batches` batches of up to `images` take, and those that this process has of shared memory. Where that
+    is large, the first is not reckoned and 0."""
+    free = limits.shared_memory()
+    if free is None or free >= SMALL or not len(reader.source):
+        return 0, 1
+    sample = reader.batch(Ticket(0, np.zeros(1, np.int64), 1.0))["image"]
+    images = min(images, len(reader.source) * reader.repeats)
+    return batches * images * sample.nbytes // len(sample), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _leave_signals_to_main(worker: int) -> None:
@@ -161,11 +191,13 @@ def _as_it_is(batch: Any) -> Any:
 
 @contextmanager
 def naming_killed_workers() -> Iterator[None]:
-    """Within, a worker process that was killed is a ValueError in plain words. torch tells it by a signal, wherever the
-    main process is just then."""
+    """Within, a worker process that was killed, or met a limit of the machine, is a ValueError in plain words. torch
+    tells the first by a signal, wherever the main process is just then."""
     try:
         yield
     except RuntimeError as error:
+        if limit := limits.limit_reached(error):
+            raise ValueError(limit) from error
         if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "is killed by" in str(error)):
             raise ValueError(
                 "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
@@ -178,6 +210,8 @@ def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
     try:
         with naming_killed_workers():
             batch = next(iterator)
+    except (EOFError, ConnectionError) as error:  # a worker process could open no file to hand a batch over
+        raise ValueError(limits.too_many_open_files()) from error
     except (RuntimeError, TimeoutError, FutureTimeoutError) as error:
         if isinstance(error, TimeoutError | FutureTimeoutError) or "timed out" in str(error):
             raise ValueError(
