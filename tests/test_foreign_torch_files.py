@@ -320,6 +320,9 @@ def test_the_prefixes_of_mae_pytorch_and_hugging_face_stay(tmp_path):
     names = {"encoder.patch_embed.proj.weight", "encoder_to_decoder.weight", "decoder.head.weight"}
     weights, notes = foreign_names.select({f"module.{n}": torch.ones(1) for n in names}, "x")
     assert weights is not None and weights.tensors.keys() == names and not notes
+    names = {"encoder.patch_embed.proj.weight", "encoder.norm.weight"}  # the encoder of an unfinished file
+    weights, notes = foreign_names.select({"model": {n: torch.ones(1) for n in names}}, "x")
+    assert weights is not None and weights.tensors.keys() == names and not notes
     names = {"vit.embeddings.patch_embeddings.projection.weight", "vit.encoder.layer.0.x.weight", "classifier.weight"}
     weights, notes = foreign_names.select({"state_dict": {f"model.{n}": torch.ones(1) for n in names}}, "x")
     assert weights is not None and weights.tensors.keys() == names and not notes

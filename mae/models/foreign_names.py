@@ -133,7 +133,10 @@ def _root(prefix: str, projection: str, state: Mapping[str, Tensor]) -> str:
     head, _, last = prefix.rstrip(".").rpartition(".")
     outer = f"{head}." if head else ""
     hugging_face = projection.startswith("embeddings.") and last in HUGGING_FACE
-    mae_pytorch = last == "encoder" and f"{outer}encoder_to_decoder.weight" in state
+    mae_pytorch = last == "encoder" and (
+        f"{outer}encoder_to_decoder.weight" in state
+        or not any(name.startswith((f"{prefix}blocks.", f"{prefix}pos_embed")) for name in state)
+    )
     return outer if hugging_face or mae_pytorch else prefix
 
 
