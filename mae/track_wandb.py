@@ -1,21 +1,21 @@
 """Weights & Biases. Never fatal: whatever is wrong with the service costs a warning, and what could not be sent
 lies in the run's directory, for `wandb sync`."""
 
-import http.client
 import logging
 import os
+import re
 import secrets
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mae.config import write_text
 from mae.tracker import Careful, Tracker
 
 log = logging.getLogger(__name__)
 
 AGENT = "WANDB_SWEEP_ID"  # set by `wandb agent`, which then gives the run its id
+ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 START_S = 30.0  # that a run's start waits for the service; after that it goes on offline
 CALL_S = 10.0  # that a single call, such as an alert, may take
 
@@ -81,17 +81,29 @@ class WandB(Tracker):
         for path, aliases in chosen.items():
             artifact = wandb.Artifact(f"{self.run.name}-{self.wandb.id}"[:120], type="model")
             artifact.add_dir(str(path))
-            self.wandb.log_artifact(artifact, aliases=[*aliases, path.name])
+            self.wandb.log_artifact(artifact, aliases=list(dict.fromkeys([*aliases, path.name])))
+
+
+def run_id(run: Path) -> str:
+    """The id of this directory's W&B run, from its own file or, where that is damaged, from the client's folders; a new
+    one where there is none."""
+    path = run / "wandb_id.txt"
+    stored = path.read_text(errors="replace").strip() if path.exists() else None
+    if stored is not None and ID.fullmatch(stored):
+        return stored
+    folders = sorted((run / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.stat().st_mtime)
+    known = [folder.name.rpartition("-")[2] for folder in folders if folder.name.startswith(("run-", "offline-run-"))]
+    name = known[-1] if known else secrets.token_hex(4)
+    if stored is not None:
+        log.warning("%s holds no id of a W&B run (%r): the run goes on as %s", path, stored[:40], name)
+    write_text(path, name)
+    return name
 
 
 def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """The W&B run of this directory; offline where the service does not answer or refuses."""
     import wandb
-    from wandb.errors import Error as WandbError
 
-    identity = run / "wandb_id.txt"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
     given: dict[str, Any] = dict(settings) | {
         "dir": str(run),
         "config": dict(config),
@@ -99,31 +111,18 @@ def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         "resume": "allow",
     }
     if AGENT not in os.environ:
-        given["id"] = identity.read_text().strip()
+        given["id"] = run_id(run)
     if given["mode"] == "online":
-        trouble = unreachable(wandb.setup().settings.base_url, given["settings"].init_timeout)
         try:
-            if trouble is None:
-                return wandb.init(**given)
-        except WandbError as error:
-            trouble = str(error).splitlines()[0].rstrip(".")
+            return wandb.init(**given)
+        except Exception as error:  # never fatal, whatever the client meets
+            trouble = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             wandb.teardown()  # the client holds on to the id otherwise
         log.warning(
             "W&B cannot be used (%s): the run is recorded offline; wandb sync %s/wandb/* sends it", trouble, run
         )
         given["mode"] = "offline"
     return wandb.init(**given)
-
-
-def unreachable(url: str, timeout_s: float) -> str | None:
-    """Why a service does not answer, or None where it does. The client itself would wait for minutes."""
-    try:
-        with urllib.request.urlopen(f"{url}/healthz", timeout=timeout_s):
-            return None
-    except urllib.error.HTTPError as error:
-        return str(error) if error.code >= 500 else None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return str(error)
 
 
 def wandb_tracker(

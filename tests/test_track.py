@@ -1,10 +1,19 @@
 """W&B and TensorBoard get everything a run tells, keep one run a directory, and never end or stall it."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +21,7 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli, run_here
 from wandb_files import OfflineRun
 from wandb_server import Service, serving
 
-from mae import norms, track
+from mae import norms, track, track_wandb
 from mae.track_wandb import wandb_tracker
 from mae.tracker import Tracker
 
@@ -220,6 +229,88 @@ def test_a_run_begins_offline_where_the_service_does_not_answer(service, tmp_pat
     assert [row["loss"] for row in kept.history if "loss" in row] == list(range(5))
 
 
+@contextmanager
+def forward_proxy(target: int) -> Iterator[int]:
+    """A proxy for plain HTTP that sends everything to a port of this machine; its own port."""
+
+    def pour(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    class Proxy(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            method, url, version = self.rfile.readline().split(b" ")
+            with socket.create_connection(("127.0.0.1", target)) as server:
+                path = b"/" + url.split(b"/", 3)[3]
+                server.sendall(b" ".join((method, path, version)) + b"Connection: close\r\n")
+                threading.Thread(target=self.upload, args=(server,), daemon=True).start()
+                pour(server, self.connection)
+
+        def upload(self, server: socket.socket) -> None:
+            with contextlib.suppress(OSError, ValueError):  # the connection is closed meanwhile
+                while data := self.rfile.read1():
+                    server.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy.server_address[1]
+        proxy.shutdown()
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate that no authority has signed, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    chain, key = folder / "cert.pem", folder / "key.pem"
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*words.split(), "-keyout", str(key), "-out", str(chain)], check=True, capture_output=True)
+    return chain, key
+
+
+@pytest.mark.parametrize("way", ["proxy", pytest.param("insecure", marks=pytest.mark.slow), "authority"])
+def test_a_service_that_the_client_reaches_in_a_way_of_its_own_is_used(service, tmp_path, way, monkeypatch):
+    """Through a proxy set for W&B alone; with a certificate that is not checked, or whose authority is the site's."""
+    with contextlib.ExitStack() as stack:
+        if way == "proxy":
+            port = stack.enter_context(forward_proxy(service.port))
+            own = {"WANDB_BASE_URL": "http://wandb.corp.invalid", "WANDB_HTTP_PROXY": f"http://127.0.0.1:{port}"}
+        else:
+            chain, key = certificate(tmp_path)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(chain, key)
+            service.server.socket = context.wrap_socket(service.server.socket, server_side=True)
+            own = {"WANDB_BASE_URL": f"https://127.0.0.1:{service.port}"}
+            own |= {"WANDB_INSECURE_DISABLE_SSL": "true"} if way == "insecure" else {"SSL_CERT_FILE": str(chain)}
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(service, "environment", lambda: {"WANDB_API_KEY": "k" * 40, "WANDB_SILENT": "true"})
+        told, errors = talk(service, tmp_path / "run", "30", "5").communicate(timeout=120)
+    assert told and "W&B" not in errors, errors
+    assert [row["loss"] for row in only(service)["history"] if "loss" in row] == list(range(5))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\n", b"\xff\xfe\x00", b"a/b?c"])
+def test_a_damaged_id_is_read_from_the_client_s_folders_or_made_anew(tmp_path, damage, caplog):
+    (tmp_path / "wandb_id.txt").write_bytes(damage)
+    fresh = track_wandb.run_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{8}", fresh) and track_wandb.run_id(tmp_path) == fresh
+    assert "wandb_id.txt holds no id of a W&B run" in caplog.text and fresh in caplog.text
+    (tmp_path / "wandb_id.txt").write_bytes(damage)
+    (tmp_path / "wandb" / "offline-run-20260101_101010-0123abcd").mkdir(parents=True)
+    assert track_wandb.run_id(tmp_path) == "0123abcd"
+    assert track_wandb.run_id(tmp_path) == (tmp_path / "wandb_id.txt").read_text()
+
+
+def test_a_run_whose_id_is_an_empty_file_is_recorded(tmp_path):
+    (tmp_path / "wandb_id.txt").touch()
+    assert run_here(tmp_path, *TINY_PRETRAIN, *OFFLINE, "task.max_steps=1") == 0
+    (told,) = offline_runs(tmp_path)
+    assert told.id == (tmp_path / "wandb_id.txt").read_text()
+
+
 def online(run: Path, timeout_s: float) -> Tracker:
     given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False)
     return wandb_tracker(run, {}, mode="online", alerts=True, timeout_s=timeout_s, **given)
@@ -232,7 +323,6 @@ def test_an_error_inside_the_client_is_a_warning(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(wandb, "init", broken)
-    monkeypatch.setattr("mae.track_wandb.unreachable", lambda url, timeout_s: None)
     with caplog.at_level("WARNING"):
         tracker = online(tmp_path, 3.0)
     tracker.log({"step": 0, "loss": 1.0})
