@@ -111,6 +111,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
         )
     merged = OmegaConf.create(OmegaConf.to_container(stored))
     assert isinstance(merged, DictConfig)
+    typed.pop("output_dir", None)
     for key in typed:
         OmegaConf.update(
             merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
