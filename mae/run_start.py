@@ -125,7 +125,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
 def _together(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
     """A run's command line with some of its values replaced."""
     groups = tuple(f"{key}." for key in typed if is_group(key))
-    kept = [
+    same = [
         override for override in stored if key_of(override) not in typed and not key_of(override).startswith(groups)
     ]
-    return [*kept, *(override for key, override in typed.items() if key != "output_dir")]
+    return [*same, *typed.values()]
