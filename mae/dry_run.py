@@ -16,7 +16,7 @@ from mae.forecast import forecast
 from mae.models.flops import Flops, flops
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
-from mae.plan import Plan, make_plan, steps_in_epoch
+from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.schema import TRAINED
 from mae.tasks import TASKS
 
@@ -131,7 +131,9 @@ def plan_of(cfg: DictConfig) -> Plan:
     images, world = count_images(cfg), rules.devices(cfg)
     repeats = cfg.data.repeats
     per_epoch = steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last or repeats > 1)
-    return call(make_plan, cfg.task, images, per_epoch, world)
+    plan = call(make_plan, cfg.task, images, per_epoch, world)
+    check_batches(plan, cfg.task, repeats)
+    return plan
 
 
 def report(cfg: DictConfig) -> str:

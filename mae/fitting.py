@@ -17,6 +17,7 @@ from mae import device, rules
 from mae.activations import kept_for_backward
 from mae.config import write_text
 from mae.distributed import Ranks
+from mae.plan import mixes
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def largest(cfg: DictConfig, where: torch.device, task: Any, autocast: Callable[
     A host that runs out of memory kills instead of refusing, so that there parts are first judged by what
     autograd keeps for few images. Elsewhere a tensor takes up the room of what the run will hold beside a step.
     """
-    mixing = bool(cfg.task.get("mixup") or cfg.task.get("cutmix"))
+    mixing = mixes(cfg.task)
     smallest = 2 if cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
     candidates = parts(share, smallest, mixing)
     # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states

@@ -1,8 +1,9 @@
 """What follows from a config: steps, accumulation, peak learning rate. Computed once, logged under `derived/`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,22 @@ class Plan:
         whole, rest = divmod(step, self.steps_per_epoch)
         in_epoch = min(self.images, self.steps_per_epoch * self.batch_size)
         return whole * in_epoch + min(rest * self.batch_size, in_epoch)
+
+    def held(self, repeats: int = 1) -> set[int]:
+        """Sizes of the batches that devices hold at a time in this run: short ones come with an epoch's last step.
+
+        A device that has no image of a step gets one, which does not count (see `mae.data.sampler`).
+        """
+        different = self.images // repeats  # images of an epoch
+        step, micro = self.batch_size // repeats, self.micro_batch_size // repeats
+        last = min(different, self.steps_per_epoch * step) - (self.steps_per_epoch - 1) * step
+        counts = {min(step, different)} | ({last} if self.steps >= self.steps_per_epoch else set())
+        return {
+            repeats * (min(micro, max(0, len(range(rank, count, self.devices)) - start)) or 1)
+            for count in counts
+            for rank in range(self.devices)
+            for start in range(0, math.ceil(count / self.devices), micro)
+        }
 
     def crosses(self, every_epochs: float, step: int) -> bool:
         """Whether a multiple of `every_epochs` lies in the step that led to `step`."""
@@ -47,6 +64,28 @@ def micro_batch(batch_size: int, devices: int, micro_batch_size: int | Literal["
     """Images that one device holds at a time: its whole share of the batch where no number is said."""
     share = max(1, batch_size // devices)
     return min(micro_batch_size, share) if isinstance(micro_batch_size, int) else share
+
+
+def check_batches(plan: Plan, task: Mapping[str, Any], repeats: int) -> None:
+    """Raises ValueError where a batch of this run, most often an epoch's last one, is of a size that the task cannot
+    train on."""
+    held, keep = plan.held(repeats), "task.drop_last=true or another task.batch_size"
+    of = f"({plan.images} images in steps of {plan.batch_size} on {plan.devices} device{'s' * (plan.devices > 1)})"
+    odd = sorted(size for size in held if size % 2)
+    if odd and mixes(task):
+        raise ValueError(
+            f"task.mixup and task.cutmix mix images in pairs, and a batch of {odd[0]} comes in each epoch {of}: choose "
+            f"{keep}, or set task.mixup=0 task.cutmix=0."
+        )
+    if 1 in held and task["name"] == "linprobe":
+        raise ValueError(
+            f"task=linprobe normalises over a batch, and one of a single image comes in each epoch {of}: choose {keep}."
+        )
+
+
+def mixes(task: Mapping[str, Any]) -> bool:
+    """Whether a task mixes images in pairs."""
+    return bool((task.get("mixup") or task.get("cutmix")) and task["mixup_prob"])
 
 
 def steps_in_epoch(images: int, batch_size: int, drop_last: bool) -> int:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae.plan import mixes
+
 EMBEDDED = ("digits",)  # data sets that come with a package
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 READERS = ("knn", "evaluate", "visualize", "export")  # of weights that others have trained
@@ -175,7 +177,7 @@ def _colours(cfg: Mapping[str, Any]) -> Iterator[str]:
 
 def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
     task = cfg["task"]
-    if not (task.get("mixup") or task.get("cutmix")) or not task["mixup_prob"]:
+    if not mixes(task):
         return
     micro = task["micro_batch_size"]
     held = micro if isinstance(micro, int) else task["batch_size"] // devices(cfg)

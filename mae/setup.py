@@ -21,7 +21,7 @@ from mae.data.loader import EvalLoader, Loader
 from mae.data.source import fingerprint
 from mae.distributed import Ranks, assert_same
 from mae.models.foreign_parts import drop_class_token
-from mae.plan import Plan, make_plan, micro_batch
+from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.tasks import TASKS
 from mae.tasks.common import bad_files, both_sets, eval_loader
 
@@ -184,6 +184,7 @@ def load(
         bad_files(run, ranks),
     )
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
+    check_batches(plan, cfg.task, cfg.data.repeats)
     return loader, plan
 
 

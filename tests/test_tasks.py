@@ -14,13 +14,15 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 from PIL import Image
 
-from mae import checkpoint, masking, rules
+from mae import checkpoint, dry_run, masking, rules, track
 from mae.compose import composed as compose
 from mae.config import ConfigError, build
 from mae.data import pack
+from mae.data.sampler import Sampler
 from mae.data.source import Arrays, part
 from mae.models.vit import classifier
 from mae.pipeline import stage_config
+from mae.plan import make_plan
 from mae.tasks import TASKS
 from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
@@ -560,13 +562,66 @@ def test_even_batches_and_images_of_sixteen_pixels_may_be_mixed():
     assert not list(rules.contradictions(cfg))
 
 
-def test_an_odd_last_batch_is_named(tmp_path):
-    root = folder_of(tmp_path / "data", {"cat": 10, "dog": 9})
+def odd(tmp_path: Path) -> list[str]:
+    """A command whose epoch of 17 images ends in a batch of 1."""
+    root = tmp_path / "data" if (tmp_path / "data").exists() else folder_of(tmp_path / "data", {"cat": 10, "dog": 9})
     command = [*TINY_FINETUNE, "data=folder", f"data.root={root}", "data.fraction=1", "data.min_crop=0.9"]
-    command += ["task.batch_size=16", "task.drop_last=false", "task.mixup=0.8"]
-    assert "task.mixup and task.cutmix mix images in pairs, and a batch of" in said(
-        *command, directory=tmp_path / "run"
+    return [*command, "task.batch_size=16", "task.drop_last=false"]
+
+
+def test_an_odd_last_batch_is_named_before_the_first_step(tmp_path):
+    sentence = (
+        "task.mixup and task.cutmix mix images in pairs, and a batch of 1 comes in each epoch (17 images in steps "
     )
+    sentence += (
+        "of 16 on 1 device): choose task.drop_last=true or another task.batch_size, or set task.mixup=0 task.cutmix=0"
+    )
+    command = [*odd(tmp_path), "task.mixup=0.8", "task.max_steps=2"]
+    assert sentence in said(*command, directory=tmp_path / "run")
+    assert not track.read_lines(tmp_path / "run" / "metrics.jsonl")
+    with pytest.raises(ValueError, match="a batch of 1 comes in each epoch"):
+        dry_run.report(composed(*command, f"output_dir={tmp_path / 'other'}"))
+    assert run_here(tmp_path / "short", *odd(tmp_path), "task.mixup=0.8", "task.max_steps=1") == 0  # it never comes
+
+
+def test_a_probe_s_last_batch_of_one_image_is_named_before_the_first_step(pretrained, tmp_path):
+    root = folder_of(tmp_path / "data", {"cat": 10, "dog": 9})
+    command = [
+        *TINY_OTHER,
+        "task=linprobe",
+        f"init={pretrained}",
+        "data=folder",
+        f"data.root={root}",
+        "data.fraction=1",
+    ]
+    command += ["task.batch_size=8", "task.drop_last=false", "task.cached_features=false"]
+    message = said(*command, directory=tmp_path / "run")
+    assert "one of a single image comes in each epoch (17 images in steps of 8 on 1 device)" in message
+
+
+def test_where_nothing_is_ever_mixed_odd_batches_train_as_without_mixing(tmp_path):
+    seen = {}
+    for name, more in {"never": ["task.mixup=0.8", "task.mixup_prob=0"], "none": ["task.mixup=0"]}.items():
+        assert run_here(tmp_path / name, *odd(tmp_path), "task.batch_size=7", "task.max_steps=4", *more) == 0
+        seen[name] = [row["loss"] for row in track.read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+    assert seen["never"] == pytest.approx(seen["none"], rel=1e-5) and len(seen["none"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "batch", "micro", "repeats"),
+    [(19, 1, 16, 16, 1), (21, 2, 16, 4, 1), (37, 4, 32, 8, 1), (33, 4, 32, 8, 1), (101, 2, 32, 8, 2), (9, 2, 16, 8, 1)],
+)
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_sizes_of_batches_are_those_that_the_sampler_makes(images, devices, batch, micro, repeats, drop_last):
+    if drop_last and batch > images:
+        return
+    samplers = [Sampler(images, batch, micro, 0, r, devices, drop_last, repeats) for r in range(devices)]
+    steps = samplers[0].steps_per_epoch
+    for max_steps in (1, None):
+        made = make_plan(images, steps, devices, epochs=3, max_steps=max_steps, batch_size=batch,
+                         micro_batch_size=micro, drop_last=drop_last)  # fmt: skip
+        tickets = [t for s in samplers for step in range(max_steps or steps) for t in s.micro_batches(0, step)]
+        assert made.held(repeats) == {len(ticket.indices) * repeats for ticket in tickets}
 
 
 @pytest.mark.parametrize(("classes", "given", "message"), [

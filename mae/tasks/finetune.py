@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, mixup_target
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
@@ -88,12 +88,10 @@ class Finetune(Classify):
         if self.mix is None:
             logits = self.live(images)
             return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
-        if len(images) % 2:
-            raise ValueError(
-                f"task.mixup and task.cutmix mix images in pairs, and a batch of {len(images)} came: choose an even "
-                "share of task.batch_size for each device and task.drop_last=true, or set both to 0."
-            )
-        images, targets = self.mix(images, labels)
+        if len(images) % 2 and not self.mix.mix_prob:  # for which timm wants pairs all the same
+            targets = mixup_target(labels, self.mix.num_classes, smoothing=self.label_smoothing)
+        else:
+            images, targets = self.mix(images, labels)
         return {"loss": F.cross_entropy(self.live(images).float(), targets)}
 
     def train(self, mode: bool = True) -> "Finetune":
