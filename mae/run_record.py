@@ -37,7 +37,7 @@ class Record:
 
 def command_of(overrides: list[str]) -> str:
     """Overrides as a command for a shell."""
-    return shlex.join(["python", "run.py", *(one for one in overrides if not one.startswith("output_dir="))])
+    return shlex.join(["python", "run.py", *(override for override in overrides if key_of(override) != "output_dir")])
 
 
 def read_record(run: Path) -> Record:
