@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from mae.glyphs import drawable, make_drawable
 from mae.published import PUBLISHED, SEEDS, Published
 
 COLOURS = ("#2563a8", "#d9662b", "#2a8f5c", "#8f4bb3", "#b8323a", "#7a6a1e")
@@ -58,9 +59,12 @@ def panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
         axes.set_xscale("log")
         axes.minorticks_off()
     if not numeric or not first.scatter:
-        axes.set_xticks([place[x] for x in values], [f"{x:g}" if numeric else str(x) for x in values])
+        labels, font = drawable([f"{x:g}" if numeric else str(x) for x in values])
+        axes.set_xticks([place[x] for x in values], labels, **font)
     axes.set(xlabel=first.key, ylabel=NAMES[first.metric.split(" ")[-1]])
-    axes.set_title(f"{TITLES.get(first.stage, first.stage)}: {cfg.model.name} on {cfg.data.name}", fontsize=11)
+    make_drawable(
+        axes.set_title(f"{TITLES.get(first.stage, first.stage)}: {cfg.model.name} on {cfg.data.name}", fontsize=11)
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if first.key == "seed":
@@ -69,7 +73,7 @@ def panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     if published is not None and numeric:
         paper(axes, published)
     elif axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=False)
+        _legend(axes, *axes.get_legend_handles_labels())
 
 
 def line(axes: Axes, curve: Curve, place: Mapping[Any, float], colour: str) -> None:
@@ -131,4 +135,9 @@ def paper(axes: Axes, published: Published) -> None:
     left_handles, left_labels = axes.get_legend_handles_labels()
     handles, labels = right.get_legend_handles_labels()
     handles, labels = left_handles + handles, left_labels + labels
-    axes.legend(handles, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    _legend(axes, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+def _legend(axes: Axes, handles: list[Any], labels: list[str], **more: Any) -> None:
+    for text in axes.legend(handles, labels, fontsize=8, frameon=False, **more).get_texts():
+        make_drawable(text)

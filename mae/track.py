@@ -168,7 +168,8 @@ def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = 
 def set_up_logging(run: Path | None, rank: int) -> None:
     """Messages to the console (rank 0) and to the run's log.txt (rank 0) or logs/rank_N.txt (the others)."""
     root = logging.getLogger()
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING)  # of libraries; some say at INFO each thing that they do
+    logging.getLogger("mae").setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import TINY, TINY_PRETRAIN, run_here
 from PIL import Image
 from torch import nn
 
@@ -396,3 +397,14 @@ def test_facts_of_a_run(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(told))
     assert run_facts(tmp_path, 20)["summary"] == run_facts(tmp_path, None)["summary"] == told
     assert not run_facts(tmp_path, 10)["summary"]  # of an earlier checkpoint
+
+
+def test_an_onnx_export_says_what_it_read_and_wrote_and_nothing_of_its_own_work(tmp_path, capfd):
+    pytest.importorskip("onnxscript")
+    assert run_here(tmp_path / "run", *TINY_PRETRAIN, "task.max_steps=1") == 0
+    capfd.readouterr()
+    size = [one for one in TINY if "precision" not in one]
+    command = [*size, "task=export", f"init={tmp_path / 'run'}", "task.format=onnx", f"task.path={tmp_path / 'm.onnx'}"]
+    assert run_here(tmp_path / "export", *command) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and "recognised as ours" in said[0] and said[1].startswith("wrote "), said

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from mae.glyphs import drawable
+
 NAMED = 30  # classes whose names fit along an axis
 
 
@@ -28,8 +30,9 @@ def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
     image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true class", title=f"Confusion of {len(names)} classes")
     if len(names) <= NAMED:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        labels, font = drawable(names)
+        axes.set_xticks(range(len(names)), labels, rotation=90, **font)
+        axes.set_yticks(range(len(names)), labels, **font)
         for row, column in np.argwhere(counts > 0):
             shade = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade, fontsize=7)
