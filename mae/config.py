@@ -58,8 +58,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "hf": {"follow_links": False},
     **{name: {"splits": "auto"} for name in ("folder", "cifar10_folder", "scientific")},
 }
-# How the root's folders are read: a run may go on with another reading, as its images are compared by themselves
-READING = ("data.splits", "data.follow_links")
+# How the root's files are read: an unfinished run may go on with another reading, since its images are compared
+READING = ("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key")
 
 
 class ConfigError(ValueError):

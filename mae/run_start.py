@@ -42,6 +42,8 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     stored = run / "config.yaml"
     if stored.exists():
         changes = difference(comparable(config.read(run)), comparable(cfg))
+        if not (run / "summary.json").exists():
+            changes = [line for line in changes if line.partition(":")[0] not in config.READING]
         if changes and failed_early(run):
             set_aside(run)
         elif changes:
@@ -97,7 +99,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     stored = config.read(run)
     typed = {key_of(override): override for override in overrides}
     typed.pop("resume")
-    free = {".".join(path) for path in config.NEUTRAL} - {"resume"}
+    free = {".".join(path) for path in config.NEUTRAL} - {"resume"} | set(config.READING)
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise ConfigError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae import config, launch
+from mae import config, run_start
 from mae.data.folder import classes_of, image_folder
 from mae.data.scientific import scientific_folder
 from tests.conftest import composed, run_here
@@ -201,5 +201,6 @@ def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
     assert run_here(run, *command, "data.splits=[train,val]") == 0
     said = capsys.readouterr().err
     assert "resumed at step 1" in said and "have changed" not in said
-    merged = launch.resumed(composed(*command, f"resume={run}", "data.splits=[train,val]"), ["data.splits=[train,val]"])
+    typed = [f"resume={run}", "data.splits=[train,val]"]
+    merged, _ = run_start.resumed(composed(*command, *typed), typed)
     assert merged.data.splits == ["train", "val"]
