@@ -199,6 +199,11 @@ def main() -> None:
             retry_s=1.0,
             lanes=8,
             window=4,
+            follow_links=False,
+            splits="auto",
+            image_key=None,
+            label_key=None,
+            sample_key="first_dot",
         )
         n, b, w = options.images, options.batch, options.workers
         makers: dict[str, Callable[[], Iterator[int]]] = {

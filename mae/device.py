@@ -143,6 +143,13 @@ def model_name(device: torch.device) -> str:
     return f"{device.type}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GiB"
 
 
+def description(device: torch.device) -> tuple[str, str | None]:
+    """The device in words, and the version of CUDA that torch was built for, None on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), torch.version.cuda
+    return f"{device.type}, {os.cpu_count()} cores", None
+
+
 def release(device: torch.device) -> None:
     """Gives back what a failed attempt left reserved."""
     if device.type == "cuda":

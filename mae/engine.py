@@ -237,7 +237,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
             for warning in check_needs(run):
                 log.warning("%s", warning)
             tracker = track.trackers(run, cfg)
-            environment.keep(run, ranks.device, ranks.world)
+            environment.keep(run, *device.description(ranks.device), ranks.world)
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
             fence.check(run)

@@ -9,26 +9,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 FILE = "environment.jsonl"  # a line each time the run was started
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
 
-def environment(device: torch.device, world: int) -> dict[str, Any]:
-    """Versions, devices and place of this start of a run."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+def environment(device: str, cuda: str | None, world: int) -> dict[str, Any]:
+    """Versions and devices of this start of a run; `cuda` is the version that torch was built for, None on a CPU."""
     found = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "device": gpu or f"{device.type}, {os.cpu_count()} cores",
+        "device": device,
         "processes": world,
         "code": revision(),
     }
-    if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
+    if cuda is not None:
+        found["cuda"] = cuda
     job = os.environ.get("SLURM_JOB_ID")
     return found | ({"slurm job": job} if job else {}) | {name: version(name) for name in PACKAGES}
 
@@ -50,7 +47,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def keep(run: Path, device: torch.device, world: int) -> None:
+def keep(run: Path, device: str, cuda: str | None, world: int) -> None:
     """Adds this start to the run's record."""
     with (run / FILE).open("a") as file:
-        file.write(json.dumps(environment(device, world)) + "\n")
+        file.write(json.dumps(environment(device, cuda, world)) + "\n")

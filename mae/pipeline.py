@@ -77,6 +77,9 @@ def pipeline(
     return 0, None if jobs else together(summaries)
 
 
+TASKS = {"pipeline": pipeline}  # tasks that start others, beside those of `mae.tasks`
+
+
 def conclude(run: str) -> None:
     """Writes the summary of a pipeline whose stages are finished."""
     stages = config.read(Path(run)).task.stages

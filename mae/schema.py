@@ -15,13 +15,13 @@ from typing import Any
 ROOT = Path(__file__).parent
 
 # Where a group's keys are declared: functions whose keyword-only parameters they are.
-# [name] stands for the entry that the group's `name` chooses from a table.
+# [name] stands for the entry that the group's `name` chooses from a table, or from one of several (a|b).
 SCHEMA = {
     "model": ["models.mae:MaskedAutoencoder"],
     "data": ["data:SOURCES[name]", "data.loader:Loader", "data:describe"],
     "augmentation": ["augment:AUGMENTATIONS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
-    "task": ["tasks:TASKS[name]"],
+    "task": ["tasks:TASKS|pipeline:TASKS[name]"],
     "launcher": ["launch:LAUNCHERS[name]", "distributed:start"],
     "wandb": ["track_wandb:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
@@ -64,7 +64,10 @@ def _find(module: str, name: str) -> tuple[str, ast.AST]:
 
 @functools.cache
 def table(where: str) -> dict[str, str]:
-    """Names that a table such as `optim:OPTIMIZERS` offers -> `module:callable` of each."""
+    """Names that a table such as `optim:OPTIMIZERS` offers -> `module:callable` of each; `a|b` are two tables."""
+    if "|" in where:
+        first, others = where.split("|", 1)
+        return table(first) | table(others)
     module, node = _find(*where.split(":"))
     assert isinstance(node, ast.Dict)
     found = {}

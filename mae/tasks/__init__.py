@@ -5,7 +5,6 @@ dict of metrics, `model` is what a checkpoint holds and `trained` what the optim
 are functions of (run, cfg, ranks, tracker) that return the summary; `pipeline` runs where the command was typed.
 """
 
-from mae.pipeline import pipeline
 from mae.tasks.evaluate import evaluate
 from mae.tasks.export import export
 from mae.tasks.finetune import Finetune
@@ -26,5 +25,4 @@ TASKS = {
     "export": export,
     "stats": stats,
     "inspect": inspect,
-    "pipeline": pipeline,
 }
