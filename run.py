@@ -20,10 +20,11 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae import config, inherit, launch, pipeline, run_start, sweep_names  # noqa: E402
-from mae.compose import chosen_groups  # noqa: E402
-from mae.overrides import by_key, key_of  # noqa: E402
-from mae.slurm import plugin, status  # noqa: E402
+from mae.config import check, from_run, sweep_names  # noqa: E402
+from mae.config.compose import chosen_groups  # noqa: E402
+from mae.config.overrides import by_key, key_of  # noqa: E402
+from mae.launch import launch, pipeline, prepare  # noqa: E402
+from mae.launch.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
 MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
@@ -59,16 +60,16 @@ def run(cfg: DictConfig) -> int:
     if plugin.inside():
         plugin.join()
     here = HydraConfig.get()
-    overrides = [override for override in here.overrides.task if key_of(override) != inherit.MARK]
-    cfg = inherit.inherited(cfg, overrides)
+    overrides = [override for override in here.overrides.task if key_of(override) != from_run.MARK]
+    cfg = from_run.inherited(cfg, overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
     overrides += pipeline.own_names(cfg, without_typed(here.runtime.choices, overrides))
     if cfg.resume:
-        cfg, overrides = run_start.resumed(cfg, overrides)
-    checked = config.check(config.resolve(cfg))
+        cfg, overrides = prepare.resumed(cfg, overrides)
+    checked = check.check(check.resolve(cfg))
     if checked.dry_run:
-        from mae import dry_run
+        from mae.tools import dry_run
 
         sys.stdout.write(dry_run.report(checked))
         return 0
@@ -92,7 +93,7 @@ def start() -> int:
         if status.is_asked(sys.argv[1:]):
             return status.answer(sys.argv[1:])
         refuse_directories(sys.argv[1:])
-        sys.argv[1:] = inherit.with_groups(sys.argv[1:])
+        sys.argv[1:] = from_run.with_groups(sys.argv[1:])
         main()
         if MEMBERS:
             return launch.launch_sweep(MEMBERS)
@@ -112,9 +113,9 @@ def refuse_directories(arguments: list[str]) -> None:
     """Raises ConfigError for Hydra's own keys of directories that would do nothing."""
     keys = by_key(arguments)
     if "hydra.run.dir" in keys:
-        raise config.ConfigError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
+        raise check.ConfigError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
     if "hydra.sweep.dir" in keys and not {"-m", "--multirun"} & set(arguments) and "hydra.mode" not in keys:
-        raise config.ConfigError(
+        raise check.ConfigError(
             "hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR."
         )
 
@@ -122,7 +123,7 @@ def refuse_directories(arguments: list[str]) -> None:
 def end_sweeps() -> None:
     """Leaves table, figure and report in the directory of each sweep."""
     for directory in sorted(SWEEPS):
-        from mae import sweep
+        from mae.report import sweep
 
         sys.stdout.write(sweep.finish(Path(directory)))
 

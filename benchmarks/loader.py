@@ -31,14 +31,14 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mae.augment import Prepare, random_resized_crop
 from mae.data.decode import Decoder
-from mae.data.folder import Files
-from mae.data.listing import scan
 from mae.data.loader import Loader
 from mae.data.pack import Form, pack
-from mae.data.shards import tar_shards
+from mae.data.shards.source import tar_shards
 from mae.data.source import Source, Subset
+from mae.data.sources.folder import Files
+from mae.data.sources.listing import scan
+from mae.data.transforms import Prepare, random_resized_crop
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970

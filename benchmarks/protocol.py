@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae.accelerate import compile_blocks
 from mae.allocator import keep_freed_memory, return_freed_memory
 from mae.device import number_format, pick
+from mae.perf.compile import compile_blocks
 
 UNTIMED = 2  # of a turn: after one alone a step of ours still faults in pages that its later ones have, measured
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mae import config, dry_run  # noqa: E402
+from mae.config import check  # noqa: E402
+from mae.tools import dry_run  # noqa: E402
 
 PEAK = {"8 x A100": 312e12, "8 x H100": 989e12}  # dense bf16, from NVIDIA's data sheets
 UTILISATION = (0.35, 0.5)
@@ -24,7 +25,7 @@ RECIPES = {
 
 def hours(overrides: list[str], rate: float) -> tuple[float, float, float]:
     """(epochs, GFLOPs of an image in training, hours on eight devices of `rate` each)."""
-    cfg = config.check(config.resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
+    cfg = check.check(check.resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
     plan = dry_run.plan_of(cfg)
     work = dry_run.training(cfg, dry_run.cost(cfg, dry_run.model_on_meta(cfg)))
     return plan.steps / plan.steps_per_epoch, work / 1e9, plan.images_seen(plan.steps) * work / (8 * rate) / 3600

@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mae import fence
-from mae.file_system import flush, point_to, system_error
+from mae.runs import attempt
+from mae.runs.file_system import flush, point_to, system_error
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _digest(path: Path) -> str:
 
 def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes a checkpoint so that `path` exists whole or not at all. Raises OSError, leaving nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get(fence.NAME, '')}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.environ.get(attempt.NAME, '')}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -67,7 +67,7 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         for name in (WEIGHTS, TRAINER, MANIFEST):
             flush(temporary / name)
         flush(temporary)
-        fence.check(path.parent.parent)
+        attempt.check(path.parent.parent)
         if path.exists():  # a damaged one of the same step
             shutil.rmtree(path)
         temporary.rename(path)

@@ -14,18 +14,21 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, environment, fence, limits, norms, report, track
-from mae.config import build, call, read, write_text
+from mae import checkpoint, device, limits
+from mae.config.check import build, call, read, write_text
+from mae.config.schema import TRAINED
 from mae.data.workers import naming_killed_workers
-from mae.distributed import Interruption, Ranks, lost_peer, start
-from mae.file_system import check_needs
-from mae.locks import held_run
-from mae.profiling import profiled
-from mae.schema import TRAINED
-from mae.setup import Training, set_up
-from mae.sharding import beside, gathered
+from mae.distributed.fsdp import beside, gathered
+from mae.distributed.ranks import Interruption, Ranks, lost_peer, start
+from mae.perf.profiling import profiled
+from mae.report import run as report
+from mae.runs import attempt, environment
+from mae.runs.file_system import check_needs
+from mae.runs.locks import held_run
 from mae.tasks import TASKS
 from mae.tasks.linprobe_cached import probe_features
+from mae.tracking import jsonl, norms
+from mae.training import Training, set_up
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +185,7 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
     }
 
 
-def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
+def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracker) -> dict[str, Any]:
     """A trained task from start to summary."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
     tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
@@ -202,7 +205,7 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracke
     } | t.task.summary(metrics)
 
 
-def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: track.Tracker) -> dict[str, Any]:
+def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracker) -> dict[str, Any]:
     """Any task from start to summary."""
     with naming_killed_workers():
         if cfg.task.get("cached_features"):
@@ -228,19 +231,19 @@ def work(run: Path) -> int:
 
 def _work(run: Path, cfg: DictConfig, rank: int) -> int:
     """One process of a run that no other process writes into."""
-    track.set_up_logging(run, rank)
-    tracker, ranks = track.Tracker(), None
+    jsonl.set_up_logging(run, rank)
+    tracker, ranks = jsonl.Tracker(), None
     code, summary = 1, {}
     try:
         ranks = call(start, cfg.launcher, cfg.device)
         if ranks.main:
             for warning in check_needs(run):
                 log.warning("%s", warning)
-            tracker = track.trackers(run, cfg)
+            tracker = jsonl.trackers(run, cfg)
             environment.keep(run, *device.description(ranks.device), ranks.world)
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
-            fence.check(run)
+            attempt.check(run)
             write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         ranks.barrier()  # where torchrun started us, each rank looks for the summary itself
         code = 0
@@ -250,11 +253,11 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         code = 130
     except Diverged as stopped:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
-        track.write_failure(run, rank, stopped)
+        jsonl.write_failure(run, rank, stopped)
         tracker.event(f"diverged: {stopped}", None)
         code = 3
     except Exception as error:
-        track.write_failure(run, rank, error, lost_peer(error))
+        jsonl.write_failure(run, rank, error, lost_peer(error))
         tracker.event(f"failed: {error}", None)
         ranks = None  # the others may be anywhere: to take leave of them could block
         raise

@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from mae.file_system import system_error
+from mae.runs.file_system import system_error
 
 FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 OPEN_FILES = 65_536  # asked for at most: some libraries walk through all that are allowed

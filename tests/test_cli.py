@@ -16,7 +16,9 @@ import torch
 from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from PIL import Image
 
-from mae import checkpoint, dry_run, forecast, launch
+from mae import checkpoint
+from mae.launch import launch
+from mae.tools import cost, dry_run
 
 # ---------------------------------------------------------------- good command lines
 
@@ -87,7 +89,7 @@ def test_dry_run_tells_time_and_cost():
     # 57.16 GFLOPs x 1,281,167 x 800 epochs / (8 x 312e12 x .35)
     assert "about 18.6 hours, computed: 312 TFLOP/s a device (given) x 35% x 8" in rows["time"], told
     assert "149.1 device hours at 2" in rows["cost"]
-    from mae import dry_run
+    from mae.tools import dry_run
 
     fast = composed("dry_run=true", "estimate.tflops=1000", "estimate.loader_images_per_second=288", "device=cpu")
     assert "the loader's 288 images/s hold the devices back" in dry_run.report(fast)
@@ -140,7 +142,7 @@ def test_dry_run_plans_for_a_gpu_that_is_elsewhere():
 
 
 def test_dry_run_does_not_count_a_machine_twice_that_processes_share(monkeypatch):
-    monkeypatch.setattr(forecast, "matrix_rate", lambda *_: 1e12)
+    monkeypatch.setattr(cost, "matrix_rate", lambda *_: 1e12)
     assert "x 35% x 1:" in planned("estimate.tflops=null", "launcher.processes=8")["time"]
     assert "x 35% x 8:" in planned("launcher.processes=8")["time"]
 
@@ -148,7 +150,7 @@ def test_dry_run_does_not_count_a_machine_twice_that_processes_share(monkeypatch
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mae import dry_run
+    from mae.tools import dry_run
 
     cfg = composed("model=vit_huge", "data=imagenet", "dry_run=true")
     model = dry_run.model_on_meta(cfg)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from mae import config, ranges
-from mae.config import ConfigError
+from mae.config import check, ranges
+from mae.config.check import ConfigError
 
 GROUPS = {
     name: sorted(p.stem for p in (ROOT / "conf" / name).glob("*.yaml"))
@@ -59,7 +59,7 @@ def test_every_model_builds_from_its_yaml(model):
 
     cfg = composed(f"model={model}", FITTING.get(model, "model.img_size=32"))
     with torch.device("meta"):
-        built = config.call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+        built = check.call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
     assert len(built.blocks) == cfg.model.depth
 
 
@@ -77,7 +77,7 @@ def refused(**values) -> str:
     for key, value in values.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     with pytest.raises(ConfigError) as caught:
-        config.check(config.resolve(cfg))
+        check.check(check.resolve(cfg))
     return str(caught.value)
 
 
@@ -157,7 +157,7 @@ def test_a_missing_key_is_named():
     cfg = OmegaConf.create(OmegaConf.to_container(composed()))
     del cfg.task.mask_ratio
     with pytest.raises(ConfigError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
-        config.check(cfg)
+        check.check(cfg)
 
 
 def test_all_mistakes_are_listed_at_once():
@@ -174,7 +174,7 @@ def test_a_typo_inside_a_yaml_file_is_found(tmp_path):
     with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
         cfg = compose("config")
     with pytest.raises(ConfigError) as caught:
-        config.check(config.resolve(cfg))
+        check.check(check.resolve(cfg))
     assert "optimizer.weight_decya is not a key of the configuration. Did you mean weight_decay?" in str(caught.value)
 
 
@@ -213,15 +213,15 @@ def test_an_interval_in_words_is_the_interval(key, value):
 def test_difference_is_empty_for_the_same_and_names_what_changed(extra):
     base = {"task": {"name": "x", **extra}, "launcher": {"name": "local"}}
     same, other = OmegaConf.create(base), OmegaConf.create(base | {"launcher": {"name": "slurm"}})
-    assert config.difference(same, other) == []
+    assert check.difference(same, other) == []
     changed = OmegaConf.create({"task": {"name": "y", **extra}})
-    assert config.difference(same, changed)[-1] == 'task.name: "x" -> "y"'
+    assert check.difference(same, changed)[-1] == 'task.name: "x" -> "y"'
 
 
 def test_the_directory_of_a_run_hangs_on_what_it_computes():
-    base = config.run_directory(composed())
-    assert base == config.run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
-    assert base != config.run_directory(composed("task.mask_ratio=0.5"))
+    base = check.run_directory(composed())
+    assert base == check.run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
+    assert base != check.run_directory(composed("task.mask_ratio=0.5"))
     assert base.parts[0] == "runs"
 
 
@@ -230,11 +230,11 @@ def test_the_directory_of_a_run_hangs_on_what_it_computes():
 ])  # fmt: skip
 def test_a_run_of_a_version_without_a_key_goes_on(tmp_path, name, keys):
     cfg = composed(f"data={name}", f"data.root={tmp_path}")
-    earlier = config.plain(cfg)
+    earlier = check.plain(cfg)
     for key in keys:
         del earlier["data"][key]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(earlier)))
-    assert config.read(tmp_path) == cfg and config.difference(config.read(tmp_path), cfg) == []
-    assert not any(f"data.{key}" in config.identity(cfg) for key in keys)  # so that its directory has the same name
+    assert check.read(tmp_path) == cfg and check.difference(check.read(tmp_path), cfg) == []
+    assert not any(f"data.{key}" in check.identity(cfg) for key in keys)  # so that its directory has the same name
     other = composed(f"data={name}", f"data.root={tmp_path}", "data.follow_links=true")
-    assert config.difference(cfg, other) == ["data.follow_links: null -> true"]
+    assert check.difference(cfg, other) == ["data.follow_links: null -> true"]

@@ -13,11 +13,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae import augment
-from mae.data.known import digits
+from mae.data import transforms
 from mae.data.loader import EvalLoader, Loader
 from mae.data.sampler import Sampler
 from mae.data.source import Arrays, reduced, split_indices
+from mae.data.sources.torchvision import digits
 
 # three workers on two cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -33,7 +33,7 @@ def source():
 
 
 def crop():
-    return augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    return transforms.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **changes):
@@ -242,7 +242,7 @@ def test_the_main_process_generators_are_left_alone(source):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
-    transform = augment.rand_augment(
+    transform = transforms.rand_augment(
         img_size=16,
         scale=[0.2, 1.0],
         ratio=[0.75, 1.33],
@@ -270,7 +270,7 @@ def test_repeats_decode_once_and_crop_anew(source):
 
 
 def test_evaluation_sees_each_image_once_without_padding(source):
-    whole = augment.center_crop(img_size=16, crop_fraction=1.0)
+    whole = transforms.center_crop(img_size=16, crop_fraction=1.0)
     for world in (1, 4, 100):
         seen = []
         for rank in range(world):
@@ -282,7 +282,7 @@ def test_evaluation_sees_each_image_once_without_padding(source):
 
 
 def test_evaluation_repeats_itself(source):
-    whole = augment.center_crop(img_size=16, crop_fraction=1.0)
+    whole = transforms.center_crop(img_size=16, crop_fraction=1.0)
     loader = EvalLoader(source, whole, 32, 5, num_patches=9, num_workers=2, **OPTIONS)
     next(iter(loader))  # left midway
     same([list(loader)], [list(loader)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from mae import augment, chance, geometry
+from mae.data import crops, rng, transforms
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -23,8 +23,8 @@ BUILDERS = {
 
 
 def draw(index, epoch=0, seed=0):
-    key = chance.keys(seed, epoch, np.array([index]))
-    return augment.Draw(chance.uniform(key, augment.DRAWS)[0].tolist(), int(key[0]))
+    key = rng.keys(seed, epoch, np.array([index]))
+    return transforms.Draw(rng.uniform(key, transforms.DRAWS)[0].tolist(), int(key[0]))
 
 
 def picture(height=30, width=40):
@@ -34,12 +34,12 @@ def picture(height=30, width=40):
 def seen(transform, image, drawn):
     """A sample as the reader makes it: of the part that the transform asks for."""
     box = getattr(transform, "box", None)
-    return transform(geometry.cut(image, box(*image.shape[1:], drawn)) if box else image, drawn)
+    return transform(crops.cut(image, box(*image.shape[1:], drawn)) if box else image, drawn)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_augmentation_gives_the_size_and_hangs_on_its_draw_alone(name):
-    make = augment.AUGMENTATIONS[name]
+    make = transforms.AUGMENTATIONS[name]
     transform, other = make(**BUILDERS[name]), pickle.loads(pickle.dumps(make(**BUILDERS[name])))
     image = picture()
     before = image.clone()
@@ -53,11 +53,11 @@ def test_every_augmentation_gives_the_size_and_hangs_on_its_draw_alone(name):
 
 
 def test_numbers_are_uniform_and_uncorrelated():
-    numbers = chance.uniform(chance.keys(1, 2, np.arange(20_000)), 8)
+    numbers = rng.uniform(rng.keys(1, 2, np.arange(20_000)), 8)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.allclose(numbers.mean(0), 0.5, atol=0.01) and np.allclose(numbers.var(0), 1 / 12, atol=0.003)
-    others = [chance.uniform(chance.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
-    others.append(chance.uniform(chance.keys(1, 2, np.arange(20_000), 1), 8))
+    others = [rng.uniform(rng.keys(*k, np.arange(20_000)), 8) for k in ((1, 3), (2, 2))]
+    others.append(rng.uniform(rng.keys(1, 2, np.arange(20_000), 1), 8))
     columns = np.concatenate([numbers, *others], 1).T
     assert np.abs(np.corrcoef(columns) - np.eye(len(columns))).max() < 0.03
 
@@ -70,7 +70,7 @@ def test_numbers_are_uniform_and_uncorrelated():
 )
 @settings(max_examples=300, deadline=None)
 def test_crop_boxes_lie_inside(height, width, low, index):
-    top, left, h, w = geometry.crop_box(height, width, (low, 1.0), (0.75, 4 / 3), draw(index).numbers)
+    top, left, h, w = crops.crop_box(height, width, (low, 1.0), (0.75, 4 / 3), draw(index).numbers)
     assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
 
 
@@ -81,7 +81,7 @@ def test_crop_boxes_are_spread_as_torchvisions():
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500, dtype=torch.uint8)
     n = 4000
-    a = np.array([geometry.crop_box(375, 500, (0.2, 1.0), (0.75, 4 / 3), draw(i).numbers) for i in range(n)])
+    a = np.array([crops.crop_box(375, 500, (0.2, 1.0), (0.75, 4 / 3), draw(i).numbers) for i in range(n)])
     b = [theirs.make_params([image]) for _ in range(n)]
     b = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in b])
     for k in range(4):
@@ -92,23 +92,23 @@ def test_crop_boxes_are_spread_as_torchvisions():
 @pytest.mark.parametrize("size", [(30, 41), (41, 30), (500, 375), (17, 17)])
 def test_evaluation_crop_is_torchvisions(size):
     image = picture(*size)
-    ours = augment.center_crop(img_size=28, crop_fraction=None)(image)
+    ours = transforms.center_crop(img_size=28, crop_fraction=None)(image)
     wide = TF.resize(image, [32], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     assert torch.equal(ours, TF.center_crop(wide, [28]))
 
 
 def test_large_images_are_evaluated_whole():
-    assert augment.center_crop(img_size=448, crop_fraction=None).covered == (448, 448)
-    assert augment.center_crop(img_size=224, crop_fraction=None).covered == (256, 256)
+    assert transforms.center_crop(img_size=448, crop_fraction=None).covered == (448, 448)
+    assert transforms.center_crop(img_size=224, crop_fraction=None).covered == (256, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int16, torch.float32])
 def test_scientific_types_are_cropped_too(dtype):
     image = (torch.rand(5, 30, 40) * 30_000).to(dtype)
-    out = augment.random_resized_crop(**RRC)(image, draw(1))
+    out = transforms.random_resized_crop(**RRC)(image, draw(1))
     assert out.shape == (5, 12, 20) and out.dtype == dtype
     with pytest.raises(ValueError, match="augmentation.name=rand_augment works on 8-bit images of 3 channels"):
-        augment.rand_augment(**BUILDERS["rand_augment"])(image, draw(1))
+        transforms.rand_augment(**BUILDERS["rand_augment"])(image, draw(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
@@ -116,7 +116,7 @@ def test_prepare_flips_and_normalises(dtype):
     image = (torch.rand(4, 3, 5, 6) * 200).to(dtype)
     before = image.clone()
     flip = torch.tensor([True, False, True, False])
-    prepare = augment.Prepare(**NORMAL)
+    prepare = transforms.Prepare(**NORMAL)
     out = prepare(image, flip)
     assert torch.equal(image, before)
     top = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[dtype]
@@ -130,7 +130,7 @@ def test_prepare_flips_and_normalises(dtype):
 def test_erased_pixels_are_normal_noise():
     image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
     options = {**BUILDERS["rand_augment"], "img_size": 64, "policy": "rand-m9-n0", "erase_prob": 1.0}
-    make = augment.rand_augment(**options)
+    make = transforms.rand_augment(**options)
     erased = torch.cat([make(image, draw(i)).flatten(1) for i in range(30)], 1)
     erased = erased[:, (erased != 128).any(0)].float()
     mean, std = (torch.tensor(NORMAL[k]).view(3, 1) for k in ("mean", "std"))
@@ -145,7 +145,7 @@ def test_resizing_gives_the_bits_of_interpolate_whatever_the_layout(channels, dt
     for image in (pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()):
         crop = image[:, 5:90, 3:70]
         plain = torch.nn.functional.interpolate(crop[None], size=(32, 48), mode="bicubic", antialias=True)[0]
-        resized = geometry.resize(crop, (32, 48))
+        resized = crops.resize(crop, (32, 48))
         assert torch.equal(resized, plain)
         if dtype == torch.uint8 and channels in (3, 4):  # as batches travel, so that none is laid out anew
             assert resized.permute(1, 2, 0).is_contiguous()
@@ -158,11 +158,11 @@ def test_a_long_image_is_cropped_before_it_is_resized(shape, size, monkeypatch):
     image = image.to(torch.uint16) * 257 if shape[0] == 5 else image
     for name in ("center_crop", "fixed_crop"):
         options = {"img_size": size, "crop_fraction": None} | ({"hflip": True} if name == "fixed_crop" else {})
-        transform = augment.AUGMENTATIONS[name](**options)
+        transform = transforms.AUGMENTATIONS[name](**options)
         for number in range(3):
-            monkeypatch.setattr(geometry, "LONGEST", 10**9)
+            monkeypatch.setattr(crops, "LONGEST", 10**9)
             whole = transform(image, draw(number)).to(torch.float32)
-            monkeypatch.setattr(geometry, "LONGEST", 0)
+            monkeypatch.setattr(crops, "LONGEST", 0)
             cropped = transform(image, draw(number)).to(torch.float32)
             assert cropped.shape == whole.shape
             assert (cropped - whole).abs().max() <= (8 * 257 if shape[0] == 5 else 8)
@@ -173,7 +173,7 @@ def test_a_long_image_is_cropped_before_it_is_resized(shape, size, monkeypatch):
 def test_a_thin_image_takes_no_more_than_its_crop(channels):
     image = torch.arange(20_000_000, dtype=torch.int64).remainder_(256).to(torch.uint8)[None, None]
     image = image.expand(channels, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoding leaves it
-    crop = augment.center_crop(img_size=32, crop_fraction=None)
+    crop = transforms.center_crop(img_size=32, crop_fraction=None)
     lying = crop(image)  # 36 x 720,000,000 when resized
     assert lying.shape == (channels, 32, 32) and lying.unique().numel() > 1
     standing = crop(image.transpose(1, 2))  # as an Exif orientation leaves it

@@ -16,16 +16,16 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from mae import augment
-from mae.data import decode, folder, jpeg, listing
+from mae.data import decode, jpeg, transforms
+from mae.data.crops import cut
+from mae.data.dataset import Record
 from mae.data.decode import Decoder, oriented
-from mae.data.folder import image_folder
-from mae.data.known import cifar10, given_root
 from mae.data.loader import Loader
-from mae.data.reader import Record
 from mae.data.source import BadImage
+from mae.data.sources import folder, listing
+from mae.data.sources.folder import image_folder
+from mae.data.sources.torchvision import cifar10, given_root
 from mae.data.workers import naming_killed_workers
-from mae.geometry import cut
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg
 FOLDER = {
@@ -142,7 +142,9 @@ def test_batches_are_the_same_where_parts_cannot_be_decoded_alone(tree, workers,
     turned = Image.Exif()
     turned[decode.EXIF_ORIENTATION] = 6
     photo((64, 48)).save(tree / "cat" / "turned.jpg", exif=turned)
-    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    transform = transforms.random_resized_crop(
+        img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
+    )
 
     def images():
         source = opened(tree, exif_orientation=exif)
@@ -419,7 +421,9 @@ def test_faults_of_a_folder_are_named(tree, monkeypatch):
 
 
 def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
-    transform = augment.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    transform = transforms.random_resized_crop(
+        img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
+    )
     options = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
     return Loader(
         source,
@@ -575,7 +579,7 @@ def unreadable(index):
 def troubled(deed, workers, timeout_s):
     return Loader(
         Troubled(deed),
-        augment.center_crop(img_size=16, crop_fraction=1.0),
+        transforms.center_crop(img_size=16, crop_fraction=1.0),
         8,
         8,
         0,

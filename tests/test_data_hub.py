@@ -13,9 +13,11 @@ import torch
 from conftest import TINY, run_here
 from PIL import Image
 
-from mae.data import flat, hub, pack, store
-from mae.data.hub import hf
+from mae.data import flat, pack
+from mae.data.shards import store
 from mae.data.source import BadImage
+from mae.data.sources import huggingface
+from mae.data.sources.huggingface import hf
 from tests.test_data_shards import Flaky, loaded, same
 
 datasets = pytest.importorskip("datasets")
@@ -114,7 +116,7 @@ def test_files_of_a_set_on_the_hub_lie_in_the_caches_alone(tmp_path, monkeypatch
         place.mkdir()
         Image.fromarray(PICTURES[1]).save(place / "x.png")
     rows = datasets.Dataset.from_dict({"image": [str(place / "x.png") for place in (own, fetched, other)]})
-    monkeypatch.setattr(hub, "_loaded", lambda *given: rows.cast_column("image", datasets.Image()))
+    monkeypatch.setattr(huggingface, "_loaded", lambda *given: rows.cast_column("image", datasets.Image()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(fetched))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(other if given else own))
     cache = str(own) if given else None
@@ -424,7 +426,7 @@ def test_files_that_lead_out_of_the_root_are_refused(stream, tmp_path, monkeypat
     with pytest.raises(ValueError, match=says):  # as a server says
         streamed(f"file://{stream}", tmp_path / "cache")
     urls = [f"file://{stream}/data/{name}.parquet" for name in ("a/b", "../train-0")]
-    monkeypatch.setattr(hub, "hub_files", lambda *given: urls)
+    monkeypatch.setattr(huggingface, "hub_files", lambda *given: urls)
     with pytest.raises(ValueError, match=says):
         streamed("hf://some/set", tmp_path / "cache")
 

@@ -5,7 +5,8 @@ import errno
 import pytest
 from PIL import Image
 
-from mae.data import folder, pack
+from mae.data import pack
+from mae.data.sources import folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import TINY, composed, run_cli, run_here
 from PIL import Image
 from test_data_files import bad_files, photo
 
-from mae.config import ConfigError
+from mae.config.check import ConfigError
 
 SMALL = [one for one in TINY if "img_size" not in one and "fraction" not in one]
 PRETRAIN = [*SMALL, "task.batch_size=50", "task.epochs=1", "task.warmup_epochs=0", "data.num_workers=2"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae import augment
-from mae.data import folder, listing
-from mae.data.folder import image_folder
+from mae.data import transforms
 from mae.data.loader import Loader
+from mae.data.sources import folder, listing
+from mae.data.sources.folder import image_folder
 
 PATHS, FOLDERS = 2_000_000, 1000
 OPTIONS = {"in_chans": 3, "val_fraction": 0.1, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
@@ -45,7 +45,7 @@ def root(tmp_path, monkeypatch):
 
 def loader(root, **changes):
     source = image_folder("train", root=str(root), cache_dir=str(root.parent / "cache"), **OPTIONS)
-    transform = augment.center_crop(img_size=8, crop_fraction=1.0)
+    transform = transforms.center_crop(img_size=8, crop_fraction=1.0)
     options = {"workers": "process", "prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
     return Loader(source, transform, 1800, 1800, 0, max_bad_fraction=0.0, **(options | changes))
 

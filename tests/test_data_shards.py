@@ -18,16 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae import augment
-from mae.data import flat, folder, pack, shards, store
+from mae.data import flat, pack, transforms
 from mae.data.decode import Decoder
-from mae.data.folder import image_folder
-from mae.data.known import digits
 from mae.data.loader import Loader
 from mae.data.sampler import Sampler
-from mae.data.shards import Index, Shards
+from mae.data.shards import source as shards
+from mae.data.shards import store
+from mae.data.shards.source import Index, Shards
+from mae.data.shards.tar import Members, members
 from mae.data.source import Arrays, BadImage, Subset
-from mae.data.tar import Members, members
+from mae.data.sources import folder
+from mae.data.sources.folder import image_folder
+from mae.data.sources.torchvision import digits
 
 KEEP = pack.Form(size=None, quality=90)
 OPTIONS = {
@@ -142,7 +144,7 @@ def test_shards_hold_what_was_packed(source, packed, tmp_path):
 
 
 def transform():
-    return augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    return transforms.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def loaded(source, count, epochs=(0, 1), start=0, **changes):

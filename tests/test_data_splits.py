@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae import config, run_start
-from mae.data.folder import classes_of, image_folder
-from mae.data.scientific import scientific_folder
+from mae.config import check
+from mae.data.sources.folder import classes_of, image_folder
+from mae.data.sources.scientific import scientific_folder
+from mae.launch import prepare
 from tests.conftest import composed, run_here
 
 FOLDER = {
@@ -124,7 +125,7 @@ def test_splits_that_are_typed_must_be_there(tmp_path):
     assert "data.splits names Train, and" in read(root, splits=["Train"])
     assert "must be auto, off" in read(root, splits=["train", "val", "test"])
     assert "must be auto, off" in read(root, splits=["train", "train"])
-    with pytest.raises(config.ConfigError, match="data.splits must be one of auto, off or a list"):
+    with pytest.raises(check.ConfigError, match="data.splits must be one of auto, off or a list"):
         composed("data=folder", f"data.root={root}", "data.splits=maybe")
 
 
@@ -177,21 +178,21 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
     assert "  splits: auto\n" in saved.read_text()
     saved.write_text(saved.read_text().replace("  splits: auto\n", ""))
     (tmp_path / "run" / "summary.json").unlink()
-    assert config.read(tmp_path / "run").data.splits == "auto"
+    assert check.read(tmp_path / "run").data.splits == "auto"
     capsys.readouterr()
     assert run_here(tmp_path / "run", *tiny) == 0
     said = capsys.readouterr().err
     assert "resumed at step 2" in said and "have changed" not in said  # the same images in the same order
     now = composed(*tiny)
-    assert "data.splits" not in config.identity(now)  # so the same command comes back to the same directory
-    assert config.identity(composed(*tiny, "data.splits=off"))["data.splits"] == "off"
+    assert "data.splits" not in check.identity(now)  # so the same command comes back to the same directory
+    assert check.identity(composed(*tiny, "data.splits=off"))["data.splits"] == "off"
 
 
 def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
     root = grown(tmp_path / "set", "train", "val")
     run, command = tmp_path / "run", [*TINY_RUN, f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}"]
     assert run_here(run, *command) == 0
-    with pytest.raises(config.ConfigError, match="data.splits"):  # a finished run is of one reading
+    with pytest.raises(check.ConfigError, match="data.splits"):  # a finished run is of one reading
         run_here(run, *command, "data.splits=off")
     (run / "summary.json").unlink()
     images(root / "extra")
@@ -202,5 +203,5 @@ def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "resumed at step 1" in said and "have changed" not in said
     typed = [f"resume={run}", "data.splits=[train,val]"]
-    merged, _ = run_start.resumed(composed(*command, *typed), typed)
+    merged, _ = prepare.resumed(composed(*command, *typed), typed)
     assert merged.data.splits == ["train", "val"]

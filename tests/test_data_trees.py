@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae.data import formats, listing
-from mae.data.folder import classes_of, image_folder
-from mae.data.known import given_root
-from mae.data.lists import table
-from mae.data.robustness import robustness
 from mae.data.source import BadImage
+from mae.data.sources import formats, listing
+from mae.data.sources.folder import classes_of, image_folder
+from mae.data.sources.robustness import robustness
+from mae.data.sources.table import table
+from mae.data.sources.torchvision import given_root
 from tests.test_data_splits import FOLDER, PIXELS, grown, images, names, opened
 
 PNG = io.BytesIO()

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mae import augment
-from mae.data import jpeg, workers
+from mae.data import jpeg, transforms, workers
+from mae.data.batch_buffer import Stack
+from mae.data.crops import resize
+from mae.data.dataset import Reader
 from mae.data.loader import EvalLoader, Loader
-from mae.data.reader import Reader
 from mae.data.sampler import Ticket
 from mae.data.source import Arrays, BadImage
-from mae.data.stack import Stack
-from mae.geometry import resize
 
 LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "thread", "num_workers": 0}
 TRAINING = LOADING | {"fraction": 1.0, "per_class": None}
@@ -36,7 +35,7 @@ class Spoilt(Arrays):
 
 
 def whole():
-    return augment.center_crop(img_size=4, crop_fraction=1.0)
+    return transforms.center_crop(img_size=4, crop_fraction=1.0)
 
 
 def training(source, rank=0, world=1, batch_size=40, max_bad_fraction=0.01, repeats=1, **changes):
@@ -209,7 +208,7 @@ def test_images_resized_into_their_batch_are_those_resized_alone(channels, kind,
 def test_a_batch_made_in_place_is_the_one_made_image_by_image(kind):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 3, 20, 30), np.uint8))
     source = Arrays(pixels, None, [], "noise")
-    crop = augment.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
+    crop = transforms.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
     reader = Reader(source, crop, 0, None, repeats=2)
     options = {"num_workers": 1, "workers": kind, "repeats": 2, "max_bad_fraction": 0.0}
     loader = Loader(source, crop, 8, 8, 0, **(TRAINING | options))

@@ -22,11 +22,13 @@ import torch.multiprocessing as mp
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_here
 from torch.distributed.tensor import DTensor
 
-from mae import checkpoint, engine, launch, setup, track
-from mae.config import call
-from mae.distributed import assert_same, start
+from mae import checkpoint, engine, training
+from mae.config.check import call
+from mae.distributed.fsdp import gathered, held, on_host, shard, whole
+from mae.distributed.ranks import assert_same, start
+from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
-from mae.sharding import gathered, held, on_host, shard, whole
+from mae.tracking import jsonl
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -56,8 +58,8 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    tracker = track.JsonLines(run) if ranks.main else track.Tracker()
-    t = engine.call(setup.set_up, cfg.task, run, cfg, ranks, tracker)
+    tracker = jsonl.JsonLines(run) if ranks.main else jsonl.Tracker()
+    t = engine.call(training.set_up, cfg.task, run, cfg, ranks, tracker)
     calls = [0]
     if ranks.world > 1 and ranks.sharding == "none":
 
@@ -77,7 +79,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> list[float]:
-    rows = track.read_lines(folder / "run" / "metrics.jsonl")
+    rows = jsonl.read_lines(folder / "run" / "metrics.jsonl")
     return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -118,7 +120,7 @@ def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, s
     overrides = [*BASE, f"launcher.sharding={sharding}", "task.max_steps=5"]
     told = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
     assert told[0]["digest"] == told[1]["digest"] or sharding == "full"
-    events = [row["event"] for row in track.read_lines(tmp_path / "run" / "events.jsonl")]
+    events = [row["event"] for row in jsonl.read_lines(tmp_path / "run" / "events.jsonl")]
     assert events == ["skipped 1 steps whose loss or gradient was not finite"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     assert [loss is None for loss in losses(tmp_path)][:5] == [False, False, True, False, False]
@@ -180,7 +182,7 @@ def test_torchrun_gives_the_same_run(tmp_path):
     assert told.returncode == 0, told.stderr
     assert launch.launch(composed(*overrides, f"output_dir={tmp_path / 'here'}"), []) == 0
     rows = [
-        [r["loss"] for r in track.read_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
+        [r["loss"] for r in jsonl.read_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
         for n in ("torchrun", "here")
     ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6) and len(rows[0]) == 4
@@ -376,7 +378,7 @@ def test_a_stopped_rank_is_named_by_one_that_waits_for_it(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while sum("loss" in row for row in track.read_lines(run / "metrics.jsonl")) < 5:
+        while sum("loss" in row for row in jsonl.read_lines(run / "metrics.jsonl")) < 5:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         victim = ranks_of(process.pid)[1]

@@ -12,9 +12,11 @@ from conftest import TINY_PRETRAIN, composed, run_here
 from PIL import Image
 from torch import Tensor
 
-from mae import checkpoint, device, engine, launch, plan, track
-from mae.distributed import Ranks
-from mae.setup import set_up
+from mae import checkpoint, device, engine, plan
+from mae.distributed.ranks import Ranks
+from mae.launch import launch
+from mae.tracking import jsonl
+from mae.training import set_up
 
 
 def saved(run: Path) -> dict[str, Tensor]:
@@ -31,7 +33,7 @@ def weights(run: Path) -> str:
 def lines(run: Path) -> list[dict]:
     """metrics.jsonl without what hangs on the clock and the machine."""
     timed = ("images_per_second", "data_wait", "memory_mb")
-    rows = track.read_lines(run / "metrics.jsonl")
+    rows = jsonl.read_lines(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in timed} for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -45,7 +47,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path):
         *("task", "steps", "epochs", "images_seen", "seconds", "images_per_second", "checkpoint", "val_loss")
     }
     assert summary["images_seen"] == 2 * 144 and summary["epochs"] == 2 and (run / summary["checkpoint"]).is_dir()
-    training = [row for row in track.read_lines(run / "metrics.jsonl") if "loss" in row]
+    training = [row for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
     assert {"step", "images_seen", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"} <= set(
         training[0]
     )
@@ -122,7 +124,7 @@ def test_accumulation_counts_every_image(tmp_path):
 def set_up_here(run: Path, *overrides: str) -> engine.Training:
     run.mkdir(parents=True, exist_ok=True)
     cfg = composed(*TINY_PRETRAIN, *overrides)
-    return engine.call(set_up, cfg.task, run, cfg, Ranks(torch.device("cpu")), track.Tracker())
+    return engine.call(set_up, cfg.task, run, cfg, Ranks(torch.device("cpu")), jsonl.Tracker())
 
 
 class Spoiled(torch.nn.Module):
@@ -314,12 +316,12 @@ def test_the_micro_batch_may_change_between_two_starts(tmp_path):
 
 def test_a_skipped_step_leaves_metrics_readable(tmp_path):
     t = set_up_here(tmp_path, "task.max_steps=4", "task.log_every_steps=2")
-    t.tracker = track.JsonLines(tmp_path)
+    t.tracker = jsonl.JsonLines(tmp_path)
     t.model = Spoiled(t.task, {2}, float("nan"))
     engine.call(engine.train, t.cfg.task, t)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    first = next(row for row in track.read_lines(tmp_path / "metrics.jsonl") if "loss" in row)
+    first = next(row for row in jsonl.read_lines(tmp_path / "metrics.jsonl") if "loss" in row)
     assert first["loss"] == pytest.approx(1.5, rel=0.3) and first["grad_norm"] is None
     assert "skipped 1 steps" in (tmp_path / "events.jsonl").read_text()
 
@@ -344,9 +346,9 @@ def test_the_loss_told_is_that_of_the_steps_taken(tmp_path):
     told = []
     for every in (1, 2):
         t = set_up_here(tmp_path / str(every), "task.max_steps=2", f"task.log_every_steps={every}")
-        t.tracker = track.JsonLines(t.run)
+        t.tracker = jsonl.JsonLines(t.run)
         t.model = Overflowing(t.task)
         engine.call(engine.train, t.cfg.task, t)
-        told.append([row["loss"] for row in track.read_lines(t.run / "metrics.jsonl") if "loss" in row])
+        told.append([row["loss"] for row in jsonl.read_lines(t.run / "metrics.jsonl") if "loss" in row])
     (first, skipped), (both,) = told
     assert skipped is None and both == first

@@ -16,9 +16,10 @@ from conftest import composed, run_here
 from PIL import Image
 from test_tasks import TINY_OTHER, folder_of, summary, tiny_classifier
 
-from mae import engine, launch
+from mae import engine
 from mae.checkpoint import weights_digest
-from mae.data.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
+from mae.data.sources.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
+from mae.launch import launch
 from mae.metrics import MISS, Collector, Results
 from mae.tasks.common import same_weights
 

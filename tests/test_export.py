@@ -12,15 +12,15 @@ from conftest import TINY, TINY_PRETRAIN, run_here
 from PIL import Image
 from torch import nn
 
-from mae.augment import Prepare, center_crop
-from mae.models.export import FORMATS, export, timm_model
-from mae.models.export_card import Facts, run_facts
-from mae.models.export_state import sizes
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
+from mae.data.transforms import Prepare, center_crop
 from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
+from mae.weights.export import FORMATS, export, timm_model
+from mae.weights.export_card import Facts, run_facts
+from mae.weights.export_state import sizes
+from mae.weights.load import fit
+from mae.weights.read import read
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)

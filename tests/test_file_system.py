@@ -15,9 +15,12 @@ import safetensors
 import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 
-from mae import checkpoint, engine, file_system, launch, locks, search
-from mae.data import store
-from mae.models.foreign_files import open_checkpoint
+from mae import checkpoint, engine
+from mae.data.shards import store
+from mae.launch import launch
+from mae.runs import file_system, locks
+from mae.tools import search
+from mae.weights.files import open_checkpoint
 
 
 @pytest.fixture
@@ -128,7 +131,7 @@ def test_without_flock_a_run_says_so_once_and_is_still_alone(tmp_path, lacks):
     lacks("flock")
     with locks.held_run(tmp_path):
         code = "import sys, fcntl, errno\ndef no(*_): raise OSError(errno.ENOLCK, 'No locks available')\n"
-        code += "fcntl.flock = no\nfrom pathlib import Path\nfrom mae.locks import held_run\n"
+        code += "fcntl.flock = no\nfrom pathlib import Path\nfrom mae.runs.locks import held_run\n"
         code += "with held_run(Path(sys.argv[1])): print('alone')"
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
         assert f"process {os.getpid()} on" in other.stderr and "alone" not in other.stdout
@@ -140,7 +143,7 @@ def test_without_flock_a_run_says_so_once_and_is_still_alone(tmp_path, lacks):
 def test_without_flock_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path, lacks):
     lacks("flock")
     code = "import sys, os, fcntl, errno, signal\ndef no(*_): raise OSError(errno.ENOLCK, 'No locks available')\n"
-    code += "fcntl.flock = no\nfrom pathlib import Path\nfrom mae.locks import held_run\n"
+    code += "fcntl.flock = no\nfrom pathlib import Path\nfrom mae.runs.locks import held_run\n"
     code += "with held_run(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert list(tmp_path.glob("*.soft"))

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae.models import foreign_files
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
-from mae.models.foreign_layouts import sinusoid
 from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
+from mae.weights import files
+from mae.weights.layouts import sinusoid
+from mae.weights.load import fit
+from mae.weights.read import read
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
@@ -212,7 +212,7 @@ def test_timm_files_and_names(tmp_path, monkeypatch):
     model = scramble(timm.create_model("vit_tiny_patch16_224", **net)).eval()
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "vit.safetensors")
-    monkeypatch.setattr(foreign_files.timm, "create_model", lambda name, pretrained: model)
+    monkeypatch.setattr(files.timm, "create_model", lambda name, pretrained: model)
     for path in (str(tmp_path / "vit.pth"), str(tmp_path / "vit.safetensors"), "timm:vit_base_patch16_224.mae"):
         found = read(path)
         assert found.kind == "timm, classifier of 5 classes (mean of the patch tokens)"
@@ -227,7 +227,7 @@ def test_timm_without_network(monkeypatch):
     def offline(name, pretrained):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(foreign_files.timm, "create_model", offline)
+    monkeypatch.setattr(files.timm, "create_model", offline)
     with pytest.raises(ValueError, match="could not be fetched"):
         read("timm:vit_base_patch16_224.mae")
 

@@ -12,13 +12,13 @@ from timm.models import VisionTransformer, save_for_hf
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from mae.models import foreign_files, foreign_huggingface
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
-from mae.models.foreign_networks import ASSUMED
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.tasks.export import restore_eps
+from mae.weights import files, huggingface
+from mae.weights.load import fit
+from mae.weights.networks import ASSUMED
+from mae.weights.read import read
 
 ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
 NETWORK = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
@@ -229,7 +229,7 @@ def test_each_argument_of_timms_vision_transformer(tmp_path, arguments, words):
 
 def test_norms_with_another_eps_are_refused(tmp_path, monkeypatch):
     model = scramble(timm.create_model("vit_tiny_patch16_224", num_classes=5, norm_layer=nn.LayerNorm, **NETWORK))
-    monkeypatch.setattr(foreign_files.timm, "create_model", lambda name, pretrained: model)
+    monkeypatch.setattr(files.timm, "create_model", lambda name, pretrained: model)
     with pytest.raises(ValueError, match=r"timm:vit_tiny_patch16_224 .*blocks\.0\.norm1 has eps 1e-05, ours has 1e-06"):
         read("timm:vit_tiny_patch16_224")
 
@@ -238,7 +238,7 @@ def test_a_model_of_timms_collection_is_looked_at(monkeypatch):
     for name, words in (("vit_small_patch16_rope_ape_224", "rotary|Eva"), ("vit_base_patch16_rpn_224", "ResPostBlock")):
         model = timm.create_model(name, num_classes=5, depth=1)
         with monkeypatch.context() as patch:
-            patch.setattr(foreign_files.timm, "create_model", lambda name, pretrained, model=model: model)
+            patch.setattr(files.timm, "create_model", lambda name, pretrained, model=model: model)
             with pytest.raises(ValueError, match=words):
                 read(f"timm:{name}")
 
@@ -535,7 +535,7 @@ def test_a_whole_config_of_transformers_is_known():
     transformers = pytest.importorskip("transformers")
     for kind in (transformers.ViTConfig, transformers.ViTMAEConfig, transformers.ViTMSNConfig):
         config = kind(architectures=["X"], num_labels=3, layer_norm_eps=1e-6).to_dict()
-        assert foreign_huggingface.difference(config) == ""
+        assert huggingface.difference(config) == ""
 
 
 def test_a_head_for_masked_images_is_left_out(tmp_path):

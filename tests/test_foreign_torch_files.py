@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mae.models import foreign_names, foreign_unpickle
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
 from mae.models.mae import MaskedAutoencoder
+from mae.weights import names as foreign_names
+from mae.weights import unpickle
+from mae.weights.load import fit
+from mae.weights.read import read
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=True)
@@ -103,7 +104,7 @@ def test_numpy_is_read_under_the_module_names_of_both_its_versions(tmp_path, nam
     path.write_bytes(content)
     for old in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
         content = content.replace(old, name.encode())
-    loads = foreign_unpickle._reader().load
+    loads = unpickle._reader().load
     path.write_bytes(content)
     with path.open("rb") as file:
         assert loads(file) == 0.5
@@ -175,7 +176,7 @@ ALLOWED_LOOKING = [
     ("numpy._core.multiarray", "scalar.__globals__"), ("numpy.core.multiarray", "fromfile"), ("numpy", "load"),
     ("torch._utils", "_import_dotted_name"), ("torch.storage", "_load_from_bytes"), ("torch", "load"),
     ("pathlib", "Path.touch"), ("pathlib", "PosixPath.write_text"), ("collections", "OrderedDict.__init__"),
-    ("argparse", "FileType"), ("functools", "partial"), ("argparse", "_os.system"), ("mae.models.foreign", "read"),
+    ("argparse", "FileType"), ("functools", "partial"), ("argparse", "_os.system"), ("mae.weights.read", "read"),
     ("omegaconf", "OmegaConf.load"), ("numpy.testing._private.utils", "runstring"), ("torch.hub", "load"),
 ]  # fmt: skip
 
@@ -194,10 +195,10 @@ def test_a_name_that_looks_allowed_calls_nothing(tmp_path, module, name):
         (tmp_path / "x.pkl").write_bytes(content)
         with (tmp_path / "x.pkl").open("rb") as opened:
             try:
-                value = foreign_unpickle._reader().load(opened)
-            except (foreign_unpickle._Refused, *foreign_unpickle.FAILURES):
+                value = unpickle._reader().load(opened)
+            except (unpickle._Refused, *unpickle.FAILURES):
                 continue
-        assert type(value).__mro__[1] is foreign_unpickle.Inert and vars(value) == {}
+        assert type(value).__mro__[1] is unpickle.Inert and vars(value) == {}
     assert not file.exists()
 
 
@@ -210,8 +211,8 @@ def test_a_file_cannot_change_what_others_use(tmp_path, module, name):
     content = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"N}X\x05\x00\x00\x00stateK\x01s\x86b."
     (tmp_path / "x.pkl").write_bytes(content)
     with (tmp_path / "x.pkl").open("rb") as file, pytest.raises(pickle.UnpicklingError, match="the state of a"):
-        foreign_unpickle._reader().load(file)
-    assert not hasattr(foreign_unpickle._harmless()[f"{module}.{name}"], "state")
+        unpickle._reader().load(file)
+    assert not hasattr(unpickle._harmless()[f"{module}.{name}"], "state")
 
 
 def test_torchscript_is_not_run(tmp_path):

@@ -11,9 +11,9 @@ from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from mae import glyphs, sweep_figure
-from mae.glyphs import drawable
-from mae.sweep_figure import Curve
+from mae.report import glyphs, sweep_figure
+from mae.report.glyphs import drawable
+from mae.report.sweep_figure import Curve
 from mae.tasks import charts
 
 NAMES = ["犬", "猫 cat", "कुत्ता", "🐶", "$5 note$", "a\tb", "x\udcff", "Hündchen"]

@@ -9,10 +9,10 @@ from conftest import TINY_PRETRAIN, composed, run_cli, run_here
 from hydra import compose, initialize_config_dir
 from test_tasks import TINY_FINETUNE, folder_of
 
-from mae import launch
-from mae.compose import CONF
-from mae.config import ConfigError
-from mae.inherit import inherited, run_of, stands_for, with_groups
+from mae.config.check import ConfigError
+from mae.config.compose import CONF
+from mae.config.from_run import inherited, run_of, stands_for, with_groups
+from mae.launch import launch
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from conftest import composed, run_cli, run_here
 from PIL import Image
 from test_evaluate import work_on
 
-from mae import launch
-from mae.config import ConfigError
+from mae.config.check import ConfigError
+from mae.launch import launch
 
 QUICK = [
     "task=inspect",
@@ -50,7 +50,7 @@ def on(root: Path, *more: str) -> list[str]:
 def measured(root: Path, run: Path) -> np.ndarray:
     """All pixels that are not held out, by another way."""
     from mae import data
-    from mae.config import build
+    from mae.config.check import build
 
     cfg = composed("task=stats", *on(root))
     source = build(data.SOURCES, cfg.data, "train")

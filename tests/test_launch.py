@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_PRETRAIN, run_cli
 
-from mae import checkpoint, track
+from mae import checkpoint
+from mae.tracking import jsonl
 
 OFTEN = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "task.epochs=6", "data.fraction=0.3"]
 
@@ -30,7 +31,7 @@ def started(run: Path, *overrides: str) -> subprocess.Popen:
 
 
 def step_of(run: Path) -> int:
-    rows = track.read_lines(run / "metrics.jsonl")
+    rows = jsonl.read_lines(run / "metrics.jsonl")
     return max((row["step"] for row in rows), default=0)
 
 
@@ -47,7 +48,7 @@ def digest(run: Path) -> str:
 
 
 def told_losses(run: Path) -> list[float]:
-    return [row["loss"] for row in track.read_lines(run / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_ctrl_c_while_ranks_begin_ends_them(tmp_path):
 
 def test_the_failure_of_a_rank_takes_the_place_of_those_it_left_alone(tmp_path):
     for rank, lost in ((0, True), (1, False), (2, True), (3, False)):
-        track.write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
+        jsonl.write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
         told = json.loads((tmp_path / "failure.json").read_text())
         assert told["rank"] == min(rank, 1) and told["error"] == f"RuntimeError: of {min(rank, 1)}"
 

@@ -12,8 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mae.accelerate import compile_blocks
-from mae.models import lean
+from mae.models import recompute
 from mae.models.layers import (
     Block,
     DropPath,
@@ -25,6 +24,7 @@ from mae.models.layers import (
 )
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
+from mae.perf.compile import compile_blocks
 
 MODEL = dict(
     img_size=[16, 24],
@@ -143,7 +143,7 @@ def test_kernels_compute_the_same(queries):
 
 @pytest.mark.parametrize(("dtype", "tiles"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
 def test_autocast_stays_near_float32(dtype, tiles, monkeypatch):
-    monkeypatch.setattr(lean, "TILES", tiles)
+    monkeypatch.setattr(recompute, "TILES", tiles)
     torch.manual_seed(0)
     model = MaskedAutoencoder(**{**MODEL, "in_chans": 3})
     images, noise = torch.randn(4, 3, 16, 24), torch.rand(4, 12)

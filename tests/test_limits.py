@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, TINY_PRETRAIN, run_here
 from PIL import Image
 
-from mae import launch, limits
+from mae import limits
 from mae.data import workers
-from mae.data.reader import Reader
+from mae.data.dataset import Reader
 from mae.data.workers import naming_killed_workers
+from mae.launch import launch
 
 
 def groups(root: Path, membership: str, **files: str) -> float | None:

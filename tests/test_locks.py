@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_PRETRAIN, run_cli, run_here
 
-from mae import checkpoint, fence, locks, report
-from mae.slurm import status
+from mae import checkpoint
+from mae.launch.slurm import status
+from mae.report import run as report
+from mae.runs import attempt as fence
+from mae.runs import locks
 
 LONG = [*TINY_PRETRAIN, "task.epochs=2000", "checkpoint.every_minutes=60", "checkpoint.every_epochs=1000"]
 
@@ -112,7 +115,7 @@ def test_a_process_may_enter_its_own_run_again(tmp_path):
 
 def free_for_others(run: Path, attempt: str | None = None) -> bool:
     """Whether another process can take a run."""
-    code = "import sys; from pathlib import Path; from mae.locks import held_run\n"
+    code = "import sys; from pathlib import Path; from mae.runs.locks import held_run\n"
     code += "with held_run(Path(sys.argv[1])): print('taken')"
     env = {k: v for k, v in os.environ.items() if k != fence.NAME} | ({fence.NAME: attempt} if attempt else {})
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, env=env)
@@ -141,7 +144,7 @@ def test_an_attempt_does_not_join_what_was_started_by_hand(tmp_path):
 
 def test_an_older_attempt_that_ends_hands_the_lock_over(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "ENDING_S", 30.0)
-    code = "import os, sys, time; from pathlib import Path; from mae.locks import held_run\n"
+    code = "import os, sys, time; from pathlib import Path; from mae.runs.locks import held_run\n"
     code += "with held_run(Path(sys.argv[1])): print('taken', flush=True); time.sleep(60)"
     old = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -12,8 +12,11 @@ import pytest
 from conftest import ROOT, run_cli
 from hydra import compose, initialize_config_dir
 
-from mae import checkpoint, config, launch, report
-from mae.inherit import inherited, with_groups
+from mae import checkpoint
+from mae.config import check
+from mae.config.from_run import inherited, with_groups
+from mae.launch import launch
+from mae.report import run as report
 
 DATES = sorted(path.name for path in (ROOT / "tests" / "runs").iterdir())
 
@@ -30,7 +33,7 @@ def start(*arguments: str) -> int:
     """What run.py does with a command line, in this process; returns the exit code."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = inherited(compose("config", with_groups(arguments)), arguments)
-        return launch.launch(config.check(config.resolve(cfg)), list(arguments))
+        return launch.launch(check.check(check.resolve(cfg)), list(arguments))
 
 
 def test_there_are_three_versions():

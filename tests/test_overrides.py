@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mae import overrides
+from mae.config import overrides
 
 AWKWARD = st.text(st.sampled_from("ab/ =,:;'\"\\${}[]()?*~!#&|<>.-+@%^`\té水"), min_size=1)
 NAMES = st.one_of(AWKWARD, st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1))

@@ -11,14 +11,14 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 from torch import nn
 
-from mae.augment import Prepare, center_crop
-from mae.models import foreign_files
-from mae.models.export import export
-from mae.models.export_card import Facts
-from mae.models.foreign import read
-from mae.models.foreign_preprocessing import stated
+from mae.data.transforms import Prepare, center_crop
 from mae.models.vit import classifier
 from mae.tasks.common import image_top, warn_of_crop, warn_of_statistics
+from mae.weights import files as foreign_files
+from mae.weights.export import export
+from mae.weights.export_card import Facts
+from mae.weights.preprocessing import stated
+from mae.weights.read import read
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

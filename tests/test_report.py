@@ -9,8 +9,10 @@ import pytest
 from browser import look, needs_browser
 from conftest import TINY, TINY_PRETRAIN, run_here
 
-from mae import engine, report, run_record, sweep
-from mae.page import page
+from mae import engine
+from mae.report import record, sweep
+from mae.report import run as report
+from mae.report.html import page
 
 
 def data_of(path: Path) -> dict:
@@ -44,7 +46,7 @@ def pretrained(place) -> Path:
 def test_a_run_ends_with_a_page_of_all_it_has(pretrained):
     (run,) = data_of(pretrained / "report.html")["runs"]
     assert run["state"] == "finished" and run["command"].startswith("python run.py model.embed_dim=32")
-    rows = [row for row in run_record.read_record(pretrained).metrics if "loss" in row]
+    rows = [row for row in record.read_record(pretrained).metrics if "loss" in row]
     assert run["series"]["loss"]["y"] == [row["loss"] for row in rows]
     assert run["series"]["loss"]["x"]["images_seen"] == [row["images_seen"] for row in rows]
     (pictures,) = run["pictures"]

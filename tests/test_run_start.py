@@ -11,12 +11,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_tasks import folder_of
 
-from mae import config, launch, report, run_paths, sweep
-from mae.compose import CONF
-from mae.config import ConfigError
-from mae.inherit import inherited, with_groups
-from mae.run_start import prepare, resumed
-from mae.slurm import status
+from mae.config import check, paths
+from mae.config.check import ConfigError
+from mae.config.compose import CONF
+from mae.config.from_run import inherited, with_groups
+from mae.launch import launch
+from mae.launch.prepare import prepare, resumed
+from mae.launch.slurm import status
+from mae.report import run as report
+from mae.report import sweep
 
 FOLDER = [*TINY_PRETRAIN, "data=folder", "data.num_workers=0", "data.fraction=1.0", "task.max_steps=1"]
 
@@ -93,8 +96,8 @@ def test_directories_of_hydra_that_would_do_nothing_are_refused(argument, messag
 
 def test_paths_are_stored_absolute_and_as_typed(trained, tmp_path, monkeypatch):
     run = trained[0]
-    assert config.read(run).data.root == str(run.parent / "images")
-    assert run_paths.read_typed(run) == {"working_directory": str(run.parent), "data.root": "images"}
+    assert check.read(run).data.root == str(run.parent / "images")
+    assert paths.read_typed(run) == {"working_directory": str(run.parent), "data.root": "images"}
     shutil.copytree(run.parent / "images", tmp_path / "images")  # another folder of the same name
     monkeypatch.chdir(tmp_path)
     assert taken("task=knn", f"init='{run}'").data.root == str(run.parent / "images")
@@ -108,7 +111,7 @@ def test_init_and_other_spellings_of_a_path_are_no_difference(tmp_path, monkeypa
     command = [*FOLDER, f"output_dir={tmp_path / 'run'}"]
     (images.parent / "weights.pth").touch()
     run = prepare(composed(*command, "data.root=set", "init=weights.pth"), command)
-    assert config.read(run).init == str(images.parent / "weights.pth")
+    assert check.read(run).init == str(images.parent / "weights.pth")
     (images.parent / "weights.pth").unlink()
     for root, init in (("./set", "weights.pth"), (str(images), "../" + images.parent.name + "/weights.pth")):
         assert prepare(composed(*command, f"data.root={root}", f"init={init}"), command) == run
@@ -118,9 +121,9 @@ def test_init_and_other_spellings_of_a_path_are_no_difference(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["timm:vit_base_patch16_224", "hf://a/b"])
 def test_names_that_are_no_paths_stay_as_they_are(name):
-    cfg = OmegaConf.create(config.plain(composed()))
+    cfg = OmegaConf.create(check.plain(composed()))
     cfg.init = name
-    stored, typed = run_paths.with_absolute_paths(cfg)
+    stored, typed = paths.with_absolute_paths(cfg)
     assert stored.init == name and "init" not in typed
 
 
@@ -132,7 +135,7 @@ def test_a_relative_root_of_an_earlier_version_is_located_or_asked_for(tmp_path,
         run = tmp_path / "A" / ("runs/x" if output is None else output)
         (run / "checkpoints").mkdir(parents=True)
         data = {**composed().data, "name": "folder", "root": "images"}
-        stored = config.changed(composed(), output_dir=output, data=data)
+        stored = check.changed(composed(), output_dir=output, data=data)
         (run / "config.yaml").write_text(OmegaConf.to_yaml(stored))
         runs[name] = run
     monkeypatch.chdir(tmp_path / "B")
@@ -184,7 +187,7 @@ def test_resume_keeps_the_directory_and_the_command_line(trained):
     typed = [f"resume='{run}'", f"output_dir='{run}'", "data.num_workers=3"]
     cfg, overrides = resumed(composed(*typed), typed)
     assert cfg.data.num_workers == 3 and cfg.output_dir == str(run)
-    stored = config.stored_overrides(run)
+    stored = check.stored_overrides(run)
     assert overrides == [o for o in stored if o != "data.num_workers=0"] + ["data.num_workers=3"]
 
 
@@ -202,7 +205,7 @@ def test_a_model_file_with_another_name_in_it_is_taken_as_chosen(tmp_path):
     own = ["--config-dir", str(tmp_path / "conf")]
     ended = run_cli(*own, *TINY_PRETRAIN, "experiment=own", "task.max_steps=1", "output_dir=run", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert config.stored_overrides(tmp_path / "run")[-1] == "model=mine"
+    assert check.stored_overrides(tmp_path / "run")[-1] == "model=mine"
     ended = run_cli(*own, "task=finetune", "init=run", "--cfg", "job", cwd=tmp_path)
     assert ended.returncode == 0 and "model=mine and data=digits are that run's" in ended.stderr
     stages = [
@@ -215,7 +218,7 @@ def test_a_model_file_with_another_name_in_it_is_taken_as_chosen(tmp_path):
         *own, *(o for o in TINY if not o.startswith("task")), *stages, "model=mine", "output_dir=pipe", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr
-    assert "model=mine" in config.stored_overrides(tmp_path / "pipe" / "knn")
+    assert "model=mine" in check.stored_overrides(tmp_path / "pipe" / "knn")
 
 
 def member(directory, number, *overrides):
@@ -261,8 +264,8 @@ def test_a_corrected_command_follows_a_start_that_left_nothing(tmp_path, images,
     assert (run / "failure.json").exists()
     assert run_here(run, *FOLDER, f"data.root={images}", "task.mask_ratio=0.5") == 0
     assert f"failed before its first checkpoint: it is now in {run / 'failed' / '1'}" in capsys.readouterr().err
-    assert config.read(run).task.mask_ratio == 0.5 and not (run / "failure.json").exists()
-    assert config.stored(run / "failed" / "1").data.root == str(empty)
+    assert check.read(run).task.mask_ratio == 0.5 and not (run / "failure.json").exists()
+    assert check.stored(run / "failed" / "1").data.root == str(empty)
 
 
 @pytest.mark.parametrize("left", ["checkpoints/step_00000001", "summary.json", "metrics.jsonl"])

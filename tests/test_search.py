@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_PRETRAIN
 
-from mae import search
+from mae.tools import search
 
 optuna = pytest.importorskip("optuna")
 
@@ -86,7 +86,7 @@ def test_two_workers_share_the_trials(tmp_path):
 OPEN = """
 import sys, time
 from pathlib import Path
-from mae import search
+from mae.tools import search
 Path(sys.argv[2]).touch()
 while not Path(sys.argv[3]).exists():
     time.sleep(0.001)

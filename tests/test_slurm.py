@@ -9,12 +9,15 @@ import pytest
 from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from omegaconf import OmegaConf
 
-from mae import fence, launch, rules, track
-from mae.config import ConfigError
-from mae.slurm import check, job, queue, state, status, submit
-from mae.slurm.check import Node
-from mae.slurm.queue import Job
-from mae.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
+from mae.config import rules
+from mae.config.check import ConfigError
+from mae.launch import launch
+from mae.launch.slurm import check, job, queue, state, status, submit
+from mae.launch.slurm.check import Node
+from mae.launch.slurm.queue import Job
+from mae.launch.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
+from mae.runs import attempt
+from mae.tracking import jsonl
 
 OWN = {"rank": 1, "error": "KeyError: 'label'", "lost_peer": False, "traceback": "", "time": 0.0, "attempt": None}
 PEER = OWN | {"rank": 0, "error": "RuntimeError: Connection closed by peer", "lost_peer": True}
@@ -136,42 +139,44 @@ def test_an_older_attempt_commits_nothing(monkeypatch, tmp_path):
     from mae import checkpoint
 
     (tmp_path / "checkpoints").mkdir()
-    fence.check(tmp_path)  # no attempts: no fence
-    fence.claim(tmp_path, "7.0")
-    monkeypatch.setenv(fence.NAME, "7.0")
-    track.JsonLines(tmp_path).log({"step": 1})
-    fence.claim(tmp_path, "7.1")
-    with pytest.raises(fence.Superseded, match="A newer attempt has taken over"):
-        track.JsonLines(tmp_path).log({"step": 2})
-    with pytest.raises(fence.Superseded):
+    attempt.check(tmp_path)  # no attempts: no attempt
+    attempt.claim(tmp_path, "7.0")
+    monkeypatch.setenv(attempt.NAME, "7.0")
+    jsonl.JsonLines(tmp_path).log({"step": 1})
+    attempt.claim(tmp_path, "7.1")
+    with pytest.raises(attempt.Superseded, match="A newer attempt has taken over"):
+        jsonl.JsonLines(tmp_path).log({"step": 2})
+    with pytest.raises(attempt.Superseded):
         checkpoint.write(tmp_path / "checkpoints" / "step_00000002", {}, {}, {"step": 2})
-    track.write_failure(tmp_path, 0, ValueError("too late"))
+    jsonl.write_failure(tmp_path, 0, ValueError("too late"))
     assert list((tmp_path / "checkpoints").iterdir()) == [] and not (tmp_path / "failure.json").exists()
-    assert [row["step"] for row in track.read_lines(tmp_path / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in jsonl.read_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_process_of_an_older_attempt_ends_even_while_it_is_blocked(tmp_path):
-    fence.claim(tmp_path, "7.0")
-    code = f"from pathlib import Path; from mae import fence; fence.watch(Path({str(tmp_path)!r}), 0.1); input()"
+    attempt.claim(tmp_path, "7.0")
+    code = (
+        f"from pathlib import Path; from mae.runs import attempt; attempt.watch(Path({str(tmp_path)!r}), 0.1); input()"
+    )
     blocked = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {fence.NAME: "7.0"}, stdin=subprocess.PIPE
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {attempt.NAME: "7.0"}, stdin=subprocess.PIPE
     )
     with pytest.raises(subprocess.TimeoutExpired):
         blocked.wait(1)
-    fence.claim(tmp_path, "7.1")
+    attempt.claim(tmp_path, "7.1")
     assert blocked.wait(10) == 1
 
 
 def test_an_attempt_begins_without_what_an_earlier_one_said(monkeypatch, tmp_path):
     """B4: a result that a survivor of a dead node has written is not believed."""
-    monkeypatch.setenv(fence.NAME, "")
+    monkeypatch.setenv(attempt.NAME, "")
     (tmp_path / "slurm" / "stopped").mkdir(parents=True)
     (tmp_path / "slurm" / "stopped" / "0").touch()
     for name in ("failure.json", "slurm/verdict.json"):
         (tmp_path / name).write_text("{}")
     job.begin(tmp_path, "7.1")
     assert not (tmp_path / "failure.json").exists() and not (tmp_path / "slurm" / "verdict.json").exists()
-    assert list((tmp_path / "slurm" / "stopped").iterdir()) == [] and fence.holds(tmp_path)
+    assert list((tmp_path / "slurm" / "stopped").iterdir()) == [] and attempt.holds(tmp_path)
 
 
 def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
@@ -179,7 +184,7 @@ def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
         try:
             raise RuntimeError(text)
         except RuntimeError as error:
-            track.write_failure(tmp_path, rank, error, lost_peer=rank == 0)
+            jsonl.write_failure(tmp_path, rank, error, lost_peer=rank == 0)
     assert json.loads((tmp_path / "failure.json").read_text())["error"] == "RuntimeError: the cause"
     assert "rank 1 failed" in (tmp_path / "log.txt").read_text() and "the cause" in state.reason(tmp_path)
 
@@ -187,7 +192,7 @@ def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
 def test_a_lost_peer_is_told_from_an_own_mistake():
     from torch import distributed as dist
 
-    from mae.distributed import Absent, lost_peer
+    from mae.distributed.ranks import Absent, lost_peer
 
     assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"))
     assert lost_peer(dist.DistBackendError("NCCL error")) and lost_peer(Absent([1, 2], "node1:20000", 30))
@@ -195,7 +200,7 @@ def test_a_lost_peer_is_told_from_an_own_mistake():
 
 
 def test_ranks_that_never_came_are_named_with_their_nodes(monkeypatch):
-    from mae.distributed import Absent
+    from mae.distributed.ranks import Absent
 
     monkeypatch.setenv("RANK_HOSTS", "node1,node1,node2,node2")
     text = str(Absent([2, 3], "node1:20000", 30))
@@ -417,7 +422,7 @@ AROUND = {  # of a job in which somebody types the command
     "RANK": "1",
     "WORLD_SIZE": "2",
     "MASTER_ADDR": "n1",
-    fence.NAME: "99.0",
+    attempt.NAME: "99.0",
 }
 
 
@@ -506,6 +511,6 @@ def test_the_newest_whole_checkpoint_is_found_without_torch(tmp_path):
 
 
 def test_the_login_node_needs_no_torch():
-    code = "import sys; from mae.slurm import job, status, submit; print('torch' in sys.modules)"
+    code = "import sys; from mae.launch.slurm import job, status, submit; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False" and launch.LAUNCHERS["slurm"] is submit.slurm

@@ -17,7 +17,9 @@ import pytest
 from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli
 from slurm_cluster import Cluster, missing, wait_for
 
-from mae import checkpoint, config, track
+from mae import checkpoint
+from mae.config import check
+from mae.tracking import jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -88,7 +90,7 @@ class Job:
 
     @property
     def step(self) -> int:
-        return max((row["step"] for row in track.read_lines(self.run / "metrics.jsonl")), default=0)
+        return max((row["step"] for row in jsonl.read_lines(self.run / "metrics.jsonl")), default=0)
 
     def wait_for_step(self, step: int, attempt: str = "") -> None:
         """Until an attempt other than the given one has trained beyond a step."""
@@ -133,7 +135,7 @@ def digest(run: Path) -> str:
 
 
 def losses(run: Path) -> list[float]:
-    rows = track.read_lines(run / "metrics.jsonl")
+    rows = jsonl.read_lines(run / "metrics.jsonl")
     return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -341,7 +343,7 @@ def test_an_older_attempt_that_lives_on_stops_and_never_writes(job, undisturbed)
     finally:
         job.cluster.kill_node(host)
         job.cluster.start_node(host)
-    steps = [row["step"] for row in track.read_lines(job.run / "metrics.jsonl") if "loss" in row]
+    steps = [row["step"] for row in jsonl.read_lines(job.run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, 61))
 
 
@@ -375,7 +377,7 @@ def test_members_wait_for_the_pretraining_that_init_auto_makes(job):
     assert not list(job.folder.glob("**/summary.json"))
     wait_for("both members", lambda: len(list(sweep.glob("*/summary.json"))) == 2, 200, 0.5)
     done = list(sweep.glob("*/summary.json"))
-    parents = {str(config.read(path.parent).init) for path in done}
+    parents = {str(check.read(path.parent).init) for path in done}
     assert len(done) == 2 and len(parents) == 1
     assert json.loads((job.folder / parents.pop() / "summary.json").read_text())["task"] == "pretrain"
     assert len(list((job.folder / "runs").glob("pretrain-*/summary.json"))) == 1

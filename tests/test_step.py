@@ -13,22 +13,25 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_cli, run_here
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mae import device, dry_run, engine, fitting, optim, track
-from mae.accelerate import compile_blocks, plain_blocks
-from mae.activations import kept_for_backward
-from mae.config import build, call
+from mae import device, engine, optim
+from mae.config.check import build, call
 from mae.data import SOURCES
-from mae.distributed import Ranks
+from mae.distributed.ranks import Ranks
 from mae.models import layers
 from mae.models.layers import Block, attention, set_checkpointing
-from mae.setup import Progress
+from mae.perf import micro_batch
+from mae.perf.activations import kept_for_backward
+from mae.perf.compile import compile_blocks, plain_blocks
 from mae.tasks import TASKS
+from mae.tools import dry_run
+from mae.tracking import jsonl
+from mae.training import Progress
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in track.read_lines(run / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_a_trial_computes_as_a_validation_too():
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
     seen = []
     made.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    fitting.step(made, fitting.invented(cfg, 2, made.num_patches, torch.device("cpu")), nullcontext)
+    micro_batch.step(made, micro_batch.invented(cfg, 2, made.num_patches, torch.device("cpu")), nullcontext)
     assert seen == [True, False]
 
 
@@ -176,20 +179,20 @@ def test_auto_finds_the_largest_part_that_fits_and_keeps_the_batch(tmp_path, mon
     assert run_here(tmp_path / "auto", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
     assert losses(tmp_path / "auto") == losses(tmp_path / "known")
     assert "8 of the 32 images" in (tmp_path / "auto" / "log.txt").read_text()
-    derived = next(r for r in track.read_lines(tmp_path / "auto" / "metrics.jsonl") if "derived/accumulation" in r)
+    derived = next(r for r in jsonl.read_lines(tmp_path / "auto" / "metrics.jsonl") if "derived/accumulation" in r)
     assert derived["derived/accumulation"] == 4 and derived["derived/micro_batch_size"] == 8
 
 
 def test_auto_keeps_what_it_found_when_the_run_goes_on(tmp_path, monkeypatch):
     from mae.tasks.pretrain import Pretrain
 
-    run, fit = tmp_path / "run", fitting.largest
+    run, fit = tmp_path / "run", micro_batch.largest
     monkeypatch.setattr(Pretrain, "forward", hungry(11))
     assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
     (run / "summary.json").unlink()
-    monkeypatch.setattr(fitting, "largest", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(micro_batch, "largest", lambda *_: pytest.fail("tried again"))
     assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
-    assert fit is not fitting.largest
+    assert fit is not micro_batch.largest
 
 
 @pytest.mark.parametrize("change", ["checkpointing", "card"])
@@ -202,11 +205,11 @@ def test_auto_tries_again_where_what_it_found_is_for_something_else(tmp_path, mo
     else:
         more = ["task.checkpointing=blocks"]
     tried = []
-    monkeypatch.setattr(fitting, "largest", lambda *_: tried.append(1) or 8)
+    monkeypatch.setattr(micro_batch, "largest", lambda *_: tried.append(1) or 8)
     for _ in range(2):  # and keeps that
         assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto", *more) == 0
         (run / "summary.json").unlink()
-    assert tried == [1] and json.loads((run / fitting.KEPT).read_text())["micro_batch_size"] == 8
+    assert tried == [1] and json.loads((run / micro_batch.KEPT).read_text())["micro_batch_size"] == 8
 
 
 def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
@@ -214,7 +217,7 @@ def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
     for rate in (1e-6, 0.99):
         cfg = composed(*TINY, "task=finetune", "task.batch_size=32", f"task.drop_path={rate}")
         made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).train()
-        kept.append(fitting.kept_bytes(made, fitting.invented(cfg, 4, None, torch.device("cpu")), nullcontext))
+        kept.append(micro_batch.kept_bytes(made, micro_batch.invented(cfg, 4, None, torch.device("cpu")), nullcontext))
         rates = [block.drop_path1.keep.item() for block in made.live.blocks if hasattr(block.drop_path1, "keep")]
         assert rates and min(rates) == pytest.approx(1 - rate)  # the run's own again
     assert kept[0] == kept[1] > 0
@@ -236,10 +239,10 @@ def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
         if len(trials) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(fitting, "invented", lambda *_: {})
-    monkeypatch.setattr(fitting, "step", trial)
+    monkeypatch.setattr(micro_batch, "invented", lambda *_: {})
+    monkeypatch.setattr(micro_batch, "step", trial)
     monkeypatch.setattr(torch, "empty", empty)
-    assert fitting.largest(cfg, torch.device("meta"), made, nullcontext, 32) == 16
+    assert micro_batch.largest(cfg, torch.device("meta"), made, nullcontext, 32) == 16
     assert trials == [[3 * weights], [3 * weights]]  # gradients and two states, once at a time
 
 
@@ -269,7 +272,7 @@ def test_the_plan_s_activations_are_those_of_the_model(task):
 def test_auto_on_a_host_judges_by_what_autograd_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda _: 1_500_000)
     assert run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
-    found = json.loads((tmp_path / "run" / fitting.KEPT).read_text())["micro_batch_size"]
+    found = json.loads((tmp_path / "run" / micro_batch.KEPT).read_text())["micro_batch_size"]
     assert 1 <= found < 32 and 32 % found == 0
 
 
@@ -277,7 +280,7 @@ def test_auto_where_nothing_fits_is_a_sentence(tmp_path, monkeypatch):
     from mae.tasks.pretrain import Pretrain
 
     monkeypatch.setattr(Pretrain, "forward", hungry(0))
-    monkeypatch.setattr(fitting, "kept_bytes", lambda *_: 1)
+    monkeypatch.setattr(micro_batch, "kept_bytes", lambda *_: 1)
     with pytest.raises(ValueError, match="task.micro_batch_size=auto: not even the smallest part of a batch"):
         run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto")
 
@@ -309,7 +312,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     made.take_up_init(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made.to("cuda")
-        batch = fitting.invented(cfg, 4, made.num_patches, torch.device("cuda"))
+        batch = micro_batch.invented(cfg, 4, made.num_patches, torch.device("cuda"))
         with torch.autocast("cuda", torch.bfloat16):
             loss = made.train()(batch)["loss"]
     assert loss.device.type == "cuda" and loss.shape == ()
@@ -346,18 +349,20 @@ def test_backward_runs_without_a_device():
     """On `meta`, which has no values to wait for."""
     cfg = composed(*TINY_PRETRAIN)
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
-    made(fitting.invented(cfg, 4, made.num_patches, torch.device("meta")))["loss"].backward()
+    made(micro_batch.invented(cfg, 4, made.num_patches, torch.device("meta")))["loss"].backward()
     assert all(p.grad is not None for p in made.trained.parameters() if p.requires_grad)
 
 
 def test_parts_of_a_share():
-    assert fitting.parts(12, 1, False) == [12, 6, 4, 3, 2, 1]
-    assert fitting.parts(12, 2, True) == [12, 6, 4, 2]
-    assert fitting.parts(7, 2, True) == []
+    assert micro_batch.parts(12, 1, False) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch.parts(12, 2, True) == [12, 6, 4, 2]
+    assert micro_batch.parts(7, 2, True) == []
 
 
 def test_blocks_compute_again_by_default():
     cfg = composed(*TINY_PRETRAIN)
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
     assert {m.checkpointing for m in made.modules() if isinstance(m, Block)} == {"light"}
-    assert math.isfinite(made(fitting.invented(cfg, 2, made.num_patches, Ranks(torch.device("cpu")).device))["loss"])
+    assert math.isfinite(
+        made(micro_batch.invented(cfg, 2, made.num_patches, Ranks(torch.device("cpu")).device))["loss"]
+    )

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
 
-from mae import sweep, sweep_names
-from mae.config import ConfigError
-from mae.pipeline import pretraining
-from mae.run_record import Record
+from mae.config import sweep_names
+from mae.config.check import ConfigError
+from mae.launch.pipeline import pretraining
+from mae.report import sweep
+from mae.report.record import Record
 
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 SMALL = [one for one in TINY if "precision" not in one]
@@ -151,8 +152,8 @@ def test_one_checkpoint_is_made_once_for_all_members(tmp_path):
 
 
 def test_the_automatic_parent_is_what_a_plain_run_leaves():
-    from mae.compose import composed as plain
-    from mae.config import run_directory
+    from mae.config.check import run_directory
+    from mae.config.compose import composed as plain
 
     parent = pretraining(composed("task=finetune", "init=auto", "seed=3"), plain)
     assert parent.output_dir == str(run_directory(composed()))
@@ -219,7 +220,7 @@ def test_a_figure_shows_mean_and_deviation_over_seeds():
 
 
 def test_only_published_numbers_are_drawn_as_the_paper_s():
-    from mae.published import PUBLISHED
+    from mae.report.paper_results import PUBLISHED
 
     assert PUBLISHED["task.mask_ratio"]["linprobe"].points == {0.1: 54.6, 0.75: 73.5}
     depth = PUBLISHED["model.decoder_depth"]

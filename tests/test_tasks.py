@@ -14,19 +14,23 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 from PIL import Image
 
-from mae import checkpoint, dry_run, masking, rules, track
-from mae.compose import composed as compose
-from mae.config import ConfigError, build
+from mae import checkpoint
+from mae.config import rules
+from mae.config.check import ConfigError, build
+from mae.config.compose import composed as compose
 from mae.data import pack
 from mae.data.sampler import Sampler
 from mae.data.source import Arrays, part
+from mae.launch.pipeline import stage_config
+from mae.models import masking
 from mae.models.vit import classifier
-from mae.pipeline import stage_config
 from mae.plan import make_plan
 from mae.tasks import TASKS
 from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
+from mae.tools import dry_run
+from mae.tracking import jsonl
 
 TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
 TINY_LINPROBE = [*TINY, "task=linprobe", "task.batch_size=32", "task.max_steps=3"]
@@ -578,7 +582,7 @@ def test_an_odd_last_batch_is_named_before_the_first_step(tmp_path):
     )
     command = [*odd(tmp_path), "task.mixup=0.8", "task.max_steps=2"]
     assert sentence in said(*command, directory=tmp_path / "run")
-    assert not track.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert not jsonl.read_lines(tmp_path / "run" / "metrics.jsonl")
     with pytest.raises(ValueError, match="a batch of 1 comes in each epoch"):
         dry_run.report(composed(*command, f"output_dir={tmp_path / 'other'}"))
     assert run_here(tmp_path / "short", *odd(tmp_path), "task.mixup=0.8", "task.max_steps=1") == 0  # it never comes
@@ -603,7 +607,7 @@ def test_where_nothing_is_ever_mixed_odd_batches_train_as_without_mixing(tmp_pat
     seen = {}
     for name, more in {"never": ["task.mixup=0.8", "task.mixup_prob=0"], "none": ["task.mixup=0"]}.items():
         assert run_here(tmp_path / name, *odd(tmp_path), "task.batch_size=7", "task.max_steps=4", *more) == 0
-        seen[name] = [row["loss"] for row in track.read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        seen[name] = [row["loss"] for row in jsonl.read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
     assert seen["never"] == pytest.approx(seen["none"], rel=1e-5) and len(seen["none"]) >= 1
 
 

@@ -21,15 +21,16 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli, run_here
 from wandb_files import OfflineRun
 from wandb_server import Service, serving
 
-from mae import norms, track, track_wandb
-from mae.track_wandb import wandb_tracker
-from mae.tracker import Tracker
+from mae.tracking import jsonl, norms
+from mae.tracking import wandb as track_wandb
+from mae.tracking.base import Tracker
+from mae.tracking.wandb import wandb_tracker
 
 OFFLINE = ["wandb=offline", "wandb.group=g", "wandb.tags=[a,b]", "wandb.notes=hello"]
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return track.read_lines(run / name)
+    return jsonl.read_lines(run / name)
 
 
 def offline_runs(run: Path) -> list[OfflineRun]:
@@ -362,13 +363,13 @@ def test_blocks_are_named_as_the_model_names_them():
 
 def test_the_dashboard_shows_what_runs_log(capsys, monkeypatch):
     pytest.importorskip("wandb_workspaces")
-    from mae import dashboard
+    from mae.tools import workspace
 
-    text = dashboard.workspace("e", "p")._to_model().model_dump_json()
+    text = workspace.workspace("e", "p")._to_model().model_dump_json()
     panels = ('"val/loss"', "val/loss_at_", "lr/layer_", "images_per_second", "reconstruction", "confusion")
     for shown in (*panels, "mask_ratio"):
         assert shown in text
-    assert dashboard.main(["only"]) == 2 and "ENTITY PROJECT" in capsys.readouterr().err
+    assert workspace.main(["only"]) == 2 and "ENTITY PROJECT" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert dashboard.main(["e", "p"]) == 1 and "mae-experiments[workspace]" in capsys.readouterr().err
+    assert workspace.main(["e", "p"]) == 1 and "mae-experiments[workspace]" in capsys.readouterr().err

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-from mae.data.folder import classes_of, image_folder
-from mae.data.hub import hf
-from mae.data.known import cifar10, cifar100, digits, fashion_mnist, stl10
-from mae.data.lists import table
-from mae.data.robustness import robustness
-from mae.data.scientific import scientific_folder
-from mae.data.shards import tar_shards
+from mae.data.shards.source import tar_shards
+from mae.data.sources.folder import classes_of, image_folder
+from mae.data.sources.huggingface import hf
+from mae.data.sources.robustness import robustness
+from mae.data.sources.scientific import scientific_folder
+from mae.data.sources.table import table
+from mae.data.sources.torchvision import cifar10, cifar100, digits, fashion_mnist, stl10
 
 SOURCES = {
     "digits": digits,

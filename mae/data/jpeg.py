@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from mae.geometry import Box
+from mae.data.crops import Box
 
 # Start-of-frame markers of Huffman-coded JPEG: baseline, extended, progressive (ITU T.81, table B.1).
 FRAMES = {0xC0, 0xC1, 0xC2}

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from mae import augment
-from mae.data.reader import Batch, Reader, Record
+from mae.data import transforms
+from mae.data.dataset import Batch, Reader, Record
 from mae.data.sampler import Sampler, Ticket
 from mae.data.source import Source, reduced
 from mae.data.workers import Tickets, makers, received, shut
@@ -39,7 +39,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Tensor, augment.Draw], Tensor],
+        transform: Callable[[Tensor, transforms.Draw], Tensor],
         batch_size: int,
         micro_batch_size: int,
         seed: int,

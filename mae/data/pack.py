@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae import limits
 from mae.data import SOURCES, flat
-from mae.data.reader import Failure
-from mae.data.shards import INDEX, Index
+from mae.data.dataset import Failure
+from mae.data.shards.source import INDEX, Index
+from mae.data.shards.tar import Members, joined
+from mae.data.shards.write import WRITERS, Form, write
 from mae.data.source import Source, reason
-from mae.data.tar import Members, joined
-from mae.data.write import WRITERS, Form, write
 
 NOTES = "packing"  # folder of the shards' notes until the index is written
 PLAN = "plan.json"
@@ -207,7 +207,7 @@ def data_group(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from mae.compose import composed
+    from mae.config.compose import composed
 
     try:
         data = OmegaConf.to_container(composed(overrides).data, resolve=True)

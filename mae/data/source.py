@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.geometry import Boxed, inside
+from mae.data.crops import Boxed, inside
 
 UNLABELLED = -1
 

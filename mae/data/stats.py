@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mae.data.dataset import Bad
 from mae.data.loader import Loader
-from mae.data.reader import Bad
 from mae.data.source import FAILURES, Source, reason
 
 BLOCK = 1 << 20  # pixels of which sums are taken at once: a large image does not become an eightfold one

@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from mae import limits
-from mae.data.reader import Batch, Reader, Record
+from mae.data.dataset import Batch, Reader, Record
 from mae.data.sampler import Ticket
 
 log = logging.getLogger(__name__)

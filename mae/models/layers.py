@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae.models.lean import gelu_linear, norm_linear, plain_attention
+from mae.models.recompute import gelu_linear, norm_linear, plain_attention
 
 Kernel = Literal["plain", "fused"]
 Checkpointing = Literal["none", "light", "blocks"]
@@ -137,7 +137,7 @@ def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
     """What the backward pass of every block computes again instead of keeping it from the forward pass.
 
     `none`: nothing, as PyTorch does by itself; `light`: LayerNorms and GELUs, which cost next to nothing (see
-    `mae.models.lean`); `blocks`: all but a block's input: a third more computation, a fraction of the memory.
+    `mae.models.recompute`); `blocks`: all but a block's input: a third more computation, a fraction of the memory.
     """
     for block in blocks_of(model):
         block.checkpointing = what

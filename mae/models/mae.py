@@ -9,7 +9,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from mae.models.layers import LAYER_NORM_EPS, Block, check_sizes, sincos_pos_embed
-from mae.models.lean import norm_linear
+from mae.models.recompute import norm_linear
 
 
 class MaskedLoss(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mae.glyphs import drawable
+from mae.report.glyphs import drawable
 
 NAMED = 30  # classes whose names fit along an axis
 

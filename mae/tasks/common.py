@@ -12,15 +12,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import data, device
-from mae.augment import center_crop, kept_fraction, top_of
 from mae.checkpoint import step_name, weights_digest
-from mae.config import build, call, write_text
+from mae.config.check import build, call, write_text
+from mae.config.from_run import run_of, stands_for
+from mae.config.rules import missing_init
+from mae.data.crops import pair
 from mae.data.loader import EvalLoader
 from mae.data.source import BadImage, Source, matched, reduced
-from mae.geometry import pair
-from mae.inherit import run_of, stands_for
-from mae.models.foreign import Foreign
-from mae.rules import missing_init
+from mae.data.transforms import center_crop, kept_fraction, top_of
+from mae.weights.read import Foreign
 
 log = logging.getLogger(__name__)
 

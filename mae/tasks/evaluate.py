@@ -11,13 +11,11 @@ import torch
 from omegaconf import DictConfig
 
 from mae import data, device
-from mae.augment import Prepare
-from mae.config import build, call
-from mae.data.robustness import Robustness, corruption_errors, synsets
+from mae.config.check import build, call
 from mae.data.source import Source
+from mae.data.sources.robustness import Robustness, corruption_errors, synsets
+from mae.data.transforms import Prepare
 from mae.metrics import Collector, Results
-from mae.models.foreign import Foreign, read
-from mae.models.foreign_fit import fit
 from mae.models.vit import classifier
 from mae.tasks import charts
 from mae.tasks.common import (
@@ -34,6 +32,8 @@ from mae.tasks.common import (
 )
 from mae.tasks.linprobe import head as probe_head
 from mae.tasks.results import tell, write_all
+from mae.weights.load import fit
+from mae.weights.read import Foreign, read
 
 log = logging.getLogger(__name__)
 

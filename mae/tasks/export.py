@@ -9,17 +9,17 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from mae.augment import kept_fraction
-from mae.geometry import pair
-from mae.inherit import run_of
-from mae.models.export import export as write
-from mae.models.export_card import Facts, run_facts
-from mae.models.foreign import DECODER, Foreign, read
+from mae.config.from_run import run_of
+from mae.data.crops import pair
+from mae.data.transforms import kept_fraction
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
 from mae.tasks.common import channels, image_top, kept_classes, need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
 from mae.tasks.visualize import load_autoencoder
+from mae.weights.export import export as write
+from mae.weights.export_card import Facts, run_facts
+from mae.weights.read import DECODER, Foreign, read
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae.augment import Prepare
-from mae.config import call
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
+from mae.config.check import call
+from mae.data.transforms import Prepare
 from mae.models.vit import classifier
 from mae.tasks.common import need_init, read_from, warn_of_statistics
+from mae.weights.load import fit
+from mae.weights.read import read
 
 
 class Features(NamedTuple):

@@ -13,14 +13,14 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
-from mae.config import call
+from mae.config.check import call
 from mae.data.source import Source
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
+from mae.distributed.fsdp import held, load
 from mae.models.vit import classifier
-from mae.sharding import held, load
 from mae.tasks.classify import Classify
 from mae.tasks.common import warn_of_statistics
+from mae.weights.load import fit
+from mae.weights.read import read
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import device, optim
-from mae.augment import AUGMENTATIONS, Prepare
-from mae.config import build, call
-from mae.data.listing import printable
+from mae.config.check import build, call
+from mae.data.crops import pair
 from mae.data.loader import Loader
 from mae.data.source import Source
+from mae.data.sources.listing import printable
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
+from mae.data.transforms import AUGMENTATIONS, Prepare
 from mae.data.workers import worker_count
-from mae.geometry import pair
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.tasks import charts

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae.config import call
+from mae.config.check import call
 from mae.data.source import Source
 from mae.metrics import Collector
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
-from mae.models.foreign_parts import BATCH_NORM_EPS
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
 from mae.tasks.common import need_init, warn_of_statistics
+from mae.weights.load import fit
+from mae.weights.parts import BATCH_NORM_EPS
+from mae.weights.read import read
 
 HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
 

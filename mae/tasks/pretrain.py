@@ -8,14 +8,15 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import device, pictures
-from mae.augment import Prepare
-from mae.config import call
-from mae.models.foreign import read
-from mae.models.foreign_fit import fit
+from mae import device
+from mae.config.check import call
+from mae.data.transforms import Prepare
 from mae.models.mae import MaskedAutoencoder
+from mae.tasks import images as pictures
 from mae.tasks.common import warn_of_statistics
 from mae.tasks.knn import Signal
+from mae.weights.load import fit
+from mae.weights.read import read
 
 
 class Pretrain(nn.Module):

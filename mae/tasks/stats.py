@@ -11,8 +11,8 @@ import numpy as np
 from omegaconf import DictConfig
 
 from mae import data
-from mae.config import build
-from mae.data.reader import Bad
+from mae.config.check import build
+from mae.data.dataset import Bad
 from mae.data.source import Source, reduced
 from mae.data.stats import statistics
 from mae.data.workers import worker_count

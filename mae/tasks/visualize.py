@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import augment, data, device, pictures
-from mae.augment import Prepare
-from mae.config import build, call, write_text
+from mae import data, device
+from mae.config.check import build, call, write_text
+from mae.data import transforms
 from mae.data.decode import Decoder
-from mae.data.folder import read as read_file
 from mae.data.source import BadImage, Source, Subset
-from mae.masking import noise
-from mae.models.foreign import Foreign, read
-from mae.models.foreign_fit import Fit, fit
+from mae.data.sources.folder import read as read_file
+from mae.data.transforms import Prepare
 from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import noise
+from mae.tasks import images as pictures
 from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
+from mae.weights.load import Fit, fit
+from mae.weights.read import Foreign, read
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor
     else:
         whole: Source = build(data.SOURCES, cfg.data, "val")
         source = Subset(whole, np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)))
-    crop = call(augment.center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    crop = call(transforms.center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
     images = torch.stack([crop(source[k][0]) for k in range(len(source))])
     return images, [source.name(k) for k in range(len(source))]
 

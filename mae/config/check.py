@@ -1,0 +1,279 @@
+"""From YAML and command line to objects: `resolve`, `check`, `build`. Imports no torch.
+
+A value stands once, in YAML. A type stands once, in the keyword-only signature of what is built
+from it (see `mae.config.schema`).
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import secrets
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mae.config import rules
+from mae.config.ranges import ranges
+from mae.config.schema import SCHEMA, TOP, conform, describe, keyword_only, near, schema, table
+from mae.config.versions import completed
+from mae.runs.file_system import full_disk
+
+log = logging.getLogger(__name__)
+
+NEUTRAL = (
+    ("output_dir",),
+    ("resume",),
+    ("dry_run",),
+    ("tensorboard",),
+    ("launcher",),
+    ("wandb",),
+    ("checkpoint",),
+    ("estimate",),
+    ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "checkpointing"),  # the same numbers, computed again
+    ("task", "attention_kernel"),  # another rounding, as another device has
+    ("task", "profile"),
+    ("task", "log_every_steps"),
+    *(
+        ("data", key)
+        for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")
+    ),
+)
+
+# Keys that came after runs had been made, and what these runs did
+ADDED: dict[str, dict[str, Any]] = {
+    "shards": {
+        "image_key": None,
+        "label_key": None,
+        "sample_key": "first_dot",
+        "follow_links": False,
+        "splits": "auto",
+    },
+    "hf": {"follow_links": False},
+    **{name: {"splits": "auto"} for name in ("folder", "cifar10_folder", "scientific")},
+}
+# How the root's files are read: an unfinished run may go on with another reading, since its images are compared
+READING = ("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key")
+
+
+class ConfigError(ValueError):
+    """What a user can mend: each line is one plain sentence with the full key."""
+
+
+# ---------------------------------------------------------------- resolve
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """All interpolations replaced by values; the result is read-only. Raises ConfigError."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError("\n".join(f"{key} has no value: give it one, as {key}=..." for key in missing))
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0].rstrip('.')}.") from error
+    assert isinstance(plain, dict)
+    made = OmegaConf.create(plain)
+    OmegaConf.set_struct(made, True)
+    return made
+
+
+# ---------------------------------------------------------------- check
+
+
+def _check_keys(path: str, given: Mapping, known: dict[str, Any], out: dict, problems: list[str]) -> None:
+    prefix = f"{path}." if path else ""
+    for key in given:
+        if key not in known:
+            problems.append(f"{prefix}{key} is not a key of the configuration.{near(key, list(known))}")
+    for key, hint in known.items():
+        if key not in given:
+            problems.append(f"{prefix}{key} is missing: add it, as {prefix}{key}=...")
+            continue
+        try:
+            out[key] = conform(given[key], hint)
+        except TypeError:
+            shown = "null" if given[key] is None else repr(given[key])
+            choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
+            hint_text = near(given[key], choices) if choices else ""
+            problems.append(f"{prefix}{key} must be {describe(hint)}, got {shown}.{hint_text}")
+
+
+def check(cfg: DictConfig, values: bool = True) -> DictConfig:
+    """The same config with every value of its type. Raises ConfigError listing all that is wrong: unknown, misspelt,
+    missing and mistyped keys; then, unless `values` is false, values out of range, then contradictions."""
+    given = OmegaConf.to_container(cfg)
+    assert isinstance(given, dict)
+    problems: list[str] = []
+    out: dict[str, Any] = {}
+    top = {str(k): v for k, v in given.items() if k not in SCHEMA}
+    _check_keys("", top, keyword_only(TOP), out, problems)
+    for group in SCHEMA:
+        section = given.get(group)
+        if not isinstance(section, dict):
+            problems.append(f"{group} is missing: choose one, as {group}=...")
+            continue
+        name = section.get("name")
+        tables = [p.removesuffix("[name]") for p in SCHEMA[group] if p.endswith("[name]")]
+        if tables and name not in table(tables[0]):
+            known = sorted(table(tables[0]))
+            problems.append(f"{group}.name must be one of {', '.join(known)}, got {name!r}.{near(str(name), known)}")
+            continue
+        out[group] = {}
+        _check_keys(group, section, schema(group, name), out[group], problems)
+    if not problems and values:
+        problems = list(ranges(out)) or list(rules.contradictions(out))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    made = OmegaConf.create(out)
+    OmegaConf.set_readonly(made, True)
+    return made
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists."""
+    found = OmegaConf.to_container(cfg)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def changed(cfg: DictConfig, **values: Any) -> DictConfig:
+    """A checked config with other values at its top."""
+    made = OmegaConf.create(plain(cfg) | values)
+    OmegaConf.set_readonly(made, True)
+    return made
+
+
+def stored(run: Path) -> DictConfig:
+    """The saved config of a run, as it is. Raises ConfigError where there is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not the directory of a run: it holds no config.yaml.")
+    try:
+        found = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(found, DictConfig):
+        raise ConfigError(f"{path} does not hold a configuration.")
+    return found
+
+
+def stored_overrides(run: Path) -> list[str]:
+    """The command line of a run; empty where there is none."""
+    path = run / "overrides.yaml"
+    overrides = OmegaConf.load(path) if path.is_file() else None
+    return [str(override) for override in overrides] if isinstance(overrides, ListConfig) else []
+
+
+def read(run: Path) -> DictConfig:
+    """The saved config of a run: keys and types checked, ranges and rules not, nor whether its data are still there.
+
+    A key that it lacks is filled from today's default; a key that no longer exists is passed over; a warning names
+    them. Raises ConfigError where there is no config.
+    """
+    values = plain(stored(run))
+    if isinstance(values.get("data"), dict):
+        values["data"] = added(values) | values["data"]
+    values, filled, dropped = completed(values, stored_overrides(run))
+    _say_once(run, filled, dropped)
+    return check(OmegaConf.create(values), values=False)
+
+
+SAID: set[Path] = set()  # runs of other versions that a warning of this process has named
+
+
+def _say_once(run: Path, filled: list[str], dropped: list[str]) -> None:
+    if not (filled or dropped) or run.absolute() in SAID or os.environ.get("RANK", "0") != "0":
+        return
+    SAID.add(run.absolute())
+    if filled:
+        log.warning("%s lacks %s: today's defaults are taken.", run / "config.yaml", ", ".join(filled))
+    if dropped:
+        log.warning("%s: %s no longer exist and are passed over.", run / "config.yaml", ", ".join(dropped))
+
+
+def added(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `data` that configs of earlier versions lack, and what these did."""
+    data = cfg.get("data")
+    return ADDED.get(str(data.get("name")), {}) if isinstance(data, Mapping) else {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises ConfigError where the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other nodes have the same process ids
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(full_disk(error) or f"{path} cannot be written ({error.strerror}).") from error
+
+
+# ---------------------------------------------------------------- build
+
+
+def build(table: Mapping[str, Callable], cfg: Mapping, *args: Any, **runtime: Any) -> Any:
+    """`table[cfg.name]` called with the runtime objects and those of the config's keys that it takes."""
+    return call(table[cfg["name"]], cfg, *args, **runtime)
+
+
+def call(function: Callable, cfg: Mapping, *args: Any, **runtime: Any) -> Any:
+    """A function called with the runtime objects and those of the config's keys that it takes."""
+    wanted = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    plain = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    assert isinstance(plain, dict)
+    return function(*args, **{k: plain[k] for k in wanted if k in plain and k not in runtime}, **runtime)
+
+
+# ---------------------------------------------------------------- identity of a run
+
+
+def flatten(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Leaves of a nested mapping as (path, value)."""
+    if isinstance(tree, Mapping) and tree:
+        for key in tree:
+            yield from flatten(tree[key], (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """All values of a config: dotted key -> value."""
+    return {".".join(path): value for path, value in flatten(plain(cfg))}
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The leaves that decide what a run computes: dotted key -> value. Of a key that configs of earlier versions lack
+    only another value than theirs counts, so that a command comes back to the directory that it has made."""
+    values = plain(cfg)
+    earlier = {("data", key): value for key, value in added(values).items()}
+    return {
+        ".".join(path): value
+        for path, value in flatten(values)
+        if not any(path[: len(neutral)] == neutral for neutral in NEUTRAL)
+        and not (path in earlier and earlier[path] == value)
+    }
+
+
+def difference(old: DictConfig, new: DictConfig) -> list[str]:
+    """'key: old -> new' for each leaf in which two runs' identities differ."""
+    a, b = identity(old), identity(new)
+    return [
+        f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """`output_dir`, or a name made from the config: the same command comes back to the same directory."""
+    if cfg.output_dir:
+        return Path(cfg.output_dir)
+    digest = hashlib.sha256(json.dumps(identity(cfg) | {"data.root": cfg.data.get("root")}).encode()).hexdigest()
+    return Path("runs") / f"{cfg.task.name}-{cfg.model.name}-{cfg.data.name}-{digest[:8]}"

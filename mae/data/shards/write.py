@@ -1,0 +1,164 @@
+"""One packed file: images encoded and written beside, hashed on the way, flushed and renamed into place."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mae.data.shards.tar import Collector, Members
+from mae.data.source import FAILURES, BadImage, Source, reason
+
+KINDS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
+GROUP = 100  # rows of a Parquet row group: some 10 MB of photos, as `datasets` writes images
+
+
+class Form(NamedTuple):
+    """How images are written."""
+
+    size: int | None  # pixels of the shorter side, or None to keep the files as they are
+    quality: int  # of JPEG, where they are encoded anew
+
+
+class Part(NamedTuple):
+    """A file that was written."""
+
+    count: int  # images in it
+    bad: list[tuple[int, str, str]]  # images left out: index, name, reason
+    sha256: str
+    members: Members | None  # where the images lie; None where the file says it itself
+
+
+def encoded(source: Source, index: int, form: Form) -> bytes:
+    """The file of an image. Raises BadImage or OSError."""
+    raw = getattr(source, "raw", None)
+    if form.size is None and raw is not None and (data := _raw(source, index)) is not None:
+        source[index]  # a damaged file shall not be packed
+        return bytes(data)
+    image = source[index][0]
+    if image.dtype != torch.uint8 or image.shape[0] not in (1, 3, 4):
+        raise BadImage(f"{image.shape[0]} channels of {image.dtype} do not fit an image file")
+    pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+    picture = Image.fromarray(pixels)
+    if form.size is not None and min(picture.size) > form.size:
+        scale = form.size / min(picture.size)
+        width, height = (max(form.size, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    if form.size is None or picture.mode == "RGBA":
+        picture.save(out, "PNG")
+    else:
+        picture.save(out, "JPEG", quality=form.quality)
+    return out.getvalue()
+
+
+def _raw(source: Source, index: int) -> bytes | None:
+    try:
+        return source.raw(index)  # type: ignore[attr-defined]
+    except AttributeError:  # a part of a source that has no files
+        return None
+
+
+class Images:
+    """The images of a part that can be used, in order: (index, label, file); those that cannot are noted."""
+
+    def __init__(self, source: Source, indices: np.ndarray, form: Form):
+        self.source, self.indices, self.form = source, indices, form
+        self.bad: list[tuple[int, str, str]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
+        labels = self.source.labels
+        for index in self.indices.tolist():
+            try:
+                data = encoded(self.source, index, self.form)
+            except FAILURES as error:
+                self.bad.append((index, self.source.name(index), reason(error)))
+                continue
+            yield index, -1 if labels is None else int(labels[index]), data
+
+
+class Hashed(io.RawIOBase):
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: Any):
+        self.file, self.digest, self.at = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.file.write(data)
+        self.at += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def write_tar(file: Hashed, images: Images) -> Members:
+    """A shard in the WebDataset layout."""
+    found = Collector()
+
+    def put(name: str, data: bytes) -> int:
+        head = tarfile.TarInfo(name)
+        head.size, head.mtime, head.mode = len(data), 0, 0o644
+        start = file.tell()
+        file.write(head.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return start + tarfile.BLOCKSIZE
+
+    for index, label, data in images:
+        key = f"{index:010}"
+        offset = put(f"{key}.{KINDS.get(data[:2], 'img')}", data)
+        if label >= 0:
+            put(f"{key}.cls", str(label).encode())
+        found.add(key, offset, len(data), label)
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+    return found.members()
+
+
+def write_parquet(file: Hashed, images: Images) -> None:
+    """A Parquet file that `datasets` reads: columns image (bytes and a name) and, where labelled, label."""
+    import pyarrow
+    from pyarrow import parquet
+
+    labelled, classes = images.source.labels is not None, images.source.classes
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    columns = [("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))]
+    if labelled:
+        features["label"] = {"names": classes, "_type": "ClassLabel"}
+        columns.append(("label", pyarrow.int64()))
+    schema = pyarrow.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+    rows: list[dict[str, Any]] = []
+    # images are compressed already
+    with parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+        for index, label, data in images:
+            name = f"{index:010}.{KINDS.get(data[:2], 'img')}"
+            rows.append({"image": {"bytes": data, "path": name}} | ({"label": label} if labelled else {}))
+            if len(rows) == GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                rows = []
+        if rows:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+WRITERS: dict[str, Callable[[Hashed, Images], Members | None]] = {"tar": write_tar, "parquet": write_parquet}
+
+
+def write(source: Source, indices: np.ndarray, path: Path, form: Form) -> Part:
+    """The images of these numbers as one file, of the kind that its name says."""
+    images, temporary = Images(source, indices, form), path.with_name(f"{path.name}.part")
+    with open(temporary, "wb") as file:
+        hashed = Hashed(file)
+        members = WRITERS[path.suffix[1:]](hashed, images)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return Part(len(indices) - len(images.bad), images.bad, hashed.digest.hexdigest(), members)

@@ -1,0 +1,212 @@
+"""Images named in a table: CSV or Parquet with columns path, and where wanted label and split."""
+
+import contextlib
+import csv
+import difflib
+import json
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, TextIO
+
+import numpy as np
+
+from mae.data.decode import Decoder
+from mae.data.source import Source, Subset
+from mae.data.sources.folder import Files, held_out
+from mae.data.sources.listing import MAGIC, Builder, Listing, cached, inside, printable
+from mae.data.sources.splits import TRAINING, VALIDATION, split_of
+from mae.data.sources.torchvision import given_root
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("path", "label", "split")
+SIMILAR = {"path": ("file", "filename", "filepath", "image", "img"), "label": ("class", "target", "category")}
+
+
+def table(
+    split: Literal["train", "val"],
+    *,
+    root: str | None,
+    file: str | None,
+    in_chans: int,
+    val_fraction: float,
+    exif_orientation: bool,
+    max_pixels: int,
+    follow_links: bool,
+    cache_dir: str | None,
+) -> Source:
+    """Images that the table `file` names, relative to `root`.
+
+    Labels are words, sorted into classes. Rows of split `val` (or valid, validation, test) are held out, or
+    `val_fraction` of all where there is no such column. Raises ValueError for a table without a `path`
+    column, without rows, and for a path that leads out of `root`. What was read is kept in the cache folder.
+    """
+    top = given_root(root)
+    if file is None:
+        raise ValueError("data.file is not set: give a CSV or Parquet file with a column path.")
+    place = Path(file).expanduser()
+    try:
+        status = place.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"data.file={place} is not a regular file.")
+        stamp = [os.path.realpath(place), status.st_size, status.st_mtime_ns]
+    except OSError as error:
+        raise ValueError(f"data.file={place} cannot be read: {error.strerror or error}.") from error
+    wanted = json.dumps([MAGIC, "table", os.path.realpath(top), *stamp, follow_links])
+    listing = cached(top, wanted, cache_dir, lambda: read_through(place, top, follow_links))
+    files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
+    if listing.held is not None and listing.held.any():
+        return Subset(files, np.flatnonzero((listing.held == 1) == (split == "val")))
+    return held_out(files, val_fraction, split)
+
+
+def read_through(file: Path, top: Path, follow_links: bool) -> tuple[Listing, dict[str, int]]:
+    """The listing that a table makes, and the time stamps of the folders (and of the table) that it hangs on.
+
+    Raises ValueError for a row that will not do."""
+    found, held = Builder(), bytearray()
+    root = Root(top, follow_links)
+    number: dict[str, int] = {}
+    for path, label, split in rows(file):
+        row = len(held) + 1
+        if not path or "\0" in path:
+            raise ValueError(f"data.file={file} names no path in row {row}.")
+        relative = root.relative(path)
+        if relative is None:
+            raise ValueError(f"data.file={file} names {printable(path)}, which leads out of data.root={top}.")
+        kind = None if split is None else split_of(split)
+        if split is not None and kind is None:
+            words = ", ".join(dict.fromkeys(("train", "val", *TRAINING, *VALIDATION)))
+            raise ValueError(f"data.file={file} has split={split}: it must be one of {words}.")
+        found.add(relative, -1 if label in (None, "") else number.setdefault(label, len(number)))
+        held.append(kind == "val")
+    if not held:
+        raise ValueError(f"data.file={file} has no rows.")
+    listing = found.listing(str(top), sorted(number))
+    if number:
+        rank = np.argsort(np.argsort([*number]))  # numbers as met -> numbers in sorted order
+        listing.labels = np.where(listing.labels < 0, -1, rank[listing.labels]).astype(np.int32)
+    listing.held = np.frombuffer(bytes(held), np.uint8)
+    stamps = {str(file.absolute()): file.stat().st_mtime_ns}
+    for folder in {*root.folders, *(str(above) for one in root.folders for above in Path(one).parents)}:
+        with contextlib.suppress(OSError):  # a folder that a row names and that is not there
+            stamps[folder] = os.stat(os.path.join(root.real, folder)).st_mtime_ns
+    return listing, stamps
+
+
+class Root:
+    """The root of a table's paths. Each folder that they name is looked at once."""
+
+    def __init__(self, top: Path, follow_links: bool):
+        self.real, self.follow_links = os.path.realpath(top), follow_links
+        self.spellings = [f"{os.path.abspath(top)}/", f"{self.real}/"]
+        self.folders: dict[str, bool] = {"": False}  # folder below the root -> whether it leads out
+        self.others: dict[str, str] = {}  # folder as a table writes it -> where it really is
+
+    def relative(self, path: str) -> str | None:
+        """A path relative to the root, or None where it leads out."""
+        if os.path.isabs(path) or ".." in path.split("/"):
+            path = self._below(path)
+        return None if not path or not self.follow_links and self._leads_out(path) else path
+
+    def _below(self, path: str) -> str:
+        """An absolute path or one with `..` as one below the root, or "" where its folder is not there."""
+        for spelling in self.spellings:
+            if path.startswith(spelling) and ".." not in path.split("/"):
+                return path[len(spelling) :]
+        folder, name = os.path.split(os.path.join(self.real, path))
+        if folder not in self.others:
+            self.others[folder] = os.path.realpath(folder)
+        whole = os.path.join(self.others[folder], name)
+        return whole[len(self.real.rstrip("/")) + 1 :] if whole.startswith(self.spellings[1]) and name != ".." else ""
+
+    def _leads_out(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self.folders:
+            self.folders[folder] = not inside(self.real, os.path.join(self.real, folder))
+        whole = os.path.join(self.real, folder, name)
+        return self.folders[folder] or os.path.islink(whole) and not inside(self.real, whole)
+
+
+def rows(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    """(path, label, split) of each row; None where the column is not there."""
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            yield from _parquet(path)
+            return
+        with open(path, newline="", encoding="utf-8-sig") as text:  # Excel's begins with a mark
+            yield from _csv(path, text)
+    except OSError as error:
+        raise ValueError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.file={path} is not UTF-8 ({error.reason}): save it as such.") from error
+    except csv.Error as error:
+        raise ValueError(f"data.file={path} is no CSV that can be read: {error}.") from error
+
+
+def _csv(path: Path, text: TextIO) -> Iterator[tuple[str, str | None, str | None]]:
+    table = csv.reader(text, skipinitialspace=True)
+    header = next(table, [])
+    at = {name: header.index(column) for name, column in columns(path, header).items()}
+    loose = any(column != column.strip() for column in header)  # blanks around its values mean nothing either
+    for row in table:
+        if any(one.strip() for one in row[len(header) :]):
+            raise ValueError(
+                f"data.file={path} has {len(row)} values in line {table.line_num} for {len(header)} columns: put a "
+                "value that holds a comma in quotes."
+            )
+        if row:
+            name, label, split = (row[at[c]] if c in at and at[c] < len(row) else None for c in COLUMNS)
+            yield (name or "").strip() if loose else name or "", label and label.strip(), split
+
+
+def columns(file: Path, header: list[str]) -> dict[str, str]:
+    """The columns of a table that are read: what they are -> their names, but for blanks and capitals.
+
+    Raises ValueError where there is no path, or two columns are the same. Says which is not read and nearly matches."""
+    found: dict[str, str] = {}
+    for wanted in COLUMNS:
+        same = [name for name in header if name.strip().lower() == wanted]
+        if len(same) > 1 and same.count(wanted) != 1:
+            raise ValueError(f"data.file={file} has {len(same)} columns {wanted}: {same}. Leave one.")
+        if same:
+            found[wanted] = wanted if wanted in same else same[0]
+            continue
+        close = similar(wanted, [name for name in header if name not in found.values()])
+        if wanted == "path":
+            shown = ", ".join(map(repr, header)) or "none"
+            hint = f" Is {close} the one? Rename it." if close else ""
+            apart = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
+            hint = f" Its columns are parted by {apart!r}: save it with commas." if apart else hint
+            raise ValueError(f"data.file={file} has no column path, only {shown}.{hint}")
+        if close:
+            log.warning("data.file=%s: the column %s is not read: rename it where it is the %s", file, close, wanted)
+    return found
+
+
+def similar(wanted: str, header: list[str]) -> str | None:
+    """The column whose name comes close to the one that is wanted."""
+    names = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(header)}
+    words = [wanted, f"{wanted}s", *SIMILAR.get(wanted, ())]
+    near = [word for word in words if word in names] or difflib.get_close_matches(wanted, list(names), 1, 0.75)
+    return names[near[0]] if near else None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ValueError("data.file is a Parquet file, which needs pyarrow: pip install pyarrow.") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"data.file={path} is not a Parquet file.") from error
+    names = columns(path, file.schema_arrow.names)
+    for batch in file.iter_batches(columns=list(names.values())):
+        for row in batch.to_pylist():
+            label = row.get(names.get("label"))
+            yield row[names["path"]], None if label is None else str(label), row.get(names.get("split"))

@@ -1,0 +1,1 @@
+"""Ranks, rendezvous, signals, sharding."""

@@ -1,0 +1,223 @@
+"""Where a run runs: in this process, in several of this machine, or on a cluster."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from mae import limits
+from mae.config import check
+from mae.config.check import ConfigError, build
+from mae.config.compose import chosen_groups, composed
+from mae.config.from_run import stands_for
+from mae.config.overrides import assignment, parsed, pasted
+from mae.config.paths import absolute
+from mae.config.rules import READERS, missing_init
+from mae.config.schema import near
+from mae.launch.local import RankFailed, inline, local
+from mae.launch.pipeline import own_names, pretraining, run_pipeline
+from mae.launch.prepare import make_directory, prepare
+from mae.launch.slurm.submit import slurm, submit, submit_last
+from mae.runs.file_system import full_disk
+from mae.runs.locks import held_run
+
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+AUTO = "auto"  # as init: the pretrained weights that this program makes itself
+
+
+def launch(cfg: DictConfig, overrides: list[str]) -> int:
+    """Runs the config where its launcher says; returns the exit code."""
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise ConfigError(problem)
+    if cfg.init == AUTO:
+        cfg, code = after_pretraining(cfg, overrides)
+        if code:
+            return code
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as lock:
+        if first and not queues(cfg):  # whose jobs take it as they begin
+            lock.enter_context(held_run(make_directory(cfg)))
+        run = prepare(cfg, overrides)
+        if starts_processes(cfg):  # the first of which takes it
+            lock.close()
+        return start(run, cfg, overrides, first)
+
+
+def starts_processes(cfg: DictConfig) -> bool:
+    """Whether a run is computed by other processes than this one. Those of a pipeline's stages come back here."""
+    several = cfg.launcher.name == "local" and cfg.launcher.processes > 1
+    return several and "TORCHELASTIC_RUN_ID" not in os.environ and cfg.task.name != "pipeline"
+
+
+def start(run: Path, cfg: DictConfig, overrides: list[str], first: bool) -> int:
+    """Runs what a prepared directory holds, unless it is finished; returns the exit code."""
+    summary = run / "summary.json"
+    if not summary.exists():
+        if cfg.task.name == "pipeline":  # each of whose stages comes back here
+            code = run_pipeline(run, cfg, overrides, composed, launch, first)
+            if not code and not summary.exists():  # its stages are queued
+                submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
+            if first:
+                from mae.report import run as report
+
+                report.write(run)
+        else:
+            code = build(LAUNCHERS, cfg.launcher, run)
+        if code or not summary.exists():
+            return code
+        told = json.loads(summary.read_text())
+    else:
+        told = json.loads(summary.read_text())
+        news = moved(run, cfg) or outdated(cfg, told)
+        sys.stderr.write(f"This run is finished already; another seed= or output_dir= starts a new one.{news}\n")
+    if first:
+        sys.stdout.write(closing_lines(run, told))
+    return 0
+
+
+def moved(run: Path, cfg: DictConfig) -> str:
+    """A sentence where a finished run read its images from another place than is named now, which may have moved."""
+    before, now = check.read(run).data.root, cfg.data.root
+    same = before == now or (before and now and absolute(before) == absolute(now))
+    return "" if same else f" It read data.root={before}: for other images than those choose another output_dir."
+
+
+def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
+    """A sentence where a finished run read another checkpoint than the one that `init` stands for now."""
+    now = stands_for(cfg.init) if cfg.task.name in READERS else None
+    read = Path(str(summary.get("checkpoint")))
+    if now is None or now.name == read.name or not read.name.startswith("step_"):
+        return ""
+    return (
+        f" It read {read.name}, and init={cfg.init} stands for {now.name} now: {pasted('init', str(now))} takes that."
+    )
+
+
+def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, int]:
+    """A config whose `init=auto` names a finished pre-training, made first where there is none, or on a cluster one
+    that is queued and waited for; and the exit code of that."""
+    choices = chosen_groups(overrides)
+    parent = pretraining(cfg, composed, choices)
+    made, cfg = Path(parent.output_dir), check.changed(cfg, init=parent.output_dir)
+    if (made / "summary.json").exists():
+        return cfg, 0
+    sys.stderr.write(f"init=auto: pre-training comes first, in {made}\n")
+    code = launch(parent, ["task=pretrain", *own_names(cfg, choices)])
+    if not code and not (made / "summary.json").exists():
+        job = json.loads((made / "slurm" / "job.json").read_text())["job"]
+        cfg = check.changed(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
+    return cfg, code
+
+
+# ---------------------------------------------------------------- clusters
+
+
+def queues(cfg: DictConfig) -> bool:
+    """Whether a run is one that a sweep submits together with its others."""
+    return cfg.launcher.name == "slurm" and cfg.task.name != "pipeline"  # whose stages are jobs of their own
+
+
+def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
+    """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
+    runs = []
+    for cfg, overrides in members:
+        if cfg.init == AUTO:
+            cfg, code = after_pretraining(cfg, overrides)
+            if code:
+                return code
+        runs.append((prepare(cfg, overrides), cfg.launcher))
+    return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
+
+
+def explain(error: BaseException) -> str:
+    """An error in a plain sentence or two; the traceback of one that is not the user's is in the run's log.txt."""
+    text = str(error)
+    if not isinstance(error, ValueError) and (limit := limits.limit_reached(error)):
+        return limit
+    if full := full_disk(error):
+        return text if isinstance(error, ValueError) else full
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        known = [str(option) for option in error.options or []]
+        listed = f" Choose one of {', '.join(sorted(known))}." if known else ""
+        return f"{group}={choice} does not exist.{near(choice, known)}{listed}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(str(error.override))
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        return _composition(text, error)
+    if isinstance(error, ValueError | RankFailed):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'}: {error.strerror or error}."
+    name = type(error).__name__
+    return f"{name}: {text or 'no message'}. The traceback is in the run's log.txt, or printed with HYDRA_FULL_ERROR=1."
+
+
+def _unreadable(override: str) -> str:
+    """A sentence for an override that Hydra cannot read, and how it is typed where it has a key and a value."""
+    said = f"The override {override!r} cannot be read: write key=value, with quotes around spaces or = signs"
+    key, _, value = override.partition("=")
+    mended = bool(value) and parsed(f"{key}=0") is not None and value[0] not in "[{('\""
+    return f"{said}, as {shlex.quote(assignment(key, value))}." if mended else f"{said}."
+
+
+def _composition(text: str, error: BaseException) -> str:
+    """Hydra's and OmegaConf's words for a key that does not exist, or cannot be set, as one sentence."""
+    cause = error.__cause__ if error.__cause__ is not None else error
+    override = re.search(r"[Cc]ould not override '([^']+)'", text)
+    if override and "No match in the defaults list" in text:
+        return f"{override[1]} is not a group of the configuration, or must be added as +{override[1]}=..."
+    key = override[1] if override else str(getattr(cause, "full_key", "") or "")
+    if key and "is not in struct" in text + str(cause):
+        parent, _, name = key.rpartition(".")
+        node = getattr(cause, "parent_node", None)
+        known = [str(k) for k in node] if node is not None and hasattr(node, "keys") else []
+        return f"{parent + '.' if parent else ''}{name} is not a key of the configuration.{near(name, known)}"
+    if multiple := re.search(r"Multiple values for (\w+)\.", text):
+        return f"{multiple[1]} is chosen already: write {multiple[1]}=... without the plus sign."
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+
+
+LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
+
+
+def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
+    """What to do next, and on the last line the main result and the run's directory."""
+    shown = os.path.relpath(run)
+    shown = str(run) if shown.startswith("..") else shown
+    name, value = next(
+        ((k, summary[k]) for k in ("top1", "knn", "val_loss", "page", "files", "use") if k in summary),
+        ("steps", summary.get("steps")),
+    )
+    if isinstance(value, dict):
+        value = " ".join(f"{k}: {v:.2f}" for k, v in value.items())
+    if isinstance(value, list):
+        value = " ".join(value)
+    result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+    lines = [f"  {line.replace('init=RUN', pasted('init', shown))}" for line in NEXT.get(summary["task"], [])]
+    return "\n".join(["Next:", *lines] if lines else []) + f"\n{result}  {shown}\n"
+
+
+NEXT = {
+    "pretrain": [
+        "python run.py task=finetune init=RUN     # or linprobe, knn, visualize, export",
+        "python run.py task.mask_ratio=0.5        # the same with one number changed",
+    ],
+    "finetune": ["python run.py task=evaluate init=RUN", "python run.py task=export init=RUN"],
+    "linprobe": ["python run.py task=evaluate init=RUN"],
+}

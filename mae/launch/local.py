@@ -1,0 +1,147 @@
+"""A run in this process, or in several of this machine that torch's elastic launcher starts."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def work(run: str) -> int:
+    """What every process of a run does: the engine is imported here and not before."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from mae import engine
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return engine.work(Path(run))
+    with outliving():
+        code = record(engine.work)(Path(run))
+    assert isinstance(code, int)
+    return code
+
+
+def rank_work(run: str) -> int:
+    """`work` as torch's launcher calls it, which would wait for ever for the result of a process that Ctrl-C ended."""
+    try:
+        return work(run)
+    except KeyboardInterrupt:  # before the run takes signals itself
+        return 128 + signal.SIGINT
+
+
+@contextmanager
+def outliving() -> Iterator[None]:
+    """Within, a rank whose launcher is gone is asked to stop; after it, it ends.
+
+    torch's launcher, killed alone, leaves ranks behind which would wait for ever for it to take their results.
+    """
+    launcher, finished = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        if not finished.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+        finished.wait()
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+
+
+def inline(run: Path) -> int:
+    """In this very process."""
+    return work(str(run))
+
+
+def local(run: Path, *, processes: int) -> int:
+    """In `processes` processes of this machine; where torchrun started us, as one of its."""
+    if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return work(str(run))
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from mae import limits
+    from mae.distributed.ranks import Interruption
+    from mae.report.record import read_json
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
+    ours: dict[str, Any] = (
+        {"signals_to_handle": "SIGHUP,SIGQUIT"} if "signals_to_handle" in LaunchConfig.__annotations__ else {}
+    )
+    settings = LaunchConfig(
+        run_id=uuid.uuid4().hex,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        **ours,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, limits.cpus() // processes)))
+    with forwarded(Interruption.SIGNALS) as received:
+        try:
+            return max(elastic_launch(settings, rank_work)(str(run)).values())
+        except ChildFailedError as error:
+            if received:  # before the ranks were so far as to note it, or a second Ctrl-C
+                return 128 + received[0]
+            rank, failure = error.get_first_failure()
+            told = read_json(run / "failure.json")  # a rank whose peer is gone may be heard of first
+            if told.get("rank") in error.failures and not told["lost_peer"]:
+                rank, failure = told["rank"], error.failures[told["rank"]]
+            raise RankFailed(rank, failure) from error
+        except SignalException as error:
+            return 128 + error.sigval
+
+
+@contextmanager
+def forwarded(signals: tuple[int, ...]) -> Iterator[list[int]]:
+    """Within, signals that ask a run to stop go on to its ranks, and are listed.
+
+    They save and return. torch's launcher would no longer take their results, and kill them after a time.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        ranks = multiprocessing.active_children()
+        for process in ranks:
+            if process.pid is not None:
+                os.kill(process.pid, number)
+        if not ranks:
+            raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    previous = {number: signal.signal(number, forward) for number in signals if main}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class RankFailed(RuntimeError):
+    """One of several processes of a run failed: which, and why."""
+
+    def __init__(self, rank: int, failure: Any):
+        told = failure.message
+        why = str(told.get("message", told) if isinstance(told, dict) else told).strip()
+        if failure.exitcode < 0:
+            why = f"it was killed by {signal.Signals(-failure.exitcode).name}"
+        elif why.startswith("To enable traceback"):  # it left no error behind
+            why = f"it ended by itself with exit code {failure.exitcode}; what it wrote last stands above or in its log"
+        user_error = why.startswith(("ValueError: ", "ConfigError: "))
+        super().__init__(why.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {why}")

@@ -1,0 +1,133 @@
+"""A run's directory as a command enters it: new, gone on with, or after a failure. Imports no torch."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from mae.config import check
+from mae.config.check import ConfigError, difference, run_directory, stored_overrides, write_text
+from mae.config.compose import is_group
+from mae.config.overrides import key_of
+from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
+from mae.config.rules import reads_data
+from mae.launch.slurm.state import asked
+from mae.runs.file_system import full_disk
+
+FAILED = "failed"  # folder of a run: what starts left that failed before the first checkpoint
+LEFT = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
+
+
+def make_directory(cfg: DictConfig) -> Path:
+    """The run's directory, made where it is not there. Raises ConfigError where it cannot be written to."""
+    run = run_directory(cfg).absolute()
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as probe:
+            probe.write(b"a full disk shows here")
+    except OSError as error:
+        raise ConfigError(full_disk(error) or f"output_dir: {run} cannot be written to ({error.strerror}).") from error
+    return run
+
+
+def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
+    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
+
+    Raises ConfigError where it cannot be written to, or holds a run of another config.
+    """
+    run = make_directory(cfg)
+    stored = run / "config.yaml"
+    if stored.exists():
+        changes = difference(comparable(check.read(run)), comparable(cfg))
+        if not (run / "summary.json").exists():
+            changes = [line for line in changes if line.partition(":")[0] not in check.READING]
+        if changes and failed_early(run):
+            set_aside(run)
+        elif changes:
+            listed = "".join(f"\n  {line}" for line in changes)
+            raise ConfigError(
+                f"{run} holds a run of another config, which differs in:{listed}\n"
+                "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
+            )
+    if (run / "summary.json").exists():  # a finished run stays as it is
+        return run
+    cfg, typed = with_absolute_paths(cfg)
+    write_typed(run, cfg, typed)
+    write_text(stored, OmegaConf.to_yaml(cfg))
+    write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
+        (run / "failure.json").unlink(missing_ok=True)
+    return run
+
+
+def failed_early(run: Path) -> bool:
+    """Whether a run failed before it left a checkpoint or a result, and nothing works on it."""
+    from mae.tracking.jsonl import read_lines  # and with it rich, which the help does without
+
+    stages = [path.parent for path in run.glob("*/config.yaml")]
+    failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
+    if not failed or (run / "summary.json").exists() or any(run.glob("checkpoints/step_*")):
+        return False
+    if any("loss" in row for row in read_lines(run / "metrics.jsonl")):
+        return False
+    return not any(job is not None and job.alive for _, job in asked([run]).values())
+
+
+def set_aside(run: Path) -> None:
+    """Moves what a failed start left into a folder of the run, so that the corrected command begins anew."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other ranks: the main one does it
+        return
+    number = 1 + sum(1 for _ in run.glob(f"{FAILED}/*"))
+    folder = run / FAILED / str(number)
+    folder.mkdir(parents=True)
+    for pattern in LEFT:
+        for path in run.glob(pattern):
+            path.rename(folder / path.name)
+    sys.stderr.write(f"{run} holds a start that failed before its first checkpoint: it is now in {folder}.\n")
+
+
+# ---------------------------------------------------------------- resume=RUN
+
+
+def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """The saved config of `resume=RUN`, with what may change between two starts taken from the command line; and the
+    run's command line with these."""
+    run = Path(cfg.resume)
+    stored = check.read(run)
+    typed = {key_of(override): override for override in overrides}
+    typed.pop("resume")
+    free = {".".join(path) for path in check.NEUTRAL} - {"resume"} | set(check.READING)
+    for key in sorted(typed):
+        if not any(key == name or key.startswith(f"{name}.") for name in free):
+            raise ConfigError(
+                f"{key} cannot be changed together with resume={cfg.resume}: a run goes on with its own config. "
+                "Leave it out, or start a new run with init=RUN."
+            )
+    if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
+        raise ConfigError(
+            f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run goes on in its own "
+            "directory. Leave it out; for a copy, copy the directory first and resume the copy."
+        )
+    merged = OmegaConf.create(OmegaConf.to_container(stored))
+    assert isinstance(merged, DictConfig)
+    typed.pop("output_dir", None)
+    for key in typed:
+        OmegaConf.update(
+            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
+        )  # another launcher has other keys
+    merged.output_dir, merged.resume = str(run), None
+    if "data.root" not in typed and merged.data.root is not None:
+        merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
+    return check.check(merged), _together(stored_overrides(run), typed)
+
+
+def _together(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
+    """A run's command line with some of its values replaced."""
+    groups = tuple(f"{key}." for key in typed if is_group(key))
+    same = [
+        override for override in stored if key_of(override) not in typed and not key_of(override).startswith(groups)
+    ]
+    return [*same, *typed.values()]

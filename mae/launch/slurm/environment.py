@@ -1,0 +1,37 @@
+"""The environment of a new job: without what the job around this process has set for itself."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mae.runs import attempt
+
+# Where the controller is, who pays, and where jobs go: the site's and the user's, in a job as on a login node
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+KEPT += tuple(f"SBATCH_{name}" for name in ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "WCKEY"))
+# The ranks of a job's step, its devices, and what our own supervisor tells its tasks
+OF_STEPS = ("RANK_HOSTS", "MAE_SIGNAL_DELAY_S", attempt.NAME, "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+OF_STEPS += ("GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK", "GROUP_RANK", "ROLE_RANK", "GROUP_WORLD_SIZE")
+
+
+@contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Within, the environment is that of a login node, also in a process of a job: sbatch and srun take options from
+    `SLURM_*` and `SBATCH_*`, and a new job's tasks would take the ranks, devices and limits of this one.
+
+    Outside of a job nothing changes: there these variables are the user's own wishes.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    from submitit.helpers import clean_env
+
+    before = dict(os.environ)
+    with clean_env():
+        for name in OF_STEPS:
+            os.environ.pop(name, None)
+        os.environ.update({name: before[name] for name in KEPT if name in before})
+        try:
+            yield
+        finally:
+            os.environ.update({name: before[name] for name in OF_STEPS if name in before})

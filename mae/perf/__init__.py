@@ -1,0 +1,1 @@
+"""How a step computes: compilation, micro-batches, memory, profiling."""

@@ -1,0 +1,53 @@
+"""What a run ran on: versions, devices, the code's revision."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FILE = "environment.jsonl"  # a line each time the run was started
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
+
+
+def environment(device: str, cuda: str | None, world: int) -> dict[str, Any]:
+    """Versions and devices of this start of a run; `cuda` is the version that torch was built for, None on a CPU."""
+    found = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "device": device,
+        "processes": world,
+        "code": revision(),
+    }
+    if cuda is not None:
+        found["cuda"] = cuda
+    job = os.environ.get("SLURM_JOB_ID")
+    return found | ({"slurm job": job} if job else {}) | {name: version(name) for name in PACKAGES}
+
+
+def revision() -> str | None:
+    """The git commit of this code, with a plus where files differ from it; None outside of git."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def keep(run: Path, device: str, cuda: str | None, world: int) -> None:
+    """Adds this start to the run's record."""
+    with (run / FILE).open("a") as file:
+        file.write(json.dumps(environment(device, cuda, world)) + "\n")

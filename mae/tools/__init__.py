@@ -1,0 +1,1 @@
+"""Commands beside training: the plan, its cost, searches, a W&B workspace."""

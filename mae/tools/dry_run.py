@@ -1,0 +1,201 @@
+"""`dry_run=true`: what a config would do, found without data, memory or a file on disk."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from mae import data, device, optim
+from mae.config import rules
+from mae.config.check import build, call, run_directory
+from mae.config.schema import TRAINED
+from mae.data.source import reduced
+from mae.models.flops import Flops, flops
+from mae.models.layers import set_attention_kernel, set_checkpointing
+from mae.models.mae import MaskedAutoencoder
+from mae.perf.activations import kept_for_backward
+from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
+from mae.tasks import TASKS
+from mae.tools.cost import forecast
+
+
+def count_images(cfg: DictConfig) -> int:
+    """Training images: of the source where it is there, else as many as its YAML says it has."""
+    try:
+        source = build(data.SOURCES, cfg.data, "train")
+    except (ValueError, OSError):
+        known = cfg.data.get("train_images")
+        if known is None:
+            raise
+        known = max(1, round(known * cfg.data.fraction))
+        return known if cfg.data.per_class is None else min(known, cfg.data.per_class * cfg.data.num_classes)
+    return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
+
+
+class NoImages:
+    """Stands for a validation set of which only the classes matter."""
+
+    labels = None
+
+    def __init__(self, classes: list[str]):
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 0
+
+
+def model_on_meta(cfg: DictConfig) -> nn.Module:
+    """The task's model without memory for its weights."""
+    classes = [str(i) for i in range(cfg.data.num_classes or 0)]
+    blank = OmegaConf.merge(cfg, {"init": None})
+    with torch.device("meta"):
+        model = build(TASKS, cfg.task, blank, NoImages(classes)).trained
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
+            module.eval()
+    return model
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(encoder or classifier, decoder): all tensors of the state dict that are parameters, fixed ones included."""
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        counts[name.startswith("decoder") or name == "mask_token"] += parameter.numel()
+    return counts[False], counts[True]
+
+
+def cost(cfg: DictConfig, model: nn.Module) -> Flops:
+    """Operations of one image's forward pass."""
+    ratio = cfg.task.get("mask_ratio") if isinstance(model, MaskedAutoencoder) else 0.0
+    whole = call(flops, cfg.model, mask_ratio=ratio)
+    return whole if isinstance(model, MaskedAutoencoder) else Flops(whole.encoder, 0)
+
+
+def training(cfg: DictConfig, work: Flops) -> int:
+    """Operations of one image in training: a backward pass takes twice a forward one, and frozen blocks have none."""
+    if cfg.task.name == "linprobe":
+        return work.total
+    if cfg.task.get("patch_drop"):  # in training alone
+        work = Flops(call(flops, cfg.model, mask_ratio=cfg.task.patch_drop).encoder, 0)
+    trained = cfg.task.get("finetune_blocks")
+    part = 1.0 if trained is None else trained / cfg.model.depth
+    again = part if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
+    return round(work.total * (1 + 2 * part + again))
+
+
+def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, images: int) -> int:
+    """Bytes that autograd keeps for the backward pass of `images` images, counted on tensors without memory.
+
+    Those of one image and another's, since autocast's copies of the weights are kept once for all.
+    """
+    one, two = (kept_bytes(cfg, model, dtype, where, count) for count in (1, 2))
+    return one + (images - 1) * (two - one)
+
+
+def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, count: int) -> int:
+    """Bytes that autograd keeps for `count` images, as the model would compute on the device `where`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import; autocast does nothing on `meta`
+
+    model = copy.deepcopy(model)
+    set_checkpointing(model, cfg.task.checkpointing)
+    elsewhere = cfg.task.attention_kernel == "auto" and where.type != "cpu"
+    set_attention_kernel(model, "fused" if elsewhere else cfg.task.attention_kernel)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
+        images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
+        with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
+            if isinstance(model, MaskedAutoencoder):
+                model(images, cfg.task.mask_ratio, torch.empty(count, model.num_patches))
+            else:
+                model(images)
+    return sum(kept.values())
+
+
+def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and its number format; where a login node has none such, as it would be, given its rate. Raises
+    ValueError."""
+    try:
+        here = device.pick(cfg.device)
+        return here, device.number_format(cfg.task.precision, here)
+    except ValueError as error:
+        if cfg.estimate.tflops is None:
+            raise ValueError(f"{error} To plan for one elsewhere, give its rate: estimate.tflops=300.") from error
+        format = "bf16" if cfg.task.precision == "auto" and cfg.device == "cuda" else cfg.task.precision
+        return torch.device(cfg.device), device.FORMATS.get(format, torch.float32)
+
+
+def plan_of(cfg: DictConfig) -> Plan:
+    """Steps and accumulation, as the run itself would find them."""
+    images, world = count_images(cfg), rules.devices(cfg)
+    repeats = cfg.data.repeats
+    per_epoch = steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last or repeats > 1)
+    plan = call(make_plan, cfg.task, images, per_epoch, world)
+    check_batches(plan, cfg.task, repeats)
+    return plan
+
+
+def report(cfg: DictConfig) -> str:
+    """The plan as text, a line a fact."""
+    if cfg.task.name == "pipeline":
+        stages = ", ".join(cfg.task.stages)
+        return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
+    if cfg.task.name not in TRAINED:
+        return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
+    plan, model = plan_of(cfg), model_on_meta(cfg)
+    encoder, decoder = parameters(model)
+    work = cost(cfg, model)
+    here, dtype = planned_device(cfg)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    average = 4 * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
+    size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg) + average
+    state = size + 4 * trained  # gradients
+    state //= plan.devices if cfg.launcher.sharding == "full" else 1
+    activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
+    peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
+    count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
+    rows = {
+        "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
+        "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
+        if decoder
+        else f"{encoder:,}",
+        "GFLOPs an image": f"{work.total / 1e9:.3f} forward (encoder {work.encoder / 1e9:.3f}, decoder "
+        f"{work.decoder / 1e9:.3f}), {training(cfg, work) / 1e9:.3f} in training",
+        "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
+        f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
+        "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
+        f"{plan.accumulation} x devices {plan.devices}" + " (auto: the largest part that fits)" * auto,
+        "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
+        "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
+        "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
+        "number format": str(dtype).removeprefix("torch."),
+        **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), here, dtype),
+        "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "runs on": where(cfg),
+        "writes to": str(run_directory(cfg)),
+    }
+    width = max(map(len, rows))
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def where(cfg: DictConfig) -> str:
+    """The launcher, and what it starts."""
+    count, nodes = rules.devices(cfg), cfg.launcher.get("nodes")
+    if nodes is not None:
+        return f"{cfg.launcher.name}: {nodes} node{'s' * (nodes > 1)} x {count // nodes} of its devices"
+    return f"{cfg.launcher.name}: {count} process{'es' * (count > 1)} of this machine"
+
+
+def states_per_weight(cfg: Mapping[str, Any]) -> int:
+    """Numbers that the optimizer keeps beside each weight."""
+    return 2 if cfg["optimizer"]["name"] == "adamw" else 1
+
+
+def kept_checkpoints(cfg: DictConfig, plan: Plan) -> int:
+    """Checkpoints on disk at the end of the run."""
+    epochs = plan.steps / plan.steps_per_epoch
+    for_ever = int(epochs / cfg.checkpoint.keep_every_epochs) if cfg.checkpoint.keep_every_epochs else 0
+    written = max(1, int(epochs / cfg.checkpoint.every_epochs) + (epochs % cfg.checkpoint.every_epochs > 0))
+    return min(written, cfg.checkpoint.keep + for_ever)

@@ -1,0 +1,79 @@
+"""Lays out a W&B project as a saved workspace: `python -m mae.dashboard ENTITY PROJECT`; needs extra `workspace`."""
+
+import sys
+from typing import Any
+
+from mae.config.check import ConfigError
+
+RATIOS = "task.mask_ratio"
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The dashboard, not saved yet. Raises ConfigError without the package."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ConfigError(
+            "The dashboard needs the package wandb-workspaces: pip install 'mae-experiments[workspace]'."
+        ) from error
+
+    column: Any = panels.__dict__["ParallelCoordinatesPlotColumn"]  # public by its documentation alone
+
+    def line(title: str, *metrics: str, regex: str | None = None, **more: Any) -> Any:
+        return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **more)
+
+    ratio, column = panels.Config(RATIOS), vars(panels)["ParallelCoordinatesPlotColumn"]  # public, but not in __all__
+    sections = {
+        "Loss": [
+            line("training loss", "loss", smoothing_factor=0.5),
+            line("masked validation loss", "val/loss"),
+            line("masked validation loss at several ratios", regex="val/loss_at_.*"),
+            line("masked validation loss by the ratio of pre-training", "val/loss", groupby=ratio),
+        ],
+        "Accuracy": [line("top-1", "val/top1"), line("top-5", "val/top5"), line("k-NN", regex="val/knn_.*")],
+        "Pictures": [panels.MediaBrowser(media_keys=["reconstruction"]), panels.MediaBrowser(media_keys=["confusion"])],
+        "Optimization": [
+            line("learning rate", "lr"),
+            line("learning rate of each layer", regex="lr/layer_.*", log_y=True),
+            line("gradient norm of each block", regex="grad_norm/.*", log_y=True),
+            line("weight norm of each block", regex="weight_norm/.*"),
+            line("AMP scale", "amp_scale", log_y=True),
+        ],
+        "Throughput": [
+            line("images a second", "images_per_second"),
+            line("share of time waiting for data", "data_wait"),
+            line("memory, MB", "memory_mb"),
+        ],
+        "Sweeps": [
+            panels.ScatterPlot(title="top-1 by mask ratio", x=ratio, y=panels.SummaryMetric("top1")),
+            panels.ParallelCoordinatesPlot(
+                columns=[
+                    column(ratio),
+                    column(panels.Config("optimizer.base_lr"), log=True),
+                    column(panels.Config("optimizer.layer_decay")),
+                    column(panels.SummaryMetric("top1")),
+                ]
+            ),
+        ],
+    }
+    made = [workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in sections.items()]
+    return workspaces.Workspace(entity=entity, project=project, name="Masked autoencoders", sections=made)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Saves the dashboard and says where it is; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 2:
+        sys.stderr.write("python -m mae.dashboard ENTITY PROJECT saves a dashboard in a W&B project.\n")
+        return 2
+    try:
+        saved = workspace(*given).save()
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except Exception as error:
+        sys.stderr.write(f"W&B did not take the dashboard: {str(error).splitlines()[0]}\n")
+        return 1
+    sys.stdout.write(f"{saved.url}\n")
+    return 0

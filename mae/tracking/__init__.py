@@ -1,0 +1,1 @@
+"""Where metrics go: files, console, W&B, TensorBoard."""

@@ -1,0 +1,41 @@
+"""TensorBoard, on the same calls as the others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mae.tracking.base import Tracker
+
+
+class TensorBoard(Tracker):
+    """Event files in `tensorboard/`. On resume, what lies behind the checkpoint is purged."""
+
+    def __init__(self, run: Path):
+        self.folder, self.writer = run / "tensorboard", None
+
+    def start(self, step: int, steps: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if self.writer is not None and isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(name, value, int(metrics["step"]))
+
+    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        import numpy as np
+        from PIL import Image
+
+        if self.writer is not None:
+            with Image.open(path) as image:
+                self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.writer.add_text(name, caption, step)
+
+    def event(self, text: str, step: int | None) -> None:
+        if self.writer is not None:
+            self.writer.add_text("events", text, step)
+
+    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,159 @@
+"""Weights & Biases. Never fatal: whatever is wrong with the service costs a warning, and what could not be sent
+lies in the run's directory, for `wandb sync`."""
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mae.config.check import write_text
+from mae.tracking.base import Careful, Tracker
+
+log = logging.getLogger(__name__)
+
+AGENT = "WANDB_SWEEP_ID"  # set by `wandb agent`, which then gives the run its id
+ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+START_S = 30.0  # that a run's start waits for the service; after that it goes on offline
+CALL_S = 10.0  # that a single call, such as an alert, may take
+
+
+class WandB(Tracker):
+    """One W&B run of a run's directory, however often it is started again."""
+
+    def __init__(
+        self, run: Path, config: Mapping[str, Any], settings: Mapping[str, Any], artifacts: bool, alerts: bool
+    ):
+        self.run, self.artifacts, self.alerts = run, artifacts, alerts
+        self.agent = AGENT in os.environ
+        self.wandb = start(run, config, settings)
+        define = self.wandb.define_metric
+        define("images_seen", hidden=True)
+        define("epoch", hidden=True)
+        define("*", step_metric="images_seen")
+        define("loss", step_metric="images_seen", summary="min,max,last")
+        define("val/*", step_metric="images_seen", summary="min,max,last")
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        self._log({key: value for key, value in metrics.items() if value is not None}, int(metrics["step"]))
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        # the stages of a pipeline share an agent's run and each counts from 0: W&B then counts by itself
+        self.wandb.log(values, step=None if self.agent else step)
+
+    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        import wandb
+
+        self._log({name: wandb.Image(str(path), caption=caption)}, step)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        import wandb
+
+        self._log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))}, step)
+
+    def event(self, text: str, step: int | None) -> None:
+        title = text.split(":", 1)[0]
+        if self.alerts and title in ("diverged", "failed"):
+            self.wandb.alert(title, text)
+
+    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
+        # `loss` is the training's
+        self.wandb.summary.update({"final_loss" if key == "loss" else key: value for key, value in summary.items()})
+        if self.artifacts:
+            self._keep_checkpoints(summary)
+        if self.alerts and not failed:
+            result = next((f"{key} {summary[key]:.4g}" for key in ("top1", "val_loss") if key in summary), "")
+            self.wandb.alert("finished", f"{self.run.name} {result}".strip())
+        self.wandb.finish(exit_code=int(failed))
+
+    def _keep_checkpoints(self, summary: Mapping[str, Any]) -> None:
+        """The newest checkpoint as an artifact, with the alias `best` where it is that; else the best one too."""
+        import wandb
+
+        folder = self.run / "checkpoints"
+        steps = sorted(path for path in folder.glob("step_*") if path.is_dir())
+        best = folder / "best"
+        chosen = {path.resolve(): ["latest"] + (["final"] if summary else []) for path in steps[-1:]}
+        if best.exists():
+            chosen[best.resolve()] = [*chosen.get(best.resolve(), []), "best"]
+        for path, aliases in chosen.items():
+            artifact = wandb.Artifact(f"{self.run.name}-{self.wandb.id}"[:120], type="model")
+            artifact.add_dir(str(path))
+            self.wandb.log_artifact(artifact, aliases=list(dict.fromkeys([*aliases, path.name])))
+
+
+def run_id(run: Path) -> str:
+    """The id of this directory's W&B run, from its own file or, where that is damaged, from the client's folders; a new
+    one where there is none."""
+    path = run / "wandb_id.txt"
+    stored = path.read_text(errors="replace").strip() if path.exists() else None
+    if stored is not None and ID.fullmatch(stored):
+        return stored
+    folders = sorted((run / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.stat().st_mtime)
+    known = [folder.name.rpartition("-")[2] for folder in folders if folder.name.startswith(("run-", "offline-run-"))]
+    name = known[-1] if known else secrets.token_hex(4)
+    if stored is not None:
+        log.warning("%s holds no id of a W&B run (%r): the run goes on as %s", path, stored[:40], name)
+    write_text(path, name)
+    return name
+
+
+def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """The W&B run of this directory; offline where the service does not answer or refuses."""
+    import wandb
+
+    given: dict[str, Any] = dict(settings) | {
+        "dir": str(run),
+        "config": dict(config),
+        "name": run.name,
+        "resume": "allow",
+    }
+    if AGENT not in os.environ:
+        given["id"] = run_id(run)
+    if given["mode"] == "online":
+        try:
+            return wandb.init(**given)
+        except Exception as error:  # never fatal, whatever the client meets
+            trouble = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            wandb.teardown()  # the client holds on to the id otherwise
+        log.warning(
+            "W&B cannot be used (%s): the run is recorded offline; wandb sync %s/wandb/* sends it", trouble, run
+        )
+        given["mode"] = "offline"
+    return wandb.init(**given)
+
+
+def wandb_tracker(
+    run: Path,
+    config: Mapping[str, Any],
+    *,
+    mode: Literal["online", "offline", "off"],
+    project: str,
+    entity: str | None,
+    group: str | None,
+    job_type: str | None,
+    notes: str | None,
+    tags: list[str],
+    artifacts: bool,
+    alerts: bool,
+    timeout_s: float,
+) -> Tracker:
+    """The W&B tracker, or none for `mode: off`."""
+    if mode == "off":
+        return Tracker()
+
+    def make() -> Tracker:
+        import wandb
+
+        limits = wandb.Settings(
+            init_timeout=min(START_S, timeout_s),
+            finish_timeout=timeout_s,
+            x_graphql_timeout_seconds=min(CALL_S, timeout_s),  # an alert that is not taken would hold up the end
+            x_graphql_retry_max=1,
+        )
+        given = {"mode": mode, "project": project, "entity": entity, "group": group, "job_type": job_type}
+        return WandB(run, config, given | {"notes": notes, "tags": tags, "settings": limits}, artifacts, alerts)
+
+    return Careful(make, "W&B")

@@ -1,0 +1,278 @@
+"""The objects of a training run: built from the config, saved in a checkpoint, taken up from one."""
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from mae import checkpoint, device, optim
+from mae.config.check import build, call
+from mae.data.loader import EvalLoader, Loader
+from mae.data.source import fingerprint
+from mae.data.transforms import AUGMENTATIONS
+from mae.distributed import fsdp
+from mae.distributed.ranks import Ranks, assert_same
+from mae.perf import micro_batch as fitting
+from mae.perf.compile import accelerate
+from mae.plan import Plan, check_batches, make_plan, micro_batch
+from mae.tasks import TASKS
+from mae.tasks.common import bad_files, both_sets, eval_loader
+from mae.tracking import jsonl
+from mae.weights.parts import drop_class_token
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved with it. The tensors stay on the device between log points."""
+
+    loss_sum: Tensor  # (): this rank's losses since the last log point
+    bad_steps: Tensor  # (): steps skipped so far
+    bad_run: Tensor  # (): of these, the last ones in a row
+    step: int = 0
+    logged_at: int = 0  # step of the last log point
+    skips_told: int = 0
+    seconds: float = 0.0  # spent by all attempts together, up to this checkpoint
+
+    @classmethod
+    def new(cls, where: torch.device) -> "Progress":
+        loss_sum, bad_steps, bad_run = (torch.zeros((), device=where) for _ in range(3))
+        return cls(loss_sum, bad_steps, bad_run)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for field in fields(self):
+            old, new = getattr(self, field.name), state[field.name]
+            setattr(self, field.name, new.to(old.device) if isinstance(old, Tensor) else new)
+
+
+@dataclass
+class Training:
+    """The objects of a run."""
+
+    run: Path
+    cfg: DictConfig
+    ranks: Ranks
+    tracker: jsonl.Tracker
+    plan: Plan
+    task: Any
+    model: nn.Module  # the task, wrapped for several ranks
+    optimizer: torch.optim.Optimizer
+    schedule: optim.Schedule
+    scaler: Any
+    saver: checkpoint.Checkpoints
+    progress: Progress
+    loader: Loader
+    val_loader: EvalLoader
+    dtype: torch.dtype
+    images: str  # a fingerprint of those that are trained on
+    improved: bool = False  # the last validation was the best so far, and is not saved yet
+
+    def where(self) -> dict[str, Any]:
+        """What every line of metrics begins with."""
+        step = self.progress.step
+        return {
+            "step": step,
+            "images_seen": self.plan.images_seen(step),
+            "epoch": round(step / self.plan.steps_per_epoch, 6),
+        }
+
+    def batches(self) -> Iterator[tuple[device.Batch, bool]]:
+        """The rest of the run's micro-batches on the host, with whether each is the last of its step."""
+        epoch, step = divmod(self.progress.step, self.plan.steps_per_epoch)
+        left = self.plan.steps - self.progress.step
+        while left:
+            for micro_batches in self.loader.steps(epoch, step):
+                for number, batch in enumerate(micro_batches, start=1):
+                    yield batch, number == len(micro_batches)
+                left -= 1
+                if not left:
+                    return
+            epoch, step = epoch + 1, 0
+
+    def autocast(self) -> Any:
+        """The forward pass's number format."""
+        return device.autocast(self.dtype, self.ranks.device)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics of the validation set, told to the tracker together with pictures."""
+        with fsdp.whole(self.model), self.ranks.unwatched():
+            return self._evaluate()
+
+    def _evaluate(self) -> dict[str, Any]:
+        batches = map(device.Sender(self.ranks.device), self.val_loader)
+        metrics = self.task.evaluate(batches, self.ranks, self.autocast)
+        metrics |= self.task.signal(self.where()["epoch"], self.ranks, self.autocast)
+        self.improved = self.task.improved(metrics)
+        self.tracker.log(self.where() | metrics)
+        if self.ranks.main:
+            self.task.draw(self.run, self.where(), self.tracker, self.autocast)
+        return metrics
+
+    def save(self) -> None:
+        """A checkpoint of this moment; all ranks must call. They wait together for the writing of the last one."""
+        with self.ranks.unwatched():
+            self.saver.wait()
+            self._save()
+
+    def _save(self) -> None:
+        states, losses = zip(
+            *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
+        )
+        parts = self.task.model.state_dict(), self.optimizer.state_dict(), self.task.extra_state()
+        weights, optimizer, extra = fsdp.on_host(parts, self.ranks.main)
+        if self.ranks.main:
+            trainer = {
+                "optimizer": optimizer,
+                "scaler": self.scaler.state_dict(),
+                "progress": vars(self.progress),
+                "loss_sums": list(losses),
+                "task": extra,
+                "random": list(states),
+                "images": self.images,
+                "config": OmegaConf.to_yaml(self.cfg),
+            }
+            epoch = self.progress.step / self.plan.steps_per_epoch
+            self.saver.save(self.progress.step, epoch, weights, trainer, self.improved)
+        self.improved = False
+
+    def restore(self, path: Path) -> None:
+        """Takes up all of a checkpoint but its weights, which `restore_weights` did."""
+        trainer = checkpoint.read_trainer(path)
+        self.optimizer.load_state_dict(fsdp.spread(trainer["optimizer"], self.optimizer))
+        self.scaler.load_state_dict(trainer["scaler"])
+        self.task.load_extra_state(trainer["task"])
+        self.progress.load(trainer["progress"])
+        losses = trainer.get("loss_sums", [float(self.progress.loss_sum)])
+        mean = sum(losses) / len(losses)  # where there are other ranks now
+        self.progress.loss_sum.fill_(losses[self.ranks.rank] if len(losses) == self.ranks.world else mean)
+        if self.ranks.rank < len(trainer["random"]):
+            checkpoint.set_random_state(trainer["random"][self.ranks.rank])
+        log.info("goes on from %s", path)
+        if trainer.get("images", self.images) != self.images:
+            log.warning(
+                "the training images are not those that the run began with (%s then, %s now): it goes on in another "
+                "order, and not to the same bits",
+                trainer["images"], self.images,
+            )  # fmt: skip
+            self.tracker.event("the training images have changed", self.progress.step)
+
+
+def load(
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int | None, held: int | None
+) -> tuple[Loader, Plan]:
+    """The training batches of at most `held` images, and the plan that follows from how many there are."""
+    micro = micro_batch(cfg.task.batch_size, ranks.world, held)
+    loader = call(
+        Loader,
+        cfg.data,
+        source,
+        build(AUGMENTATIONS, cfg.augmentation),
+        cfg.task.batch_size,
+        micro,
+        cfg.seed,
+        ranks.rank,
+        ranks.world,
+        num_patches,
+        cfg.task.drop_last,
+        ranks.device.type == "cuda",
+        bad_files(run, ranks),
+    )
+    plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
+    check_batches(plan, cfg.task, cfg.data.repeats)
+    return loader, plan
+
+
+def set_up(
+    run: Path,
+    cfg: DictConfig,
+    ranks: Ranks,
+    tracker: jsonl.Tracker,
+    *,
+    warmup_epochs: float,
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
+) -> Training:
+    """Builds the objects of a run, the same on every rank, and takes up its newest checkpoint."""
+    torch.manual_seed(cfg.seed)  # the same initial weights everywhere
+    train_set, val_set = both_sets(cfg)
+    dtype = device.number_format(precision, ranks.device)
+    task = build(TASKS, cfg.task, cfg, val_set)
+    task.begin(cfg, train_set, val_set)
+    restored = checkpoint.newest_valid(run)
+    if restored is None:
+        task.take_up_init(cfg)
+    task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
+    task.train()  # which a task may mean otherwise for its frozen parts than nn.Module begins with
+    if restored is not None:
+        restore_weights(restored, task.model)
+    held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
+    loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
+    images = fingerprint(loader.source)
+    if ranks.world > 1:  # a digest of large weights takes seconds
+        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
+        assert_same(ranks, images, "images")
+    model = ranks.wrap(task, accumulating=plan.accumulation > 1)
+    groups = call(optim.param_groups, cfg.optimizer, task.trained)
+    schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, warmup_epochs)
+    t = Training(
+        run=run,
+        cfg=cfg,
+        ranks=ranks,
+        tracker=tracker,
+        plan=plan,
+        task=task,
+        model=model,
+        optimizer=build(optim.OPTIMIZERS, cfg.optimizer, groups),
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16),  # type: ignore[attr-defined]
+        saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
+        progress=Progress.new(ranks.device),
+        loader=loader,
+        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files(run, ranks)),
+        dtype=dtype,
+        images=images,
+    )
+    seed_everything(cfg.seed + 1000003 * ranks.rank)  # drop path and mixup differ between ranks
+    if restored is not None:
+        t.restore(restored)
+    tracker.start(t.progress.step, plan.steps)
+    if t.progress.step:
+        tracker.event(f"resumed at step {t.progress.step}", t.progress.step)
+    log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
+    return t
+
+
+def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) -> int | None:
+    """Sets how the model computes, and finds how many images it holds at a time; None: its whole share."""
+    few = min(2, max(1, cfg.task.batch_size // ranks.world))
+
+    def trial() -> None:
+        fitting.step(task, fitting.invented(cfg, few, task.num_patches, ranks.device), autocast)
+
+    call(accelerate, cfg.task, task.trained, ranks.device, trial)
+    held = call(fitting.micro_batch_size, cfg.task, run, cfg, ranks, task, autocast)
+    device.forget_peak_memory(ranks.device)  # trials are not the run's
+    return held
+
+
+def restore_weights(path: Path, model: Any) -> None:
+    """Takes up the weights of a checkpoint, of a model that may have begun without a class token."""
+    weights = checkpoint.read_weights(path)
+    if "cls_token" not in weights:
+        drop_class_token(model)
+    model.load_state_dict(weights)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

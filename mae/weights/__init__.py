@@ -1,0 +1,1 @@
+"""Checkpoints of this and other libraries: reading, loading, export."""
