@@ -162,7 +162,7 @@ def test_everything_arrives_online_and_a_resumed_run_goes_on(service, tmp_path):
 TALK = """
 import sys, time
 from pathlib import Path
-from mae.track_wandb import wandb_tracker
+from mae.tracking.wandb import wandb_tracker
 given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False, alerts=True)
 begin = time.monotonic()
 tracker = wandb_tracker(Path(sys.argv[1]), {}, mode="online", timeout_s=float(sys.argv[2]), **given)
