@@ -1,5 +1,7 @@
 """Jobs on SLURM, as far as that needs no cluster: what becomes of an attempt, the fence, states, bad settings."""
 
+import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -493,6 +495,18 @@ def test_the_code_is_kept_under_a_name_made_from_its_contents(tmp_path):
     assert (
         (first / "run.py").exists() and (first / "conf" / "config.yaml").exists() and len(list(tmp_path.iterdir())) == 1
     )
+
+
+@pytest.mark.parametrize("program", [job.TASK, job.SUPERVISE, submit.REPORT, submit.LAST])
+def test_the_programs_that_a_job_runs_name_modules_and_functions_that_exist(program):
+    tree = ast.parse("import sys; " + program.format(code=str(ROOT), run="RUN", told="TOLD", folder="FOLDER"))
+    names: dict[str, object] = {}
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "<job>", "exec"), names)
+    functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    modules = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("mae.")]
+    assert functions and all(callable(eval(name, names)) for name in functions)
+    assert all(importlib.util.find_spec(module) for module in modules)
 
 
 def test_ranks_are_numbered_as_slurm_numbers_tasks():

@@ -80,7 +80,7 @@ def pipeline(
 TASKS = {"pipeline": pipeline}  # tasks that start others, beside those of `mae.tasks`
 
 
-def conclude(run: str) -> None:
+def write_summary(run: str) -> None:
     """Writes the summary of a pipeline whose stages are finished."""
     stages = check.read(Path(run)).task.stages
     summaries = {name: json.loads((Path(run) / name / "summary.json").read_text()) for name in stages}

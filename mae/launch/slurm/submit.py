@@ -26,7 +26,7 @@ from mae.runs.locks import held_run
 ROOT = Path(__file__).parents[3]
 AFTER = "import sys; sys.path[0] = {code!r}; "
 REPORT = "import runpy; sys.argv[1:] = [{folder!r}]; runpy.run_module('mae.sweep', run_name='__main__')"
-LAST = "from mae.launch.launch import pipeline; pipeline.conclude({run!r})"
+LAST = "from mae.launch.pipeline import write_summary; write_summary({run!r})"
 CODE = ("mae", "conf", "sweeps", "run.py")  # what a job runs
 OPTIONS = {  # ours -> sbatch's, as submitit names them
     "nodes": "nodes",
