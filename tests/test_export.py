@@ -19,8 +19,8 @@ from mae.models.vit import classifier
 from mae.weights.export import FORMATS, export, timm_model
 from mae.weights.export_card import Facts, run_facts
 from mae.weights.export_state import sizes
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
@@ -132,7 +132,7 @@ def test_timm_encoder_of_an_autoencoder(tmp_path):
     fine = images().double()  # in float32 the two round differently by up to 1.4e-6 on some processors
     same(other.double().forward_features(fine), model.double().forward_features(fine))
     assert other.num_classes == 0
-    found = read(str(tmp_path))
+    found = read_pretrained(str(tmp_path))
     assert found.kind == "timm, pretrained (encoder only)" and found.arch["num_heads"] == 3
     same_bits(model, found.state)
 
@@ -193,7 +193,7 @@ def test_hugging_face_vitmae(tmp_path, norm_pix_loss):
     same(other(images(), noise=noise).loss, model(images(), 0.5, noise).loss)
     same(other.vit(images(), noise=noise).last_hidden_state.shape[1], 9)
     back = autoencoder()
-    fit(back, read(str(tmp_path)), need_decoder=True)
+    load_pretrained(back, read_pretrained(str(tmp_path)), need_decoder=True)
     same_bits(back, model.state_dict())
 
 
@@ -254,7 +254,7 @@ def test_reference_and_safetensors_keep_every_bit(tmp_path, make):
         same_bits(model, state)
     for path in (tmp_path / "mae.pth", tmp_path / "net"):
         back = make()
-        assert not fit(back, read(str(path))).fresh
+        assert not load_pretrained(back, read_pretrained(str(path))).fresh
     assert (tmp_path / "mae.md").exists() and (tmp_path / "net/README.md").exists()
 
 
@@ -269,13 +269,13 @@ def test_an_export_says_its_grid_and_heads(tmp_path, format, make):
     path = path / "model.pth" if format == "reference" else path
     for size, grid in (([64, 16], (16, 4)), ([32, 32], (8, 8)), ([16, 64], (4, 16))):
         other = make(img_size=size)
-        report = fit(other, read(str(path)))
+        report = load_pretrained(other, read_pretrained(str(path)))
         assert torch.equal(other.pos_embed, resize_pos_embed(model.pos_embed, (16, 4), grid))
         assert "was taken as" not in str(report) and "Assumed" not in str(report)
     with pytest.raises(ValueError, match=r"Set model\.num_heads=3"):
-        fit(make(img_size=[64, 16], num_heads=2), read(str(path)))
+        load_pretrained(make(img_size=[64, 16], num_heads=2), read_pretrained(str(path)))
     if format != "timm" and isinstance(model, MaskedAutoencoder):
-        assert read(str(path)).norm_pix_loss is True and read(str(path)).mask_ratio == 0.75
+        assert read_pretrained(str(path)).norm_pix_loss is True and read_pretrained(str(path)).mask_ratio == 0.75
 
 
 # ---------------------------------------------------------------- graphs
@@ -350,7 +350,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_decoder_that_is_not_the_weights_own_is_left_out(tmp_path, format):
     facts = Facts(**vars(UNLABELLED) | {"encoder_only": True})
     path = export(autoencoder(), format=format, path=str(tmp_path / "net"), facts=facts)[0]
-    found = read(str(path))
+    found = read_pretrained(str(path))
     assert not found.has_decoder and "encoder only" in found.kind and "norm.weight" in found.state
     assert "This file holds the encoder alone." in next(tmp_path.rglob("README.md")).read_text()
 

@@ -14,11 +14,11 @@ from torch import nn
 from mae.data.transforms import Prepare, center_crop
 from mae.models.vit import classifier
 from mae.tasks.common import image_top, warn_of_crop, warn_of_statistics
-from mae.weights import files as foreign_files
+from mae.weights import files as weight_files
 from mae.weights.export import export
 from mae.weights.export_card import Facts
 from mae.weights.preprocessing import stated
-from mae.weights.read import read
+from mae.weights.read import read_pretrained
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -82,8 +82,8 @@ def warnings_of(caplog, path: str, *overrides: str) -> str:
     cfg = composed("task=evaluate", "data=imagenet", "data.root=.", f"init={path}", *overrides)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        warn_of_statistics(cfg, read(path))
-        warn_of_crop(cfg, read(path))
+        warn_of_statistics(cfg, read_pretrained(path))
+        warn_of_crop(cfg, read_pretrained(path))
     return caplog.text
 
 
@@ -112,7 +112,7 @@ def test_timms_pretrained_cfg_is_compared(tmp_path, caplog, monkeypatch):
     assert not warnings_of(caplog, path, *given)
     net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
     model = timm.create_model("vit_tiny_patch16_224", **net)
-    monkeypatch.setattr(foreign_files.timm, "create_model", lambda name, pretrained: model)
+    monkeypatch.setattr(weight_files.timm, "create_model", lambda name, pretrained: model)
     text = warnings_of(caplog, "timm:vit_tiny_patch16_224")
     assert "init=timm:vit_tiny_patch16_224 was trained on images of data.mean=[0.5,0.5,0.5]" in text
 
@@ -155,7 +155,7 @@ def test_hugging_faces_processor_prepares_as_evaluate(tmp_path, top, crop, shape
     image = center_crop(img_size=16, crop_fraction=crop)(torch.from_numpy(values).permute(2, 0, 1).contiguous())
     ours = Prepare(mean=[0.5] * 3, std=[0.25] * 3)(image[None])
     torch.testing.assert_close(prepared, ours, atol=1.01 / 255 / 0.25 if top == 255 else 1e-4, rtol=0)
-    preprocessing = read(str(tmp_path)).preprocessing
+    preprocessing = read_pretrained(str(tmp_path)).preprocessing
     assert preprocessing is not None and preprocessing.of_images_up_to(top)["mean"] == [0.5] * 3
 
 
@@ -211,7 +211,7 @@ def test_an_export_knows_the_type_of_the_runs_images(tmp_path, dtype, words):
     files = tmp_path / "plain" / "export" / "safetensors"
     assert words in (files / "README.md").read_text()
     top = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
-    assert read(str(files)).meta["args"]["rescale_factor"] == 1 / top
+    assert read_pretrained(str(files)).meta["args"]["rescale_factor"] == 1 / top
     if dtype == "uint16":
         with pytest.raises(ValueError, match="cannot prepare 16-bit images"):
             run_here(tmp_path / "hf", *command, "task.format=huggingface")

@@ -465,7 +465,7 @@ def exported(directory: Path, init: Path, format: str, *more: str) -> Path:
 def test_an_export_needs_no_images_and_holds_what_the_checkpoint_does(pretrained, tmp_path):
     target = exported(tmp_path / "a", pretrained, "huggingface", "data=imagenet", "data.img_size=16")
     assert json.loads((target / "config.json").read_text())["norm_pix_loss"] is True
-    again = exported(tmp_path / "b", target, "huggingface")  # a foreign file now
+    again = exported(tmp_path / "b", target, "huggingface")  # a pretrained file now
     assert json.loads((again / "config.json").read_text()) == json.loads((target / "config.json").read_text())
     told = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False, "mask_ratio": 0.9}
     (target / "config.json").write_text(json.dumps(told))

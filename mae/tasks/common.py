@@ -20,7 +20,7 @@ from mae.data.crops import pair
 from mae.data.loader import EvalLoader
 from mae.data.source import BadImage, Source, matched, reduced
 from mae.data.transforms import center_crop, kept_fraction, top_of
-from mae.weights.read import Foreign
+from mae.weights.read import PretrainedWeights
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +137,9 @@ def kept_classes(init: str) -> list[str] | None:
     return [str(name) for name in json.loads((run / CLASSES).read_text())]
 
 
-def read_from(cfg: DictConfig, foreign: Foreign) -> str:
+def read_from(cfg: DictConfig, pretrained: PretrainedWeights) -> str:
     """The checkpoint that `init` stood for when it was read, or `init` itself."""
-    now, step = stands_for(cfg.init), foreign.meta.get("step")
+    now, step = stands_for(cfg.init), pretrained.meta.get("step")
     return cfg.init if now is None or step is None else str(now.with_name(step_name(step)))
 
 
@@ -152,9 +152,9 @@ def same_weights(ranks: Any, model: nn.Module) -> None:
         )
 
 
-def warn_of_statistics(cfg: DictConfig, foreign: Foreign) -> None:
+def warn_of_statistics(cfg: DictConfig, pretrained: PretrainedWeights) -> None:
     """Says where images will be prepared otherwise than those that frozen weights were trained on."""
-    theirs = foreign.preprocessing
+    theirs = pretrained.preprocessing
     if theirs is None:
         return
     for key, stated in theirs.of_images_up_to(image_top(cfg)).items():
@@ -165,13 +165,13 @@ def warn_of_statistics(cfg: DictConfig, foreign: Foreign) -> None:
             log.warning(
                 "init=%s was trained on images of data.%s=[%s], and these are normalised by %s: set data.%s=[%s] to "
                 "show it images as it knows them",
-                foreign.path, key, values, ours, key, values,
+                pretrained.path, key, values, ours, key, values,
             )  # fmt: skip
 
 
-def warn_of_crop(cfg: DictConfig, foreign: Foreign) -> None:
+def warn_of_crop(cfg: DictConfig, pretrained: PretrainedWeights) -> None:
     """Says where a file's classifier was evaluated on images that were resized or cut otherwise."""
-    theirs = foreign.preprocessing
+    theirs = pretrained.preprocessing
     if theirs is None:
         return
     ours = kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction)
@@ -179,13 +179,13 @@ def warn_of_crop(cfg: DictConfig, foreign: Foreign) -> None:
         log.warning(
             "init=%s is for images of which %.4g of a side is kept, and of these %.4g is: set data.crop_fraction=%.4g "
             "to show it images as it knows them",
-            foreign.path, theirs.crop, ours, theirs.crop,
+            pretrained.path, theirs.crop, ours, theirs.crop,
         )  # fmt: skip
     if theirs.interpolation in ("nearest", "lanczos", "bilinear", "box", "hamming"):
         log.warning(
             "init=%s is for images that are resized by %s interpolation, and these are by bicubic: its accuracy can "
             "differ a little",
-            foreign.path, theirs.interpolation,
+            pretrained.path, theirs.interpolation,
         )  # fmt: skip
 
 

@@ -32,8 +32,8 @@ from mae.tasks.common import (
 )
 from mae.tasks.linprobe import head as probe_head
 from mae.tasks.results import tell, write_all
-from mae.weights.load import fit
-from mae.weights.read import Foreign, read
+from mae.weights.load import load_pretrained
+from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ def evaluate(
     if predictions == "parquet":
         need_parquet()
     tracker.start(0, 0)
-    foreign = read(need_init(cfg))
+    pretrained = read_pretrained(need_init(cfg))
     source: Source = build(data.SOURCES, cfg.data, "val")
-    model, dtype = load_classifier(cfg, foreign, len(source.classes)), device.number_format(precision, ranks.device)
+    model, dtype = load_classifier(cfg, pretrained, len(source.classes)), device.number_format(precision, ranks.device)
     same_weights(ranks, model)
-    warn_of_statistics(cfg, foreign)
-    warn_of_crop(cfg, foreign)
+    warn_of_statistics(cfg, pretrained)
+    warn_of_crop(cfg, pretrained)
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     names = kept_classes(cfg.init)
     place = places(cfg, source, model.num_classes, names)
@@ -93,7 +93,7 @@ def evaluate(
         "images_seen": len(results),
         "seconds": round(seconds, 2),
         "images_per_second": round(len(results) / seconds, 1),
-        "checkpoint": read_from(cfg, foreign),
+        "checkpoint": read_from(cfg, pretrained),
         **figures,
     }
 
@@ -108,14 +108,14 @@ def need_parquet() -> Any:
     return pyarrow
 
 
-def load_classifier(cfg: DictConfig, foreign: Foreign, classes: int) -> Any:
+def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> Any:
     """The classifier in a checkpoint, with as many classes as it knows. Raises ValueError where there is none."""
-    theirs = foreign.head
+    theirs = pretrained.head
     count, pool = (theirs.classes, theirs.pool) if theirs else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
     if theirs is not None and theirs.batch_norm:
         model.head = probe_head(model.embed_dim, count)
-    fit(model, foreign, head="require")
+    load_pretrained(model, pretrained, head="require")
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from mae.tasks.evaluate import load_classifier
 from mae.tasks.visualize import load_autoencoder
 from mae.weights.export import export as write
 from mae.weights.export_card import Facts, run_facts
-from mae.weights.read import DECODER, Foreign, read
+from mae.weights.read import DECODER, PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +42,30 @@ def export(
     written: list[Path] = []
     checkpoint = need_init(cfg)
     if ranks.main:
-        foreign = read(checkpoint)
-        checkpoint = read_from(cfg, foreign)
+        pretrained = read_pretrained(checkpoint)
+        checkpoint = read_from(cfg, pretrained)
         classes, encoder_only = [], False
         with torch.no_grad():
-            if foreign.head is not None:
-                model = load_classifier(cfg, foreign, foreign.head.classes)
+            if pretrained.head is not None:
+                model = load_classifier(cfg, pretrained, pretrained.head.classes)
                 names = kept_classes(cfg.init) or []
-                classes = names if len(names) == foreign.head.classes else []
+                classes = names if len(names) == pretrained.head.classes else []
             else:
-                model, encoder_only = autoencoder(cfg, foreign, norm_pix_loss, need_decoder=format == "huggingface")
-        restore_eps(foreign, model)
-        check_grid(foreign, model.patch_embed.grid_size, cfg)
-        warn_of_statistics(cfg, foreign)
+                model, encoder_only = autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=format == "huggingface")
+        restore_eps(pretrained, model)
+        check_grid(pretrained, model.patch_embed.grid_size, cfg)
+        warn_of_statistics(cfg, pretrained)
         facts = Facts(
             name=cfg.model.name,
-            source=foreign.kind,
+            source=pretrained.kind,
             mean=channels(cfg.data.mean, cfg.model.in_chans),
             std=channels(cfg.data.std, cfg.model.in_chans),
             crop=kept_fraction(pair(cfg.model.img_size), cfg.data.crop_fraction),
             top=image_top(cfg),
             classes=classes,
             encoder_only=encoder_only,
-            mask_ratio=foreign.mask_ratio or PAPERS_MASK_RATIO,
-            **run_facts(run_of(cfg.init), foreign.meta.get("step")),
+            mask_ratio=pretrained.mask_ratio or PAPERS_MASK_RATIO,
+            **run_facts(run_of(cfg.init), pretrained.meta.get("step")),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
@@ -83,44 +83,44 @@ def export(
 
 
 def autoencoder(
-    cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None, need_decoder: bool
+    cfg: DictConfig, pretrained: PretrainedWeights, norm_pix_loss: bool | None, need_decoder: bool
 ) -> tuple[MaskedAutoencoder, bool]:
     """The masked autoencoder in a checkpoint, and whether its decoder is not the checkpoint's. Raises ValueError where
     something of the encoder would be what chance drew."""
-    if need_decoder and not foreign.has_decoder:
+    if need_decoder and not pretrained.has_decoder:
         raise ValueError(
-            f"init={foreign.path} ({foreign.kind}) holds no decoder, which Hugging Face's ViTMAE has: choose "
+            f"init={pretrained.path} ({pretrained.kind}) holds no decoder, which Hugging Face's ViTMAE has: choose "
             "task.format=timm, which takes the encoder alone."
         )
-    model, report = load_autoencoder(cfg, foreign, norm_pix_loss, need_decoder)
+    model, report = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder)
     if lacking := [name for name in report.fresh if not name.startswith(DECODER)]:
         raise ValueError(
-            f"init={foreign.path} ({foreign.kind}) lacks {', '.join(lacking)}, which the exported network would have: "
-            "fine-tune it first, and export that run."
+            f"init={pretrained.path} ({pretrained.kind}) lacks {', '.join(lacking)}, which the exported network would "
+            "have: fine-tune it first, and export that run."
         )
     return model, any(name.startswith(DECODER) for name in report.fresh)
 
 
-def restore_eps(foreign: Foreign, model: nn.Module) -> None:
+def restore_eps(pretrained: PretrainedWeights, model: nn.Module) -> None:
     """Gives LayerNorms the eps that every export has: timm's and the reference's formats record none."""
-    theirs = foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS)
+    theirs = pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS)
     if theirs != LAYER_NORM_EPS:
         set_layer_norm_eps(model, LAYER_NORM_EPS)
         log.warning(
             "init=%s has LayerNorms of eps %g; the exported network has %g, which changes its numbers slightly",
-            foreign.path, theirs, LAYER_NORM_EPS,
+            pretrained.path, theirs, LAYER_NORM_EPS,
         )  # fmt: skip
 
 
-def check_grid(foreign: Foreign, grid: tuple[int, int], cfg: DictConfig) -> None:
+def check_grid(pretrained: PretrainedWeights, grid: tuple[int, int], cfg: DictConfig) -> None:
     """Raises ValueError where the weights are of another image size: an export keeps their bits."""
-    table = foreign.position_table("pos_embed", grid) if "pos_embed" in foreign.state else None
-    theirs = None if table is None else foreign.grid(table.shape[1] - 1, grid)
+    table = pretrained.position_table("pos_embed", grid) if "pos_embed" in pretrained.state else None
+    theirs = None if table is None else pretrained.grid(table.shape[1] - 1, grid)
     if theirs is not None and theirs != tuple(grid):
         size = [side * patch for side, patch in zip(theirs, pair(cfg.model.patch_size), strict=True)]
         shown = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
         raise ValueError(
-            f"init={foreign.path} ({foreign.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
+            f"init={pretrained.path} ({pretrained.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
             f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose the data that it was trained on "
             f"(data=NAME brings size, mean and std), and model.img_size={shown} where it is not theirs."
         )

@@ -12,8 +12,8 @@ from mae.config.check import call
 from mae.data.transforms import Prepare
 from mae.models.vit import classifier
 from mae.tasks.common import need_init, read_from, warn_of_statistics
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 
 class Features(NamedTuple):
@@ -30,10 +30,10 @@ class Encoder(nn.Module):
     def __init__(self, cfg: DictConfig, pool: Literal["avg", "token"]):
         super().__init__()
         self.model = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool=pool)
-        foreign = read(need_init(cfg))
-        fit(self.model, foreign, head="fresh", trained=False)
-        warn_of_statistics(cfg, foreign)
-        self.read_from = read_from(cfg, foreign)
+        pretrained = read_pretrained(need_init(cfg))
+        load_pretrained(self.model, pretrained, head="fresh", trained=False)
+        warn_of_statistics(cfg, pretrained)
+        self.read_from = read_from(cfg, pretrained)
         self.prepare = call(Prepare, cfg.data)
         self.requires_grad_(False).eval()
 

@@ -19,8 +19,8 @@ from mae.distributed.fsdp import held, load
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
 from mae.tasks.common import warn_of_statistics
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ class Finetune(Classify):
 
     def take_up_init(self, cfg: DictConfig) -> None:
         if cfg.init is not None:
-            foreign = read(cfg.init)
-            fit(self.live, foreign)
-            if cfg.task.finetune_blocks is not None or not foreign.of_a_run:
-                warn_of_statistics(cfg, foreign)
+            pretrained = read_pretrained(cfg.init)
+            load_pretrained(self.live, pretrained)
+            if cfg.task.finetune_blocks is not None or not pretrained.of_a_run:
+                warn_of_statistics(cfg, pretrained)
             self.model.load_state_dict(self.live.state_dict())
         elif cfg.task.finetune_blocks is not None:
             raise ValueError(

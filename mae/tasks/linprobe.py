@@ -15,9 +15,9 @@ from mae.metrics import Collector
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
 from mae.tasks.common import need_init, warn_of_statistics
-from mae.weights.load import fit
+from mae.weights.load import load_pretrained
 from mae.weights.parts import BATCH_NORM_EPS
-from mae.weights.read import read
+from mae.weights.read import read_pretrained
 
 HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
 
@@ -42,9 +42,9 @@ class Linprobe(Classify):
         self.model.head.requires_grad_(True)
 
     def take_up_init(self, cfg: DictConfig) -> None:
-        foreign = read(need_init(cfg))
-        fit(self.model, foreign, head="fresh")
-        warn_of_statistics(cfg, foreign)
+        pretrained = read_pretrained(need_init(cfg))
+        load_pretrained(self.model, pretrained, head="fresh")
+        warn_of_statistics(cfg, pretrained)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the head reads, (B, D): the class token after `norm`, or the mean of the patch tokens."""

@@ -15,8 +15,8 @@ from mae.models.mae import MaskedAutoencoder
 from mae.tasks import images as pictures
 from mae.tasks.common import warn_of_statistics
 from mae.tasks.knn import Signal
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 
 class Pretrain(nn.Module):
@@ -54,10 +54,10 @@ class Pretrain(nn.Module):
     def take_up_init(self, cfg: DictConfig) -> None:
         """Loads the weights that `init` names, if any; without a decoder in them ours starts afresh."""
         if cfg.init is not None:
-            foreign = read(cfg.init)
-            fit(self.model, foreign)
-            if not foreign.of_a_run:
-                warn_of_statistics(cfg, foreign)
+            pretrained = read_pretrained(cfg.init)
+            load_pretrained(self.model, pretrained)
+            if not pretrained.of_a_run:
+                warn_of_statistics(cfg, pretrained)
 
     @property
     def trained(self) -> nn.Module:

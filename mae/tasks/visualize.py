@@ -26,8 +26,8 @@ from mae.models.masking import noise
 from mae.tasks import images as pictures
 from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
-from mae.weights.load import Fit, fit
-from mae.weights.read import Foreign, read
+from mae.weights.load import LoadReport, load_pretrained
+from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +77,16 @@ def visualize(
     drawn: dict[str, Path] = {}
     checkpoint = need_init(cfg)
     if ranks.main:
-        foreign = read(checkpoint)
-        checkpoint = read_from(cfg, foreign)
-        warn_of_statistics(cfg, foreign)
+        pretrained = read_pretrained(checkpoint)
+        checkpoint = read_from(cfg, pretrained)
+        warn_of_statistics(cfg, pretrained)
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
         images, names = chosen(cfg, files, num_images)
         images = prepare(images.to(ranks.device))
         with torch.no_grad(), device.autocast(dtype, ranks.device):
             if reconstruction:
-                model = load_autoencoder(cfg, foreign, norm_pix_loss, need_decoder=True)[0].to(ranks.device)
+                model = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=True)[0].to(ranks.device)
                 for kind in masks:
                     for ratio in mask_ratios:
                         rows = reconstruct(model, images, kind, ratio, cfg.seed)
@@ -94,14 +94,14 @@ def visualize(
                         pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
                         drawn[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
-                model = attending(cfg, foreign).to(ranks.device)
+                model = attending(cfg, pretrained).to(ranks.device)
                 maps = class_attention(model, images)
                 path = run / "images" / "attention.png"
                 pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
                 drawn["Attention of the class token in the last block: mean and single heads"] = path
         for title, path in drawn.items():
             tracker.picture(path.stem, path, 0, title)
-        write_text(run / "visualize.html", page(cfg, foreign.kind, names, drawn))
+        write_text(run / "visualize.html", page(cfg, pretrained.kind, names, drawn))
     ranks.barrier()
     return {
         "task": "visualize",
@@ -133,31 +133,31 @@ def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor
 
 
 def load_autoencoder(
-    cfg: DictConfig, foreign: Foreign, norm_pix_loss: bool | None, need_decoder: bool
-) -> tuple[MaskedAutoencoder, Fit]:
+    cfg: DictConfig, pretrained: PretrainedWeights, norm_pix_loss: bool | None, need_decoder: bool
+) -> tuple[MaskedAutoencoder, LoadReport]:
     """The masked autoencoder in a checkpoint, and what of it was loaded. Raises ValueError where its decoder is needed
     and is not there, does not fit, or does not say what it predicts."""
-    told = foreign.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    if told is None and foreign.has_decoder and need_decoder:
+    told = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    if told is None and pretrained.has_decoder and need_decoder:
         raise ValueError(
-            f"init={foreign.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true or "
-            "false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
+            f"init={pretrained.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true "
+            "or false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
         )
     model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(told))
-    report = fit(model, foreign, need_decoder=need_decoder, trained=False)
+    report = load_pretrained(model, pretrained, need_decoder=need_decoder, trained=False)
     return model.eval(), report
 
 
-def attending(cfg: DictConfig, foreign: Foreign) -> Any:
+def attending(cfg: DictConfig, pretrained: PretrainedWeights) -> Any:
     """The network whose class token's attention is drawn. Raises ValueError where there is none."""
-    if not foreign.has_class_token:
+    if not pretrained.has_class_token:
         raise ValueError(
-            f"init={foreign.path} ({foreign.kind}) has no class token whose attention could be drawn: set "
+            f"init={pretrained.path} ({pretrained.kind}) has no class token whose attention could be drawn: set "
             "task.attention=false."
         )
-    if foreign.head is None:
-        return load_autoencoder(cfg, foreign, None, need_decoder=False)[0]
-    return load_classifier(cfg, foreign, 0)
+    if pretrained.head is None:
+        return load_autoencoder(cfg, pretrained, None, need_decoder=False)[0]
+    return load_classifier(cfg, pretrained, 0)
 
 
 def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:

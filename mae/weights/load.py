@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
-from mae.weights.parts import HeadMode, drop_class_token, fit_class_token, fit_decoder, fit_head, fit_positions
-from mae.weights.read import DECODER, Foreign, State, architecture
+from mae.weights.parts import HeadMode, class_token_absent, drop_class_token, keep_decoder, keep_head, place_positions
+from mae.weights.read import DECODER, PretrainedWeights, State, architecture
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio
 
 
 @dataclass
-class Fit:
+class LoadReport:
     """What came of fitting: names by fate, and sentences for what a user should know."""
 
     kind: str
@@ -35,10 +35,15 @@ class Fit:
         return " ".join([f"{text}.", *self.notes])
 
 
-def fit(
-    model: nn.Module, foreign: Foreign, *, need_decoder: bool = False, head: HeadMode = "fit", trained: bool = True
-) -> Fit:
-    """Loads `foreign` into a MaskedAutoencoder or a timm VisionTransformer, in place.
+def load_pretrained(
+    model: nn.Module,
+    pretrained: PretrainedWeights,
+    *,
+    need_decoder: bool = False,
+    head: HeadMode = "fit",
+    trained: bool = True,
+) -> LoadReport:
+    """Loads `pretrained` into a MaskedAutoencoder or a timm VisionTransformer, in place.
 
     Position embeddings are interpolated where the grid differs. A MaskedAutoencoder takes the decoder if it
     is there and fits, and must find one under `need_decoder`. A classifier takes the file's head if it has
@@ -49,35 +54,35 @@ def fit(
     """
     target = model.state_dict()
     ours = architecture(target) | _heads(model)
-    where = f"init={foreign.path} ({foreign.kind})"
-    _check_sizes(foreign.arch, ours, where)
+    where = f"init={pretrained.path} ({pretrained.kind})"
+    _check_sizes(pretrained.arch, ours, where)
     adopt_eps = not trained or need_decoder or head == "require"
-    notes = [*foreign.notes, *_eps_note(foreign, adopt_eps)]
-    state = {name: tensor for name, tensor in foreign.state.items() if not name.endswith("pos_embed")}
-    notes += fit_decoder(state, target, foreign, ours, where, need_decoder)
-    notes += fit_head(state, target, foreign, where, head)
-    bare, said = fit_class_token(state, target, foreign, model, where, head)
-    notes += said + fit_positions(state, target, foreign, model, where)
+    notes = [*pretrained.notes, *_eps_note(pretrained, adopt_eps)]
+    state = {name: tensor for name, tensor in pretrained.state.items() if not name.endswith("pos_embed")}
+    notes += keep_decoder(state, target, pretrained, ours, where, need_decoder)
+    notes += keep_head(state, target, pretrained, where, head)
+    bare, said = class_token_absent(state, target, pretrained, model, where, head)
+    notes += said + place_positions(state, target, pretrained, model, where)
     if bare:  # the model is to do without its class token, as the file did
         state["pos_embed"] = state["pos_embed"][:, 1:]
         target["pos_embed"] = target["pos_embed"][:, 1:]
         del target["cls_token"]
     loaded = [name for name in target if name in state]
-    report = Fit(
-        foreign.kind,
+    report = LoadReport(
+        pretrained.kind,
         loaded=loaded,
         fresh=[name for name in target if name not in state],
-        unused=[name for name in foreign.state if name not in loaded],
+        unused=[name for name in pretrained.state if name not in loaded],
         notes=notes,
     )
-    _check_names(report, foreign, where)
+    _check_names(report, pretrained, where)
     _check_shapes(state, target, where)
     if bare:
         drop_class_token(model)
     model.load_state_dict({name: state[name] for name in loaded}, strict=False)
     if adopt_eps:
-        set_layer_norm_eps(model, foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS))
-    log.info("init=%s: %s", foreign.path, report)
+        set_layer_norm_eps(model, pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS))
+    log.info("init=%s: %s", pretrained.path, report)
     return report
 
 
@@ -86,8 +91,8 @@ def _families(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(f"{n.split('.')[0]}.*" if "." in n else n for n in names))
 
 
-def _eps_note(foreign: Foreign, adopted: bool) -> list[str]:
-    eps = foreign.arch.get("layer_norm_eps", LAYER_NORM_EPS)
+def _eps_note(pretrained: PretrainedWeights, adopted: bool) -> list[str]:
+    eps = pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps == LAYER_NORM_EPS:
         return []
     if adopted:
@@ -125,12 +130,12 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _check_names(report: Fit, foreign: Foreign, where: str) -> None:
+def _check_names(report: LoadReport, pretrained: PretrainedWeights, where: str) -> None:
     """Raises ValueError where the encoder, or a decoder that was taken, would be incomplete or other."""
     known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
     if strange := [name for name in report.unused if not name.startswith(known)]:
         raise ValueError(f"{where} is another kind of network: the model has no place for {_some(strange)}.")
-    optional = [*CLASSIFIER] if foreign.has_class_token else [*CLASSIFIER, "cls_token"]
+    optional = [*CLASSIFIER] if pretrained.has_class_token else [*CLASSIFIER, "cls_token"]
     if not any(name.startswith("decoder_") for name in report.loaded):
         optional += DECODER
     if lacking := [name for name in report.fresh if not name.startswith(tuple(optional))]:

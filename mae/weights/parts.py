@@ -9,20 +9,20 @@ from typing import Any, Literal
 from torch import nn
 
 from mae.models.layers import resize_pos_embed
-from mae.weights.read import DECODER, Foreign, State
+from mae.weights.read import DECODER, PretrainedWeights, State
 
 HeadMode = Literal["fit", "require", "fresh"]
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
 
 
-def fit_decoder(
-    state: State, target: State, foreign: Foreign, ours: dict[str, Any], where: str, need: bool
+def keep_decoder(
+    state: State, target: State, pretrained: PretrainedWeights, ours: dict[str, Any], where: str, need: bool
 ) -> list[str]:
     """Leaves the file's decoder in `state` if the model has one of its size."""
     if "decoder_pred.weight" not in target:
         drop(state, *DECODER)
         return []
-    if not foreign.has_decoder:
+    if not pretrained.has_decoder:
         if need:
             raise ValueError(
                 f"{where} holds no decoder, so nothing can be reconstructed from it. Files that hold one: "
@@ -32,7 +32,7 @@ def fit_decoder(
             )
         drop(state, *DECODER)
         return ["The file holds no decoder: ours starts afresh."]
-    theirs = foreign.arch
+    theirs = pretrained.arch
     keys = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     differing = [key for key in keys if key in theirs and theirs[key] != ours[key]]
     if not differing:
@@ -44,13 +44,13 @@ def fit_decoder(
     return [f"The file's decoder has another size ({settings}): ours starts afresh."]
 
 
-def fit_head(state: State, target: State, foreign: Foreign, where: str, mode: HeadMode) -> list[str]:
+def keep_head(state: State, target: State, pretrained: PretrainedWeights, where: str, mode: HeadMode) -> list[str]:
     """Leaves the file's classifier in `state`, in the form that the model's has, or drops it and says why."""
     drop(state, *(name for name in ("norm.", "fc_norm.") if f"{name}weight" not in target))
     if "head.weight" not in target and "head.1.weight" not in target:
         drop(state, "head.")
         return []
-    reason = _misfit(target, foreign)
+    reason = _misfit(target, pretrained)
     if reason and mode == "require":
         raise ValueError(
             f"{where} cannot be evaluated: {reason}. Fine-tune it first (task=finetune), "
@@ -58,22 +58,22 @@ def fit_head(state: State, target: State, foreign: Foreign, where: str, mode: He
         )
     if reason or mode == "fresh":
         drop(state, "head.")
-        return [f"The head starts afresh: {reason or 'a new one was asked for'}."] if foreign.head else []
+        return [f"The head starts afresh: {reason or 'a new one was asked for'}."] if pretrained.head else []
     if "head.1.weight" in state and "head.weight" in target:
         fold_batch_norm(state)
         return ["The BatchNorm before its head was folded into the head."]
     return []
 
 
-def _misfit(target: State, foreign: Foreign) -> str:
+def _misfit(target: State, pretrained: PretrainedWeights) -> str:
     """Why the file's classifier does not fit the model's, or ""."""
-    theirs, pool = foreign.head, "avg" if "fc_norm.weight" in target else "token"
+    theirs, pool = pretrained.head, "avg" if "fc_norm.weight" in target else "token"
     classes = target.get("head.weight", target.get("head.1.weight"))
     assert classes is not None
     if theirs is None:
         return "it holds no classifier"
-    if foreign.head_difference:
-        return foreign.head_difference
+    if pretrained.head_difference:
+        return pretrained.head_difference
     if theirs.pool != pool:
         reads = {"avg": "the mean of the patch tokens", "token": "the class token"}
         return (
@@ -97,8 +97,8 @@ def fold_batch_norm(state: State) -> None:
     state["head.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
 
 
-def fit_class_token(
-    state: State, target: State, foreign: Foreign, model: Any, where: str, mode: HeadMode
+def class_token_absent(
+    state: State, target: State, pretrained: PretrainedWeights, model: Any, where: str, mode: HeadMode
 ) -> tuple[bool, list[str]]:
     """Whether the model must do without its class token, as the file did: wherever the encoder is not trained further.
 
@@ -107,7 +107,7 @@ def fit_class_token(
     if "cls_token" not in target:
         drop(state, "cls_token")
         return False, []
-    if foreign.has_class_token:
+    if pretrained.has_class_token:
         return False, []
     if mode == "fresh" and model.global_pool == "token":
         raise ValueError(f"{where} was trained without a class token: read its patches, with task.global_pool=avg.")
@@ -126,24 +126,24 @@ def drop_class_token(model: Any) -> None:
     model.cls_token, model.has_class_token, model.num_prefix_tokens = None, False, 0
 
 
-def fit_positions(state: State, target: State, foreign: Foreign, model: Any, where: str) -> list[str]:
+def place_positions(state: State, target: State, pretrained: PretrainedWeights, model: Any, where: str) -> list[str]:
     """Puts position embeddings into `state`, interpolated to the model's grid."""
     notes = []
     new = tuple(getattr(model, "grid_size", None) or model.patch_embed.grid_size)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name not in target or (name != "pos_embed" and "decoder_embed.weight" not in state):
             continue
-        table = foreign.position_table(name, new)
+        table = pretrained.position_table(name, new)
         if table is None:
             continue
-        old = new if name not in foreign.state else foreign.grid(table.shape[1] - 1, new)
+        old = new if name not in pretrained.state else pretrained.grid(table.shape[1] - 1, new)
         if old is None:
             raise ValueError(
                 f"{where} has position embeddings of {table.shape[1] - 1} patches, which is no square, and "
                 "does not say its image size. Check model.img_size and model.patch_size."
             )
         rows = old[0] * old[1]
-        if old == new and math.isqrt(rows) ** 2 == rows and old[0] != old[1] and foreign.stated_grid(rows) is None:
+        if old == new and math.isqrt(rows) ** 2 == rows and old[0] != old[1] and pretrained.stated_grid(rows) is None:
             side = math.isqrt(rows)
             notes.append(
                 f"Its {name} of {rows} patches was taken as {_by(old)}, the model's grid; the file does not say "

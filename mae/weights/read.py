@@ -1,7 +1,7 @@
 """Checkpoints of any origin, read into one form: the reference's names (timm's, for the encoder).
 
 `read(path)` recognises this project's runs, facebookresearch/mae, timm, Hugging Face ViT and ViTMAE,
-shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `foreign_fit.fit` puts what was read into a model.
+shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `load.load_pretrained` puts what was read into a model.
 """
 
 import math
@@ -28,7 +28,7 @@ class Head(NamedTuple):
 
 
 @dataclass
-class Foreign:
+class PretrainedWeights:
     """A checkpoint under the reference's names."""
 
     path: str
@@ -141,7 +141,7 @@ class Foreign:
         return guess[0] * guess[1] != rows and math.isqrt(rows) ** 2 != rows
 
 
-def read(path: str) -> Foreign:
+def read_pretrained(path: str) -> PretrainedWeights:
     """Reads a checkpoint without running code: see `open_checkpoint` for what `path` may be.
 
     Raises ValueError in one or two plain sentences: nothing there, truncated, damaged, holding code, or a
@@ -156,7 +156,7 @@ def read(path: str) -> Foreign:
     notes = opened.notes + layout.notes
     if layout.family in ("timm", "Hugging Face ViT") and "decoder_embed.weight" not in layout.state:
         notes += assumptions
-    return Foreign(path, kind, layout.state, notes, meta, layout.position, head_difference)
+    return PretrainedWeights(path, kind, layout.state, notes, meta, layout.position, head_difference)
 
 
 def architecture(state: State) -> dict[str, Any]:

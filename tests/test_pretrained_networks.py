@@ -16,9 +16,9 @@ from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.tasks.export import restore_eps
 from mae.weights import files, huggingface
-from mae.weights.load import fit
+from mae.weights.load import load_pretrained
 from mae.weights.networks import ASSUMED
-from mae.weights.read import read
+from mae.weights.read import read_pretrained
 
 ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
 NETWORK = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
@@ -112,13 +112,13 @@ def save(model: nn.Module, folder, arguments) -> None:
 
 def logits(path, x: torch.Tensor, heads: int):
     """What we compute from a file as it stands, and the report."""
-    file = read(str(path))
+    file = read_pretrained(str(path))
     sizes = {key: file.arch[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
     pool = file.head.pool if file.head else "token"
     model = classifier(
         **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=pool
     )
-    report = fit(model, file, head="require")
+    report = load_pretrained(model, file, head="require")
     with torch.no_grad():
         return model.eval()(x), str(report)
 
@@ -231,7 +231,7 @@ def test_norms_with_another_eps_are_refused(tmp_path, monkeypatch):
     model = scramble(timm.create_model("vit_tiny_patch16_224", num_classes=5, norm_layer=nn.LayerNorm, **NETWORK))
     monkeypatch.setattr(files.timm, "create_model", lambda name, pretrained: model)
     with pytest.raises(ValueError, match=r"timm:vit_tiny_patch16_224 .*blocks\.0\.norm1 has eps 1e-05, ours has 1e-06"):
-        read("timm:vit_tiny_patch16_224")
+        read_pretrained("timm:vit_tiny_patch16_224")
 
 
 def test_a_model_of_timms_collection_is_looked_at(monkeypatch):
@@ -240,7 +240,7 @@ def test_a_model_of_timms_collection_is_looked_at(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(files.timm, "create_model", lambda name, pretrained, model=model: model)
             with pytest.raises(ValueError, match=words):
-                read(f"timm:{name}")
+                read_pretrained(f"timm:{name}")
 
 
 def test_the_number_of_heads_comes_from_the_architecture(tmp_path):
@@ -281,14 +281,14 @@ def test_a_config_that_timm_cannot_build(tmp_path, config, words):
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 def test_reading_a_folder_draws_no_random_numbers(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **NETWORK)
     save_for_hf(model, tmp_path, model_args=NETWORK, safe_serialization=True)
     before = torch.get_rng_state()
-    read(str(tmp_path))
+    read_pretrained(str(tmp_path))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -302,7 +302,7 @@ def plain_state() -> dict[str, torch.Tensor]:
 def refusal(path, state) -> str:
     torch.save(state, path)
     with pytest.raises(ValueError) as error:
-        read(str(path))
+        read_pretrained(str(path))
     assert "incomplete" not in str(error.value)
     return str(error.value)
 
@@ -394,7 +394,7 @@ def test_hidden_act_is_compared(tmp_path, kind, activation):
     assert loads(tmp_path, model, 3, (32, 32)) == (activation in EXACT)
     if activation not in EXACT:
         with pytest.raises(ValueError, match=f"config says hidden_act={activation}, ours is gelu"):
-            read(str(tmp_path))
+            read_pretrained(str(tmp_path))
     (tmp_path / "config.json").unlink()
     report = logits(tmp_path / "model.safetensors", torch.zeros(1, 3, 32, 32), 3)[1]
     assert "Assumed are exact GELU" in report
@@ -414,20 +414,22 @@ def test_the_eps_of_a_model_that_is_not_trained_is_the_files(tmp_path, eps):
         img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, num_classes=0,
         drop_path=0.0, global_pool="token",
     ).eval()  # fmt: skip
-    fit(encoder, read(str(tmp_path)), head="fresh", trained=False)
+    load_pretrained(encoder, read_pretrained(str(tmp_path)), head="fresh", trained=False)
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(encoder(x), model.vit(x).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
-    assert "ours have 1e-06" in str(fit(encoder, read(str(tmp_path)), head="fresh"))  # no checkpoint records an eps
+    assert "ours have 1e-06" in str(
+        load_pretrained(encoder, read_pretrained(str(tmp_path)), head="fresh")
+    )  # no checkpoint records an eps
 
 
 def test_an_export_has_the_eps_that_its_config_says(tmp_path, caplog):
     transformers_model("ViTForImageClassification", layer_norm_eps=1e-12).save_pretrained(tmp_path)
-    file = read(str(tmp_path))
+    file = read_pretrained(str(tmp_path))
     model = classifier(
         img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, num_classes=5,
         drop_path=0.0, global_pool="token",
     )  # fmt: skip
-    fit(model, file, head="require")
+    load_pretrained(model, file, head="require")
     assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-12}
     restore_eps(file, model)
     assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-6}
@@ -442,13 +444,13 @@ def test_hidden_act_of_a_masked_autoencoder_is_compared(tmp_path, activation):
     model.save_pretrained(tmp_path)
     if activation not in EXACT:
         with pytest.raises(ValueError, match=f"hidden_act={activation}"):
-            read(str(tmp_path))
+            read_pretrained(str(tmp_path))
         return
     ours = MaskedAutoencoder(
         img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, decoder_embed_dim=16,
         decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False,
     ).eval()  # fmt: skip
-    fit(ours, read(str(tmp_path)), need_decoder=True)
+    load_pretrained(ours, read_pretrained(str(tmp_path)), need_decoder=True)
     x, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     torch.testing.assert_close(ours(x, 0.75, noise).loss, model(x, noise=noise).loss, rtol=1e-5, atol=1e-5)
 
@@ -479,10 +481,10 @@ def test_other_models_of_hugging_face_are_refused_by_name(tmp_path, name, change
         model = transformers_model(name, **changes)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{name}.* is another kind of network|Hugging Face's {name} .model_type="):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=f"another kind of network than is computed here: .*({bare})"):
-        read(str(tmp_path / "model.safetensors"))
+        read_pretrained(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -507,7 +509,7 @@ def test_each_setting_of_a_hugging_face_config_is_compared(tmp_path, key, value,
     (tmp_path / "config.json").write_text(json.dumps(config))
     if words:
         with pytest.raises(ValueError, match=words):
-            read(str(tmp_path))
+            read_pretrained(str(tmp_path))
     else:
         assert loads(tmp_path, model, 3, (32, 32))
 
@@ -521,14 +523,14 @@ def test_the_config_beside_a_link_of_the_hubs_cache_is_read(tmp_path):
     (folder / "model.safetensors").symlink_to(blobs / "0a1b")
     for path in (folder, folder / "model.safetensors"):
         with pytest.raises(ValueError, match="hidden_act=relu"):
-            read(str(path))
+            read_pretrained(str(path))
 
 
 def test_what_an_export_says_of_itself_is_compared(tmp_path):
     metadata = {"library": '"x"', "hidden_act": '"relu"'}
     safetensors.torch.save_file(plain_state(), tmp_path / "model.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="hidden_act=relu, ours is gelu"):
-        read(str(tmp_path / "model.safetensors"))
+        read_pretrained(str(tmp_path / "model.safetensors"))
 
 
 def test_a_whole_config_of_transformers_is_known():
@@ -541,6 +543,6 @@ def test_a_whole_config_of_transformers_is_known():
 def test_a_head_for_masked_images_is_left_out(tmp_path):
     model = transformers_model("ViTForMaskedImageModeling", encoder_stride=8)
     model.save_pretrained(tmp_path)
-    file = read(str(tmp_path))
+    file = read_pretrained(str(tmp_path))
     assert file.kind == "Hugging Face ViT, pretrained (encoder only)"
     assert "decoder.0.weight is left out" in " ".join(file.notes)

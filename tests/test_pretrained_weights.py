@@ -18,8 +18,8 @@ from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.weights import files
 from mae.weights.layouts import sinusoid
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
@@ -102,11 +102,11 @@ def test_ours(tmp_path):
     model = scramble(autoencoder())
     folder = write_run(tmp_path, model)
     for path in (tmp_path, folder, folder / "model.safetensors"):
-        found = read(str(path))
+        found = read_pretrained(str(path))
         assert found.kind == "ours, pretrained (encoder and decoder)"
         assert found.meta["step"] == 10 and found.arch["num_heads"] == 3 and found.has_decoder
         other = autoencoder()
-        report = fit(other, found, need_decoder=True)
+        report = load_pretrained(other, found, need_decoder=True)
         assert not report.fresh and not report.unused
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
 
@@ -115,13 +115,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     write_run(tmp_path, scramble(autoencoder()), step=10)
     newest = write_run(tmp_path, scramble(autoencoder(), 1), step=20) / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-8])
-    found = read(str(tmp_path))
+    found = read_pretrained(str(tmp_path))
     assert found.meta["step"] == 10 and "step_00000020 was passed over" in found.notes[0]
     with pytest.raises(ValueError, match="damaged: its weights are truncated"):
-        read(str(newest))
+        read_pretrained(str(newest))
     (tmp_path / "checkpoints/step_00000010/manifest.json").unlink()
     with pytest.raises(ValueError, match="run without a whole checkpoint"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 # ---------------------------------------------------------------- the reference
@@ -129,10 +129,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
 
 def test_reference_full(tmp_path):
     model = scramble(autoencoder())
-    found = read(reference_file(tmp_path / "mae_pretrain_full.pth", model.state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "mae_pretrain_full.pth", model.state_dict()))
     assert found.kind == "reference, pretrained (encoder and decoder)" and found.meta["epoch"] == 3
     other = autoencoder()
-    fit(other, found, need_decoder=True)
+    load_pretrained(other, found, need_decoder=True)
     noise = torch.rand(2, 16)
     assert torch.equal(other(images(), 0.75, noise).loss, model(images(), 0.75, noise).loss)
 
@@ -141,46 +141,46 @@ def test_reference_encoder_only(tmp_path):
     model = scramble(autoencoder())
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit.pth")
-    found = read(str(tmp_path / "mae_pretrain_vit.pth"))
+    found = read_pretrained(str(tmp_path / "mae_pretrain_vit.pth"))
     assert found.kind == "reference, pretrained (encoder only)" and not found.has_decoder and found.head is None
     other = autoencoder()
     with pytest.raises(ValueError, match=r"no decoder.*_full\.pth and mae_visualize_vit_\*\.pth"):
-        fit(other, found, need_decoder=True)
-    report = fit(other, found)
+        load_pretrained(other, found, need_decoder=True)
+    report = load_pretrained(other, found)
     assert torch.equal(other.forward_features(images()), model.forward_features(images()))
     assert "holds no decoder: ours starts afresh" in str(report)
     net = vit()  # norm is dropped, fc_norm and head are new (reference, fine-tuning)
-    report = fit(net, found)
+    report = load_pretrained(net, found)
     assert report.fresh == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
     assert set(report.unused) == {"norm.weight", "norm.bias"}
     with pytest.raises(ValueError, match="cannot be evaluated: it holds no classifier"):
-        fit(net, found, head="require")
+        load_pretrained(net, found, head="require")
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_reference_fine_tuned(tmp_path, pool):
     model = scramble(vit(global_pool=pool))
-    found = read(reference_file(tmp_path / "mae_finetuned_vit.pth", model.state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "mae_finetuned_vit.pth", model.state_dict()))
     where = {"avg": "mean of the patch tokens", "token": "class token"}[pool]
     assert found.kind == f"reference, classifier of 5 classes ({where})"
     other = vit(global_pool=pool)
-    assert not fit(other, found, head="require").fresh
+    assert not load_pretrained(other, found, head="require").fresh
     assert torch.equal(other(images()), model(images()))
     more = vit(global_pool=pool, num_classes=7)
-    report = fit(more, found)
+    report = load_pretrained(more, found)
     assert report.fresh == ["head.weight", "head.bias"]
     assert "classifier knows 5 classes, the model has 7" in str(report)
     with pytest.raises(ValueError, match="knows 5 classes, the model has 7"):
-        fit(more, found, head="require")
-    assert "head.weight" in fit(other, found, head="fresh").fresh
+        load_pretrained(more, found, head="require")
+    assert "head.weight" in load_pretrained(other, found, head="fresh").fresh
 
 
 def test_a_head_that_reads_other_tokens_is_not_taken(tmp_path):
-    found = read(reference_file(tmp_path / "file.pth", scramble(vit(global_pool="token")).state_dict()))
-    report = fit(vit(global_pool="avg"), found)
+    found = read_pretrained(reference_file(tmp_path / "file.pth", scramble(vit(global_pool="token")).state_dict()))
+    report = load_pretrained(vit(global_pool="avg"), found)
     assert "global_pool=token" in str(report) and "head.weight" in report.fresh
     with pytest.raises(ValueError, match="reads the class token"):
-        fit(vit(global_pool="avg"), found, head="require")
+        load_pretrained(vit(global_pool="avg"), found, head="require")
 
 
 def probe() -> nn.Module:
@@ -194,13 +194,13 @@ def probe() -> nn.Module:
 
 def test_reference_linear_probe(tmp_path):
     model = probe()
-    found = read(reference_file(tmp_path / "probe.pth", model.state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "probe.pth", model.state_dict()))
     assert found.kind == "reference, linear probe of 5 classes (class token)"
     other = probe()
-    fit(other, found, head="require")
+    load_pretrained(other, found, head="require")
     assert torch.equal(other(images()), model(images()))
     plain = vit(global_pool="token")
-    assert "folded" in str(fit(plain, found, head="require"))
+    assert "folded" in str(load_pretrained(plain, found, head="require"))
     same(plain(images()), model(images()), 1e-6)
 
 
@@ -214,13 +214,13 @@ def test_timm_files_and_names(tmp_path, monkeypatch):
     safetensors.torch.save_file(model.state_dict(), tmp_path / "vit.safetensors")
     monkeypatch.setattr(files.timm, "create_model", lambda name, pretrained: model)
     for path in (str(tmp_path / "vit.pth"), str(tmp_path / "vit.safetensors"), "timm:vit_base_patch16_224.mae"):
-        found = read(path)
+        found = read_pretrained(path)
         assert found.kind == "timm, classifier of 5 classes (mean of the patch tokens)"
         other = vit()
-        fit(other, found, head="require")
+        load_pretrained(other, found, head="require")
         same(other(images()), model(images()))
     with pytest.raises(ValueError, match="Did you mean timm:vit_base_patch16_224"):
-        read("timm:vit_base_patch16_244.mae")
+        read_pretrained("timm:vit_base_patch16_244.mae")
 
 
 def test_timm_without_network(monkeypatch):
@@ -229,7 +229,7 @@ def test_timm_without_network(monkeypatch):
 
     monkeypatch.setattr(files.timm, "create_model", offline)
     with pytest.raises(ValueError, match="could not be fetched"):
-        read("timm:vit_base_patch16_224.mae")
+        read_pretrained("timm:vit_base_patch16_224.mae")
 
 
 def test_layer_scale_and_missing_biases_are_folded(tmp_path):
@@ -239,7 +239,7 @@ def test_layer_scale_and_missing_biases_are_folded(tmp_path):
     model = scramble(timm.create_model("vit_tiny_patch16_224", **net)).eval()
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     other = vit()
-    fit(other, read(str(tmp_path / "vit.pth")), head="require")
+    load_pretrained(other, read_pretrained(str(tmp_path / "vit.pth")), head="require")
     same(other(images()), model(images()))
 
 
@@ -252,11 +252,11 @@ def test_a_class_row_is_known_where_it_makes_the_rows_a_square(tmp_path, size):
     write_run(tmp_path / "run", model, config=f"model: {{img_size: {list(size)}, num_heads: 3}}\n")
     for name in ("bare.pth", "run"):
         other = vit(img_size=list(size))
-        fit(other, read(str(tmp_path / name)), head="require")
+        load_pretrained(other, read_pretrained(str(tmp_path / name)), head="require")
         assert torch.equal(other.pos_embed, model.pos_embed)
         same(other(images(size=size)), model(images(size=size)))
     square = vit()  # the run says its grid, whatever the model's is
-    fit(square, read(str(tmp_path / "run")), head="require")
+    load_pretrained(square, read_pretrained(str(tmp_path / "run")), head="require")
     grid = (size[0] // 4, size[1] // 4)
     assert torch.equal(square.pos_embed, resize_pos_embed(model.pos_embed, grid, (4, 4)))
 
@@ -306,10 +306,10 @@ def test_hugging_face_vitmae(tmp_path):
     noise = torch.rand(2, 16)
     expected = model(images(), noise=noise).loss
     for path in ("saved", "saved/model.safetensors", "new_names.bin", "", "pytorch_model.bin"):
-        found = read(str(tmp_path / path))
+        found = read_pretrained(str(tmp_path / path))
         assert found.kind == "Hugging Face ViTMAE, pretrained (encoder and decoder)"
         other = autoencoder()
-        assert not fit(other, found, need_decoder=True).fresh
+        assert not load_pretrained(other, found, need_decoder=True).fresh
         same(other(images(), 0.75, noise).loss, expected, 1e-6)
 
 
@@ -319,10 +319,10 @@ def test_hugging_face_encoder_only_and_eps(tmp_path):
 
     model = scramble(ViTMAEModel(config)).eval()
     model.save_pretrained(tmp_path)
-    found = read(str(tmp_path))
+    found = read_pretrained(str(tmp_path))
     assert found.kind == "Hugging Face ViT, pretrained (encoder only)"
     other = autoencoder()
-    assert "eps 1e-12" in str(fit(other, found))
+    assert "eps 1e-12" in str(load_pretrained(other, found))
     order = torch.arange(16.0).expand(2, -1)
     same(other.forward_features(images()), model(images(), noise=order).last_hidden_state, 1e-4)
 
@@ -333,10 +333,10 @@ def test_hugging_face_classifier(tmp_path):
 
     model = scramble(ViTForImageClassification(config)).eval()
     model.save_pretrained(tmp_path)
-    found = read(str(tmp_path))
+    found = read_pretrained(str(tmp_path))
     assert found.kind == "Hugging Face ViT, classifier of 5 classes (class token)"
     other = vit(global_pool="token")
-    fit(other, found, head="require")
+    load_pretrained(other, found, head="require")
     same(other(images()), model(images()).logits, 1e-6)
 
 
@@ -348,10 +348,10 @@ def test_hugging_face_shards(tmp_path):
         safetensors.torch.save_file({n: state[n] for n in held}, tmp_path / file)
     index = {"weight_map": {n: file for file, held in parts.items() for n in held}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert read(str(tmp_path)).arch["depth"] == 2
+    assert read_pretrained(str(tmp_path)).arch["depth"] == 2
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-00002"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 def scramble_hf_state():
@@ -437,12 +437,12 @@ def test_seed_pretrained(tmp_path):
     path = tmp_path / "mae_vit_base_patch16_checkpoint_400.pth"
     args = argparse.Namespace(input_resolution=16, patch_size=4, channel=3, device=torch.device("cpu"))
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 400, "args": args}, path)
-    found = read(str(path))
+    found = read_pretrained(str(path))
     assert found.kind == "MAE-repo (shiyuwuCASIA), pretrained (encoder and decoder)"
     assert found.state["pos_embed"].shape == (1, 17, 24) and not found.state["pos_embed"][:, 0].any()
     assert found.state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
     model = autoencoder(norm_pix_loss=False)
-    report = fit(model, found, need_decoder=True)
+    report = load_pretrained(model, found, need_decoder=True)
     assert not report.fresh and not report.unused and "class row of zeros" in str(report)
     expected = norm(seed_encode(state, images()), state, "encode_norm")
     same(model.forward_features(images()), expected)
@@ -464,10 +464,10 @@ def seed_loss(s, x, noise):
 def test_seed_fine_tuned(tmp_path):
     state = seed_state(classes=5)
     torch.save({"model": state, "epoch": 100}, tmp_path / "vit.pth")
-    found = read(str(tmp_path / "vit.pth"))
+    found = read_pretrained(str(tmp_path / "vit.pth"))
     assert found.kind == "MAE-repo (shiyuwuCASIA), classifier of 5 classes (mean of the patch tokens)"
     model = vit()
-    fit(model, found, head="require")
+    load_pretrained(model, found, head="require")
     pooled = norm(seed_encode(state, images())[:, 1:].mean(1), state, "fc_norm")
     same(model(images()), linear(pooled, state, "mlp_head"))
 
@@ -523,12 +523,12 @@ def peng_encode(s, x, at=""):
 
 def test_mae_pytorch_fine_tuned(tmp_path):
     state = peng_state(classes=5)
-    found = read(reference_file(tmp_path / "checkpoint-99.pth", state))
+    found = read_pretrained(reference_file(tmp_path / "checkpoint-99.pth", state))
     assert (
         found.kind == "MAE-pytorch (pengzhiliang), classifier of 5 classes (mean of the patch tokens), no class token"
     )
     model = vit()
-    report = fit(model, found, head="require")
+    report = load_pretrained(model, found, head="require")
     assert "without a class token: the model does without its own" in str(report)
     pooled = norm(peng_encode(state, images()).mean(1), state, "fc_norm")
     same(model(images()), linear(pooled, state, "head"))
@@ -536,17 +536,17 @@ def test_mae_pytorch_fine_tuned(tmp_path):
 
 def test_mae_pytorch_pretrained(tmp_path):
     state = peng_state()
-    found = read(reference_file(tmp_path / "checkpoint-399.pth", state))
+    found = read_pretrained(reference_file(tmp_path / "checkpoint-399.pth", state))
     assert found.kind == "MAE-pytorch (pengzhiliang), pretrained (encoder and decoder), no class token"
     bare = timm.models.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=0, class_token=False,
         global_pool="avg", fc_norm=False,
     ).eval()  # fmt: skip
-    fit(bare, found)
+    load_pretrained(bare, found)
     same(bare.forward_features(images()), norm(peng_encode(state, images(), "encoder."), state, "encoder.norm"))
     model = autoencoder()
     before = model.cls_token.clone()
-    report = fit(model, found, need_decoder=True)
+    report = load_pretrained(model, found, need_decoder=True)
     assert report.fresh == ["cls_token"] and torch.equal(model.cls_token, before)
     assert "the model's own starts afresh" in str(report) and not model.decoder_embed.bias.any()
     assert torch.equal(model.pos_embed[:, 1:], sinusoid(16, 24)) and not model.pos_embed[:, 0].any()
@@ -555,14 +555,14 @@ def test_mae_pytorch_pretrained(tmp_path):
 
 def test_a_frozen_encoder_does_without_the_class_token_that_its_file_lacks(tmp_path):
     state = peng_state()
-    found = read(reference_file(tmp_path / "checkpoint-399.pth", state))
+    found = read_pretrained(reference_file(tmp_path / "checkpoint-399.pth", state))
     model = vit().requires_grad_(False)
-    fit(model, found, head="fresh")
+    load_pretrained(model, found, head="fresh")
     assert model.cls_token is None and not model.pos_embed.requires_grad
     pooled = peng_encode(state, images(), "encoder.").mean(1)
     same(model.forward_features(images()).mean(1), pooled)
     with pytest.raises(ValueError, match="without a class token: read its patches, with task.global_pool=avg"):
-        fit(vit(global_pool="token"), found, head="fresh")
+        load_pretrained(vit(global_pool="token"), found, head="fresh")
 
 
 @pytest.mark.parametrize("token", [False, True])
@@ -573,10 +573,12 @@ def test_a_mean_of_normed_tokens_is_not_taken_for_a_class_token(tmp_path, token)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": "vit_tiny_patch16_224", "global_pool": "avg", "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = read(str(tmp_path))
+    found = read_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="its classifier reads the mean of tokens after their norm, and none here"):
-        fit(vit(global_pool="token"), found, head="require")
-    assert "The head starts afresh: its classifier reads the mean" in str(fit(vit(global_pool="avg"), found))
+        load_pretrained(vit(global_pool="token"), found, head="require")
+    assert "The head starts afresh: its classifier reads the mean" in str(
+        load_pretrained(vit(global_pool="avg"), found)
+    )
 
 
 # ---------------------------------------------------------------- other image sizes
@@ -585,11 +587,11 @@ def test_a_mean_of_normed_tokens_is_not_taken_for_a_class_token(tmp_path, token)
 @pytest.mark.parametrize("size", [[32, 16], [24, 40], [8, 8]])
 def test_positions_are_interpolated(tmp_path, size):
     model = scramble(autoencoder())
-    found = read(reference_file(tmp_path / "file.pth", model.state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "file.pth", model.state_dict()))
     grid = (size[0] // 4, size[1] // 4)
     expected = resize_pos_embed(model.pos_embed.detach(), (4, 4), grid)
     for other in (vit(img_size=size), autoencoder(img_size=size)):
-        report = fit(other, found)
+        report = load_pretrained(other, found)
         assert torch.equal(other.pos_embed.detach(), expected)
         assert f"interpolated from 4 x 4 to {grid[0]} x {grid[1]} patches" in str(report)
 
@@ -598,13 +600,13 @@ def test_positions_of_a_table_that_is_no_square(tmp_path):
     wide = scramble(autoencoder(img_size=[8, 24]))
     write_run(tmp_path / "run", wide, config="model: {img_size: [8, 24]}\n")
     net = vit(img_size=[24, 8])  # as many patches, another grid
-    assert "from 2 x 6 to 6 x 2" in str(fit(net, read(str(tmp_path / "run"))))
+    assert "from 2 x 6 to 6 x 2" in str(load_pretrained(net, read_pretrained(str(tmp_path / "run"))))
     same(net.pos_embed, resize_pos_embed(wide.pos_embed, (2, 6), (6, 2)))
     safetensors.torch.save_file(wide.state_dict(), tmp_path / "bare.safetensors")
-    found = read(str(tmp_path / "bare.safetensors"))
-    assert "interpolated" not in str(fit(vit(img_size=[8, 24]), found))
+    found = read_pretrained(str(tmp_path / "bare.safetensors"))
+    assert "interpolated" not in str(load_pretrained(vit(img_size=[8, 24]), found))
     with pytest.raises(ValueError, match="12 patches, which is no square"):
-        fit(vit(), found)
+        load_pretrained(vit(), found)
 
 
 @pytest.mark.parametrize("size", [[64, 16], [16, 64], [8, 32], [36, 16]])
@@ -614,7 +616,7 @@ def test_a_table_of_a_square_number_of_rows_fits_the_models_own_grid(tmp_path, s
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     other = autoencoder(img_size=size)
     nn.init.zeros_(other.pos_embed)
-    report = fit(other, read(str(tmp_path / "bare.pth")), need_decoder=True)
+    report = load_pretrained(other, read_pretrained(str(tmp_path / "bare.pth")), need_decoder=True)
     assert torch.equal(other.pos_embed, model.pos_embed) and torch.equal(
         other.decoder_pos_embed, model.decoder_pos_embed
     )
@@ -622,7 +624,7 @@ def test_a_table_of_a_square_number_of_rows_fits_the_models_own_grid(tmp_path, s
     expected = f"Its pos_embed of {rows} patches was taken as {size[0] // 4} x {size[1] // 4}, the model's grid; "
     assert expected + f"the file does not say whether it was {side} x {side}." in str(report)
     square = autoencoder(img_size=side * 4)  # says nothing of it: a square is what most files are
-    assert "taken as" not in str(fit(square, read(str(tmp_path / "bare.pth"))))
+    assert "taken as" not in str(load_pretrained(square, read_pretrained(str(tmp_path / "bare.pth"))))
 
 
 @pytest.mark.parametrize("size", [(8, 24), (64, 16), (20, 52)])
@@ -633,7 +635,7 @@ def test_a_table_without_a_class_row_is_known_by_the_models_grid(tmp_path, size)
     nn.init.normal_(model.pos_embed)
     torch.save({"state_dict": model.state_dict(), "args": {"img_size": list(size)}}, tmp_path / "vit.pth")
     other = vit(img_size=list(size))
-    fit(other, read(str(tmp_path / "vit.pth")), head="require")
+    load_pretrained(other, read_pretrained(str(tmp_path / "vit.pth")), head="require")
     same(other(images(size=size)), model(images(size=size)))
 
 
@@ -651,23 +653,23 @@ def test_a_table_without_a_class_row_is_known_by_the_models_grid(tmp_path, size)
     ],
 )
 def test_another_size(tmp_path, changes, message):
-    found = read(reference_file(tmp_path / "file.pth", scramble(autoencoder()).state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "file.pth", scramble(autoencoder()).state_dict()))
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        fit(vit(**changes), found)
+        load_pretrained(vit(**changes), found)
 
 
 def test_heads_are_compared_where_the_run_tells(tmp_path):
     write_run(tmp_path, scramble(autoencoder()), config="model: {num_heads: 6}\n")
     with pytest.raises(ValueError, match=r"Set model\.num_heads=6"):
-        fit(vit(), read(str(tmp_path)))
+        load_pretrained(vit(), read_pretrained(str(tmp_path)))
 
 
 def test_another_decoder(tmp_path):
-    found = read(reference_file(tmp_path / "file.pth", scramble(autoencoder()).state_dict()))
+    found = read_pretrained(reference_file(tmp_path / "file.pth", scramble(autoencoder()).state_dict()))
     model = autoencoder(decoder_depth=1)
     with pytest.raises(ValueError, match=r"set model\.decoder_depth=2"):
-        fit(model, found, need_decoder=True)
-    assert "another size (model.decoder_depth=2): ours starts afresh" in str(fit(model, found))
+        load_pretrained(model, found, need_decoder=True)
+    assert "another size (model.decoder_depth=2): ours starts afresh" in str(load_pretrained(model, found))
 
 
 def test_a_tensor_too_few_or_too_many(tmp_path):
@@ -676,13 +678,13 @@ def test_a_tensor_too_few_or_too_many(tmp_path):
     model = vit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"lacks 1 tensors that the model needs, blocks\.1\.mlp\.fc1\.weight"):
-        fit(model, read(reference_file(tmp_path / "few.pth", state)))
+        load_pretrained(model, read_pretrained(reference_file(tmp_path / "few.pth", state)))
     state = scramble(autoencoder()).state_dict() | {"reg_token": torch.zeros(1, 4, 24)}
     with pytest.raises(ValueError, match="another kind of network.*reg_token"):
-        fit(model, read(reference_file(tmp_path / "many.pth", state)))
+        load_pretrained(model, read_pretrained(reference_file(tmp_path / "many.pth", state)))
     state = scramble(autoencoder()).state_dict() | {"norm.bias": torch.zeros(3)}
     with pytest.raises(ValueError, match="norm.bias is 3 and should be 24"):
-        fit(autoencoder(), read(reference_file(tmp_path / "shape.pth", state)))
+        load_pretrained(autoencoder(), read_pretrained(reference_file(tmp_path / "shape.pth", state)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -696,10 +698,10 @@ def test_code_is_refused_and_not_run(tmp_path, capsys, legacy):
     path = tmp_path / "code.pth"
     torch.save({"model": {"x": torch.ones(1)}, "args": Runs()}, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=r"code\.pth is refused: it carries code \(.*print\)"):
-        read(str(path))
+        read_pretrained(str(path))
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Runs()))
     with pytest.raises(ValueError):
-        read(str(tmp_path / "plain.pkl"))
+        read_pretrained(str(tmp_path / "plain.pkl"))
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -709,31 +711,31 @@ def test_no_checkpoint(tmp_path):
     for n in (0, 100, len(content) // 2, len(content) - 10):
         (tmp_path / "cut.pth").write_bytes(content[:n])
         with pytest.raises(ValueError, match=r"cut\.pth is truncated or"):
-            read(str(tmp_path / "cut.pth"))
+            read_pretrained(str(tmp_path / "cut.pth"))
     safetensors.torch.save_file({"x": torch.ones(9)}, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"b\.safetensors is truncated"):
-        read(str(tmp_path / "b.safetensors"))
+        read_pretrained(str(tmp_path / "b.safetensors"))
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="truncated or"):
-        read(str(tmp_path / "text.pth"))
+        read_pretrained(str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list"):
-        read(str(tmp_path / "list.pth"))
+        read_pretrained(str(tmp_path / "list.pth"))
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="no tensors under names"):
-        read(str(tmp_path / "empty.pth"))
+        read_pretrained(str(tmp_path / "empty.pth"))
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"no vision transformer that is known here.*conv1\.weight"):
-        read(str(tmp_path / "resnet.pth"))
+        read_pretrained(str(tmp_path / "resnet.pth"))
     for path, message in {
         str(tmp_path / "nowhere"): "does not exist",
         str(tmp_path): "holds no checkpoint",
         "https://example.org/mae.pth": "download the file first",
     }.items():
         with pytest.raises(ValueError, match=message):
-            read(path)
-    assert read(whole).meta["args"]["input_size"] == 16
+            read_pretrained(path)
+    assert read_pretrained(whole).meta["args"]["input_size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -746,12 +748,12 @@ def test_no_checkpoint(tmp_path):
         (lambda: seed_state() | {"patch_embed.proj.weight": torch.zeros(24, 47)}, "decoder_mask_token"),
     ],
 )
-def test_an_incomplete_foreign_file(tmp_path, state, lacking):
+def test_an_incomplete_file_of_another_library(tmp_path, state, lacking):
     tensors = state()
     del tensors[lacking]
     torch.save({"model": tensors}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=r"file\.pth( is incomplete|: it is incomplete|: its patches have 47 values)"):
-        read(str(tmp_path / "file.pth"))
+        read_pretrained(str(tmp_path / "file.pth"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -759,6 +761,6 @@ def test_half_precision_files(tmp_path, dtype):
     model = scramble(autoencoder())
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     other = autoencoder(img_size=24)
-    fit(other, read(reference_file(tmp_path / "half.pth", state)))
+    load_pretrained(other, read_pretrained(reference_file(tmp_path / "half.pth", state)))
     assert other.norm.weight.dtype == torch.float32
     assert torch.equal(other.norm.weight, model.norm.weight.to(dtype).float())

@@ -20,10 +20,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mae.models.mae import MaskedAutoencoder
-from mae.weights import names as foreign_names
+from mae.weights import names as weight_names
 from mae.weights import unpickle
-from mae.weights.load import fit
-from mae.weights.read import read
+from mae.weights.load import load_pretrained
+from mae.weights.read import read_pretrained
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=True)
@@ -92,7 +92,7 @@ BESIDE = {
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
 def test_the_weights_are_read_whatever_harmless_lies_beside_them(tmp_path, beside, options):
     path = save(tmp_path / "x.pth", {"model": PLAIN, "epoch": 3, "beside": BESIDE[beside]()}, **options)
-    checkpoint = read(path)
+    checkpoint = read_pretrained(path)
     check_equal(checkpoint.state)
     assert checkpoint.meta["epoch"] == 3
 
@@ -113,23 +113,23 @@ def test_numpy_is_read_under_the_module_names_of_both_its_versions(tmp_path, nam
 def test_a_checkpoint_of_mae_pytorch_is_read_with_its_arguments(tmp_path):
     args = argparse.Namespace(input_size=16, normlize_target=True)
     content = {"model": PLAIN, "optimizer": optimizer_of_mae_pytorch(), "epoch": 0, "scaler": {}, "args": args}
-    checkpoint = read(save(tmp_path / "checkpoint-0.pth", content))
+    checkpoint = read_pretrained(save(tmp_path / "checkpoint-0.pth", content))
     check_equal(checkpoint.state)
     assert checkpoint.norm_pix_loss is True and checkpoint.meta["args"]["input_size"] == 16
 
 
 def test_a_state_dict_of_numpy_arrays_is_read(tmp_path):
-    check_equal(read(save(tmp_path / "x.pth", {"model": {n: t.numpy() for n, t in PLAIN.items()}})).state)
+    check_equal(read_pretrained(save(tmp_path / "x.pth", {"model": {n: t.numpy() for n, t in PLAIN.items()}})).state)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_whole_module_is_refused_by_its_class(tmp_path, legacy):
     path = save(tmp_path / "x.pth", {"model": autoencoder()}, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=r"holds under 'model' an object of class mae\.models\.mae\.MaskedAutoencoder"):
-        read(path)
+        read_pretrained(path)
     path = save(tmp_path / "y.pth", autoencoder(), _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="whose code is never run: save its state_dict"):
-        read(path)
+        read_pretrained(path)
 
 
 # ---------------------------------------------------------------- code
@@ -161,7 +161,7 @@ def test_a_call_of_pythons_own_functions_is_refused_and_not_made(tmp_path, name,
     content = {"model": PLAIN, "beside": np.float64(1), "optimizer": {"lr": CALLS[name](file)}}
     path = save(tmp_path / "x.pth", content, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=rf"x\.pth is refused: it carries code \({name}\), which is never run"):
-        read(path)
+        read_pretrained(path)
     assert not file.exists()
 
 
@@ -218,7 +218,7 @@ def test_a_file_cannot_change_what_others_use(tmp_path, module, name):
 def test_torchscript_is_not_run(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pth"))
     with pytest.raises(ValueError, match="truncated or not a checkpoint"):
-        read(str(tmp_path / "x.pth"))
+        read_pretrained(str(tmp_path / "x.pth"))
 
 
 # ---------------------------------------------------------------- names
@@ -251,14 +251,14 @@ NESTINGS = {
 
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_wrappers_are_taken_off(tmp_path, nesting):
-    checkpoint = read(save(tmp_path / "x.pth", NESTINGS[nesting]()))
+    checkpoint = read_pretrained(save(tmp_path / "x.pth", NESTINGS[nesting]()))
     check_equal(checkpoint.state)
     model = autoencoder(1)
-    assert not fit(model, checkpoint, need_decoder=True).fresh
+    assert not load_pretrained(model, checkpoint, need_decoder=True).fresh
 
 
 SEGMENTS = st.sampled_from(
-    [*foreign_names.WRAPPERS, "model", "backbone", "encoder", "net", "student", "teacher", "vit", "own"]
+    [*weight_names.WRAPPERS, "model", "backbone", "encoder", "net", "student", "teacher", "vit", "own"]
 )
 KEYS = st.sampled_from(["model", "state_dict", "model_state", "module", "teacher", "student", "ema", "model_ema", "x"])
 
@@ -268,7 +268,7 @@ KEYS = st.sampled_from(["model", "state_dict", "model_state", "module", "teacher
 def test_any_nesting_of_wrappers_gives_the_same_weights(prefix, keys, data):
     """Around the model, around each block, in dicts within dicts: the names and the bits are the model's own."""
     state = {}
-    blocks = {f"{part}.{n}": data.draw(st.lists(st.sampled_from(sorted(foreign_names.WRAPPERS)), max_size=2))
+    blocks = {f"{part}.{n}": data.draw(st.lists(st.sampled_from(sorted(weight_names.WRAPPERS)), max_size=2))
               for part, depth in (("blocks", 2), ("decoder_blocks", 1)) for n in range(depth)}  # fmt: skip
     for name, tensor in PLAIN.items():
         block = ".".join(name.split(".")[:2])
@@ -277,7 +277,7 @@ def test_any_nesting_of_wrappers_gives_the_same_weights(prefix, keys, data):
     content: dict = {**state, ".".join([*prefix, "n_averaged"]): torch.tensor(3)}
     for key in keys:
         content = {key: content, "epoch": 1, "lr": torch.tensor(0.1)}
-    weights, _ = foreign_names.select(content, "x.pth")
+    weights, _ = weight_names.select(content, "x.pth")
     assert weights is not None
     check_equal(weights.tensors)
 
@@ -294,7 +294,7 @@ def test_any_nesting_of_wrappers_gives_the_same_weights(prefix, keys, data):
     ],
 )
 def test_the_set_of_weights_that_was_read_is_named(tmp_path, content, label, unread):
-    checkpoint = read(save(tmp_path / "x.pth", content()))
+    checkpoint = read_pretrained(save(tmp_path / "x.pth", content()))
     check_equal(checkpoint.state)
     assert f"{label} was read, not {unread}." in " ".join(checkpoint.notes)
 
@@ -302,15 +302,15 @@ def test_the_set_of_weights_that_was_read_is_named(tmp_path, content, label, unr
 def test_sets_of_weights_that_no_rule_puts_in_order_are_refused(tmp_path):
     path = save(tmp_path / "x.pth", renamed("left.") | renamed("right.", AVERAGED))
     with pytest.raises(ValueError, match=r"x\.pth holds 2 sets of weights, left and right, and nothing says which"):
-        read(path)
+        read_pretrained(path)
     path = save(tmp_path / "y.pth", PLAIN | renamed("module.", AVERAGED))
     with pytest.raises(ValueError, match=r"y\.pth holds cls_token twice, as cls_token and as module\.cls_token"):
-        read(path)
+        read_pretrained(path)
 
 
 def test_what_a_prefix_leaves_out_is_named(tmp_path):
     state = renamed("model.backbone.", ENCODER) | {"model.head.weight": torch.ones(5, 24), "loss.centre": torch.ones(1)}
-    checkpoint = read(save(tmp_path / "x.pth", {"state_dict": state}))
+    checkpoint = read_pretrained(save(tmp_path / "x.pth", {"state_dict": state}))
     check_equal(checkpoint.state, ENCODER)
     assert checkpoint.head is None
     assert "Only names that begin with model.backbone. were read, not model.head.*, loss.*." in checkpoint.notes
@@ -319,11 +319,11 @@ def test_what_a_prefix_leaves_out_is_named(tmp_path):
 def test_the_prefixes_of_mae_pytorch_and_hugging_face_stay(tmp_path):
     """Their names have `encoder.` and `vit.` themselves."""
     names = {"encoder.patch_embed.proj.weight", "encoder_to_decoder.weight", "decoder.head.weight"}
-    weights, notes = foreign_names.select({f"module.{n}": torch.ones(1) for n in names}, "x")
+    weights, notes = weight_names.select({f"module.{n}": torch.ones(1) for n in names}, "x")
     assert weights is not None and weights.tensors.keys() == names and not notes
     names = {"encoder.patch_embed.proj.weight", "encoder.norm.weight"}  # the encoder of an unfinished file
-    weights, notes = foreign_names.select({"model": {n: torch.ones(1) for n in names}}, "x")
+    weights, notes = weight_names.select({"model": {n: torch.ones(1) for n in names}}, "x")
     assert weights is not None and weights.tensors.keys() == names and not notes
     names = {"vit.embeddings.patch_embeddings.projection.weight", "vit.encoder.layer.0.x.weight", "classifier.weight"}
-    weights, notes = foreign_names.select({"state_dict": {f"model.{n}": torch.ones(1) for n in names}}, "x")
+    weights, notes = weight_names.select({"state_dict": {f"model.{n}": torch.ones(1) for n in names}}, "x")
     assert weights is not None and weights.tensors.keys() == names and not notes
