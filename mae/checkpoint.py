@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors.torch
@@ -188,10 +188,10 @@ class Checkpoints:
         self,
         run: Path,
         *,
-        every_epochs: float,
-        every_minutes: float | None,
-        keep: int,
-        keep_every_epochs: float | None,
+        every_epochs: Annotated[float, "(0, inf)"],
+        every_minutes: Annotated[float, "(0, inf)"] | None,
+        keep: Annotated[int, "[1, inf)"],
+        keep_every_epochs: Annotated[float, "(0, inf)"] | None,
     ):
         self.run, self.keep, self.keep_every = run, keep, keep_every_epochs
         self.every_epochs, self.every_seconds = every_epochs, (every_minutes or float("inf")) * 60

@@ -8,14 +8,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import checkpoint, device, limits
-from mae.config.check import build, call, read, write_text
+from mae.config.build import build, call
+from mae.config.check import read, write_text
 from mae.config.schema import TRAINED
 from mae.data.workers import naming_killed_workers
 from mae.distributed.fsdp import beside, gathered
@@ -75,10 +76,10 @@ class Clock:
 def train(
     t: Training,
     *,
-    clip_grad: float | None,
-    log_every_steps: int,
-    eval_every_epochs: float,
-    max_bad_steps: int,
+    clip_grad: Annotated[float, "(0, inf)"] | None,
+    log_every_steps: Annotated[int, "[1, inf)"],
+    eval_every_epochs: Annotated[float, "(0, inf)"],
+    max_bad_steps: Annotated[int, "[1, inf)"],
     profile: bool,
 ) -> dict[str, Any]:
     """Trains to the end of the plan and returns the last validation's metrics.

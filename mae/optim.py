@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from timm.optim.lion import Lion
@@ -28,7 +28,11 @@ def layer_id(name: str, depth: int) -> int:
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None, no_decay: list[str]
+    model: nn.Module,
+    *,
+    weight_decay: Annotated[float, "[0, inf)"],
+    layer_decay: Annotated[float, "(0, 1]"] | None,
+    no_decay: list[str],
 ) -> list[dict[str, Any]]:
     """Trained parameters as optimizer groups of one learning-rate scale and one weight decay each.
 
@@ -60,7 +64,15 @@ class Schedule:
     A function of the fractional epoch. The peak is `base_lr * batch_size / 256` (Goyal et al., 2017).
     """
 
-    def __init__(self, batch_size: int, epochs: float, warmup_epochs: float, *, base_lr: float, min_lr: float):
+    def __init__(
+        self,
+        batch_size: int,
+        epochs: float,
+        warmup_epochs: float,
+        *,
+        base_lr: Annotated[float, "(0, inf)"],
+        min_lr: Annotated[float, "[0, inf)"],
+    ):
         self.peak = base_lr * batch_size / 256
         self.min_lr, self.epochs, self.warmup_epochs = min_lr, epochs, warmup_epochs
 
@@ -116,12 +128,14 @@ class LARS(torch.optim.Optimizer):
             old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 
-def adamw(groups: list[dict], *, betas: list[float], eps: float, fused: bool) -> torch.optim.Optimizer:
+def adamw(
+    groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]], eps: Annotated[float, "(0, inf)"], fused: bool
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019); `fused` makes one pass over each tensor."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
-def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
+def sgd(groups: list[dict], *, momentum: Annotated[float, "[0, 1)"], nesterov: bool) -> torch.optim.Optimizer:
     """SGD with momentum, fused where torch can, since a fused step can be skipped without the host's knowing."""
     weights = [p for group in groups for p in group["params"]]
     fused = not any(hasattr(p, "placements") for p in weights)  # torch 2.14 has no fused SGD of spread weights
@@ -138,17 +152,21 @@ def sgd(groups: list[dict], *, momentum: float, nesterov: bool) -> torch.optim.O
     return made
 
 
-def lars(groups: list[dict], *, momentum: float, trust_coefficient: float) -> torch.optim.Optimizer:
+def lars(
+    groups: list[dict], *, momentum: Annotated[float, "[0, 1)"], trust_coefficient: Annotated[float, "(0, inf)"]
+) -> torch.optim.Optimizer:
     """LARS, the linear probe's optimizer."""
     return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust_coefficient)
 
 
-def lion(groups: list[dict], *, betas: list[float]) -> torch.optim.Optimizer:
+def lion(groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]]) -> torch.optim.Optimizer:
     """Lion (Chen et al., 2023), timm's."""
     return Lion(groups, lr=1e-4, betas=(betas[0], betas[1]))
 
 
-def muon(groups: list[dict], *, betas: list[float], momentum: float) -> torch.optim.Optimizer:
+def muon(
+    groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]], momentum: Annotated[float, "[0, 1)"]
+) -> torch.optim.Optimizer:
     """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's, which orthogonalises in bfloat16."""
     device = groups[0]["params"][0].device
     if device.type == "cpu" and not has_bf16(device):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def make_plan(
     steps_per_epoch: int,
     devices: int,
     *,
-    epochs: float,
-    max_steps: int | None,
-    batch_size: int,
-    micro_batch_size: int | Literal["auto"] | None,
+    epochs: Annotated[float, "(0, inf)"],
+    max_steps: Annotated[int, "[1, inf)"] | None,
+    batch_size: Annotated[int, "[1, inf)"],
+    micro_batch_size: Annotated[int, "[1, inf)"] | Literal["auto"] | None,
     drop_last: bool,
 ) -> Plan:
     """Steps and accumulation from the config's numbers.

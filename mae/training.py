@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from mae import checkpoint, device, optim
-from mae.config.check import build, call
+from mae.config.build import build, call
 from mae.data.loader import EvalLoader, Loader
 from mae.data.source import fingerprint
 from mae.data.transforms import AUGMENTATIONS
@@ -197,7 +197,7 @@ def set_up(
     ranks: Ranks,
     tracker: jsonl.Tracker,
     *,
-    warmup_epochs: float,
+    warmup_epochs: Annotated[float, "[0, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> Training:
     """Builds the objects of a run, the same on every rank, and takes up its newest checkpoint."""

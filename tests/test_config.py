@@ -3,7 +3,9 @@
 import copy
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from conftest import ROOT, composed
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config import check, ranges
+from mae.config import build, check, schema, values
 from mae.config.check import ConfigError
 
 GROUPS = {
@@ -59,7 +61,7 @@ def test_every_model_builds_from_its_yaml(model):
 
     cfg = composed(f"model={model}", FITTING.get(model, "model.img_size=32"))
     with torch.device("meta"):
-        built = check.call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+        built = build.call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
     assert len(built.blocks) == cfg.model.depth
 
 
@@ -70,11 +72,11 @@ def default() -> DictConfig:
         return compose("config")
 
 
-def refused(**values) -> str:
+def refused(**changes) -> str:
     """The message for a config with a wrong value (`group__key=value`), past Hydra's own grammar."""
     cfg = copy.deepcopy(default())
     OmegaConf.set_struct(cfg, False)
-    for key, value in values.items():
+    for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     with pytest.raises(ConfigError) as caught:
         check.check(check.resolve(cfg))
@@ -82,7 +84,7 @@ def refused(**values) -> str:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("changes", "message"),
     [
         ({"task__mask_ratio": 1.5}, "task.mask_ratio must lie in (0, 1), got 1.5."),
         ({"task__mask_ratio": "much"}, "task.mask_ratio must be a number, got 'much'."),
@@ -147,8 +149,8 @@ def refused(**values) -> str:
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_wrong_values_are_refused_in_plain_words(values, message):
-    told = refused(**values)
+def test_wrong_values_are_refused_in_plain_words(changes, message):
+    told = refused(**changes)
     assert message in told
     assert len(told.splitlines()) == 1
 
@@ -188,20 +190,100 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_task():
     assert composed("task.epochs=25").task.epochs == 25
 
 
-@given(st.sampled_from(sorted(ranges.INTERVALS)), st.floats(allow_nan=False, width=32))
-def test_an_interval_in_words_is_the_interval(key, value):
-    interval = ranges.INTERVALS[key]
+def intervals() -> dict[str, str]:
+    """Key -> interval, of every group, whatever is chosen of it."""
+    hints = {key: hint for key, hint in schema.signature(schema.TOP).items()}
+    for group, entries in schema.SCHEMA.items():
+        tables = [schema.table(entry.removesuffix("[name]")) for entry in entries if entry.endswith("[name]")]
+        for name in tables[0] if tables else [None]:
+            hints |= {f"{group}.{key}": hint for key, hint in schema.schema(group, name).items()}
+    intervals_of_keys = {key: values.interval_of(hint) for key, hint in hints.items()}
+    return {key: interval for key, interval in intervals_of_keys.items() if interval is not None}
+
+
+INTERVALS = intervals()
+
+
+def test_the_numbers_of_every_group_have_intervals():
+    assert len(INTERVALS) > 100
+    assert INTERVALS["seed"] == "[0, 4294967295]" and INTERVALS["task.mask_ratio"] == "(0, 1)"
+    assert INTERVALS["optimizer.betas"] == "[0, 1)" and INTERVALS["task.micro_batch_size"] == "[1, inf)"
+
+
+@given(st.sampled_from(sorted(INTERVALS)), st.floats(allow_nan=False, width=32), st.booleans())
+def test_an_interval_in_words_is_the_interval(key, value, in_list):
+    interval = INTERVALS[key]
     low, high = (float(x) for x in interval[1:-1].split(","))
     inside = (value > low or (value == low and interval[0] == "[")) and (
         value < high or (value == high and interval[-1] == "]")
     )
-    cfg: dict = {}
-    node = cfg
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-    node[leaf] = value
-    assert bool(list(ranges.ranges(cfg))) is not inside
+    assert bool(list(values.out_of_range(key, [value] if in_list else value, interval))) is not inside
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: Annotated[int, "[1, inf)"]
+
+
+@dataclass(frozen=True)
+class Outer(Inner):
+    rates: list[Annotated[float, "(0, 1)"]]
+
+
+SIZE = Literal["small", "large"]
+SETTINGS = """
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+SIZE = Literal["small", "large"]
+
+@dataclass(frozen=True)
+class Inner:
+    width: Annotated[int, "[1, inf)"]
+
+@dataclass(frozen=True)
+class Outer(Inner):
+    rates: list[Annotated[float, "(0, 1)"]]
+
+@dataclass(frozen=True)
+class Whole:
+    outer: Outer
+    size: SIZE | None
+"""
+
+
+@dataclass(frozen=True)
+class Whole:
+    outer: Outer
+    size: SIZE | None
+
+
+def takes_settings(first: int, *, settings: Whole, depth: int, runtime: str) -> tuple[int, Whole, int, str]:
+    return first, settings, depth, runtime
+
+
+def test_the_fields_of_a_settings_dataclass_are_keys(tmp_path, monkeypatch):
+    (tmp_path / "settings.py").write_text(SETTINGS)
+    (tmp_path / "user.py").write_text(
+        "from mae.settings import Whole\ndef takes_settings(first: int, *, settings: Whole, depth: int): ...\n"
+    )
+    monkeypatch.setattr(schema, "ROOT", tmp_path)
+    keys = schema.signature.__wrapped__("user:takes_settings")
+    assert list(keys) == ["width", "rates", "size", "depth"]
+    assert (
+        values.interval_of(keys["width"]) == "[1, inf)"
+        and values.describe(keys["size"]) == "one of small, large or null"
+    )
+    assert list(values.out_of_range("rates", [0.5, 2.0], values.interval_of(keys["rates"])))
+    assert schema.signature.__wrapped__("settings:Whole") == {key: keys[key] for key in ("width", "rates", "size")}
+
+
+def test_a_settings_dataclass_is_built_from_the_keys_of_the_config():
+    cfg = OmegaConf.create({"name": "x", "width": 3, "rates": [0.5], "size": "small", "depth": 2})
+    whole = Whole(Outer(3, [0.5]), "small")
+    assert build.call(takes_settings, cfg, 1, runtime="r") == (1, whole, 2, "r")
+    assert build.call(takes_settings, cfg, 1, runtime="r", settings=whole) == (1, whole, 2, "r")
+    assert build.call(Whole, cfg) == whole and build.build({"x": Whole}, cfg) == whole
 
 
 @settings(max_examples=30, deadline=None)

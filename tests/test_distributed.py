@@ -23,7 +23,7 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_here
 from torch.distributed.tensor import DTensor
 
 from mae import checkpoint, engine, training
-from mae.config.check import call
+from mae.config.build import call
 from mae.distributed.fsdp import gathered, held, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.launch import launch

@@ -50,7 +50,7 @@ def on(root: Path, *more: str) -> list[str]:
 def measured(root: Path, run: Path) -> np.ndarray:
     """All pixels that are not held out, by another way."""
     from mae import data
-    from mae.config.check import build
+    from mae.config.build import build
 
     cfg = composed("task=stats", *on(root))
     source = build(data.SOURCES, cfg.data, "train")

@@ -126,7 +126,7 @@ def test_a_step_that_the_device_skips_leaves_no_trace(name, bad):
     """The first or the second of three is not finite: weights are bit for bit those of the other two alone."""
     from conftest import composed
 
-    from mae.config.check import build
+    from mae.config.build import build
 
     cfg = composed(f"optimizer={name}").optimizer
     gradients = [torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
@@ -177,7 +177,7 @@ def test_muon_warns_where_its_bfloat16_is_emulated(its_own, monkeypatch, caplog)
 def test_every_optimizer_lowers_a_loss_and_its_state_survives_a_save(name):
     from conftest import composed
 
-    from mae.config.check import build
+    from mae.config.build import build
 
     torch.manual_seed(0)
     cfg = composed(f"optimizer={name}").optimizer

@@ -14,7 +14,7 @@ from conftest import TINY, TINY_PRETRAIN, composed, run_cli, run_here
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae import device, engine, optim
-from mae.config.check import build, call
+from mae.config.build import build, call
 from mae.data import SOURCES
 from mae.distributed.ranks import Ranks
 from mae.models import layers

@@ -16,7 +16,8 @@ from PIL import Image
 
 from mae import checkpoint
 from mae.config import rules
-from mae.config.check import ConfigError, build
+from mae.config.build import build
+from mae.config.check import ConfigError
 from mae.config.compose import composed as compose
 from mae.data import pack
 from mae.data.sampler import Sampler

@@ -5,13 +5,12 @@ from it (see `mae.config.schema`).
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import os
 import secrets
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae.config import rules
-from mae.config.ranges import ranges
-from mae.config.schema import SCHEMA, TOP, conform, describe, keyword_only, near, schema, table
+from mae.config.schema import SCHEMA, TOP, schema, signature, table
+from mae.config.values import conform, describe, interval_of, near, out_of_range
 from mae.config.versions import completed
 from mae.runs.file_system import full_disk
 
@@ -88,53 +87,64 @@ def resolve(cfg: DictConfig) -> DictConfig:
 # ---------------------------------------------------------------- check
 
 
-def _check_keys(path: str, given: Mapping, known: dict[str, Any], out: dict, problems: list[str]) -> None:
-    prefix = f"{path}." if path else ""
-    for key in given:
-        if key not in known:
-            problems.append(f"{prefix}{key} is not a key of the configuration.{near(key, list(known))}")
-    for key, hint in known.items():
-        if key not in given:
-            problems.append(f"{prefix}{key} is missing: add it, as {prefix}{key}=...")
-            continue
-        try:
-            out[key] = conform(given[key], hint)
-        except TypeError:
-            shown = "null" if given[key] is None else repr(given[key])
-            choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
-            hint_text = near(given[key], choices) if choices else ""
-            problems.append(f"{prefix}{key} must be {describe(hint)}, got {shown}.{hint_text}")
+class _Checked:
+    """Sections of a config with every value of its type, and what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.problems: list[str] = []  # keys and types
+        self.out_of_range: list[str] = []
+
+    def add(self, group: str, section: Mapping[str, object], known: Mapping[str, Any]) -> None:
+        """Checks a group, or with an empty name the keys that belong to none."""
+        prefix = f"{group}." if group else ""
+        values = self.config.setdefault(group, {}) if group else self.config
+        for key in section:
+            if key not in known:
+                self.problems.append(f"{prefix}{key} is not a key of the configuration.{near(key, known)}")
+        for key, hint in known.items():
+            if key not in section:
+                self.problems.append(f"{prefix}{key} is missing: add it, as {prefix}{key}=...")
+                continue
+            value = section[key]
+            try:
+                values[key] = conform(value, hint)
+            except TypeError:
+                choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
+                suggestion = near(str(value), choices) if choices else ""
+                got = "null" if value is None else repr(value)
+                self.problems.append(f"{prefix}{key} must be {describe(hint)}, got {got}.{suggestion}")
+            else:
+                self.out_of_range += out_of_range(f"{prefix}{key}", values[key], interval_of(hint))
 
 
 def check(cfg: DictConfig, values: bool = True) -> DictConfig:
     """The same config with every value of its type. Raises ConfigError listing all that is wrong: unknown, misspelt,
     missing and mistyped keys; then, unless `values` is false, values out of range, then contradictions."""
-    given = OmegaConf.to_container(cfg)
-    assert isinstance(given, dict)
-    problems: list[str] = []
-    out: dict[str, Any] = {}
-    top = {str(k): v for k, v in given.items() if k not in SCHEMA}
-    _check_keys("", top, keyword_only(TOP), out, problems)
-    for group in SCHEMA:
-        section = given.get(group)
+    tree = plain(cfg)
+    checked = _Checked()
+    checked.add("", {key: value for key, value in tree.items() if key not in SCHEMA}, signature(TOP))
+    for group, entries in SCHEMA.items():
+        section = tree.get(group)
         if not isinstance(section, dict):
-            problems.append(f"{group} is missing: choose one, as {group}=...")
+            checked.problems.append(f"{group} is missing: choose one, as {group}=...")
             continue
         name = section.get("name")
-        tables = [p.removesuffix("[name]") for p in SCHEMA[group] if p.endswith("[name]")]
+        tables = [entry.removesuffix("[name]") for entry in entries if entry.endswith("[name]")]
         if tables and name not in table(tables[0]):
             known = sorted(table(tables[0]))
-            problems.append(f"{group}.name must be one of {', '.join(known)}, got {name!r}.{near(str(name), known)}")
+            problem = f"{group}.name must be one of {', '.join(known)}, got {name!r}.{near(str(name), known)}"
+            checked.problems.append(problem)
             continue
-        out[group] = {}
-        _check_keys(group, section, schema(group, name), out[group], problems)
+        checked.add(group, section, schema(group, name))
+    problems = checked.problems
     if not problems and values:
-        problems = list(ranges(out)) or list(rules.contradictions(out))
+        problems = checked.out_of_range or list(rules.contradictions(checked.config))
     if problems:
         raise ConfigError("\n".join(problems))
-    made = OmegaConf.create(out)
-    OmegaConf.set_readonly(made, True)
-    return made
+    config = OmegaConf.create(checked.config)
+    OmegaConf.set_readonly(config, True)
+    return config
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -213,22 +223,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(full_disk(error) or f"{path} cannot be written ({error.strerror}).") from error
-
-
-# ---------------------------------------------------------------- build
-
-
-def build(table: Mapping[str, Callable], cfg: Mapping, *args: Any, **runtime: Any) -> Any:
-    """`table[cfg.name]` called with the runtime objects and those of the config's keys that it takes."""
-    return call(table[cfg["name"]], cfg, *args, **runtime)
-
-
-def call(function: Callable, cfg: Mapping, *args: Any, **runtime: Any) -> Any:
-    """A function called with the runtime objects and those of the config's keys that it takes."""
-    wanted = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    plain = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
-    assert isinstance(plain, dict)
-    return function(*args, **{k: plain[k] for k in wanted if k in plain and k not in runtime}, **runtime)
 
 
 # ---------------------------------------------------------------- identity of a run

@@ -1,20 +1,20 @@
 """The schema of a config: keys and types, read from the signatures of what is built from it.
 
-They are read from the source (`ast`), so that a config is checked before anything heavy is imported.
+A key is a keyword-only parameter, or a field of a dataclass that is the annotation of one (or stands in SCHEMA). They
+are read from the source (`ast`), so that a config is checked before anything heavy is imported.
 """
 
 import ast
-import difflib
+import builtins
 import functools
-import types
 import typing
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 ROOT = Path(__file__).parents[1]
 
-# Where a group's keys are declared: functions whose keyword-only parameters they are.
+# Where a group's keys are declared: functions whose keyword-only parameters they are, or dataclasses.
 # [name] stands for the entry that the group's `name` chooses from a table, or from one of several (a|b).
 SCHEMA = {
     "model": ["models.mae:MaskedAutoencoder"],
@@ -29,14 +29,24 @@ SCHEMA = {
 }
 TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.train
 TRAIN_SCHEMA = ["plan:make_plan", "training:set_up", "engine:train", "perf.compile:accelerate"]
-TOP = ast.parse(
-    "def top(*, seed: int, output_dir: str | None, init: str | None, resume: str | None,"
-    " dry_run: bool, tensorboard: bool, device: Literal['auto', 'cpu', 'cuda', 'mps']): ..."
-).body[0]
-# What may change between two starts of one run: where and how it runs, not what it computes.
+TOP = "config.schema:TopLevel"
+TYPING = vars(typing)
 
 
-# ---------------------------------------------------------------- signatures, read from the source
+@dataclass(frozen=True)
+class TopLevel:
+    """The keys that belong to no group."""
+
+    seed: Annotated[int, "[0, 4294967295]"]
+    output_dir: str | None
+    init: str | None
+    resume: str | None
+    dry_run: bool
+    tensorboard: bool
+    device: Literal["auto", "cpu", "cuda", "mps"]
+
+
+# ---------------------------------------------------------------- definitions, read from the source
 
 
 @functools.cache
@@ -70,91 +80,60 @@ def table(where: str) -> dict[str, str]:
         return table(first) | table(others)
     module, node = _find(*where.split(":"))
     assert isinstance(node, ast.Dict)
-    found = {}
+    entries = {}
     for key, value in zip(node.keys, node.values, strict=True):
         assert isinstance(key, ast.Constant) and isinstance(value, ast.Name)
-        found[str(key.value)] = f"{module}:{value.id}"
-    return found
+        entries[str(key.value)] = f"{module}:{value.id}"
+    return entries
 
 
-def keyword_only(node: ast.AST) -> dict[str, Any]:
-    if isinstance(node, ast.ClassDef):
+def _keys(module: str, node: ast.AST) -> dict[str, Any]:
+    """Key -> type of a function's keyword-only parameters, of those of a class, or of a dataclass's fields."""
+    if isinstance(node, ast.ClassDef) and not any("dataclass" in ast.unparse(name) for name in node.decorator_list):
         node = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-    assert isinstance(node, ast.FunctionDef)
-    names = vars(typing) | {"__builtins__": __builtins__}
-    return {
-        arg.arg: eval(compile(ast.Expression(arg.annotation), "<annotation>", "eval"), names)  # type: ignore[arg-type]
-        for arg in node.args.kwonlyargs
-    }
+    keys: dict[str, Any] = {}
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            keys |= _keys(*_find(module, ast.unparse(base)))
+        declared = [(ast.unparse(n.target), n.annotation) for n in node.body if isinstance(n, ast.AnnAssign)]
+    else:
+        assert isinstance(node, ast.FunctionDef)
+        declared = [(arg.arg, arg.annotation) for arg in node.args.kwonlyargs if arg.annotation is not None]
+    for name, annotation in declared:
+        if isinstance(annotation, ast.Name) and isinstance(_meaning(module, annotation.id), ast.ClassDef):
+            keys |= _keys(*_find(module, annotation.id))
+        else:
+            keys[name] = _type(module, annotation)
+    return keys
+
+
+def _meaning(module: str, name: str) -> ast.AST | None:
+    """The definition of a name of ours; None for one of Python's."""
+    return None if hasattr(builtins, name) or name in TYPING else _find(module, name)[1]
+
+
+def _type(module: str, annotation: ast.AST) -> Any:
+    """The type that an annotation means; it may name others, as `Size = int | list[int]`."""
+    assert isinstance(annotation, ast.expr)
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    aliases = {name: _type(*_find(module, name)) for name in names if _meaning(module, name) is not None}
+    return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), TYPING | aliases)
 
 
 @functools.cache
 def signature(where: str) -> dict[str, Any]:
     """Key -> type of what `module:callable` takes from a config."""
-    return keyword_only(_find(*where.split(":"))[1])
+    return _keys(*_find(*where.split(":")))
 
 
 def schema(group: str, name: str | None) -> dict[str, Any]:
     """Key -> type of a whole group, for the choice `name`."""
-    places = SCHEMA[group] + (TRAIN_SCHEMA if group == "task" and name in TRAINED else [])
-    found: dict[str, Any] = {"name": str} if any("[name]" in p for p in places) or group == "model" else {}
-    for place in places:
-        if place.endswith("[name]"):
-            place = table(place.removesuffix("[name]"))[str(name)]
-        found |= signature(place)
+    entries = SCHEMA[group] + (TRAIN_SCHEMA if group == "task" and name in TRAINED else [])
+    keys: dict[str, Any] = {"name": str} if any("[name]" in e for e in entries) or group == "model" else {}
+    for entry in entries:
+        if entry.endswith("[name]"):
+            entry = table(entry.removesuffix("[name]"))[str(name)]
+        keys |= signature(entry)
     if group == "model":
-        found.pop("norm_pix_loss")  # belongs to the task, with the reference's name for it
-    return found
-
-
-# ---------------------------------------------------------------- values and types
-
-
-def near(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """' Did you mean X?' where one of the known words is close."""
-    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.55)
-    return f" Did you mean {match[0]}?" if match else ""
-
-
-def describe(hint: Any) -> str:
-    """A type in words."""
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(describe(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return f"a list, each {describe(typing.get_args(hint)[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {type(None): "null", dict: "a mapping", list: "a list"}
-    return words[hint]
-
-
-def conform(value: Any, hint: Any) -> Any:
-    """The value as the type wants it (int -> float, 'None' -> None); raises TypeError where it is none."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        # W&B's agent hands None over as a word
-        if types.NoneType in args and (value is None or value in ("None", "null")):
-            return None
-        for arg in sorted(args, key=lambda a: a is str):
-            try:
-                return conform(value, arg)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is typing.Literal:
-        for arg in args:
-            if type(value) is type(arg) and value == arg:
-                return value
-        raise TypeError
-    if origin is list and isinstance(value, list):
-        return [conform(item, args[0]) for item in value]
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is dict and isinstance(value, Mapping):
-        return dict(value)
-    if hint in (int, bool, str, types.NoneType, list) and type(value) is hint:
-        return value
-    raise TypeError
+        keys.pop("norm_pix_loss")  # belongs to the task, with the reference's name for it
+    return keys

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae.config.compose import CONF, chosen_groups, composed
-from mae.config.schema import SCHEMA, TOP, keyword_only, schema, table
+from mae.config.schema import SCHEMA, TOP, schema, signature, table
 
 GROUPS = ("task", "model", "data", "launcher")  # whose choice decides the defaults of the others
 CHOSEN = (*SCHEMA, "recipe", "experiment")
@@ -16,7 +16,7 @@ CHOSEN = (*SCHEMA, "recipe", "experiment")
 
 def known_keys(config: Mapping[str, Any]) -> set[str]:
     """All keys of today, as `group.key`, for the choices of a config. A group with an unknown choice is left out."""
-    keys = set(keyword_only(TOP))
+    keys = set(signature(TOP))
     for group in SCHEMA:
         section = config.get(group)
         name = section.get("name") if isinstance(section, Mapping) else None

@@ -1,6 +1,6 @@
 """Data: sources of images (one YAML and one function each), decoding, resumable sampling, loading."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from mae.data.shards.source import tar_shards
 from mae.data.sources.folder import classes_of, image_folder
@@ -52,15 +52,15 @@ class Description(NamedTuple):
 def describe(
     *,
     root: str | None,
-    img_size: int | list[int],
-    in_chans: int,
-    num_classes: int | None,
+    img_size: Annotated[int, "[1, inf)"] | list[Annotated[int, "[1, inf)"]],
+    in_chans: Annotated[int, "[1, inf)"],
+    num_classes: Annotated[int, "[1, inf)"] | None,
     mean: list[float],
-    std: list[float],
-    min_crop: float,
+    std: list[Annotated[float, "(0, inf)"]],
+    min_crop: Annotated[float, "[0, 1]"],
     hflip: bool,
-    crop_fraction: float | None,
-    train_images: int | None,
+    crop_fraction: Annotated[float, "(0, 1]"] | None,
+    train_images: Annotated[int, "[1, inf)"] | None,
 ) -> Description:
     """The facts of a data set, as its YAML states them."""
     return Description(root, img_size, in_chans, num_classes, mean, std, min_crop, hflip, crop_fraction, train_images)

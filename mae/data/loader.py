@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from torch import Tensor
@@ -50,14 +50,14 @@ class Loader:
         pin_memory: bool = False,
         bad_csv: str | Path | None = None,
         *,
-        num_workers: int | None,
+        num_workers: Annotated[int, "[0, inf)"] | None,
         workers: Literal["auto", "thread", "process"],
-        prefetch: int,
-        timeout_s: float,
-        repeats: int,
-        fraction: float,
-        per_class: int | None,
-        max_bad_fraction: float,
+        prefetch: Annotated[int, "[1, inf)"],
+        timeout_s: Annotated[float, "(0, inf)"],
+        repeats: Annotated[int, "[1, inf)"],
+        fraction: Annotated[float, "(0, 1]"],
+        per_class: Annotated[int, "[1, inf)"] | None,
+        max_bad_fraction: Annotated[float, "[0, 1]"],
     ):
         self.source = reduced(source, fraction, per_class, seed)
         self.timeout_s = timeout_s

@@ -7,7 +7,7 @@ nor on where a run was resumed.
 The flip is drawn with the sample but done on the device, after the transfer, with the normalisation.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +147,12 @@ def _need_rgb(image: Tensor, name: str) -> None:
 
 
 def random_resized_crop(
-    *, img_size: int | list[int], scale: list[float], ratio: list[float], min_crop: float, hflip: bool
+    *,
+    img_size: int | list[int],
+    scale: list[Annotated[float, "(0, 1]"]],
+    ratio: list[Annotated[float, "(0, inf)"]],
+    min_crop: float,
+    hflip: bool,
 ) -> RandomResizedCrop:
     """Random box of `scale` of the area and `ratio` of width to height, resized to `img_size`.
 
@@ -159,12 +164,12 @@ def random_resized_crop(
 def rand_augment(
     *,
     img_size: int | list[int],
-    scale: list[float],
-    ratio: list[float],
+    scale: list[Annotated[float, "(0, 1]"]],
+    ratio: list[Annotated[float, "(0, inf)"]],
     min_crop: float,
     hflip: bool,
     policy: str,
-    erase_prob: float,
+    erase_prob: Annotated[float, "[0, 1]"],
     mean: list[float],
     std: list[float],
 ) -> RandAugment:
@@ -176,14 +181,14 @@ def rand_augment(
 def color_jitter(
     *,
     img_size: int | list[int],
-    scale: list[float],
-    ratio: list[float],
+    scale: list[Annotated[float, "(0, 1]"]],
+    ratio: list[Annotated[float, "(0, inf)"]],
     min_crop: float,
     hflip: bool,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
+    brightness: Annotated[float, "[0, inf)"],
+    contrast: Annotated[float, "[0, inf)"],
+    saturation: Annotated[float, "[0, inf)"],
+    hue: Annotated[float, "[0, 0.5]"],
 ) -> ColorJitter:
     """Random resized crop and colour jitter (an ablation of the paper, table 1e)."""
     crop = random_resized_crop(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -148,7 +148,13 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(device: str, *, timeout_s: float, rendezvous_timeout_s: float, sharding: Literal["none", "full"]) -> Ranks:
+def start(
+    device: str,
+    *,
+    timeout_s: Annotated[float, "(0, inf)"],
+    rendezvous_timeout_s: Annotated[float, "[1, inf)"],
+    sharding: Literal["none", "full"],
+) -> Ranks:
     """Joins the other ranks, as torchrun's environment variables name them.
 
     An exchange that takes longer than `timeout_s` ends the run; `sharding="full"` spreads weights over ranks. Raises

@@ -17,13 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mae import limits
 from mae.config import check
-from mae.config.check import ConfigError, build
+from mae.config.build import build
+from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
 from mae.config.overrides import assignment, parsed, pasted
 from mae.config.paths import absolute
 from mae.config.rules import READERS, missing_init
-from mae.config.schema import near
+from mae.config.values import near
 from mae.launch.local import RankFailed, inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare

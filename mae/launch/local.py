@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 
 def work(run: str) -> int:
@@ -63,7 +63,7 @@ def inline(run: Path) -> int:
     return work(str(run))
 
 
-def local(run: Path, *, processes: int) -> int:
+def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
     """In `processes` processes of this machine; where torchrun started us, as one of its."""
     if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return work(str(run))

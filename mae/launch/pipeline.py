@@ -9,13 +9,14 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import check
-from mae.config.check import ConfigError, call, write_text
+from mae.config.build import call
+from mae.config.check import ConfigError, write_text
 from mae.config.compose import chosen_groups
 from mae.config.from_run import FOLLOWS
 from mae.config.overrides import key_of
@@ -40,7 +41,7 @@ def pipeline(
     choices: Mapping[str, str],
     *,
     stages: list[Literal["pretrain", "linprobe", "finetune", "knn", "evaluate", "visualize", "export"]],
-    mask_ratio: float | None,
+    mask_ratio: Annotated[float, "(0, 1)"] | None,
     overrides: dict,
 ) -> tuple[int, dict[str, Any] | None]:
     """Runs the stages in order; returns the exit code, and the summary once all are finished.

@@ -1,7 +1,7 @@
 """The masked autoencoder (He et al., arXiv 2111.06377) with the reference implementation's state dict."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +39,16 @@ class MaskedAutoencoder(nn.Module):
     def __init__(
         self,
         *,
-        img_size: int | list[int],
-        patch_size: int | list[int],
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
+        img_size: Annotated[int, "[1, inf)"] | list[Annotated[int, "[1, inf)"]],
+        patch_size: Annotated[int, "[1, inf)"] | list[Annotated[int, "[1, inf)"]],
+        in_chans: Annotated[int, "[1, inf)"],
+        embed_dim: Annotated[int, "[1, inf)"],
+        depth: Annotated[int, "[1, inf)"],
+        num_heads: Annotated[int, "[1, inf)"],
+        mlp_ratio: Annotated[float, "(0, inf)"],
+        decoder_embed_dim: Annotated[int, "[1, inf)"],
+        decoder_depth: Annotated[int, "[1, inf)"],
+        decoder_num_heads: Annotated[int, "[1, inf)"],
         norm_pix_loss: bool,
     ):
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae.config.check import call
+from mae.config.build import call
 from mae.data.source import Source
 from mae.data.transforms import Prepare
 from mae.metrics import Collector, Results

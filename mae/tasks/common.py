@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mae import data, device
 from mae.checkpoint import step_name, weights_digest
-from mae.config.check import build, call, write_text
+from mae.config.build import build, call
+from mae.config.check import write_text
 from mae.config.from_run import run_of, stands_for
 from mae.config.rules import missing_init
 from mae.data.crops import pair

@@ -4,14 +4,14 @@ import csv
 import logging
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from mae import data, device
-from mae.config.check import build, call
+from mae.config.build import build, call
 from mae.data.source import Source
 from mae.data.sources.robustness import Robustness, corruption_errors, synsets
 from mae.data.transforms import Prepare
@@ -44,10 +44,10 @@ def evaluate(
     ranks: Any,
     tracker: Any,
     *,
-    batch_size: int,
+    batch_size: Annotated[int, "[1, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
     predictions: Literal["csv", "parquet"],
-    calibration_bins: int,
+    calibration_bins: Annotated[int, "[1, inf)"],
 ) -> dict[str, Any]:
     """top1, top5, loss, calibration, and per class; predictions with file names and pictures in the run."""
     begun = time.perf_counter()
@@ -114,7 +114,7 @@ def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int
     count, pool = (theirs.classes, theirs.pool) if theirs else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
     if theirs is not None and theirs.batch_norm:
-        model.head = probe_head(model.embed_dim, count)
+        model.add_module("head", probe_head(model.embed_dim, count))
     load_pretrained(model, pretrained, head="require")
     return model.eval()
 

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae.config.check import call
+from mae.config.build import call
 from mae.data.transforms import Prepare
 from mae.models.vit import classifier
 from mae.tasks.common import need_init, read_from, warn_of_statistics
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        images = self.prepare(batch["image"], batch.get("flip")).to(self.model.pos_embed.dtype)
+        images = self.prepare(batch["image"], batch.get("flip")).to(next(self.model.parameters()).dtype)
         return self.model(images).float()
 
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
-from mae.config.check import call
+from mae.config.build import call
 from mae.data.source import Source
 from mae.distributed.fsdp import held, load
 from mae.models.vit import classifier
@@ -37,15 +37,15 @@ class Finetune(Classify):
         val_set: Source,
         *,
         global_pool: Literal["avg", "token"],
-        drop_path: float,
-        patch_drop: float,
-        finetune_blocks: float | None,
-        mixup: float,
-        cutmix: float,
-        mixup_prob: float,
-        mixup_switch_prob: float,
-        label_smoothing: float,
-        ema_decay: float | None,
+        drop_path: Annotated[float, "[0, 1)"],
+        patch_drop: Annotated[float, "[0, 1)"],
+        finetune_blocks: Annotated[float, "[0, inf)"] | None,
+        mixup: Annotated[float, "[0, inf)"],
+        cutmix: Annotated[float, "[0, inf)"],
+        mixup_prob: Annotated[float, "[0, 1]"],
+        mixup_switch_prob: Annotated[float, "[0, 1]"],
+        label_smoothing: Annotated[float, "[0, 1)"],
+        ema_decay: Annotated[float, "(0, 1)"] | None,
     ):
         super().__init__(cfg, val_set)
         classes = len(self.classes)

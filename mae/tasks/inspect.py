@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import device, optim
-from mae.config.check import build, call
+from mae.config.build import build, call
 from mae.data.crops import pair
 from mae.data.loader import Loader
 from mae.data.source import Source
@@ -40,13 +40,13 @@ def inspect(
     ranks: Any,
     tracker: Any,
     *,
-    batch_size: int,
-    num_images: int,
-    measured_images: int,
-    max_workers: int | None,
-    batches: int,
+    batch_size: Annotated[int, "[1, inf)"],
+    num_images: Annotated[int, "[1, inf)"],
+    measured_images: Annotated[int, "[1, inf)"],
+    max_workers: Annotated[int, "[1, inf)"] | None,
+    batches: Annotated[int, "[1, inf)"],
     step: Literal["pretrain", "finetune"] | None,
-    mask_ratio: float,
+    mask_ratio: Annotated[float, "(0, 1)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> dict[str, Any]:
     """`images/samples.png` and `sizes.png`, `classes.csv`, and figures in the summary. One rank looks."""

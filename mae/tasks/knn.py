@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -115,10 +115,10 @@ def knn(
     ranks: Any,
     tracker: Any,
     *,
-    k: list[int],
-    temperature: float,
+    k: list[Annotated[int, "[1, inf)"]],
+    temperature: Annotated[float, "(0, inf)"],
     global_pool: Literal["avg", "token"],
-    batch_size: int,
+    batch_size: Annotated[int, "[1, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> dict[str, Any]:
     """Classifies the validation images by the training images' features."""

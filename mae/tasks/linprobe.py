@@ -1,7 +1,7 @@
 """Linear probing (arXiv 2111.06377, A.1, table 10): a frozen encoder, BatchNorm without affine, one matrix."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae.config.check import call
+from mae.config.build import call
 from mae.data.source import Source
 from mae.metrics import Collector
 from mae.models.vit import classifier
@@ -32,7 +32,7 @@ class Linprobe(Classify):
         *,
         global_pool: Literal["avg", "token"],
         cached_features: bool,  # this one and the next are for `linprobe_cached`
-        learning_rates: list[float] | None,
+        learning_rates: list[Annotated[float, "(0, inf)"]] | None,
     ):
         super().__init__(cfg, val_set)
         classes = len(self.classes)

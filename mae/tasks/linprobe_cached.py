@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import checkpoint, device, optim
-from mae.config.check import build, call
+from mae.config.build import build, call
 from mae.data.source import reduced
 from mae.metrics import Collector, Results
 from mae.plan import make_plan, steps_in_epoch

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import device
-from mae.config.check import call
+from mae.config.build import call
 from mae.data.transforms import Prepare
 from mae.models.mae import MaskedAutoencoder
 from mae.tasks import images as pictures
@@ -27,13 +27,13 @@ class Pretrain(nn.Module):
         cfg: DictConfig,
         val_set: Any,
         *,
-        mask_ratio: float,
+        mask_ratio: Annotated[float, "(0, 1)"],
         norm_pix_loss: bool,
-        num_images: int,
-        eval_mask_ratios: list[float],
-        knn_every_epochs: float | None,
-        knn_images: int,
-        knn_k: int,
+        num_images: Annotated[int, "[1, inf)"],
+        eval_mask_ratios: list[Annotated[float, "(0, 1)"]],
+        knn_every_epochs: Annotated[float, "(0, inf)"] | None,
+        knn_images: Annotated[int, "[1, inf)"],
+        knn_k: Annotated[int, "[1, inf)"],
     ):
         super().__init__()
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)

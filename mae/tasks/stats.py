@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from mae import data
-from mae.config.check import build
+from mae.config.build import build
 from mae.data.dataset import Bad
 from mae.data.source import Source, reduced
 from mae.data.stats import statistics

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import data, device
-from mae.config.check import build, call, write_text
+from mae.config.build import build, call
+from mae.config.check import write_text
 from mae.data import transforms
 from mae.data.decode import Decoder
 from mae.data.source import BadImage, Source, Subset
@@ -63,8 +64,8 @@ def visualize(
     tracker: Any,
     *,
     files: list[str] | None,
-    num_images: int,
-    mask_ratios: list[float],
+    num_images: Annotated[int, "[1, inf)"],
+    mask_ratios: list[Annotated[float, "(0, 1)"]],
     masks: list[Literal["random", "block", "grid"]],
     reconstruction: bool,
     attention: bool,

@@ -1,7 +1,7 @@
 """How long a run would take and what it would cost, from its operations and a rate. Computed, not measured."""
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -17,10 +17,10 @@ def forecast(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    tflops: float | None,
-    utilisation: float,
-    loader_images_per_second: float | None,
-    cost_per_hour: float | None,
+    tflops: Annotated[float, "(0, inf)"] | None,
+    utilisation: Annotated[float, "(0, 1]"],
+    loader_images_per_second: Annotated[float, "(0, inf)"] | None,
+    cost_per_hour: Annotated[float, "[0, inf)"] | None,
 ) -> dict[str, str]:
     """Rows of a plan: time and cost, from the `operations` of a training image.
 

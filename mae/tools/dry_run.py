@@ -10,7 +10,8 @@ from torch import nn
 
 from mae import data, device, optim
 from mae.config import rules
-from mae.config.check import build, call, run_directory
+from mae.config.build import build, call
+from mae.config.check import run_directory
 from mae.config.schema import TRAINED
 from mae.data.source import reduced
 from mae.models.flops import Flops, flops

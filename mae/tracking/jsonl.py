@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mae.config.check import call
+from mae.config.build import call
 from mae.runs import attempt
 from mae.tracking.base import Careful, Tracker, Trackers
 from mae.tracking.tensorboard import TensorBoard

@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mae.config.check import write_text
 from mae.tracking.base import Careful, Tracker
@@ -138,7 +138,7 @@ def wandb_tracker(
     tags: list[str],
     artifacts: bool,
     alerts: bool,
-    timeout_s: float,
+    timeout_s: Annotated[float, "(0, inf)"],
 ) -> Tracker:
     """The W&B tracker, or none for `mode: off`."""
     if mode == "off":

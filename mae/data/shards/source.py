@@ -16,7 +16,7 @@ import threading
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -176,15 +176,15 @@ def tar_shards(
     split: Literal["train", "val"],
     *,
     root: str | None,
-    in_chans: int,
-    val_fraction: float,
+    in_chans: Annotated[int, "[1, inf)"],
+    val_fraction: Annotated[float, "[0, 1]"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     cache_dir: str | None,
-    cache_gb: float,
-    retry_s: float,
-    lanes: int,
-    window: int,
+    cache_gb: Annotated[float, "(0, inf)"],
+    retry_s: Annotated[float, "[0, inf)"],
+    lanes: Annotated[int, "[1, inf)"],
+    window: Annotated[int, "[1, inf)"],
     follow_links: bool,
     image_key: str | None,
     label_key: str | None,

@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from torch import Tensor
@@ -68,10 +68,10 @@ def image_folder(
     split: Literal["train", "val"],
     *,
     root: str | None,
-    in_chans: int,
-    val_fraction: float,
+    in_chans: Annotated[int, "[1, inf)"],
+    val_fraction: Annotated[float, "[0, 1]"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     follow_links: bool,
     cache_dir: str | None,
     splits: Literal["auto", "off"] | list[str],
@@ -135,9 +135,9 @@ def classes_of(
     split: Literal["train", "val"],
     *,
     root: str | None,
-    in_chans: int,
+    in_chans: Annotated[int, "[1, inf)"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     follow_links: bool,
     cache_dir: str | None,
     parts: list[str],

@@ -3,7 +3,7 @@
 import os
 import posixpath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -63,16 +63,16 @@ def hf(
     label_column: str | None,
     train_split: str,
     val_split: str | None,
-    in_chans: int,
-    val_fraction: float,
+    in_chans: Annotated[int, "[1, inf)"],
+    val_fraction: Annotated[float, "[0, 1]"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     cache_dir: str | None,
     streaming: bool,
-    cache_gb: float,
-    retry_s: float,
-    lanes: int,
-    window: int,
+    cache_gb: Annotated[float, "(0, inf)"],
+    retry_s: Annotated[float, "[0, inf)"],
+    lanes: Annotated[int, "[1, inf)"],
+    window: Annotated[int, "[1, inf)"],
     follow_links: bool,
 ) -> Source:
     """A data set of `datasets`: a folder of Parquet files or one that it saved, or `hf://NAME` on the Hub.

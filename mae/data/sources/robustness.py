@@ -8,7 +8,7 @@ import functools
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from torch import Tensor
@@ -85,9 +85,9 @@ def robustness(
     *,
     root: str | None,
     variant: Literal["a", "r", "sketch", "v2", "c"],
-    in_chans: int,
+    in_chans: Annotated[int, "[1, inf)"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     follow_links: bool,
     cache_dir: str | None,
 ) -> Source:

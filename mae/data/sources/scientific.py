@@ -1,7 +1,7 @@
 """Images of any number of channels and more than 8 bits: N-band TIFF and `.npy`."""
 
 import io
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -70,10 +70,10 @@ def scientific_folder(
     split: Literal["train", "val"],
     *,
     root: str | None,
-    in_chans: int,
-    val_fraction: float,
+    in_chans: Annotated[int, "[1, inf)"],
+    val_fraction: Annotated[float, "[0, 1]"],
     layout: Literal["chw", "hwc"],
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     follow_links: bool,
     cache_dir: str | None,
     splits: Literal["auto", "off"] | list[str],

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 import numpy as np
 
@@ -32,10 +32,10 @@ def table(
     *,
     root: str | None,
     file: str | None,
-    in_chans: int,
-    val_fraction: float,
+    in_chans: Annotated[int, "[1, inf)"],
+    val_fraction: Annotated[float, "[0, 1]"],
     exif_orientation: bool,
-    max_pixels: int,
+    max_pixels: Annotated[int, "[1, inf)"],
     follow_links: bool,
     cache_dir: str | None,
 ) -> Source:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from mae.data.source import Arrays, Source, replicate, split_indices
 Split = Literal["train", "val"]
 
 
-def digits(split: Split, *, in_chans: int, val_fraction: float) -> Source:
+def digits(split: Split, *, in_chans: Annotated[int, "[1, inf)"], val_fraction: Annotated[float, "[0, 1]"]) -> Source:
     """scikit-learn's 1797 handwritten digits (8 x 8, ten classes; UCI "optdigits"), which need no network."""
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
@@ -24,7 +24,7 @@ def digits(split: Split, *, in_chans: int, val_fraction: float) -> Source:
     return Arrays(replicate(pixels[kept], in_chans, "digits"), labels[kept], classes, f"digits/{split}")
 
 
-def cifar10(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
+def cifar10(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
     """CIFAR-10 through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR10
 
@@ -32,7 +32,7 @@ def cifar10(split: Split, *, root: str | None, in_chans: int, download: bool) ->
     return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar10/{split}")
 
 
-def cifar100(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
+def cifar100(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
     """CIFAR-100 (fine labels) through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR100
 
@@ -40,7 +40,9 @@ def cifar100(split: Split, *, root: str | None, in_chans: int, download: bool) -
     return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar100/{split}")
 
 
-def stl10(split: Split, *, root: str | None, in_chans: int, download: bool, unlabelled: bool) -> Source:
+def stl10(
+    split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool, unlabelled: bool
+) -> Source:
     """STL-10: 5000 labelled images of 96 x 96 to train on or, with `unlabelled`, 100000 more without labels."""
     from torchvision.datasets import STL10
 
@@ -50,7 +52,7 @@ def stl10(split: Split, *, root: str | None, in_chans: int, download: bool, unla
     return arrays(found.data, labels, found.classes, in_chans, f"stl10/{split}")
 
 
-def fashion_mnist(split: Split, *, root: str | None, in_chans: int, download: bool) -> Source:
+def fashion_mnist(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
     """Fashion-MNIST: 60000 + 10000 grey images of 28 x 28."""
     from torchvision.datasets import FashionMNIST
 

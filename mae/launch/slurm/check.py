@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.config.check import ConfigError
-from mae.config.schema import near
+from mae.config.values import near
 from mae.launch.slurm import queue
 from mae.launch.slurm.environment import outside_of_jobs
 

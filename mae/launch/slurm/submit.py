@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,12 +47,12 @@ OPTIONS = {  # ours -> sbatch's, as submitit names them
 def slurm(
     run: Path,
     *,
-    nodes: int,
-    gpus_per_node: int,
-    tasks_per_node: int | None,
-    cpus_per_task: int,
-    mem_gb: float | None,
-    timeout_min: int,
+    nodes: Annotated[int, "[1, inf)"],
+    gpus_per_node: Annotated[int, "[0, inf)"],
+    tasks_per_node: Annotated[int, "[1, inf)"] | None,
+    cpus_per_task: Annotated[int, "[1, inf)"],
+    mem_gb: Annotated[float, "[0, inf)"] | None,
+    timeout_min: Annotated[int, "[1, inf)"],
     partition: str | None,
     account: str | None,
     qos: str | None,
@@ -64,14 +64,14 @@ def slurm(
     srun_args: list[str],
     setup: list[str],
     python: str | None,
-    array_parallelism: int,
-    max_requeues: int,
-    signal_delay_s: int,
+    array_parallelism: Annotated[int, "[1, inf)"],
+    max_requeues: Annotated[int, "[0, inf)"],
+    signal_delay_s: Annotated[int, "[1, 65535]"],
     nccl_interface: str | None,
     gloo_interface: str | None,
-    probe_s: int,
+    probe_s: Annotated[int, "[0, inf)"],
     wait: bool,
-    poll_s: float,
+    poll_s: Annotated[float, "(0, inf)"],
 ) -> int:
     """Submits a run to the queue and says how to follow it; the exit code is 0 once it is queued, or with `wait`
     once it is finished. Raises ConfigError where the cluster cannot run it."""
