@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from mae.config import check, from_run, sweep_names  # noqa: E402
 from mae.config.compose import chosen_groups  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
-from mae.launch import launch, pipeline, prepare  # noqa: E402
+from mae.launch import errors, launch, pipeline, prepare  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     except Exception as error:
         if TRACEBACK:
             raise
-        sys.stderr.write(f"{launch.explain(error)}\n")
+        sys.stderr.write(f"{errors.explain(error)}\n")
         code = 1
     if code and plugin.inside():
         plugin.leave(code)
@@ -104,7 +104,7 @@ def start() -> int:
     except Exception as error:
         if TRACEBACK:
             raise
-        sys.stderr.write(f"{launch.explain(error)}\n")
+        sys.stderr.write(f"{errors.explain(error)}\n")
         return 1
     return 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae import checkpoint, device, engine, plan
 from mae.distributed.ranks import Ranks
-from mae.launch import launch
+from mae.launch import errors
 from mae.tracking import jsonl
 from mae.training import set_up
 
@@ -304,7 +304,7 @@ def test_the_traceback_of_a_failure_is_in_log_txt(tmp_path, monkeypatch):
         run_here(tmp_path, *TINY_PRETRAIN)
     log = (tmp_path / "log.txt").read_text()
     assert "rank 0 failed" in log and "a bug of ours" in log and "Traceback" in log
-    assert "log.txt" in launch.explain(ZeroDivisionError("a bug of ours"))
+    assert "log.txt" in errors.explain(ZeroDivisionError("a bug of ours"))
 
 
 def test_the_micro_batch_may_change_between_two_starts(tmp_path):

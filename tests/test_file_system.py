@@ -17,7 +17,7 @@ from conftest import TINY, TINY_PRETRAIN, composed, run_here
 
 from mae import checkpoint, engine
 from mae.data.shards import store
-from mae.launch import launch
+from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search
 from mae.weights.files import open_checkpoint
@@ -194,7 +194,7 @@ class Full(io.RawIOBase):
 def test_the_system_s_word_is_found_behind_torch_s(number):
     with pytest.raises(Exception) as caught:
         torch.save({"w": torch.zeros(100_000)}, Full(1000, number))  # type: ignore[arg-type]
-    assert launch.explain(caught.value).startswith(f"{file_system.FULL[number]}. What was saved before is whole")
+    assert errors.explain(caught.value).startswith(f"{file_system.FULL[number]}. What was saved before is whole")
 
 
 @pytest.mark.parametrize("number", file_system.FULL)
@@ -202,8 +202,8 @@ def test_the_system_s_word_is_found_in_other_libraries_and_processes(number):
     rust = safetensors.SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
     remote = RuntimeError(f"Process 1 of the run failed: OSError: [Errno {number}] {os.strerror(number)}: '/x'")
     for error in (rust, remote, OSError(number, os.strerror(number), "/x")):
-        assert launch.explain(error).startswith(f"{file_system.FULL[number]}. What was saved before is whole")
-    assert "make room on the disk of /x and" in launch.explain(OSError(number, os.strerror(number), "/x"))
+        assert errors.explain(error).startswith(f"{file_system.FULL[number]}. What was saved before is whole")
+    assert "make room on the disk of /x and" in errors.explain(OSError(number, os.strerror(number), "/x"))
     assert file_system.system_error(safetensors.SafetensorError("(os error 27)")).errno == errno.EFBIG  # type: ignore
 
 
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_inside_trainer_pt(tmp_path):
             checkpoint.write(target, {"w": torch.zeros(10)}, {"m": torch.zeros(10**6)}, {"step": 1})
         assert caught.value.errno == errno.ENOSPC
         assert f"The disk is full. What was saved before is whole; make room on the disk of {target} and" in (
-            launch.explain(caught.value)
+            errors.explain(caught.value)
         )
         assert not list(target.parent.iterdir())
     finally:

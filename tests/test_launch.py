@@ -184,9 +184,7 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "says"), [("raise", "a deliberate mistake"), ("exit", "it ended by itself with exit code 3")]
-)
+@pytest.mark.parametrize(("fault", "says"), [("raise", "a deliberate mistake"), ("exit", "it exited with code 3")])
 def test_a_rank_that_fails_ends_the_run_in_its_own_words(tmp_path, monkeypatch, fault, says):
     run = tmp_path / "run"
     (tmp_path / fault).write_text("1 3")  # rank 1 at step 3

@@ -17,7 +17,7 @@ from mae import limits
 from mae.data import workers
 from mae.data.dataset import Reader
 from mae.data.workers import naming_killed_workers
-from mae.launch import launch
+from mae.launch import errors
 
 
 def groups(root: Path, membership: str, **files: str) -> float | None:
@@ -144,7 +144,7 @@ def test_an_image_that_a_limit_keeps_from_being_read_is_not_replaced(source, sen
     with pytest.raises(ValueError, match=sentence):
         reader.batch(ticket)
     error = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/x")
-    assert launch.explain(error).startswith("Too many open files: this process may open")
+    assert errors.explain(error).startswith("Too many open files: this process may open")
 
 
 # ---------------------------------------------------------------- shared memory
@@ -203,4 +203,4 @@ def test_batches_of_an_augmentation_for_processes_alone_are_made_by_the_run_itse
 def test_what_torch_says_of_a_limit_becomes_a_sentence(words, sentence):
     with pytest.raises(ValueError) as caught, naming_killed_workers():
         raise RuntimeError(words)
-    assert sentence in launch.explain(caught.value) and "The disk is full" not in launch.explain(caught.value)
+    assert sentence in errors.explain(caught.value) and "The disk is full" not in errors.explain(caught.value)

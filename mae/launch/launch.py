@@ -4,32 +4,25 @@ import contextlib
 import json
 import logging
 import os
-import re
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from mae import limits
 from mae.config import check
 from mae.config.build import build
 from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
-from mae.config.overrides import assignment, parsed, pasted
+from mae.config.overrides import pasted
 from mae.config.paths import absolute
 from mae.config.rules import READERS, missing_init
-from mae.config.values import near
-from mae.launch.local import RankFailed, inline, local
+from mae.launch.local import inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.submit import slurm, submit, submit_last
-from mae.runs.file_system import full_disk
 from mae.runs.locks import held_run
 
 log = logging.getLogger(__name__)
@@ -143,55 +136,6 @@ def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
                 return code
         runs.append((prepare(cfg, overrides), cfg.launcher))
     return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
-
-
-def explain(error: BaseException) -> str:
-    """An error in a plain sentence or two; the traceback of one that is not the user's is in the run's log.txt."""
-    text = str(error)
-    if not isinstance(error, ValueError) and (limit := limits.limit_reached(error)):
-        return limit
-    if full := full_disk(error):
-        return text if isinstance(error, ValueError) else full
-    if isinstance(error, MissingConfigException):
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        known = [str(option) for option in error.options or []]
-        listed = f" Choose one of {', '.join(sorted(known))}." if known else ""
-        return f"{group}={choice} does not exist.{near(choice, known)}{listed}"
-    if isinstance(error, OverrideParseException):
-        return _unreadable(str(error.override))
-    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
-        return _composition(text, error)
-    if isinstance(error, ValueError | RankFailed):
-        return text
-    if isinstance(error, OSError):
-        return f"{error.filename or 'A file'}: {error.strerror or error}."
-    name = type(error).__name__
-    return f"{name}: {text or 'no message'}. The traceback is in the run's log.txt, or printed with HYDRA_FULL_ERROR=1."
-
-
-def _unreadable(override: str) -> str:
-    """A sentence for an override that Hydra cannot read, and how it is typed where it has a key and a value."""
-    said = f"The override {override!r} cannot be read: write key=value, with quotes around spaces or = signs"
-    key, _, value = override.partition("=")
-    mended = bool(value) and parsed(f"{key}=0") is not None and value[0] not in "[{('\""
-    return f"{said}, as {shlex.quote(assignment(key, value))}." if mended else f"{said}."
-
-
-def _composition(text: str, error: BaseException) -> str:
-    """Hydra's and OmegaConf's words for a key that does not exist, or cannot be set, as one sentence."""
-    cause = error.__cause__ if error.__cause__ is not None else error
-    override = re.search(r"[Cc]ould not override '([^']+)'", text)
-    if override and "No match in the defaults list" in text:
-        return f"{override[1]} is not a group of the configuration, or must be added as +{override[1]}=..."
-    key = override[1] if override else str(getattr(cause, "full_key", "") or "")
-    if key and "is not in struct" in text + str(cause):
-        parent, _, name = key.rpartition(".")
-        node = getattr(cause, "parent_node", None)
-        known = [str(k) for k in node] if node is not None and hasattr(node, "keys") else []
-        return f"{parent + '.' if parent else ''}{name} is not a key of the configuration.{near(name, known)}"
-    if multiple := re.search(r"Multiple values for (\w+)\.", text):
-        return f"{multiple[1]} is chosen already: write {multiple[1]}=... without the plus sign."
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
 LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}

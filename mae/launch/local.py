@@ -73,6 +73,7 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
 
     from mae import limits
     from mae.distributed.ranks import Interruption
+    from mae.launch.errors import RankFailed
     from mae.report.record import read_json
 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
@@ -131,17 +132,3 @@ def forwarded(signals: tuple[int, ...]) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-class RankFailed(RuntimeError):
-    """One of several processes of a run failed: which, and why."""
-
-    def __init__(self, rank: int, failure: Any):
-        told = failure.message
-        why = str(told.get("message", told) if isinstance(told, dict) else told).strip()
-        if failure.exitcode < 0:
-            why = f"it was killed by {signal.Signals(-failure.exitcode).name}"
-        elif why.startswith("To enable traceback"):  # it left no error behind
-            why = f"it ended by itself with exit code {failure.exitcode}; what it wrote last stands above or in its log"
-        user_error = why.startswith(("ValueError: ", "ConfigError: "))
-        super().__init__(why.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {why}")

@@ -27,7 +27,8 @@ from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import inherited, with_groups
 from mae.config.overrides import assignment, key_of
-from mae.launch.launch import AUTO, explain, launch
+from mae.launch.errors import explain
+from mae.launch.launch import AUTO, launch
 from mae.launch.pipeline import own_names, pretraining
 from mae.report import sweep
 from mae.runs.locks import file_lock
