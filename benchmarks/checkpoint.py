@@ -14,8 +14,8 @@ import torch
 from peers import DECODER, VIT_BASE
 from protocol import Row, arguments, print_times, report
 
-from mae.allocator import keep_freed_memory
 from mae.checkpoint import Checkpoints
+from mae.device import keep_freed_memory
 from mae.models.mae import MaskedAutoencoder
 
 

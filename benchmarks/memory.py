@@ -16,7 +16,7 @@ from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, tr
 from protocol import Row, arguments, as_run, best_format, report, timed
 from torch import Tensor, nn
 
-from mae.allocator import keep_freed_memory
+from mae.device import keep_freed_memory
 from mae.models.layers import Checkpointing, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae.allocator import keep_freed_memory, return_freed_memory
-from mae.device import number_format, pick
+from mae.device import keep_freed_memory, number_format, pick, return_freed_memory
 from mae.perf.compile import compile_blocks
 
 UNTIMED = 2  # of a turn: after one alone a step of ours still faults in pages that its later ones have, measured
@@ -37,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. `keeps_memory`: it runs under `mae.allocator.keep_freed_memory`, as our runs do."""
+    """Something to time. `keeps_memory`: it runs under `mae.device.keep_freed_memory`, as our runs do."""
 
     name: str
     run: Callable[[], object]

@@ -1,18 +1,16 @@
-"""Everything that depends on the device: which one, its number formats, its memory, transfers to it."""
+"""What depends on the device: its choice, number formats, memory, and transfers to it."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from mae.allocator import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
-    """The device `name` asks for, or the best there is for `auto`. Raises ValueError where it is absent."""
+    """The device called `name`; for `auto` the first of CUDA, MPS, CPU that exists. Raises ValueError without it."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -33,7 +31,7 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
                 "processes (launcher.processes, launcher.gpus_per_node)."
             )
         torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked
+        torch.set_float32_matmul_precision("high")  # TF32 for products in float32
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: this machine has none. Use device=cpu.")
@@ -43,7 +41,7 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself (and does not merely emulate it)."""
+    """Whether the device computes in bfloat16 itself instead of emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -62,45 +60,45 @@ def number_format(precision: str, device: torch.device) -> torch.dtype:
     return FORMATS[precision]
 
 
-def autocast(dtype: torch.dtype, device: torch.device) -> Any:
-    """Mixed precision for the two half formats, nothing for the others."""
+def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for the two half formats; no effect for the others."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
 
 
 def send(batch: Batch, device: torch.device) -> Batch:
-    """A batch on the device; to a GPU from pinned memory without waiting, which other devices do not keep in order."""
+    """A batch on the device. The host does not wait for a copy to a GPU; other devices do not order such copies."""
     return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
 
 
-def skips_by_itself(optimizer: Any, device: torch.device) -> bool:
-    """Whether an optimizer's step leaves everything as it is where its `found_inf` says so, as the fused ones do."""
+def skips_by_itself(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether an optimizer's step changes nothing where its `found_inf` is not 0, as the fused ones do."""
     return device.type in ("cpu", "cuda") and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def exact(device: torch.device) -> torch.device:
-    """Where sums in float64 are kept: on the device, or on the host beside one that has none."""
+    """The device for sums in float64: the host where the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 class Sender:
-    """Copies batches to a device; to a GPU on a stream of its own, beside what is still computed there."""
+    """Copies batches to a device; to a GPU on a stream of its own, so that copies and computation overlap."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        if self.side is None:
+        if self.copy_stream is None:
             return send(batch, self.device)
-        with torch.cuda.stream(self.side):
-            here = send(batch, self.device)
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self.side)  # which has nothing but this copy to do
-        for tensor in here.values():
-            tensor.record_stream(now)  # its memory is not handed out again before what reads it has run
-        return here
+        with torch.cuda.stream(self.copy_stream):
+            copies = send(batch, self.device)
+        compute_stream = torch.cuda.current_stream(self.device)
+        compute_stream.wait_stream(self.copy_stream)  # this copy is all that is queued there
+        for tensor in copies.values():
+            tensor.record_stream(compute_stream)  # keeps the memory until the computation has read it
+        return copies
 
 
 def sent(batches: Iterable[tuple[Batch, bool]], device: torch.device) -> Iterator[tuple[Batch, bool]]:
@@ -110,61 +108,91 @@ def sent(batches: Iterable[tuple[Batch, bool]], device: torch.device) -> Iterato
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free now: of the GPU, or of the host."""
+    """Free bytes of the GPU, or of the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform.startswith("linux"):
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-        return min([available, *left_by_cgroups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
+        return min([available, *free_in_cgroups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def left_by_cgroups(membership: str, root: Path) -> Iterator[int]:
-    """Bytes that each group of processes around this one, such as a job or a container, may still take (version 2)."""
+def free_in_cgroups(membership: str, root: Path) -> Iterator[int]:
+    """Bytes that each control group (version 2) of this process, such as a job or a container, may still take."""
     own = next((line[3:].strip("/") for line in membership.splitlines() if line.startswith("0::")), None)
     if own is None:
         return
     for group in (root / own, *(root / own).parents[: len(Path(own).parts)]):
         try:
-            most, now = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except OSError:  # a group without a limit of its own, or the root
             continue
-        if most != "max":  # what files have left in memory is given back when it is asked for
-            yield max(0, int(most) - int(now) + int(stat.get("inactive_file", 0)))
+        if limit != "max":  # the kernel drops cached files when memory is needed
+            yield max(0, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
 
 
 def model_name(device: torch.device) -> str:
-    """The device's name and whole gibibytes of memory: the same of two that hold the same."""
+    """The device's name and memory in whole GiB: equal for devices that hold the same batch."""
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return f"{found.name}, {found.total_memory >> 30} GiB"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory >> 30} GiB"
     return f"{device.type}, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GiB"
 
 
 def description(device: torch.device) -> tuple[str, str | None]:
-    """The device in words, and the version of CUDA that torch was built for, None on other devices."""
+    """The device's name, and the CUDA version of torch (None on other devices)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.version.cuda
     return f"{device.type}, {os.cpu_count()} cores", None
 
 
 def release(device: torch.device) -> None:
-    """Gives back what a failed attempt left reserved."""
+    """Returns cached memory to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Lets `peak_memory` begin anew, where the device can."""
+    """Resets `peak_memory` where the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on the GPU by tensors, on the CPU by the process."""
+    """Peak bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------- the host's allocator
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # names of mallopt(3), numbers of malloc.h
+LARGEST = 2**31 - 1  # mallopt takes an int
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory in the process, so that the next step reuses its pages; True if the C library accepts it.
+
+    By default glibc returns every large tensor to the kernel when it is freed. A training step on the CPU then
+    spends a tenth of its time and more on faulting the same pages in again. The process keeps its peak memory.
+    """
+    return _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: LARGEST})
+
+
+def return_freed_memory() -> bool:
+    """Restores glibc's behaviour: large blocks return to the kernel when they are freed."""
+    return _mallopt({MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20})
+
+
+def _mallopt(options: dict[int, int]) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    accepted = mallopt is not None and all(mallopt(key, value) == 1 for key, value in options.items())
+    if not accepted:
+        log.info("This C library's allocator cannot be tuned; steps on the CPU are up to a tenth slower.")
+    return accepted

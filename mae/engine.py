@@ -19,8 +19,10 @@ from mae.config.build import build, call
 from mae.config.check import read, write_text
 from mae.config.schema import TRAINED
 from mae.data.workers import naming_killed_workers
-from mae.distributed.fsdp import beside, gathered
-from mae.distributed.ranks import Interruption, Ranks, lost_peer, start
+from mae.distributed.fsdp import gathered, replicated_like
+from mae.distributed.ranks import Ranks, start
+from mae.distributed.rendezvous import lost_peer
+from mae.distributed.signals import Interruption
 from mae.perf.profiling import profiled
 from mae.report import run as report
 from mae.runs import attempt, environment
@@ -151,7 +153,7 @@ def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str,
         t.scaler.step(t.optimizer)
         t.scaler.update()
     elif device.skips_by_itself(t.optimizer, t.ranks.device):
-        t.optimizer.found_inf = beside(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells them
+        t.optimizer.found_inf = replicated_like(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells them
         t.optimizer.step()
     elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
         t.optimizer.step()

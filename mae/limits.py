@@ -11,29 +11,29 @@ from pathlib import Path, PurePosixPath
 from mae.runs.file_system import system_error
 
 FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
-OPEN_FILES = 65_536  # asked for at most: some libraries walk through all that are allowed
+OPEN_FILES = 65_536  # at most: some libraries loop over every number that is allowed
 SHARED_MEMORY = Path("/dev/shm")
-GROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 # ---------------------------------------------------------------- cores
 
 
 def cpus() -> int:
-    """Cores that this process may use: by its affinity, its container's quota, and its task of a SLURM job."""
+    """Cores that this process may use: the least of its affinity, its container's quota and its SLURM task."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))  # where a step's tasks share its cores
     quota = cpu_quota()
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 
-def cpu_quota(groups: Path = GROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that the control groups of this process allow, by cgroup v1 or v2; None without a limit."""
+def cpu_quota(groups: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores that the control groups (v1 or v2) of this process allow, as a fraction; None without a limit."""
     return min((quota for folder in _folders(groups, membership) for quota in _quotas(folder)), default=None)
 
 
 def _folders(groups: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process' groups and of all groups around them. A container sees its own as the root."""
+    """Folders of this process' control groups and of their parents. A container sees its own as the root."""
     paths = {"/"}
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
@@ -47,7 +47,7 @@ def _folders(groups: Path, membership: Path) -> Iterator[Path]:
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """A group's own limit, as v2 and as v1 write it."""
+    """A group's own limit, in the files of v2 and of v1."""
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text().split()
         yield float(quota) / float(period)  # "max" is no number
@@ -66,12 +66,12 @@ def open_files() -> int:
 
 
 def raise_open_files() -> None:
-    """Lets this process, and those that it starts, open as many files as its hard limit allows."""
+    """Raises the limit of open files of this process and its children to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS takes less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        with contextlib.suppress(OSError, ValueError):  # macOS accepts less than it reports
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def too_many_open_files() -> str:
@@ -83,22 +83,21 @@ def too_many_open_files() -> str:
 
 
 def limit_reached(error: BaseException) -> str:
-    """A sentence where an error, of the system or in torch's words, says that a limit of open files or shared memory is
-    reached; empty for others."""
-    system, words = system_error(error), str(error)
+    """A sentence for an error, of the system or of torch, about open files or shared memory; empty for others."""
+    system, text = system_error(error), str(error)
     files = system is not None and system.errno in FILES_ERRORS
-    if files or os.strerror(errno.EMFILE) in words or "ancdata" in words:
+    if files or os.strerror(errno.EMFILE) in text or "ancdata" in text:
         return too_many_open_files()
-    return little_shared_memory() if "shared memory" in words else ""
+    return little_shared_memory() if "shared memory" in text else ""
 
 
 def shared_memory() -> int | None:
-    """Bytes that are free for what processes share; None where the machine does not say."""
+    """Free bytes of shared memory; None where the machine does not say."""
     try:
-        room = os.statvfs(SHARED_MEMORY)
+        stat = os.statvfs(SHARED_MEMORY)
     except OSError:
         return None
-    return room.f_bavail * room.f_frsize
+    return stat.f_bavail * stat.f_frsize
 
 
 def little_shared_memory(needed: int | None = None) -> str:

@@ -20,8 +20,8 @@ from mae.data.source import fingerprint
 from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
 from mae.distributed.ranks import Ranks, assert_same
-from mae.perf import micro_batch as fitting
 from mae.perf.compile import accelerate
+from mae.perf.micro_batch import Trial, micro_batch_size
 from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.tasks import TASKS
 from mae.tasks.common import bad_files, both_sets, eval_loader
@@ -147,7 +147,7 @@ class Training:
     def restore(self, path: Path) -> None:
         """Takes up all of a checkpoint but its weights, which `restore_weights` did."""
         trainer = checkpoint.read_trainer(path)
-        self.optimizer.load_state_dict(fsdp.spread(trainer["optimizer"], self.optimizer))
+        self.optimizer.load_state_dict(fsdp.local_optimizer_state(trainer["optimizer"], self.optimizer))
         self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
         self.progress.load(trainer["progress"])
@@ -253,12 +253,9 @@ def set_up(
 def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) -> int | None:
     """Sets how the model computes, and finds how many images it holds at a time; None: its whole share."""
     few = min(2, max(1, cfg.task.batch_size // ranks.world))
-
-    def trial() -> None:
-        fitting.step(task, fitting.invented(cfg, few, task.num_patches, ranks.device), autocast)
-
-    call(accelerate, cfg.task, task.trained, ranks.device, trial)
-    held = call(fitting.micro_batch_size, cfg.task, run, cfg, ranks, task, autocast)
+    trial = Trial(cfg, task, task.num_patches, ranks.device, autocast)
+    call(accelerate, cfg.task, task.trained, ranks.device, lambda: trial.step(few))
+    held = call(micro_batch_size, cfg.task, run, ranks, trial)
     device.forget_peak_memory(ranks.device)  # trials are not the run's
     return held
 

@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "limits": {"runs"},
     "tracking": {"config", "runs"},
     "checkpoint": {"runs"},
-    "device": {"allocator"},
     "optim": {"device"},
     "data": {"config", "limits", "runs"},
     "weights": {"models", "runs"},

@@ -22,10 +22,10 @@ def test_memory_that_a_job_may_take_is_what_its_groups_leave(tmp_path):
     group(tmp_path / "slurm" / "job_1" / "step_0", max="max", current=GB, stat="inactive_file 0")
     group(tmp_path / "slurm", max=2 * GB, current=3 * GB, stat="inactive_file 0")
     group(tmp_path, stat="inactive_file 0")  # the root has no limit
-    left = device.left_by_cgroups("1:name=systemd:/other\n0::/slurm/job_1/step_0\n", tmp_path)
+    left = device.free_in_cgroups("1:name=systemd:/other\n0::/slurm/job_1/step_0\n", tmp_path)
     assert list(left) == [4 * GB, 0]
-    assert list(device.left_by_cgroups("0::/\n", tmp_path)) == []
-    assert list(device.left_by_cgroups("4:memory:/slurm\n", tmp_path)) == []  # version 1
+    assert list(device.free_in_cgroups("0::/\n", tmp_path)) == []
+    assert list(device.free_in_cgroups("4:memory:/slurm\n", tmp_path)) == []  # version 1
     assert 0 < device.free_memory(torch.device("cpu")) < 1 << 50
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from mae import checkpoint, engine, training
 from mae.config.build import call
-from mae.distributed.fsdp import gathered, held, on_host, shard, whole
+from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
@@ -71,7 +71,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
         t.model.register_comm_hook(None, counted)
     engine.call(engine.train, cfg.task, t)
-    numbers = sum(held(p).numel() for p in t.task.model.parameters())
+    numbers = sum(local_shard(p).numel() for p in t.task.model.parameters())
     digest = checkpoint.weights_digest(gathered(t.task.model.state_dict()))
     ranks.close()
     told = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}

@@ -194,7 +194,7 @@ def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
 def test_a_lost_peer_is_told_from_an_own_mistake():
     from torch import distributed as dist
 
-    from mae.distributed.ranks import Absent, lost_peer
+    from mae.distributed.rendezvous import Absent, lost_peer
 
     assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"))
     assert lost_peer(dist.DistBackendError("NCCL error")) and lost_peer(Absent([1, 2], "node1:20000", 30))
@@ -202,7 +202,7 @@ def test_a_lost_peer_is_told_from_an_own_mistake():
 
 
 def test_ranks_that_never_came_are_named_with_their_nodes(monkeypatch):
-    from mae.distributed.ranks import Absent
+    from mae.distributed.rendezvous import Absent
 
     monkeypatch.setenv("RANK_HOSTS", "node1,node1,node2,node2")
     text = str(Absent([2, 3], "node1:20000", 30))

@@ -20,8 +20,9 @@ from mae.distributed.ranks import Ranks
 from mae.models import layers
 from mae.models.layers import Block, attention, set_checkpointing
 from mae.perf import micro_batch
-from mae.perf.activations import kept_for_backward
+from mae.perf.activations import saved_for_backward
 from mae.perf.compile import compile_blocks, plain_blocks
+from mae.perf.micro_batch import Trial
 from mae.tasks import TASKS
 from mae.tools import dry_run
 from mae.tracking import jsonl
@@ -32,6 +33,10 @@ CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+def trial_of(cfg: Any, task: Any, device: str = "cpu") -> Trial:
+    return Trial(cfg, task, task.num_patches, torch.device(device), nullcontext)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def test_a_trial_computes_as_a_validation_too():
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
     seen = []
     made.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    micro_batch.step(made, micro_batch.invented(cfg, 2, made.num_patches, torch.device("cpu")), nullcontext)
+    trial_of(cfg, made).step(2)
     assert seen == [True, False]
 
 
@@ -209,7 +214,7 @@ def test_auto_tries_again_where_what_it_found_is_for_something_else(tmp_path, mo
     for _ in range(2):  # and keeps that
         assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto", *more) == 0
         (run / "summary.json").unlink()
-    assert tried == [1] and json.loads((run / micro_batch.KEPT).read_text())["micro_batch_size"] == 8
+    assert tried == [1] and json.loads((run / micro_batch.MICRO_BATCH_FILE).read_text())["micro_batch_size"] == 8
 
 
 def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
@@ -217,7 +222,7 @@ def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
     for rate in (1e-6, 0.99):
         cfg = composed(*TINY, "task=finetune", "task.batch_size=32", f"task.drop_path={rate}")
         made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).train()
-        kept.append(micro_batch.kept_bytes(made, micro_batch.invented(cfg, 4, None, torch.device("cpu")), nullcontext))
+        kept.append(trial_of(cfg, made).saved_bytes(4))
         rates = [block.drop_path1.keep.item() for block in made.live.blocks if hasattr(block.drop_path1, "keep")]
         assert rates and min(rates) == pytest.approx(1 - rate)  # the run's own again
     assert kept[0] == kept[1] > 0
@@ -239,10 +244,9 @@ def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
         if len(trials) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(micro_batch, "invented", lambda *_: {})
-    monkeypatch.setattr(micro_batch, "step", trial)
+    monkeypatch.setattr(Trial, "step", trial)
     monkeypatch.setattr(torch, "empty", empty)
-    assert micro_batch.largest(cfg, torch.device("meta"), made, nullcontext, 32) == 16
+    assert micro_batch.largest(trial_of(cfg, made, "meta"), 32) == 16
     assert trials == [[3 * weights], [3 * weights]]  # gradients and two states, once at a time
 
 
@@ -260,7 +264,7 @@ def test_the_plan_s_activations_are_those_of_the_model(task):
             real = dry_run.model_on_meta(cfg).to_empty(device="cpu")
             set_checkpointing(real, what)
             images = torch.rand(8, cfg.model.in_chans, 16, 16)
-            with kept_for_backward(real.parameters()) as kept, torch.autocast("cpu", dtype, dtype is torch.bfloat16):
+            with saved_for_backward(real.parameters()) as kept, torch.autocast("cpu", dtype, dtype is torch.bfloat16):
                 real(images, cfg.task.mask_ratio) if task == "pretrain" else real(images)
             assert found[dtype, what] == pytest.approx(sum(kept.values()), rel=0.01)
     for dtype in (torch.float32, torch.bfloat16):
@@ -272,7 +276,7 @@ def test_the_plan_s_activations_are_those_of_the_model(task):
 def test_auto_on_a_host_judges_by_what_autograd_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda _: 1_500_000)
     assert run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
-    found = json.loads((tmp_path / "run" / micro_batch.KEPT).read_text())["micro_batch_size"]
+    found = json.loads((tmp_path / "run" / micro_batch.MICRO_BATCH_FILE).read_text())["micro_batch_size"]
     assert 1 <= found < 32 and 32 % found == 0
 
 
@@ -280,7 +284,7 @@ def test_auto_where_nothing_fits_is_a_sentence(tmp_path, monkeypatch):
     from mae.tasks.pretrain import Pretrain
 
     monkeypatch.setattr(Pretrain, "forward", hungry(0))
-    monkeypatch.setattr(micro_batch, "kept_bytes", lambda *_: 1)
+    monkeypatch.setattr(Trial, "saved_bytes", lambda *_: 1)
     with pytest.raises(ValueError, match="task.micro_batch_size=auto: not even the smallest part of a batch"):
         run_here(tmp_path / "run", *TINY_PRETRAIN, "task.micro_batch_size=auto")
 
@@ -312,7 +316,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     made.take_up_init(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made.to("cuda")
-        batch = micro_batch.invented(cfg, 4, made.num_patches, torch.device("cuda"))
+        batch = trial_of(cfg, made, "cuda").batch(4)
         with torch.autocast("cuda", torch.bfloat16):
             loss = made.train()(batch)["loss"]
     assert loss.device.type == "cuda" and loss.shape == ()
@@ -349,20 +353,18 @@ def test_backward_runs_without_a_device():
     """On `meta`, which has no values to wait for."""
     cfg = composed(*TINY_PRETRAIN)
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
-    made(micro_batch.invented(cfg, 4, made.num_patches, torch.device("meta")))["loss"].backward()
+    made(trial_of(cfg, made, "meta").batch(4))["loss"].backward()
     assert all(p.grad is not None for p in made.trained.parameters() if p.requires_grad)
 
 
-def test_parts_of_a_share():
-    assert micro_batch.parts(12, 1, False) == [12, 6, 4, 3, 2, 1]
-    assert micro_batch.parts(12, 2, True) == [12, 6, 4, 2]
-    assert micro_batch.parts(7, 2, True) == []
+def test_divisors_of_a_share():
+    assert micro_batch.divisors(12, 1, False) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch.divisors(12, 2, True) == [12, 6, 4, 2]
+    assert micro_batch.divisors(7, 2, True) == []
 
 
 def test_blocks_compute_again_by_default():
     cfg = composed(*TINY_PRETRAIN)
     made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
     assert {m.checkpointing for m in made.modules() if isinstance(m, Block)} == {"light"}
-    assert math.isfinite(
-        made(micro_batch.invented(cfg, 2, made.num_patches, Ranks(torch.device("cpu")).device))["loss"]
-    )
+    assert math.isfinite(made(trial_of(cfg, made).batch(2))["loss"])

@@ -1,8 +1,8 @@
-"""Weights, gradients and optimizer states spread over ranks (FSDP2), whole again for checkpoints and validation."""
+"""Weights, gradients and optimizer states sharded over ranks (FSDP2); whole for checkpoints and validation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from mae.models.layers import blocks_of
 
+T = TypeVar("T")
 
-def shard(task: nn.Module, where: torch.device) -> nn.Module:
-    """Spreads the weights over all ranks, a block at a time; the same module, its parameters now DTensors."""
-    mesh = init_device_mesh(where.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
+
+def shard(task: nn.Module, device: torch.device) -> nn.Module:
+    """Shards the weights over all ranks, block by block, in place: parameters become DTensors."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
     for block in blocks_of(task):
         fully_shard(block, mesh=mesh)
     fully_shard(task, mesh=mesh)
@@ -25,25 +27,25 @@ def shard(task: nn.Module, where: torch.device) -> nn.Module:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """All weights on every rank for a while: ranks may then run it a different number of times, or one alone."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    """Within, every rank holds all weights: ranks may call it a different number of times, or one alone."""
+    shards = [child for child in module.modules() if isinstance(child, FSDPModule)]
+    for child in shards:
+        child.set_reshard_after_forward(False, recurse=False)
+        child.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not module, recurse=False)  # as `fully_shard` chooses it
+        for child in shards:
+            child.reshard()
+            child.set_reshard_after_forward(child is not module, recurse=False)  # fully_shard's default
         forget_order(module)
 
 
 def forget_order(module: nn.Module) -> None:
-    """Lets the next backward pass gather weights in the order of its own forward pass alone.
+    """Makes the next backward pass prefetch weights in the order of its own forward pass alone.
 
-    torch notes the order of passes without gradients too, and backward would gather ahead what came last in them: of
-    ranks that validate differently each something else, and all would wait for ever.
+    torch also records the order of passes without gradients, and prefetches by it. Ranks that validate differently
+    would then prefetch different weights and wait for each other for ever.
     """
     if isinstance(module, FSDPModule):
         order = getattr(module._get_fsdp_state()._comm_ctx, "post_forward_order", None)
@@ -51,61 +53,64 @@ def forget_order(module: nn.Module) -> None:
             order.clear()
 
 
-def gathered(tree: Any) -> Any:
+def gathered(tree: T) -> T:
     """The same nested state with whole tensors instead of a rank's shards; every rank must call."""
-    if isinstance(tree, DTensor):
-        return tree.full_tensor()
-    if isinstance(tree, Mapping):
-        return {key: gathered(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(gathered(value) for value in tree)
-    return tree
+    return _map_sharded(tree, DTensor.full_tensor)
 
 
-def on_host(tree: Any, main: bool) -> Any:
+def on_host(tree: T, main: bool) -> T:
     """As `gathered`, for a checkpoint: whole tensors on the host where `main`, None elsewhere; every rank must call.
 
     One tensor after another, so that no device holds more than one whole tensor beside its shards.
     """
-    if isinstance(tree, DTensor):
-        tensor = tree.full_tensor()
+
+    def to_host(sharded: DTensor) -> Tensor | None:
+        tensor = sharded.full_tensor()
         return tensor.cpu() if main else None
+
+    return _map_sharded(tree, to_host)
+
+
+def _map_sharded(tree: Any, function: Callable[[DTensor], Tensor | None]) -> Any:
+    """A nested state with `function` applied to each sharded tensor."""
+    if isinstance(tree, DTensor):
+        return function(tree)
     if isinstance(tree, Mapping):
-        return {key: on_host(value, main) for key, value in tree.items()}
+        return {key: _map_sharded(value, function) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(on_host(value, main) for value in tree)
+        return type(tree)(_map_sharded(value, function) for value in tree)
     return tree
 
 
-def spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A whole optimizer state as this rank holds it: each tensor laid out as the weight that it belongs to."""
+def local_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """This rank's shards of a whole optimizer state: each tensor is laid out as its weight is."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    made = {
+    states = {
         number: {name: laid_out(value, weights[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    return {**state, "state": made}
+    return {**state, "state": states}
 
 
-def laid_out(value: Any, weight: Tensor) -> Any:
-    """A whole tensor of a weight's shape as this rank holds the weight; anything else as it is."""
+def laid_out(value: T, weight: Tensor) -> T | Tensor:
+    """A whole tensor of a weight's shape as this rank's shard of it; any other value unchanged."""
     if isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape:
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
     return value
 
 
-def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Takes up whole weights, into shards where the module's are spread; every rank must call."""
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads whole weights, into shards where the module is sharded; every rank must call."""
     module.load_state_dict({name: laid_out(weights[name], own) for name, own in module.state_dict().items()})
 
 
-def held(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, in the same memory; a whole tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def beside(value: Tensor, weights: list[nn.Parameter]) -> Tensor:
-    """A number that every rank has, in the form in which it can meet `weights` in one operation."""
+def replicated_like(value: Tensor, weights: list[nn.Parameter]) -> Tensor:
+    """A number that is equal on every rank, as a DTensor where the weights are: operations do not mix the two."""
     if weights and isinstance(weights[0], DTensor):
         mesh = weights[0].device_mesh
         return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)

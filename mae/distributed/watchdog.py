@@ -1,8 +1,8 @@
 """Ends a run of several ranks of which one hangs, and says which and where.
 
-Each rank counts its own advances and a thread of it tells the count to the others. When nothing has moved for
-`timeout_s` seconds, the rank that is behind writes its stack to the run's log.txt and leaves; the launcher ends
-the others. A rank that cannot even do that (stopped, lost) is named by one that waits for it.
+Each rank counts its own advances, and a thread sends the count to the others. When nothing has moved for `timeout_s`
+seconds, the rank that is behind writes its stack to the run's log.txt and exits; the launcher ends the others. A rank
+that cannot do even that (stopped, lost) is named by one that waits for it.
 """
 
 import faulthandler
@@ -10,8 +10,8 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -21,7 +21,7 @@ PATIENCE = 1.25  # those who wait leave this much later than the one they wait f
 class Watchdog:
     """Watches this rank and, through the store of the rendezvous, the others."""
 
-    def __init__(self, store: Any, rank: int, world: int, timeout_s: float, log: Path):
+    def __init__(self, store: Store, rank: int, world: int, timeout_s: float, log: Path):
         self.store, self.rank, self.world, self.timeout_s, self.log = store, rank, world, timeout_s, log
         self.count, self.paused = 0, False
         self._stop = threading.Event()
@@ -40,11 +40,11 @@ class Watchdog:
         return f"advances/{rank}"
 
     def _watch(self) -> None:
-        told, since = -1, time.monotonic()
+        sent, since = -1, time.monotonic()
         while not self._stop.wait(min(2.0, self.timeout_s / 10)):
-            if self.count != told or self.paused:
-                told, since = self.count, time.monotonic()
-                self.store.set(self._key(self.rank), str(told))
+            if self.count != sent or self.paused:
+                sent, since = self.count, time.monotonic()
+                self.store.set(self._key(self.rank), str(sent))
                 continue
             still = time.monotonic() - since
             if still < self.timeout_s:

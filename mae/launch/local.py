@@ -72,7 +72,7 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from mae import limits
-    from mae.distributed.ranks import Interruption
+    from mae.distributed.signals import Interruption
     from mae.launch.errors import RankFailed
     from mae.report.record import read_json
 

@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward."""
+"""Memory that autograd holds between forward and backward."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 @contextmanager
-def kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps for what is computed within, but for those of `weights`.
+def saved_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd saves within, except the storages of `weights`.
 
     Works on `meta` too, where nothing has an address.
     """
     own = {weight.untyped_storage()._cdata for weight in weights}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()
             alive.append(tensor)  # so that no later storage gets the same number
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved

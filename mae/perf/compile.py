@@ -1,16 +1,16 @@
-"""How a model computes, not what: compiled blocks, and what backward computes again.
+"""How a model computes its numbers: compiled blocks, and what backward recomputes.
 
 Compilation by block: one small graph serves all blocks of a width, so that a ViT-H compiles as fast as a ViT-B.
 """
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from mae.models.layers import blocks_of, set_attention_kernel, set_checkpointing
+from mae.models.layers import Block, blocks_of, set_attention_kernel, set_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,11 @@ def accelerate(
     checkpointing: Literal["none", "light", "blocks"],
     attention_kernel: Literal["auto", "plain", "fused"],
 ) -> None:
-    """Sets what the blocks of `model` compute again in backward and how they attend, and compiles them where asked.
+    """Sets what the blocks of `model` recompute in backward, their attention kernel, and compiles them.
 
-    `auto` compiles on CUDA alone: on a CPU it wants a C++ compiler and a wait, for a gain that only processors with
-    AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. `trial` takes a forward and backward
-    pass and one without gradients; where that fails once compiled, the blocks go back to what they were, with a
-    warning.
+    `auto` compiles on CUDA alone: on a CPU it needs a C++ compiler and a wait, for a gain that only processors with
+    AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. `trial` runs a step; if it fails, a
+    warning says so and the blocks stay uncompiled.
     """
     set_checkpointing(model, checkpointing)
     set_attention_kernel(model, attention_kernel)
@@ -51,34 +50,34 @@ def accelerate(
 
 def compile_blocks(model: nn.Module, mode: str | None) -> None:
     """Compiles every block in place; names in the state dict stay."""
-    from torch import _dynamo  # seconds to import
+    from torch._dynamo import config as settings  # seconds to import
 
-    settings: Any = _dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
     settings.optimize_ddp = False  # which cuts graphs at DDP's buckets; a block is small enough
     blocks = blocks_of(model)
     for block in blocks:
         block.compile(mode=mode, dynamic=False)
     if mode is not None:
-        begin_with(blocks[0])
+        mark_first(blocks[0])
 
 
-def begin_with(block: Any) -> None:
-    """Tells CUDA graphs that a pass through the model begins where `block`, its first, is called.
+def mark_first(block: Block) -> None:
+    """Tells CUDA graphs that a pass through the model starts at `block`, its first.
 
-    Without, each block's call would begin one, and where nothing is kept for backward overwrite its own input. Not a
-    hook of the model: features and pictures are computed past its `forward`; nor of the block: it would be compiled.
+    Otherwise each block's call would start one, and in a pass without gradients overwrite its own input. A hook of the
+    model does not do: features and pictures bypass its `forward`. A hook of the block would be compiled.
     """
     compiled = block._compiled_call_impl
+    assert compiled is not None
 
-    def begun(*args: Any, **kwargs: Any) -> Any:
+    def marked(*args: object, **kwargs: object) -> object:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(*args, **kwargs)
 
-    block._compiled_call_impl = begun
+    block._compiled_call_impl = marked
 
 
 def plain_blocks(model: nn.Module) -> None:
-    """Takes `compile_blocks` back."""
+    """Undoes `compile_blocks`."""
     for block in blocks_of(model):
-        block._compiled_call_impl = None  # what nn.Module.compile sets; torch has no way back of its own
+        block._compiled_call_impl = None  # set by nn.Module.compile, which torch cannot undo

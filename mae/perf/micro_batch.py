@@ -1,178 +1,184 @@
-"""What one device can hold: a trial step on invented images, and the largest micro-batch that passes it."""
+"""What one device holds: trial steps on grey images, and the largest micro-batch that passes one."""
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
-from mae import device
+from mae import device as devices
 from mae.config import rules
 from mae.config.check import write_text
 from mae.distributed.ranks import Ranks
-from mae.perf.activations import kept_for_backward
+from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
 
 log = logging.getLogger(__name__)
 
-KEPT = "micro_batch_size.json"  # in the run's directory: a run that goes on does not try again
-SHARE_OF_FREE = 0.8  # of the free memory of a host, which others use too
+MICRO_BATCH_FILE = "micro_batch_size.json"  # in the run's directory: a run that goes on does not try again
+SHARE_OF_FREE = 0.8  # of the free memory of a host, which other programs use too
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # as the host, Triton and cuBLAS say it
 
 
-def invented(cfg: DictConfig, images: int, num_patches: int | None, where: torch.device) -> dict[str, Tensor]:
-    """A batch of `images` grey images as the loader would send it."""
-    size = rules.pair(cfg.model.img_size)
-    batch = {
-        "image": torch.full((images, cfg.model.in_chans, *size), 128, dtype=torch.uint8),
-        "label": torch.zeros(images, dtype=torch.int64),
-        "index": torch.arange(images),
-        "flip": torch.zeros(images, dtype=torch.bool),
-    }
-    if num_patches is not None:
-        batch["noise"] = torch.rand(images, num_patches)
-    return device.send(batch, where)
+@dataclass(frozen=True)
+class Trial:
+    """Runs a task on grey images, and leaves no trace of it."""
+
+    cfg: DictConfig
+    task: nn.Module
+    num_patches: int | None  # numbers of masking noise a sample needs
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+
+    def batch(self, images: int) -> devices.Batch:
+        """A batch as the loader would send it."""
+        size = rules.pair(self.cfg.model.img_size)
+        batch = {
+            "image": torch.full((images, self.cfg.model.in_chans, *size), 128, dtype=torch.uint8),
+            "label": torch.zeros(images, dtype=torch.int64),
+            "index": torch.arange(images),
+            "flip": torch.zeros(images, dtype=torch.bool),
+        }
+        if self.num_patches is not None:
+            batch["noise"] = torch.rand(images, self.num_patches)
+        return devices.send(batch, self.device)
+
+    def step(self, images: int) -> None:
+        """Forward and backward, then forward without gradients, as a validation computes."""
+        with unchanged(self.task):
+            batch = self.batch(images)
+            with self.autocast():
+                loss = self.task(batch)["loss"]
+            loss.backward()
+            with torch.no_grad(), self.autocast():
+                self.task(batch)
+
+    def saved_bytes(self, images: int) -> int:
+        """Bytes that autograd saves between forward and backward."""
+        with unchanged(self.task), saved_for_backward(self.task.parameters()) as saved, self.autocast():
+            self.task(self.batch(images))
+        return sum(saved.values())
+
+    def fits(self, images: int, reserved: int) -> bool:
+        """Whether a step passes while `reserved` bytes of the device are taken."""
+        try:
+            reservation = torch.empty(reserved, dtype=torch.uint8, device=self.device)
+            self.step(images)
+            del reservation
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
 
 
 @contextmanager
 def unchanged(task: nn.Module) -> Iterator[None]:
-    """Puts statistics, gradients and the host's random numbers back to what they were before a trial; meanwhile no part
-    waits for other ranks, which may fail where this one does not, and no branch is left out, so that the trial holds as
-    much as a step ever does."""
-    kept = {name: buffer.clone() for name, buffer in task.named_buffers()}
-    drawn, torch_drawn = np.random.get_state(), torch.get_rng_state()
-    together: list[Any] = [part for part in task.modules() if hasattr(part, "alone")]
-    for part in together:
-        part.alone = True
+    """Restores statistics, gradients and the host's random states afterwards.
+
+    During the trial cross-rank operations are off, since a trial may fail on one rank alone. DropPath keeps every
+    branch, so that memory peaks as in training.
+    """
+    buffers = {name: buffer.clone() for name, buffer in task.named_buffers()}
+    numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()
+    reducing = [module for module in task.modules() if hasattr(module, "alone")]
+    for module in reducing:
+        setattr(module, "alone", True)  # noqa: B010  # of the batch norm of a probe
     for name, buffer in task.named_buffers():
-        if name.endswith(".keep"):  # drop path's
+        if name.endswith(".keep"):  # of DropPath
             buffer.fill_(1.0)
     try:
         yield
     finally:
-        for part in together:
-            part.alone = False
+        for module in reducing:
+            setattr(module, "alone", False)  # noqa: B010
         for name, buffer in task.named_buffers():
-            buffer.copy_(kept[name])
+            buffer.copy_(buffers[name])
         task.zero_grad(set_to_none=True)
-        np.random.set_state(drawn)
-        torch.set_rng_state(torch_drawn)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 
-def step(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> None:
-    """Forward and backward, then forward without gradients, as a validation computes."""
-    with unchanged(task):
-        with autocast():
-            loss = task(batch)["loss"]
-        loss.backward()
-        with torch.no_grad(), autocast():
-            task(batch)
-
-
-def kept_bytes(task: Any, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> int:
-    """Bytes that autograd holds between forward and backward."""
-    with unchanged(task), kept_for_backward(task.parameters()) as kept, autocast():
-        task(batch)
-    return sum(kept.values())
-
-
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice."""
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the host's, Triton's and cuBLAS's words
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
+    stated = any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or stated
 
 
-def recall(kept: Path, what: dict[str, Any]) -> int | None:
-    """What was found for a device and settings like these, in an earlier start of the run."""
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    return int(found["micro_batch_size"]) if what in found.get("found_for", []) else None
+def stored_size(path: Path, settings: Mapping[str, object]) -> int | None:
+    """The size that an earlier start of the run found for this device and these settings."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return int(stored["micro_batch_size"]) if settings in stored.get("found_for", []) else None
 
 
 def micro_batch_size(
-    run: Path,
-    cfg: DictConfig,
-    ranks: Ranks,
-    task: Any,
-    autocast: Callable[[], Any],
-    *,
-    micro_batch_size: int | Literal["auto"] | None,
+    run: Path, ranks: Ranks, trial: Trial, *, micro_batch_size: int | Literal["auto"] | None
 ) -> int | None:
-    """`task.micro_batch_size`, found by trying where it is `auto`: the largest part of a device's share that fits.
+    """`task.micro_batch_size`; where it is `auto`, the largest divisor of a device's share that fits.
 
-    Parts divide the share, so that the effective batch stays what it is. All ranks take the smallest finding.
-    Raises ValueError where not even one image fits.
+    The effective batch stays what it is. All ranks use the smallest size of any. Raises ValueError where no size fits.
     """
     if micro_batch_size != "auto":
         return micro_batch_size
-    share = cfg.task.batch_size // ranks.world
-    kept = run / KEPT
-    what = {
+    cfg = trial.cfg
+    share, path = cfg.task.batch_size // ranks.world, run / MICRO_BATCH_FILE
+    settings = {
         "share": share,
         "checkpointing": cfg.task.checkpointing,
         "attention_kernel": cfg.task.attention_kernel,
         "precision": cfg.task.precision,
-        "device": device.model_name(ranks.device),
+        "device": devices.model_name(trial.device),
     }
-    known = ranks.gather(recall(kept, what))  # so that either all ranks try or none does
-    if None not in known:
-        return min(known)
-    found = min(ranks.gather(largest(cfg, ranks.device, task, autocast, share)))
-    if not found:
+    stored = [size for size in ranks.gather(stored_size(path, settings)) if size is not None]
+    if len(stored) == ranks.world:  # either all ranks search or none does
+        return min(stored)
+    size = min(ranks.gather(largest(trial, share)))
+    if not size:
         raise ValueError(
             f"task.micro_batch_size=auto: not even the smallest part of a batch of model={cfg.model.name} fits in the "
             "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
         )
-    devices = ranks.gather(what)
+    devices_of_ranks = ranks.gather(settings)
     if ranks.main:
-        write_text(kept, json.dumps({"micro_batch_size": found, "found_for": devices}) + "\n")
-    log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", found, share)
-    return found
+        write_text(path, json.dumps({"micro_batch_size": size, "found_for": devices_of_ranks}) + "\n")
+    log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", size, share)
+    return size
 
 
-def parts(share: int, smallest: int, even: bool) -> list[int]:
+def divisors(share: int, smallest: int, even: bool) -> list[int]:
     """The numbers that divide `share`, largest first."""
     return [n for n in range(share, smallest - 1, -1) if share % n == 0 and not (even and n % 2)]
 
 
-def largest(cfg: DictConfig, where: torch.device, task: Any, autocast: Callable[[], Any], share: int) -> int:
-    """The largest part of `share` images for which a trial step fits, or 0.
+def largest(trial: Trial, share: int) -> int:
+    """The largest divisor of `share` images for which a trial step fits, or 0.
 
-    A host that runs out of memory kills instead of refusing, so that there parts are first judged by what
-    autograd keeps for few images. Elsewhere a tensor takes up the room of what the run will hold beside a step.
+    A host that runs out of memory kills the process. There, sizes are first judged by what autograd saves for few
+    images. On other devices a tensor reserves what the run will hold beside a step.
     """
-    mixing = mixes(cfg.task)
-    smallest = 2 if cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
-    candidates = parts(share, smallest, mixing)
+    task = trial.task
+    smallest = 2 if trial.cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
+    candidates = divisors(share, smallest, mixes(trial.cfg.task))
     # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states
     states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    if where.type == "cpu" and candidates:
+    on_host = trial.device.type == "cpu"
+    if on_host and candidates:
         few = min(candidates[0], 2)
-        needed = kept_bytes(task, invented(cfg, few, task.num_patches, where), autocast) / few
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this host, which share its memory
-        free = SHARE_OF_FREE * device.free_memory(where) / here - states
-        # and half as much again as autograd keeps for what backward computes
-        candidates = [n for n in candidates if 1.5 * n * needed <= free]
+        per_image = trial.saved_bytes(few) / few
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which share the host's memory
+        free = SHARE_OF_FREE * devices.free_memory(trial.device) / ranks_here - states
+        # backward allocates half as much again as autograd saves
+        candidates = [n for n in candidates if 1.5 * n * per_image <= free]
     for images in candidates:
-        if fits(cfg, images, where, task, autocast, 0 if where.type == "cpu" else states):
+        if trial.fits(images, 0 if on_host else states):
             return images
-        device.release(where)
+        devices.release(trial.device)
     return 0
-
-
-def fits(cfg: DictConfig, images: int, where: torch.device, task: Any, autocast: Callable[[], Any], held: int) -> bool:
-    """Whether a trial step of `images` images passes beside `held` bytes of other things."""
-    try:
-        room = torch.empty(held, dtype=torch.uint8, device=where)
-        step(task, invented(cfg, images, task.num_patches, where), autocast)
-        del room
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    return True

@@ -1,17 +1,25 @@
-"""Where a step's time goes: a trace for a viewer, and a table of the costliest operations."""
+"""Profiles of training steps: a trace for a viewer, and a table of the costliest operations."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from torch import profiler
 
 log = logging.getLogger(__name__)
 
-SKIPPED, WARM_UP, RECORDED = 3, 2, 5  # steps: the first ones also build what later ones reuse
+SKIPPED, WARM_UP, RECORDED = 3, 2, 5  # steps: the first ones also fill caches
 ROWS = 20
+
+
+class Profiler(Protocol):
+    """What the train loop sees of torch's profiler."""
+
+    def step(self) -> object:
+        """A step has ended."""
+        ...
 
 
 class NoProfile:
@@ -22,18 +30,17 @@ class NoProfile:
 
 
 @contextmanager
-def profiled(run: Path, main: bool, on_cuda: bool, *, profile: bool) -> Iterator[Any]:
-    """Records steps 6 to 10 of the main process where `profile` asks for it.
+def profiled(run: Path, main: bool, on_cuda: bool, *, profile: bool) -> Iterator[Profiler]:
+    """Records steps 6 to 10 of the main process if `profile`; call `step()` after each step.
 
-    Leaves `profile/trace.json` (for https://ui.perfetto.dev or chrome://tracing) and `profile/operations.txt`.
-    The object's `step()` is to be called after each step.
+    Writes `profile/trace.json` (for https://ui.perfetto.dev or chrome://tracing) and `profile/operations.txt`.
     """
     if not (profile and main):
         yield NoProfile()
         return
     kinds = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * on_cuda
 
-    def write(recorded: Any) -> None:
+    def write(recorded: profiler.profile) -> None:
         folder = run / "profile"
         folder.mkdir(exist_ok=True)
         recorded.export_chrome_trace(str(folder / "trace.json"))

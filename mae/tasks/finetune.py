@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mae.config.build import call
 from mae.data.source import Source
-from mae.distributed.fsdp import held, load
+from mae.distributed.fsdp import load_weights, local_shard
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
 from mae.tasks.common import warn_of_statistics
@@ -108,7 +108,7 @@ class Finetune(Classify):
         if self.ema_decay is not None:
             share = ((1.0 - self.ema_decay) * (1.0 - skipped)).to(torch.float32)
             for average, weight in zip(self.model.parameters(), self.live.parameters(), strict=True):
-                held(average).lerp_(held(weight), share.to(average.dtype))
+                local_shard(average).lerp_(local_shard(weight), share.to(average.dtype))
 
     def extra_state(self) -> dict[str, Any]:
         live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
@@ -117,7 +117,7 @@ class Finetune(Classify):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         if self.ema_decay is not None:
-            load(self.live, state["live"])
+            load_weights(self.live, state["live"])
 
 
 def freeze(model: Any, blocks: float) -> None:

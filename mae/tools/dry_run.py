@@ -17,7 +17,7 @@ from mae.data.source import reduced
 from mae.models.flops import Flops, flops
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
-from mae.perf.activations import kept_for_backward
+from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks import TASKS
 from mae.tools.cost import forecast
@@ -107,7 +107,7 @@ def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: tor
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
         images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
-        with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
+        with saved_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
             if isinstance(model, MaskedAutoencoder):
                 model(images, cfg.task.mask_ratio, torch.empty(count, model.num_patches))
             else:
