@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
             raise
         sys.stderr.write(f"{errors.explain(error)}\n")
         code = 1
-    if code and plugin.inside():
+    if code and plugin.in_plugin_job():
         plugin.leave(code)
     if code == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise KeyboardInterrupt  # the whole sweep was asked to stop, not this member alone
@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Checks a composed config and launches it; returns the exit code."""
-    if plugin.inside():
+    if plugin.in_plugin_job():
         plugin.join()
     here = HydraConfig.get()
     overrides = [override for override in here.overrides.task if key_of(override) != from_run.MARK]
@@ -90,8 +90,8 @@ def without_typed(choices: Mapping[str, Any], overrides: list[str]) -> dict[str,
 def start() -> int:
     """The command, one run or a whole sweep; returns the exit code."""
     try:
-        if status.is_asked(sys.argv[1:]):
-            return status.answer(sys.argv[1:])
+        if status.is_status_command(sys.argv[1:]):
+            return status.status_command(sys.argv[1:])
         refuse_directories(sys.argv[1:])
         sys.argv[1:] = from_run.with_groups(sys.argv[1:])
         main()

@@ -70,7 +70,7 @@ def test_who_runs_is_named_and_readers_need_no_lock(running):
     assert process.poll() is None and not (run / "failure.json").exists()
     report.write(run)
     assert (run / "report.html").exists() and checkpoint.main([str(run)]) == 0
-    assert "UNFINISHED" in status.report(run)
+    assert "UNFINISHED" in status.status_table(run)
     before = (run / "config.yaml").read_text()
     assert "is in use" in run_cli(*LONG, "seed=7", f"output_dir={run}").stderr
     assert (run / "config.yaml").read_text() == before

@@ -161,7 +161,7 @@ def test_a_run_whose_data_moved_is_reported_and_goes_on(images, tmp_path, capsys
     (tmp_path / "old").rename(new)
     assert report.main([str(run)]) == 0
     assert "Best member" in sweep.finish(run.parent)
-    assert status.report(run).splitlines()[1].split()[2] == "FINISHED"
+    assert status.status_table(run).splitlines()[1].split()[2] == "FINISHED"
     (run / "summary.json").unlink()
     assert run_here(run, *FOLDER, f"data.root={new}") == 0
     (run / "summary.json").unlink()

@@ -12,11 +12,13 @@ from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from omegaconf import OmegaConf
 
 from mae.config import rules
+from mae.config.build import call
 from mae.config.check import ConfigError
 from mae.launch import launch
 from mae.launch.slurm import check, job, queue, state, status, submit
 from mae.launch.slurm.check import Node
 from mae.launch.slurm.queue import Job
+from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
 from mae.runs import attempt
 from mae.tracking import jsonl
@@ -101,7 +103,7 @@ def conclusion(monkeypatch, tmp_path, state: str, refused: str = "") -> tuple[in
     monkeypatch.setattr(queue, "field", lambda *_: state)
     monkeypatch.setattr(queue, "requeue", lambda name: asked.append(name) or refused)
     monkeypatch.setattr(job.time, "sleep", lambda _: None)
-    code = job.conclude(tmp_path, "7", 0, Verdict("requeue", "it was asked to stop"))
+    code = job.act_on(tmp_path, "7", 0, Verdict("requeue", "it was asked to stop"))
     return code, json.loads((tmp_path / "slurm" / "verdict.json").read_text()), asked
 
 
@@ -176,7 +178,7 @@ def test_an_attempt_begins_without_what_an_earlier_one_said(monkeypatch, tmp_pat
     (tmp_path / "slurm" / "stopped" / "0").touch()
     for name in ("failure.json", "slurm/verdict.json"):
         (tmp_path / name).write_text("{}")
-    job.begin(tmp_path, "7.1")
+    job.start_attempt(tmp_path, "7.1")
     assert not (tmp_path / "failure.json").exists() and not (tmp_path / "slurm" / "verdict.json").exists()
     assert list((tmp_path / "slurm" / "stopped").iterdir()) == [] and attempt.holds(tmp_path)
 
@@ -188,7 +190,7 @@ def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
         except RuntimeError as error:
             jsonl.write_failure(tmp_path, rank, error, lost_peer=rank == 0)
     assert json.loads((tmp_path / "failure.json").read_text())["error"] == "RuntimeError: the cause"
-    assert "rank 1 failed" in (tmp_path / "log.txt").read_text() and "the cause" in state.reason(tmp_path)
+    assert "rank 1 failed" in (tmp_path / "log.txt").read_text() and "the cause" in state.failure_reason(tmp_path)
 
 
 def test_a_lost_peer_is_told_from_an_own_mistake():
@@ -251,16 +253,16 @@ def test_the_state_of_a_run(tmp_path, job, verdict, expected):
     (tmp_path / "slurm").mkdir()
     if verdict:
         (tmp_path / "slurm" / "verdict.json").write_text(json.dumps(verdict))
-    assert state.state(tmp_path, job) == expected
+    assert state.run_state(tmp_path, job) == expected
     (tmp_path / "summary.json").write_text("{}")
-    assert state.state(tmp_path, job) == "FINISHED"
+    assert state.run_state(tmp_path, job) == "FINISHED"
 
 
 def test_status_lists_a_sweep_that_ran_here_too(tmp_path):
     for name in ("0", "10", "2"):
         assert run_here(tmp_path / name, *TINY_PRETRAIN, "task.max_steps=1") == 0
     (tmp_path / "2" / "summary.json").unlink()
-    table = status.report(tmp_path).splitlines()
+    table = status.status_table(tmp_path).splitlines()
     assert [line.split()[2] for line in table[1:]] == ["FINISHED", "UNFINISHED", "FINISHED"]
     assert "val_loss" in table[1] and "at step 1" in table[2]
 
@@ -285,10 +287,8 @@ def test_questions_that_cannot_be_answered(tmp_path, words, sentence):
 SLURM = ["launcher=slurm", "data=digits", *TINY_PRETRAIN]
 
 
-def settings(*overrides: str) -> dict:
-    plain = OmegaConf.to_container(composed(*SLURM, *overrides).launcher)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def settings(*overrides: str) -> SlurmSettings:
+    return call(SlurmSettings, composed(*SLURM, *overrides).launcher)
 
 
 def test_devices_are_counted_over_nodes():
@@ -333,7 +333,7 @@ KNOWN += [Node("debug", False, "n0", 64, 512000, 8, 30.0), Node("cpu", False, "c
     ],
 )
 def test_what_the_nodes_cannot_give_is_named(override, sentence):
-    found = list(check.problems(settings(*override.split()), KNOWN))
+    found = list(check.unmet_requests(settings(*override.split()), KNOWN))
     assert (sentence in found[0]) if sentence else not found
 
 
@@ -499,12 +499,14 @@ def test_the_code_is_kept_under_a_name_made_from_its_contents(tmp_path):
 
 @pytest.mark.parametrize("program", [job.TASK, job.SUPERVISE, submit.REPORT, submit.LAST])
 def test_the_programs_that_a_job_runs_name_modules_and_functions_that_exist(program):
-    tree = ast.parse("import sys; " + program.format(code=str(ROOT), run="RUN", told="TOLD", folder="FOLDER"))
+    tree = ast.parse(
+        "import sys; " + program.format(code=str(ROOT), run="RUN", submission="SUBMISSION", folder="FOLDER")
+    )
     names: dict[str, object] = {}
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     exec(compile(ast.Module(imports, []), "<job>", "exec"), names)
     functions = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    modules = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("mae.")]
+    modules = [str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("mae.")]
     assert functions and all(callable(eval(name, names)) for name in functions)
     assert all(importlib.util.find_spec(module) for module in modules)
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mae.config import check
-from mae.config.build import build
+from mae.config.build import build, call
 from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
@@ -22,6 +22,7 @@ from mae.config.rules import READERS, missing_init
 from mae.launch.local import inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare
+from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.submit import slurm, submit, submit_last
 from mae.runs.locks import held_run
 
@@ -65,7 +66,7 @@ def start(run: Path, cfg: DictConfig, overrides: list[str], first: bool) -> int:
         if cfg.task.name == "pipeline":  # each of whose stages comes back here
             code = run_pipeline(run, cfg, overrides, composed, launch, first)
             if not code and not summary.exists():  # its stages are queued
-                submit_last(run, [run / name for name in cfg.task.stages], cfg.launcher)
+                submit_last(run, [run / name for name in cfg.task.stages], call(SlurmSettings, cfg.launcher))
             if first:
                 from mae.report import run as report
 
@@ -128,14 +129,14 @@ def queues(cfg: DictConfig) -> bool:
 
 def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:
     """Submits the members of a sweep as one job array (one for each choice of launcher settings); the exit code."""
-    runs = []
+    submissions = []
     for cfg, overrides in members:
         if cfg.init == AUTO:
             cfg, code = after_pretraining(cfg, overrides)
             if code:
                 return code
-        runs.append((prepare(cfg, overrides), cfg.launcher))
-    return submit(runs, Path(os.path.commonpath(run.parent for run, _ in runs)))
+        submissions.append((prepare(cfg, overrides), call(SlurmSettings, cfg.launcher)))
+    return submit(submissions, Path(os.path.commonpath(run.parent for run, _ in submissions)))
 
 
 LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}

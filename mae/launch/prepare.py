@@ -14,7 +14,7 @@ from mae.config.compose import is_group
 from mae.config.overrides import key_of
 from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
 from mae.config.rules import reads_data
-from mae.launch.slurm.state import asked
+from mae.launch.slurm.state import live_jobs
 from mae.runs.file_system import full_disk
 
 FAILED = "failed"  # folder of a run: what starts left that failed before the first checkpoint
@@ -73,7 +73,7 @@ def failed_early(run: Path) -> bool:
         return False
     if any("loss" in row for row in read_lines(run / "metrics.jsonl")):
         return False
-    return not any(job is not None and job.alive for _, job in asked([run]).values())
+    return not live_jobs([run])
 
 
 def set_aside(run: Path) -> None:

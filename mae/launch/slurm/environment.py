@@ -6,20 +6,20 @@ from contextlib import contextmanager
 
 from mae.runs import attempt
 
-# Where the controller is, who pays, and where jobs go: the site's and the user's, in a job as on a login node
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
-KEPT += tuple(f"SBATCH_{name}" for name in ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "WCKEY"))
-# The ranks of a job's step, its devices, and what our own supervisor tells its tasks
+# The site's and the user's wishes (controller, account, partition), which hold in a job as on a login node
+PASSED_ON = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+PASSED_ON += tuple(f"SBATCH_{name}" for name in ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "WCKEY"))
+# Ranks and devices of a job's step, and variables that our own supervisor sets for its tasks
 OF_STEPS = ("RANK_HOSTS", "MAE_SIGNAL_DELAY_S", attempt.NAME, "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 OF_STEPS += ("GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK", "GROUP_RANK", "ROLE_RANK", "GROUP_WORLD_SIZE")
 
 
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Within, the environment is that of a login node, also in a process of a job: sbatch and srun take options from
-    `SLURM_*` and `SBATCH_*`, and a new job's tasks would take the ranks, devices and limits of this one.
+    """Within, the environment is that of a login node, also in a process of a job.
 
-    Outside of a job nothing changes: there these variables are the user's own wishes.
+    sbatch and srun take options from `SLURM_*` and `SBATCH_*`, so a new job would get ranks, devices and limits of this
+    one. Outside of a job nothing changes: there these variables are the user's own wishes.
     """
     if "SLURM_JOB_ID" not in os.environ:
         yield
@@ -30,7 +30,7 @@ def outside_of_jobs() -> Iterator[None]:
     with clean_env():
         for name in OF_STEPS:
             os.environ.pop(name, None)
-        os.environ.update({name: before[name] for name in KEPT if name in before})
+        os.environ.update({name: before[name] for name in PASSED_ON if name in before})
         try:
             yield
         finally:

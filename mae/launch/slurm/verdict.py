@@ -3,15 +3,24 @@
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from mae.config.check import write_text
 
-ASKED = 130  # exit code of a process that was asked to stop
-STOPPED = ("Terminated", "User defined signal 2", f"Exited with exit code {ASKED}")  # srun's words for such ends
+INTERRUPTED = 130  # exit code of a process that was asked to stop
+STOP_CAUSES = ("Terminated", "User defined signal 2", f"Exited with exit code {INTERRUPTED}")  # in srun's words
+
+
+class Failure(TypedDict):
+    """A run's `failure.json`: the first error of the newest attempt."""
+
+    rank: int
+    error: str
+    lost_peer: bool  # it only says that another rank was gone
+    traceback: str
 
 
 @dataclass(frozen=True)
@@ -27,58 +36,57 @@ class Ending:
     """What is known when all tasks of an attempt have ended."""
 
     finished: bool  # there is a summary
-    failure: Mapping[str, Any] | None  # the first error that a rank wrote down
+    failure: Failure | None
     stopped: bool  # a rank was asked to stop and has saved
-    causes: Sequence[str]  # srun's words for ends, in their order: 'Killed' for a task, 'CANCELLED' for the whole step
+    causes: Sequence[str]  # how tasks ended, in srun's words and order; 'CANCELLED' for the whole step
     left_first: bool  # a rank was asked to stop, and left, before the first error of another
     code: int  # srun's exit code
-    advanced: bool  # a newer checkpoint than at the attempt's beginning
-    lost_node: str  # a node of the job that does not answer, or nothing
+    advanced: bool  # the attempt wrote a checkpoint
+    lost_node: str  # a node of the job that does not answer, or empty
 
 
 def judge(end: Ending, requeues_left: int) -> Verdict:
-    """Own faults fail at once; an interruption goes on; a crash goes on where it had made progress."""
+    """An error of the run's own fails the job. An interruption requeues it, and so does a crash after progress."""
     if end.finished:
         return Verdict("finished")
+    error = end.failure["error"] if end.failure is not None else None
     if end.failure is not None and not end.failure["lost_peer"]:
         return Verdict("failed", end.failure["error"])
-    if was_asked(end):
-        verdict = Verdict("requeue", "it was asked to stop")
+    cause = [*end.causes, error or f"srun ended with exit code {end.code}"][0]
+    if was_interrupted(end):
+        reason = "it was asked to stop"
+    elif end.lost_node:
+        reason = f"node {end.lost_node} does not answer"
+    elif end.advanced:
+        reason = f"a task crashed ({cause}) after it had made progress"
     else:
-        told = [*end.causes, end.failure["error"] if end.failure else f"srun ended with exit code {end.code}"][0]
-        if end.lost_node:
-            verdict = Verdict("requeue", f"node {end.lost_node} does not answer")
-        elif end.advanced:
-            verdict = Verdict("requeue", f"a task crashed ({told}) after it had made progress")
-        else:
-            why = (
-                end.failure["error"]
-                if end.failure and "never came" in end.failure["error"]
-                else f"a task crashed: {told}"
-            )
-            return Verdict("failed", f"{why} (no checkpoint was written since the job began, so it is not tried again)")
-    if verdict.action == "requeue" and requeues_left <= 0:
-        return Verdict("failed", f"{verdict.reason}, and launcher.max_requeues is used up")
-    return verdict
+        reason = error if error and "never came" in error else f"a task crashed: {cause}"
+        return Verdict("failed", f"{reason} (no checkpoint was written since the job began, so it is not tried again)")
+    if requeues_left <= 0:
+        return Verdict("failed", f"{reason}, and launcher.max_requeues is used up")
+    return Verdict("requeue", reason)
 
 
-def was_asked(end: Ending) -> bool:
-    """Whether the attempt ended because it was told to. After a crash srun sends TERM to the other ranks too: what was
-    first decides. A rank that left before the others had begun to train is one that they lose as a peer."""
-    deaths = [cause for cause in end.causes if cause not in ("CANCELLED", *STOPPED)]
-    if not deaths:
+def was_interrupted(end: Ending) -> bool:
+    """Whether the attempt ended because it was asked to stop.
+
+    After a crash srun sends TERM to the other ranks too, so the first end decides. A rank that leaves before the others
+    have begun to train is one that they lose as a peer.
+    """
+    crashes = [cause for cause in end.causes if cause not in ("CANCELLED", *STOP_CAUSES)]
+    if not crashes:
         return end.stopped or bool(end.causes)
-    left = end.left_first and all(cause.startswith("Exited") for cause in deaths)
-    return left or end.causes[0] not in deaths
+    left = end.left_first and all(cause.startswith("Exited") for cause in crashes)
+    return left or end.causes[0] not in crashes
 
 
 def newest_step(run: Path) -> int:
     """Step of the newest whole checkpoint; -1 where there is none."""
-    found = (run / "checkpoints").glob("step_*/manifest.json")
-    return max((int(path.parent.name.removeprefix("step_")) for path in found), default=-1)
+    manifests = (run / "checkpoints").glob("step_*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step_")) for path in manifests), default=-1)
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict | None:
     """A file of JSON, or None where there is none or it is cut short."""
     try:
         return json.loads(path.read_text())
@@ -86,17 +94,21 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_failure(run: Path) -> Failure | None:
+    """The first error of the newest attempt, or None."""
+    values = read_object(run / "failure.json")
+    return None if values is None else Failure(**values)
+
+
 def cause_in(line: str) -> str:
-    """How a task ended, in srun's words; 'CANCELLED' where the whole step was; nothing where a line says neither."""
+    """How a task ended, from a line of srun; 'CANCELLED' where the whole step was; empty where it says neither."""
     if ended := re.search(r"\btasks? [\d,-]+: (.+?)(?: \(core dumped\))?\s*$", line):
         return ended[1]
-    return (
-        "CANCELLED"
-        if re.search(r"\*\*\* (STEP|JOB) .*CANCELLED|Force Terminated|forcing job termination", line)
-        else ""
-    )
+    cancelled = r"\*\*\* (STEP|JOB) .*CANCELLED|Force Terminated|forcing job termination"
+    return "CANCELLED" if re.search(cancelled, line) else ""
 
 
-def write_verdict(run: Path, job: str, number: int, action: str, reason: str) -> None:
-    told = {"job": job, "attempt": number, "action": action, "reason": reason, "time": time.time()}
-    write_text(run / "slurm" / "verdict.json", json.dumps(told))
+def write_verdict(run: Path, job: str, number: int, verdict: Verdict) -> None:
+    """Leaves the verdict on attempt `number` of a job in the run's directory."""
+    row = {"job": job, "attempt": number, "action": verdict.action, "reason": verdict.reason, "time": time.time()}
+    write_text(run / "slurm" / "verdict.json", json.dumps(row))
