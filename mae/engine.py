@@ -15,9 +15,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae import checkpoint, device, limits
-from mae.config.build import build, call
+from mae.config.build import call
 from mae.config.check import read, write_text
-from mae.config.schema import TRAINED
 from mae.data.workers import naming_killed_workers
 from mae.distributed.fsdp import gathered, replicated_like
 from mae.distributed.ranks import Ranks, start
@@ -28,7 +27,7 @@ from mae.report import run as report
 from mae.runs import attempt, environment
 from mae.runs.file_system import check_needs
 from mae.runs.locks import held_run
-from mae.tasks import TASKS
+from mae.tasks import registry
 from mae.tasks.linprobe_cached import probe_features
 from mae.tracking import jsonl, norms
 from mae.training import Training, set_up
@@ -213,9 +212,9 @@ def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracker) -
     with naming_killed_workers():
         if cfg.task.get("cached_features"):
             return call(probe_features, cfg.task, run, cfg, ranks, tracker)
-        if cfg.task.name in TRAINED:
+        if registry.TASKS[cfg.task.name].trains:
             return run_training(run, cfg, ranks, tracker)
-        return build(TASKS, cfg.task, run, cfg, ranks, tracker)
+        return call(registry.load_task(cfg.task.name), cfg.task, run, cfg, ranks, tracker)
 
 
 def work(run: Path) -> int:

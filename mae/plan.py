@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from mae.tasks.registry import TASKS
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,9 +79,10 @@ def check_batches(plan: Plan, task: Mapping[str, Any], repeats: int) -> None:
             f"task.mixup and task.cutmix mix images in pairs, and a batch of {odd[0]} comes in each epoch {of}: choose "
             f"{keep}, or set task.mixup=0 task.cutmix=0."
         )
-    if 1 in held and task["name"] == "linprobe":
+    if min(held) < TASKS[task["name"]].smallest_batch:
         raise ValueError(
-            f"task=linprobe normalises over a batch, and one of a single image comes in each epoch {of}: choose {keep}."
+            f"task={task['name']} normalises over a batch, and one of a single image comes in each epoch {of}: choose "
+            f"{keep}."
         )
 
 

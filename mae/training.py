@@ -23,7 +23,7 @@ from mae.distributed.ranks import Ranks, assert_same
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial, micro_batch_size
 from mae.plan import Plan, check_batches, make_plan, micro_batch
-from mae.tasks import TASKS
+from mae.tasks.base import build_task
 from mae.tasks.common import bad_files, both_sets, eval_loader
 from mae.tracking import jsonl
 from mae.weights.parts import drop_class_token
@@ -204,7 +204,7 @@ def set_up(
     torch.manual_seed(cfg.seed)  # the same initial weights everywhere
     train_set, val_set = both_sets(cfg)
     dtype = device.number_format(precision, ranks.device)
-    task = build(TASKS, cfg.task, cfg, val_set)
+    task = build_task(cfg, val_set)
     task.begin(cfg, train_set, val_set)
     restored = checkpoint.newest_valid(run)
     if restored is None:

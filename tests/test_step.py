@@ -23,7 +23,7 @@ from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
 from mae.perf.compile import compile_blocks, plain_blocks
 from mae.perf.micro_batch import Trial
-from mae.tasks import TASKS
+from mae.tasks.base import build_task
 from mae.tools import dry_run
 from mae.tracking import jsonl
 from mae.training import Progress
@@ -121,7 +121,7 @@ def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     monkeypatch.setattr(Block, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", self._call_impl))
     cfg = composed(*TINY_PRETRAIN)
-    model = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).trained
+    model = build_task(cfg, build(SOURCES, cfg.data, "val")).trained
     images = torch.rand(2, 3, 16, 16)
     for compiled, passes in (("blocks", 0), ("graphs", 3)):
         compile_blocks(model, "reduce-overhead" if compiled == "graphs" else None)
@@ -134,7 +134,7 @@ def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
 
 def test_a_trial_computes_as_a_validation_too():
     cfg = composed(*TINY_PRETRAIN)
-    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    made = build_task(cfg, build(SOURCES, cfg.data, "val"))
     seen = []
     made.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     trial_of(cfg, made).step(2)
@@ -221,7 +221,7 @@ def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
     kept = []
     for rate in (1e-6, 0.99):
         cfg = composed(*TINY, "task=finetune", "task.batch_size=32", f"task.drop_path={rate}")
-        made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).train()
+        made = build_task(cfg, build(SOURCES, cfg.data, "val")).train()
         kept.append(trial_of(cfg, made).saved_bytes(4))
         rates = [block.drop_path1.keep.item() for block in made.live.blocks if hasattr(block.drop_path1, "keep")]
         assert rates and min(rates) == pytest.approx(1 - rate)  # the run's own again
@@ -230,7 +230,7 @@ def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
 
 def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
     cfg = composed(*TINY_PRETRAIN)
-    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
+    made = build_task(cfg, build(SOURCES, cfg.data, "val")).to("meta")
     weights = sum(4 * p.numel() for p in made.parameters() if p.requires_grad)
     allocate, held, trials = torch.empty, [], []
 
@@ -311,7 +311,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
         more += ["task.mixup=0", "task.cutmix=0"]
     cfg = composed(*TINY, f"task={task}", *CLASSIFY, *more)
     sets = build(SOURCES, cfg.data, "train"), build(SOURCES, cfg.data, "val")
-    made = build(TASKS, cfg.task, cfg, sets[1])
+    made = build_task(cfg, sets[1])
     made.begin(cfg, *sets)
     made.take_up_init(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -328,7 +328,7 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
 @pytest.mark.parametrize("clip_grad", [None, 1.0])
 def test_no_step_waits_for_the_gpu(optimizer, clip_grad):
     cfg = composed(*TINY_PRETRAIN, f"optimizer={optimizer}")
-    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    made = build_task(cfg, build(SOURCES, cfg.data, "val"))
     gpu = torch.device("cuda")
     with torch.library._scoped_library("aten", "IMPL") as library, FakeTensorMode(allow_non_fake_inputs=True):
         library.impl("_fused_sgd_", lambda *_, **__: None, "Meta")  # which torch 2.14 has only for AdamW's
@@ -352,7 +352,7 @@ def test_no_step_waits_for_the_gpu(optimizer, clip_grad):
 def test_backward_runs_without_a_device():
     """On `meta`, which has no values to wait for."""
     cfg = composed(*TINY_PRETRAIN)
-    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val")).to("meta")
+    made = build_task(cfg, build(SOURCES, cfg.data, "val")).to("meta")
     made(trial_of(cfg, made, "meta").batch(4))["loss"].backward()
     assert all(p.grad is not None for p in made.trained.parameters() if p.requires_grad)
 
@@ -365,6 +365,6 @@ def test_divisors_of_a_share():
 
 def test_blocks_compute_again_by_default():
     cfg = composed(*TINY_PRETRAIN)
-    made = build(TASKS, cfg.task, cfg, build(SOURCES, cfg.data, "val"))
+    made = build_task(cfg, build(SOURCES, cfg.data, "val"))
     assert {m.checkpointing for m in made.modules() if isinstance(m, Block)} == {"light"}
     assert math.isfinite(made(trial_of(cfg, made).batch(2))["loss"])

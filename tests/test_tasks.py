@@ -16,7 +16,6 @@ from PIL import Image
 
 from mae import checkpoint
 from mae.config import rules
-from mae.config.build import build
 from mae.config.check import ConfigError
 from mae.config.compose import composed as compose
 from mae.data import pack
@@ -26,7 +25,7 @@ from mae.launch.pipeline import stage_config
 from mae.models import masking
 from mae.models.vit import classifier
 from mae.plan import make_plan
-from mae.tasks import TASKS
+from mae.tasks.base import build_task
 from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
@@ -180,7 +179,7 @@ def tiny_classifier(classes: int = 10, pool: str = "avg", drop_path: float = 0.0
 
 def test_the_average_follows_the_weights_and_stays_where_a_step_was_skipped():
     cfg = composed(*TINY_FINETUNE, "task.ema_decay=0.75")
-    task = build(TASKS, cfg.task, cfg, _Labelled())
+    task = build_task(cfg, _Labelled())
     with torch.no_grad():
         for p in task.live.parameters():
             p.add_(1.0)

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mae.plan import mixes
+from mae.tasks.registry import TASKS, names
 
 EMBEDDED = ("digits",)  # data sets that come with a package
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
-READERS = ("knn", "evaluate", "visualize", "export")  # of weights that others have trained
-NEED_INIT = ("linprobe", *READERS)
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
@@ -80,6 +79,9 @@ def _lists(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr."
     if task.get("k") == []:
         yield "task.k must name one number of neighbours or more, got []."
+    possible = names(stage=True)
+    if unknown := [name for name in task.get("stages", []) if name not in possible]:
+        yield f"task.stages must be a list, each one of {', '.join(possible)}, got {unknown[0]}."
 
 
 def _batch(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -155,7 +157,7 @@ def _graphs(task: Mapping[str, Any], world: int) -> Iterator[str]:
 
 def reads_data(cfg: Mapping[str, Any]) -> bool:
     """Whether a task reads the images of the data, and not their settings alone."""
-    return cfg["task"]["name"] != "export" and not cfg["task"].get("files")
+    return TASKS[cfg["task"]["name"]].reads_images and not cfg["task"].get("files")
 
 
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -209,7 +211,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
 
 def missing_init(task: str, init: str | None) -> str | None:
     """A sentence where a task has nothing to start from."""
-    if init is not None or task not in NEED_INIT:
+    if init is not None or not TASKS[task].needs_init:
         return None
     return f"task={task} needs init=: name a run's directory, one of its checkpoints, or a file of another library."
 

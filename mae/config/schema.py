@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mae.tasks import registry
+
 ROOT = Path(__file__).parents[1]
 
 # Where a group's keys are declared: functions whose keyword-only parameters they are, or dataclasses.
-# [name] stands for the entry that the group's `name` chooses from a table, or from one of several (a|b).
+# [name] stands for the entry that the group's `name` chooses from a table.
 SCHEMA = {
     "model": ["models.mae:MaskedAutoencoder"],
     "data": ["data:SOURCES[name]", "data.loader:Loader", "data:describe"],
     "augmentation": ["data.transforms:AUGMENTATIONS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
-    "task": ["tasks:TASKS|launch.pipeline:TASKS[name]"],
+    "task": ["tasks.registry:TASKS[name]"],
     "launcher": ["launch.launch:LAUNCHERS[name]", "distributed.ranks:start"],
     "wandb": ["tracking.wandb:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
     "estimate": ["tools.cost:forecast"],
 }
-TRAINED = ("pretrain", "finetune", "linprobe")  # tasks that go through engine.train
 TRAIN_SCHEMA = ["plan:make_plan", "training:set_up", "engine:train", "perf.compile:accelerate"]
 TOP = "config.schema:TopLevel"
 TYPING = vars(typing)
@@ -74,10 +75,9 @@ def _find(module: str, name: str) -> tuple[str, ast.AST]:
 
 @functools.cache
 def table(where: str) -> dict[str, str]:
-    """Names that a table such as `optim:OPTIMIZERS` offers -> `module:callable` of each; `a|b` are two tables."""
-    if "|" in where:
-        first, others = where.split("|", 1)
-        return table(first) | table(others)
+    """Names that a table such as `optim:OPTIMIZERS` offers -> `module:callable` of each."""
+    if where == "tasks.registry:TASKS":
+        return {name: entry.path for name, entry in registry.TASKS.items()}
     module, node = _find(*where.split(":"))
     assert isinstance(node, ast.Dict)
     entries = {}
@@ -128,7 +128,7 @@ def signature(where: str) -> dict[str, Any]:
 
 def schema(group: str, name: str | None) -> dict[str, Any]:
     """Key -> type of a whole group, for the choice `name`."""
-    entries = SCHEMA[group] + (TRAIN_SCHEMA if group == "task" and name in TRAINED else [])
+    entries = SCHEMA[group] + (TRAIN_SCHEMA if group == "task" and name in registry.names(trains=True) else [])
     keys: dict[str, Any] = {"name": str} if any("[name]" in e for e in entries) or group == "model" else {}
     for entry in entries:
         if entry.endswith("[name]"):

@@ -18,13 +18,14 @@ from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
 from mae.config.overrides import pasted
 from mae.config.paths import absolute
-from mae.config.rules import READERS, missing_init
+from mae.config.rules import missing_init
 from mae.launch.local import inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.submit import slurm, submit, submit_last
 from mae.runs.locks import held_run
+from mae.tasks import registry
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def moved(run: Path, cfg: DictConfig) -> str:
 
 def outdated(cfg: DictConfig, summary: Mapping[str, Any]) -> str:
     """A sentence where a finished run read another checkpoint than the one that `init` stands for now."""
-    now = stands_for(cfg.init) if cfg.task.name in READERS else None
+    now = stands_for(cfg.init) if cfg.task.name in registry.names(needs_init=True, trains=False) else None
     read = Path(str(summary.get("checkpoint")))
     if now is None or now.name == read.name or not read.name.startswith("step_"):
         return ""
@@ -147,7 +148,7 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     shown = os.path.relpath(run)
     shown = str(run) if shown.startswith("..") else shown
     name, value = next(
-        ((k, summary[k]) for k in ("top1", "knn", "val_loss", "page", "files", "use") if k in summary),
+        ((key, summary[key]) for key in registry.closing_keys() if key in summary),
         ("steps", summary.get("steps")),
     )
     if isinstance(value, dict):
@@ -155,15 +156,6 @@ def closing_lines(run: Path, summary: Mapping[str, Any]) -> str:
     if isinstance(value, list):
         value = " ".join(value)
     result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
-    lines = [f"  {line.replace('init=RUN', pasted('init', shown))}" for line in NEXT.get(summary["task"], [])]
+    commands = registry.TASKS[summary["task"]].next_commands
+    lines = [f"  {line.replace('init=RUN', pasted('init', shown))}" for line in commands]
     return "\n".join(["Next:", *lines] if lines else []) + f"\n{result}  {shown}\n"
-
-
-NEXT = {
-    "pretrain": [
-        "python run.py task=finetune init=RUN     # or linprobe, knn, visualize, export",
-        "python run.py task.mask_ratio=0.5        # the same with one number changed",
-    ],
-    "finetune": ["python run.py task=evaluate init=RUN", "python run.py task=export init=RUN"],
-    "linprobe": ["python run.py task=evaluate init=RUN"],
-}

@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,7 @@ from mae.config.check import ConfigError, write_text
 from mae.config.compose import chosen_groups
 from mae.config.from_run import FOLLOWS
 from mae.config.overrides import key_of
+from mae.tasks.registry import METRICS, TASKS, names
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ GROUPS = ("model", "data", "launcher")  # of these, that are chosen
 SET = ("task", "output_dir", "init", "resume")
 OWN = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")
 EMPTY: Mapping[str, str] = {}
-CLASSIFIERS = ("finetune", "linprobe")
 Compose = Callable[[list[str]], DictConfig]  # a command line -> its config, not yet resolved
 Start = Callable[[DictConfig, list[str]], int]  # launches a checked config; gives the exit code
 
@@ -40,7 +40,7 @@ def pipeline(
     start: Start,
     choices: Mapping[str, str],
     *,
-    stages: list[Literal["pretrain", "linprobe", "finetune", "knn", "evaluate", "visualize", "export"]],
+    stages: list[str],
     mask_ratio: Annotated[float, "(0, 1)"] | None,
     overrides: dict,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -78,9 +78,6 @@ def pipeline(
     return 0, None if jobs else together(summaries)
 
 
-TASKS = {"pipeline": pipeline}  # tasks that start others, beside those of `mae.tasks`
-
-
 def write_summary(run: str) -> None:
     """Writes the summary of a pipeline whose stages are finished."""
     stages = check.read(Path(run)).task.stages
@@ -107,7 +104,7 @@ def stage_config(
     stage.output_dir = str(run / name)
     parent = parent_of(name, stages)
     stage.init = cfg.init if parent is None else str(run / parent)
-    if stage.init is None and name not in ("pretrain", "finetune"):
+    if stage.init is None and TASKS[name].needs_init:
         raise ConfigError(f"stage {name} has nothing to start from: let a stage pretrain come before, or give init=.")
     if name == "evaluate" and parent == "pretrain":
         raise ConfigError("stage evaluate needs a classifier: let a stage finetune or linprobe come before it.")
@@ -150,9 +147,9 @@ def pretraining(cfg: DictConfig, compose: Compose, choices: Mapping[str, str] = 
 def parent_of(name: str, stages: Sequence[str]) -> str | None:
     """The earlier stage whose weights a stage starts from, or None."""
     earlier = stages[: stages.index(name)]
-    classifiers = [stage for stage in earlier if stage in CLASSIFIERS]
-    if name in ("evaluate", "export") and classifiers:
-        return "finetune" if "finetune" in classifiers else classifiers[-1]
+    classifier = next((stage for stage in names(classifier=True) if stage in earlier), None)
+    if name in ("evaluate", "export") and classifier is not None:
+        return classifier
     return "pretrain" if "pretrain" in earlier and name != "pretrain" else None
 
 
@@ -164,9 +161,8 @@ def together(summaries: dict[str, Any]) -> dict[str, Any]:
     seconds = total["seconds"]
     total["images_per_second"] = round(total["images_seen"] / seconds, 1) if seconds else None
     for name, summary in summaries.items():
-        results = ("val_loss", "top1", "top5", "loss", "knn")
-        total |= {key: summary[key] for key in results if key in summary}
-        if name in ("pretrain", *CLASSIFIERS):
+        total |= {key: summary[key] for key in (*METRICS, "top5", "loss") if key in summary}
+        if TASKS[name].trains:
             total["checkpoint"] = f"{name}/{summary['checkpoint']}"
     return total | {"stages": summaries}
 

@@ -20,6 +20,7 @@ from mae.config.check import write_text
 from mae.distributed.ranks import Ranks
 from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
+from mae.tasks.registry import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def largest(trial: Trial, share: int) -> int:
     images. On other devices a tensor reserves what the run will hold beside a step.
     """
     task = trial.task
-    smallest = 2 if trial.cfg.task.name == "linprobe" and share > 1 else 1  # it normalises over the batch
+    smallest = min(share, TASKS[trial.cfg.task.name].smallest_batch)
     candidates = divisors(share, smallest, mixes(trial.cfg.task))
     # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states
     states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from mae.config.check import ConfigError, leaves, read, write_text
 from mae.report import record as run_record
 from mae.report.html import data_url, page
+from mae.tasks.registry import METRICS
 from mae.tracking.jsonl import read_lines
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,12 @@ def tiles(summary: dict[str, Any]) -> list[list[Any]]:
     names = {"val_loss": "validation loss", "top1": "top-1 %", "best_top1": "best top-1 %", "top5": "top-5 %"}
     names |= {"loss": "loss", "ece": "calibration error", "images_per_second": "images a second", "steps": "steps"}
     names |= {"epochs": "epochs", "seconds": "seconds"}
-    found: list[list[Any]] = [[names[key], summary[key]] for key in names if summary.get(key) is not None]
+    names = {key: metric.title for key, metric in METRICS.items() if key not in names} | names
+    found: list[list[Any]] = [[names[key], summary[key]] for key in names if isinstance(summary.get(key), int | float)]
     if isinstance(summary.get("stages"), dict):
-        parts = [(stage, key) for stage in summary["stages"] for key in ("val_loss", "top1")]
+        parts = [(stage, key) for stage in summary["stages"] for key in METRICS]
         results = [[f"{stage} {names[key]}", summary["stages"][stage].get(key)] for stage, key in parts]
-        return [row for row in results if row[1] is not None] + [["seconds", summary.get("seconds")]]
+        return [row for row in results if isinstance(row[1], int | float)] + [["seconds", summary.get("seconds")]]
     knn = summary.get("knn")
     return [[f"k-NN top-1 %, k = {k}", v] for k, v in knn.items()] + found if isinstance(knn, dict) else found
 

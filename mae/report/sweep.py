@@ -22,8 +22,8 @@ from mae.config.sweep_names import params, short, swept
 from mae.report import run, sweep_figure
 from mae.report.html import data_url, page
 from mae.report.record import Record, read_record
+from mae.tasks.registry import METRICS, TASKS
 
-STAGES = ("finetune", "linprobe", "knn", "pretrain")  # in the order in which they say how good a member is
 SEARCHED = "search.yaml"  # the keys of a search by Optuna
 CURVES = 24  # members whose curves are in the page
 
@@ -72,7 +72,9 @@ class Sweep:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric.endswith("loss")
+    """Whether a result such as `top1`, or `finetune top1` of a pipeline, is better where it is lower."""
+    key = metric.split(" ")[-1]
+    return METRICS[key].lower_is_better if key in METRICS else key.endswith("loss")
 
 
 # ---------------------------------------------------------------- reading
@@ -83,12 +85,12 @@ def results_of(summary: dict[str, Any]) -> dict[str, float]:
     stages = summary.get("stages")
     if not isinstance(stages, dict):
         stages = {str(summary.get("task")): summary}
-    several, found = len(stages) > 1, {}
-    for stage in sorted(stages, key=lambda s: STAGES.index(s) if s in STAGES else len(STAGES)):
+    several, found, order = len(stages) > 1, {}, list(TASKS)
+    for stage in sorted(stages, key=lambda s: order.index(s) if s in order else len(order)):
         one = dict(stages[stage])
         if isinstance(one.get("knn"), dict):
             one["knn"] = max(one["knn"].values())
-        for key in ("top1", "knn", "val_loss"):
+        for key in METRICS:
             if isinstance(one.get(key), int | float) and math.isfinite(one[key]):
                 found[f"{stage} {key}" if several else key] = float(one[key])
     return found

@@ -12,11 +12,10 @@ from omegaconf import DictConfig
 
 from mae.report.glyphs import drawable, make_drawable
 from mae.report.paper_results import PUBLISHED, SEEDS, Published
+from mae.tasks.registry import METRICS, TASKS
 
 COLOURS = ("#2563a8", "#d9662b", "#2a8f5c", "#8f4bb3", "#b8323a", "#7a6a1e")
 PAPER = "#8a8f98"
-TITLES = {"finetune": "fine-tuning", "linprobe": "linear probe", "knn": "k-NN", "pretrain": "pre-training"}
-NAMES = {"top1": "top-1 accuracy (%)", "knn": "k-NN accuracy (%)", "val_loss": "validation loss"}
 
 
 @dataclass
@@ -61,10 +60,9 @@ def panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     if not numeric or not first.scatter:
         labels, font = drawable([f"{x:g}" if numeric else str(x) for x in values])
         axes.set_xticks([place[x] for x in values], labels, **font)
-    axes.set(xlabel=first.key, ylabel=NAMES[first.metric.split(" ")[-1]])
-    make_drawable(
-        axes.set_title(f"{TITLES.get(first.stage, first.stage)}: {cfg.model.name} on {cfg.data.name}", fontsize=11)
-    )
+    axes.set(xlabel=first.key, ylabel=METRICS[first.metric.split(" ")[-1]].title)
+    stage = TASKS[first.stage].title if first.stage in TASKS else first.stage
+    make_drawable(axes.set_title(f"{stage}: {cfg.model.name} on {cfg.data.name}", fontsize=11))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if first.key == "seed":

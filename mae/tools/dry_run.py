@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from mae import data, device, optim
 from mae.config import rules
 from mae.config.build import build, call
-from mae.config.check import run_directory
-from mae.config.schema import TRAINED
-from mae.data.source import reduced
+from mae.config.check import changed, run_directory
+from mae.data.source import Arrays, reduced
 from mae.models.flops import Flops, flops
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
-from mae.tasks import TASKS
+from mae.tasks.base import build_task
+from mae.tasks.registry import TASKS
 from mae.tools.cost import forecast
 
 
@@ -36,24 +36,12 @@ def count_images(cfg: DictConfig) -> int:
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
 
 
-class NoImages:
-    """Stands for a validation set of which only the classes matter."""
-
-    labels = None
-
-    def __init__(self, classes: list[str]):
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return 0
-
-
 def model_on_meta(cfg: DictConfig) -> nn.Module:
     """The task's model without memory for its weights."""
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
-    blank = OmegaConf.merge(cfg, {"init": None})
+    no_images = Arrays(torch.empty(0, 1, 1, 1), None, classes, "")  # of which only the classes matter
     with torch.device("meta"):
-        model = build(TASKS, cfg.task, blank, NoImages(classes)).trained
+        model = build_task(changed(cfg, init=None), no_images).trained
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
             module.eval()
@@ -143,7 +131,7 @@ def report(cfg: DictConfig) -> str:
     if cfg.task.name == "pipeline":
         stages = ", ".join(cfg.task.stages)
         return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
-    if cfg.task.name not in TRAINED:
+    if not TASKS[cfg.task.name].trains:
         return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mae.config.check import write_text
+from mae.tasks.registry import METRICS
 from mae.tracking.base import Careful, Tracker
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class WandB(Tracker):
         if self.artifacts:
             self._keep_checkpoints(summary)
         if self.alerts and not failed:
-            result = next((f"{key} {summary[key]:.4g}" for key in ("top1", "val_loss") if key in summary), "")
+            numbers = {key: summary[key] for key in METRICS if isinstance(summary.get(key), int | float)}
+            result = next((f"{key} {value:.4g}" for key, value in numbers.items()), "")
             self.wandb.alert("finished", f"{self.run.name} {result}".strip())
         self.wandb.finish(exit_code=int(failed))
 

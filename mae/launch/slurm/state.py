@@ -10,9 +10,10 @@ from pathlib import Path
 from mae.launch.slurm import queue
 from mae.launch.slurm.queue import Job
 from mae.launch.slurm.verdict import read_failure, read_object
+from mae.tasks.registry import METRICS
 
 SETTLE_S = 30  # a state that SLURM may still turn into a requeue counts after this time
-MAIN = ("top1", "knn", "val_loss", "loss")
+RESULTS = (*METRICS, "loss")  # of which the first one present is shown
 
 
 def typed_path(path: Path) -> str:
@@ -25,7 +26,7 @@ def last_metric(run: Path) -> str:
     """The main result of a finished run, or the last loss or main metric of another."""
     summary = read_object(run / "summary.json")
     if summary is not None:
-        name = next((name for name in MAIN if name in summary), None)
+        name = next((name for name in RESULTS if name in summary), None)
         return f"{name} {_rounded(summary[name])}" if name else ""
     path = run / "metrics.jsonl"
     for line in reversed(path.read_text(errors="replace").splitlines() if path.exists() else []):
@@ -33,7 +34,7 @@ def last_metric(run: Path) -> str:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut short
             continue
-        name = next((k for k in row if k in ("loss", *(f"val/{m}" for m in MAIN))), None)
+        name = next((k for k in row if k in ("loss", *(f"val/{m}" for m in RESULTS))), None)
         if name:
             return f"{name} {_rounded(row[name])} at step {row['step']}"
     return ""

@@ -1,0 +1,106 @@
+"""What the program knows of a task before it imports it: a new task is a file, `conf/task/NAME.yaml` and an entry here.
+
+Imports no torch: the command line, the launchers and the reports read it.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A result of a task, by which runs are compared."""
+
+    key: str  # in summary.json; `val/KEY` in metrics.jsonl
+    title: str  # on the axis of a figure
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """Facts about one task."""
+
+    path: str  # `module:name` in mae/: a TrainedTask, or a function of (run, cfg, ranks, tracker)
+    title: str
+    trains: bool = False  # a TrainedTask, which `engine.train` takes through its steps
+    stage: bool = False  # may be a stage of task=pipeline
+    needs_init: bool = False
+    needs_labels: bool = False  # of the training and the validation images
+    classifier: bool = False  # leaves a checkpoint that task=evaluate can read
+    reads_images: bool = True  # of the data, not its settings alone
+    smallest_batch: int = 1  # images that one device must hold at a time in training; 2 where a batch is normalised
+    metric: Metric | None = None  # its main result
+    closing_key: str | None = None  # in summary.json: what the last line of a run shows, where there is no metric
+    next_commands: tuple[str, ...] = ()  # what to type after it; RUN stands for the run's directory
+
+
+TOP1 = Metric("top1", "top-1 accuracy (%)")
+KNN = Metric("knn", "k-NN accuracy (%)")
+VAL_LOSS = Metric("val_loss", "validation loss", lower_is_better=True)
+
+EVALUATE = "python run.py task=evaluate init=RUN"
+
+# In the order in which their results say how good a model is: the first one present is compared in a sweep.
+TASKS = {
+    "finetune": TaskEntry(
+        "tasks.finetune:Finetune",
+        "fine-tuning",
+        trains=True,
+        stage=True,
+        needs_labels=True,
+        classifier=True,
+        metric=TOP1,
+        next_commands=(EVALUATE, "python run.py task=export init=RUN"),
+    ),
+    "linprobe": TaskEntry(
+        "tasks.linprobe:Linprobe",
+        "linear probe",
+        trains=True,
+        stage=True,
+        needs_init=True,
+        needs_labels=True,
+        classifier=True,
+        smallest_batch=2,
+        metric=TOP1,
+        next_commands=(EVALUATE,),
+    ),
+    "knn": TaskEntry("tasks.knn:knn", "k-NN", stage=True, needs_init=True, needs_labels=True, metric=KNN),
+    "pretrain": TaskEntry(
+        "tasks.pretrain:Pretrain",
+        "pre-training",
+        trains=True,
+        stage=True,
+        metric=VAL_LOSS,
+        next_commands=(
+            "python run.py task=finetune init=RUN     # or linprobe, knn, visualize, export",
+            "python run.py task.mask_ratio=0.5        # the same with one number changed",
+        ),
+    ),
+    "evaluate": TaskEntry("tasks.evaluate:evaluate", "evaluation", stage=True, needs_init=True, metric=TOP1),
+    "visualize": TaskEntry("tasks.visualize:visualize", "pictures", stage=True, needs_init=True, closing_key="page"),
+    "export": TaskEntry(
+        "tasks.export:export", "export", stage=True, needs_init=True, reads_images=False, closing_key="files"
+    ),
+    "stats": TaskEntry("tasks.stats:stats", "statistics", closing_key="use"),
+    "inspect": TaskEntry("tasks.inspect:inspect", "inspection", closing_key="files"),
+    "pipeline": TaskEntry("launch.pipeline:pipeline", "pipeline"),
+}
+METRICS = {entry.metric.key: entry.metric for entry in TASKS.values() if entry.metric is not None}
+
+
+def names(**facts: bool) -> list[str]:
+    """The tasks of which all `facts` hold, such as `names(trains=True)`."""
+    return [name for name, entry in TASKS.items() if all(getattr(entry, fact) is facts[fact] for fact in facts)]
+
+
+def load_task(name: str) -> Callable[..., Any]:
+    """The class of a trained task, or the function that any other task is; imported only now."""
+    module, _, attribute = TASKS[name].path.partition(":")
+    return getattr(importlib.import_module(f"mae.{module}"), attribute)
+
+
+def closing_keys() -> list[str]:
+    """Keys of summary.json, of which the last line of a run shows the first that is there."""
+    return list(dict.fromkeys([*METRICS, *(entry.closing_key for entry in TASKS.values() if entry.closing_key)]))
