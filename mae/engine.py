@@ -25,11 +25,15 @@ from mae.distributed.signals import Interruption
 from mae.perf.profiling import profiled
 from mae.report import run as report
 from mae.runs import attempt, environment
+from mae.runs.failure import write_failure
 from mae.runs.file_system import check_needs
 from mae.runs.locks import held_run
 from mae.tasks import registry
 from mae.tasks.linprobe_cached import probe_features
-from mae.tracking import jsonl, norms
+from mae.tracking import norms
+from mae.tracking.base import Tracker
+from mae.tracking.build import build_trackers
+from mae.tracking.console import set_up_logging
 from mae.training import Training, set_up
 
 log = logging.getLogger(__name__)
@@ -187,7 +191,7 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
     }
 
 
-def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracker) -> dict[str, Any]:
+def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> dict[str, Any]:
     """A trained task from start to summary."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
     tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
@@ -207,7 +211,7 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracke
     } | t.task.summary(metrics)
 
 
-def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: jsonl.Tracker) -> dict[str, Any]:
+def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> dict[str, Any]:
     """Any task from start to summary."""
     with naming_killed_workers():
         if cfg.task.get("cached_features"):
@@ -233,15 +237,15 @@ def work(run: Path) -> int:
 
 def _work(run: Path, cfg: DictConfig, rank: int) -> int:
     """One process of a run that no other process writes into."""
-    jsonl.set_up_logging(run, rank)
-    tracker, ranks = jsonl.Tracker(), None
+    set_up_logging(run, rank)
+    tracker, ranks = Tracker(), None
     code, summary = 1, {}
     try:
         ranks = call(start, cfg.launcher, cfg.device)
         if ranks.main:
             for warning in check_needs(run):
                 log.warning("%s", warning)
-            tracker = jsonl.trackers(run, cfg)
+            tracker = build_trackers(run, cfg)
             environment.keep(run, *device.description(ranks.device), ranks.world)
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
@@ -255,11 +259,11 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         code = 130
     except Diverged as stopped:
         log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
-        jsonl.write_failure(run, rank, stopped)
+        write_failure(run, rank, stopped)
         tracker.event(f"diverged: {stopped}", None)
         code = 3
     except Exception as error:
-        jsonl.write_failure(run, rank, error, lost_peer(error))
+        write_failure(run, rank, error, lost_peer(error))
         tracker.event(f"failed: {error}", None)
         ranks = None  # the others may be anywhere: to take leave of them could block
         raise

@@ -25,7 +25,7 @@ from mae.perf.micro_batch import Trial, micro_batch_size
 from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.tasks.base import build_task
 from mae.tasks.common import bad_files, both_sets, eval_loader
-from mae.tracking import jsonl
+from mae.tracking.base import Tracker
 from mae.weights.parts import drop_class_token
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Training:
     run: Path
     cfg: DictConfig
     ranks: Ranks
-    tracker: jsonl.Tracker
+    tracker: Tracker
     plan: Plan
     task: Any
     model: nn.Module  # the task, wrapped for several ranks
@@ -195,7 +195,7 @@ def set_up(
     run: Path,
     cfg: DictConfig,
     ranks: Ranks,
-    tracker: jsonl.Tracker,
+    tracker: Tracker,
     *,
     warmup_epochs: Annotated[float, "[0, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],

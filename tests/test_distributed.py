@@ -29,6 +29,7 @@ from mae.distributed.ranks import assert_same, start
 from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
 from mae.tracking import jsonl
+from mae.tracking.base import Tracker
 
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
@@ -58,7 +59,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    tracker = jsonl.JsonLines(run) if ranks.main else jsonl.Tracker()
+    tracker = jsonl.JsonLines(run) if ranks.main else Tracker()
     t = engine.call(training.set_up, cfg.task, run, cfg, ranks, tracker)
     calls = [0]
     if ranks.world > 1 and ranks.sharding == "none":

@@ -16,6 +16,7 @@ from mae import checkpoint, device, engine, plan
 from mae.distributed.ranks import Ranks
 from mae.launch import errors
 from mae.tracking import jsonl
+from mae.tracking.base import Tracker
 from mae.training import set_up
 
 
@@ -124,7 +125,7 @@ def test_accumulation_counts_every_image(tmp_path):
 def set_up_here(run: Path, *overrides: str) -> engine.Training:
     run.mkdir(parents=True, exist_ok=True)
     cfg = composed(*TINY_PRETRAIN, *overrides)
-    return engine.call(set_up, cfg.task, run, cfg, Ranks(torch.device("cpu")), jsonl.Tracker())
+    return engine.call(set_up, cfg.task, run, cfg, Ranks(torch.device("cpu")), Tracker())
 
 
 class Spoiled(torch.nn.Module):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, TINY_PRETRAIN, run_cli
 
 from mae import checkpoint
+from mae.runs.failure import write_failure
 from mae.tracking import jsonl
 
 OFTEN = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "task.epochs=6", "data.fraction=0.3"]
@@ -115,7 +116,7 @@ def test_ctrl_c_while_ranks_begin_ends_them(tmp_path):
 
 def test_the_failure_of_a_rank_takes_the_place_of_those_it_left_alone(tmp_path):
     for rank, lost in ((0, True), (1, False), (2, True), (3, False)):
-        jsonl.write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
+        write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
         told = json.loads((tmp_path / "failure.json").read_text())
         assert told["rank"] == min(rank, 1) and told["error"] == f"RuntimeError: of {min(rank, 1)}"
 

@@ -21,6 +21,7 @@ from mae.launch.slurm.queue import Job
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
 from mae.runs import attempt
+from mae.runs.failure import write_failure
 from mae.tracking import jsonl
 
 OWN = {"rank": 1, "error": "KeyError: 'label'", "lost_peer": False, "traceback": "", "time": 0.0, "attempt": None}
@@ -152,7 +153,7 @@ def test_an_older_attempt_commits_nothing(monkeypatch, tmp_path):
         jsonl.JsonLines(tmp_path).log({"step": 2})
     with pytest.raises(attempt.Superseded):
         checkpoint.write(tmp_path / "checkpoints" / "step_00000002", {}, {}, {"step": 2})
-    jsonl.write_failure(tmp_path, 0, ValueError("too late"))
+    write_failure(tmp_path, 0, ValueError("too late"))
     assert list((tmp_path / "checkpoints").iterdir()) == [] and not (tmp_path / "failure.json").exists()
     assert [row["step"] for row in jsonl.read_lines(tmp_path / "metrics.jsonl")] == [1]
 
@@ -188,7 +189,7 @@ def test_the_first_failure_is_the_one_that_is_kept(tmp_path):
         try:
             raise RuntimeError(text)
         except RuntimeError as error:
-            jsonl.write_failure(tmp_path, rank, error, lost_peer=rank == 0)
+            write_failure(tmp_path, rank, error, lost_peer=rank == 0)
     assert json.loads((tmp_path / "failure.json").read_text())["error"] == "RuntimeError: the cause"
     assert "rank 1 failed" in (tmp_path / "log.txt").read_text() and "the cause" in state.failure_reason(tmp_path)
 

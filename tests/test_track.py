@@ -358,7 +358,7 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(tmp_path, monkeypatch
 
 def test_blocks_are_named_as_the_model_names_them():
     names = ["blocks.10.mlp.fc1.weight", "decoder_blocks.0.norm1.bias", "patch_embed.proj.weight", "cls_token"]
-    assert [norms.block(name) for name in names] == ["blocks.10", "decoder_blocks.0", "patch_embed", "cls_token"]
+    assert [norms.block_name(name) for name in names] == ["blocks.10", "decoder_blocks.0", "patch_embed", "cls_token"]
 
 
 def test_the_dashboard_shows_what_runs_log(capsys, monkeypatch):

@@ -1,100 +1,90 @@
-"""What a run tells while it goes on: the interface that the train loop knows, and how several listen as one."""
+"""The tracker of a run: what the train loop and the tasks call, and how several trackers act as one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Takes what a run tells and does nothing with it; the others override what they care for."""
+    """Receives what a run reports and does nothing with it; a subclass overrides what it records."""
 
     def start(self, step: int, steps: int) -> None:
-        """The run begins, or goes on, at `step` of `steps`."""
+        """The run starts, or resumes, at `step` of `steps`."""
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, object]) -> None:
         """A line of numbers; `step`, `images_seen` and `epoch` are among them."""
 
     def picture(self, name: str, path: Path, step: int, caption: str) -> None:
         """A picture file."""
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+    def table(self, name: str, columns: list[str], rows: Sequence[Sequence[object]], step: int) -> None:
         """A table, such as predictions."""
 
     def event(self, text: str, step: int | None) -> None:
-        """Something that happened once: resumed, skipped, stopped; without a step at that of the last line."""
+        """A single event, such as resumed or skipped steps; without a step it is at that of the last line."""
 
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
+    def finish(self, summary: Mapping[str, object], failed: bool) -> None:
         """The run ends."""
 
 
-class Trackers(Tracker):
+def step_of(metrics: Mapping[str, object]) -> int:
+    """The step of a line of metrics."""
+    step = metrics["step"]
+    assert isinstance(step, int)
+    return step
+
+
+class Forwarding(Tracker):
+    """A tracker whose subclass says what becomes of every call."""
+
+    def forward(self, call: Callable[[Tracker], None]) -> None:
+        raise NotImplementedError
+
+    def start(self, step: int, steps: int) -> None:
+        self.forward(lambda tracker: tracker.start(step, steps))
+
+    def log(self, metrics: Mapping[str, object]) -> None:
+        self.forward(lambda tracker: tracker.log(metrics))
+
+    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
+        self.forward(lambda tracker: tracker.picture(name, path, step, caption))
+
+    def table(self, name: str, columns: list[str], rows: Sequence[Sequence[object]], step: int) -> None:
+        self.forward(lambda tracker: tracker.table(name, columns, rows, step))
+
+    def event(self, text: str, step: int | None) -> None:
+        self.forward(lambda tracker: tracker.event(text, step))
+
+    def finish(self, summary: Mapping[str, object], failed: bool) -> None:
+        self.forward(lambda tracker: tracker.finish(summary, failed))
+
+
+class Trackers(Forwarding):
     """Several trackers as one."""
 
     def __init__(self, members: list[Tracker]):
         self.members = members
 
-    def start(self, step: int, steps: int) -> None:
+    def forward(self, call: Callable[[Tracker], None]) -> None:
         for member in self.members:
-            member.start(step, steps)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        for member in self.members:
-            member.log(metrics)
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        for member in self.members:
-            member.picture(name, path, step, caption)
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        for member in self.members:
-            member.table(name, columns, rows, step)
-
-    def event(self, text: str, step: int | None) -> None:
-        for member in self.members:
-            member.event(text, step)
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        for member in self.members:
-            member.finish(summary, failed)
+            call(member)
 
 
-class Careful(Tracker):
-    """Another tracker whose errors are warnings: after the first it is left alone."""
+class NonFatal(Forwarding):
+    """A tracker whose errors are warnings; after the first error it is switched off."""
 
-    def __init__(self, make: Any, what: str):
-        self.what, self.inner = what, Tracker()
+    def __init__(self, build: Callable[[], Tracker], title: str):
+        self.title, self.inner = title, Tracker()
+        self._try(lambda: setattr(self, "inner", build()))
+
+    def forward(self, call: Callable[[Tracker], None]) -> None:
+        self._try(lambda: call(self.inner))
+
+    def _try(self, call: Callable[[], None]) -> None:
         try:
-            self.inner = make()
+            call()
         except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        log.warning("%s is switched off for this run: %s", self.what, error)
-        self.inner = Tracker()
-
-    def _try(self, name: str, *arguments: Any) -> None:
-        try:
-            getattr(self.inner, name)(*arguments)
-        except Exception as error:
-            self._give_up(error)
-
-    def start(self, step: int, steps: int) -> None:
-        self._try("start", step, steps)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        self._try("log", metrics)
-
-    def picture(self, name: str, path: Path, step: int, caption: str) -> None:
-        self._try("picture", name, path, step, caption)
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        self._try("table", name, columns, rows, step)
-
-    def event(self, text: str, step: int | None) -> None:
-        self._try("event", text, step)
-
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
-        self._try("finish", summary, failed)
+            log.warning("%s is switched off for this run: %s", self.title, error)
+            self.inner = Tracker()

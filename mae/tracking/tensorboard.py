@@ -1,14 +1,13 @@
-"""TensorBoard, on the same calls as the others."""
+"""The tracker that writes TensorBoard's event files."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mae.tracking.base import Tracker
+from mae.tracking.base import Tracker, step_of
 
 
 class TensorBoard(Tracker):
-    """Event files in `tensorboard/`. On resume, what lies behind the checkpoint is purged."""
+    """Event files in `tensorboard/`. On resume, the entries after the checkpoint are purged."""
 
     def __init__(self, run: Path):
         self.folder, self.writer = run / "tensorboard", None
@@ -18,10 +17,10 @@ class TensorBoard(Tracker):
 
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, object]) -> None:
         for name, value in metrics.items():
             if self.writer is not None and isinstance(value, int | float) and name != "step":
-                self.writer.add_scalar(name, value, int(metrics["step"]))
+                self.writer.add_scalar(name, value, step_of(metrics))
 
     def picture(self, name: str, path: Path, step: int, caption: str) -> None:
         import numpy as np
@@ -36,6 +35,6 @@ class TensorBoard(Tracker):
         if self.writer is not None:
             self.writer.add_text("events", text, step)
 
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
+    def finish(self, summary: Mapping[str, object], failed: bool) -> None:
         if self.writer is not None:
             self.writer.close()

@@ -1,17 +1,22 @@
-"""Weights & Biases. Never fatal: whatever is wrong with the service costs a warning, and what could not be sent
-lies in the run's directory, for `wandb sync`."""
+"""The tracker for Weights & Biases. Never fatal: an error of the service is a warning.
+
+What could not be sent lies in the run's directory, for `wandb sync`.
+"""
 
 import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mae.config.check import write_text
 from mae.tasks.registry import METRICS
-from mae.tracking.base import Careful, Tracker
+from mae.tracking.base import NonFatal, Tracker, step_of
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +30,11 @@ class WandB(Tracker):
     """One W&B run of a run's directory, however often it is started again."""
 
     def __init__(
-        self, run: Path, config: Mapping[str, Any], settings: Mapping[str, Any], artifacts: bool, alerts: bool
+        self, run: Path, config: Mapping[str, object], settings: Mapping[str, Any], artifacts: bool, alerts: bool
     ):
         self.run, self.artifacts, self.alerts = run, artifacts, alerts
         self.agent = AGENT in os.environ
-        self.wandb = start(run, config, settings)
+        self.wandb = start_run(run, config, settings)
         define = self.wandb.define_metric
         define("images_seen", hidden=True)
         define("epoch", hidden=True)
@@ -37,10 +42,10 @@ class WandB(Tracker):
         define("loss", step_metric="images_seen", summary="min,max,last")
         define("val/*", step_metric="images_seen", summary="min,max,last")
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        self._log({key: value for key, value in metrics.items() if value is not None}, int(metrics["step"]))
+    def log(self, metrics: Mapping[str, object]) -> None:
+        self._log({key: value for key, value in metrics.items() if value is not None}, step_of(metrics))
 
-    def _log(self, values: dict[str, Any], step: int) -> None:
+    def _log(self, values: dict[str, object], step: int) -> None:
         # the stages of a pipeline share an agent's run and each counts from 0: W&B then counts by itself
         self.wandb.log(values, step=None if self.agent else step)
 
@@ -49,17 +54,17 @@ class WandB(Tracker):
 
         self._log({name: wandb.Image(str(path), caption=caption)}, step)
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+    def table(self, name: str, columns: list[str], rows: Sequence[Sequence[object]], step: int) -> None:
         import wandb
 
-        self._log({name: wandb.Table(columns=list[Any](columns), data=list[Any](rows))}, step)
+        self._log({name: wandb.Table(columns=[*columns], data=[[*row] for row in rows])}, step)
 
     def event(self, text: str, step: int | None) -> None:
         title = text.split(":", 1)[0]
         if self.alerts and title in ("diverged", "failed"):
             self.wandb.alert(title, text)
 
-    def finish(self, summary: Mapping[str, Any], failed: bool) -> None:
+    def finish(self, summary: Mapping[str, object], failed: bool) -> None:
         # `loss` is the training's
         self.wandb.summary.update({"final_loss" if key == "loss" else key: value for key, value in summary.items()})
         if self.artifacts:
@@ -70,7 +75,7 @@ class WandB(Tracker):
             self.wandb.alert("finished", f"{self.run.name} {result}".strip())
         self.wandb.finish(exit_code=int(failed))
 
-    def _keep_checkpoints(self, summary: Mapping[str, Any]) -> None:
+    def _keep_checkpoints(self, summary: Mapping[str, object]) -> None:
         """The newest checkpoint as an artifact, with the alias `best` where it is that; else the best one too."""
         import wandb
 
@@ -102,34 +107,29 @@ def run_id(run: Path) -> str:
     return name
 
 
-def start(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+def start_run(run: Path, config: Mapping[str, object], settings: Mapping[str, Any]) -> "Run":
     """The W&B run of this directory; offline where the service does not answer or refuses."""
     import wandb
 
-    given: dict[str, Any] = dict(settings) | {
-        "dir": str(run),
-        "config": dict(config),
-        "name": run.name,
-        "resume": "allow",
-    }
+    options: dict[str, Any] = {"dir": str(run), "config": dict(config), "name": run.name, "resume": "allow", **settings}
     if AGENT not in os.environ:
-        given["id"] = run_id(run)
-    if given["mode"] == "online":
+        options["id"] = run_id(run)
+    if options["mode"] == "online":
         try:
-            return wandb.init(**given)
+            return wandb.init(**options)
         except Exception as error:  # never fatal, whatever the client meets
             trouble = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             wandb.teardown()  # the client holds on to the id otherwise
         log.warning(
             "W&B cannot be used (%s): the run is recorded offline; wandb sync %s/wandb/* sends it", trouble, run
         )
-        given["mode"] = "offline"
-    return wandb.init(**given)
+        options["mode"] = "offline"
+    return wandb.init(**options)
 
 
 def wandb_tracker(
     run: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     mode: Literal["online", "offline", "off"],
     project: str,
@@ -146,7 +146,7 @@ def wandb_tracker(
     if mode == "off":
         return Tracker()
 
-    def make() -> Tracker:
+    def build() -> Tracker:
         import wandb
 
         limits = wandb.Settings(
@@ -155,7 +155,7 @@ def wandb_tracker(
             x_graphql_timeout_seconds=min(CALL_S, timeout_s),  # an alert that is not taken would hold up the end
             x_graphql_retry_max=1,
         )
-        given = {"mode": mode, "project": project, "entity": entity, "group": group, "job_type": job_type}
-        return WandB(run, config, given | {"notes": notes, "tags": tags, "settings": limits}, artifacts, alerts)
+        labels = {"project": project, "entity": entity, "group": group, "job_type": job_type, "notes": notes}
+        return WandB(run, config, {"mode": mode, "tags": tags, "settings": limits, **labels}, artifacts, alerts)
 
-    return Careful(make, "W&B")
+    return NonFatal(build, "W&B")

@@ -30,10 +30,10 @@ from mae.launch.slurm.verdict import (
     cause_in,
     judge,
     newest_step,
-    read_failure,
     write_verdict,
 )
 from mae.runs import attempt
+from mae.runs.failure import read_failure
 
 TASK = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; job.task({run!r})"
 SUPERVISE = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; "

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mae.launch.slurm import queue
 from mae.launch.slurm.queue import Job
-from mae.launch.slurm.verdict import read_failure, read_object
+from mae.launch.slurm.verdict import read_object
+from mae.runs.failure import read_failure
 from mae.tasks.registry import METRICS
 
 SETTLE_S = 30  # a state that SLURM may still turn into a requeue counts after this time

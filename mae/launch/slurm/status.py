@@ -13,7 +13,8 @@ from mae.config.overrides import by_key, parsed, pasted, values_of
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jobs, run_state, typed_path
-from mae.launch.slurm.verdict import read_failure, read_object
+from mae.launch.slurm.verdict import read_object
+from mae.runs.failure import read_failure
 
 VERBS = ("status", "cancel", "retry_failed")
 

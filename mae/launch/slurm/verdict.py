@@ -6,21 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from mae.config.check import write_text
+from mae.runs.failure import Failure
 
 INTERRUPTED = 130  # exit code of a process that was asked to stop
 STOP_CAUSES = ("Terminated", "User defined signal 2", f"Exited with exit code {INTERRUPTED}")  # in srun's words
-
-
-class Failure(TypedDict):
-    """A run's `failure.json`: the first error of the newest attempt."""
-
-    rank: int
-    error: str
-    lost_peer: bool  # it only says that another rank was gone
-    traceback: str
 
 
 @dataclass(frozen=True)
@@ -92,12 +83,6 @@ def read_object(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-
-
-def read_failure(run: Path) -> Failure | None:
-    """The first error of the newest attempt, or None."""
-    values = read_object(run / "failure.json")
-    return None if values is None else Failure(**values)
 
 
 def cause_in(line: str) -> str:

@@ -1,0 +1,62 @@
+"""`failure.json`: the first error of the newest attempt of a run. Imports no torch."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import TypedDict
+
+from mae.runs import attempt
+
+log = logging.getLogger(__name__)
+
+FAILURE = "failure.json"
+
+
+class Failure(TypedDict):
+    """What the file holds."""
+
+    rank: int
+    error: str  # type and message
+    lost_peer: bool  # it only says that another rank was gone, whose own error takes its place
+    time: float
+    attempt: str | None
+    traceback: str
+
+
+def read_failure(run: Path) -> Failure | None:
+    """The first error, or None where there is none or its file is cut short."""
+    try:
+        return Failure(**json.loads((run / FAILURE).read_text()))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:
+    """Adds the error being handled to the run's log.txt, and leaves it as `failure.json` where it is the first.
+
+    Never raises: a full disk must not hide the error itself. An attempt that a newer one has replaced writes nothing.
+    """
+    if not attempt.holds(run):
+        return
+    failure = Failure(
+        rank=rank,
+        error=f"{type(error).__name__}: {error}",
+        lost_peer=lost_peer,
+        time=time.time(),
+        attempt=os.environ.get(attempt.NAME),
+        traceback=traceback.format_exc(),
+    )
+    try:
+        with (run / "log.txt").open("a") as file:
+            file.write(f"rank {rank} failed\n{failure['traceback']}")
+        first = read_failure(run)
+        if not lost_peer and first is not None and first["lost_peer"]:
+            (run / FAILURE).unlink()
+        with contextlib.suppress(FileExistsError), (run / FAILURE).open("x") as file:
+            json.dump(failure, file)
+    except OSError:
+        log.warning("log.txt cannot be written to")
