@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from mae.config import check, from_run, sweep_names  # noqa: E402
 from mae.config.compose import chosen_groups  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
+from mae.errors import UserError  # noqa: E402
 from mae.launch import errors, launch, pipeline, prepare  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
 
@@ -110,14 +111,12 @@ def start() -> int:
 
 
 def refuse_directories(arguments: list[str]) -> None:
-    """Raises ConfigError for Hydra's own keys of directories that would do nothing."""
+    """Raises UserError for Hydra's own keys of directories that would do nothing."""
     keys = by_key(arguments)
     if "hydra.run.dir" in keys:
-        raise check.ConfigError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
+        raise UserError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
     if "hydra.sweep.dir" in keys and not {"-m", "--multirun"} & set(arguments) and "hydra.mode" not in keys:
-        raise check.ConfigError(
-            "hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR."
-        )
+        raise UserError("hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR.")
 
 
 def end_sweeps() -> None:

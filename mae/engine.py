@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mae import checkpoint, device, limits
 from mae.config.build import call
-from mae.config.check import read, write_text
+from mae.config.check import read
 from mae.data.workers import naming_killed_workers
 from mae.distributed.fsdp import gathered, replicated_like
 from mae.distributed.ranks import Ranks, start
@@ -27,6 +27,7 @@ from mae.report import run as report
 from mae.runs import attempt, environment
 from mae.runs.failure import write_failure
 from mae.runs.file_system import check_needs
+from mae.runs.files import write_text
 from mae.runs.locks import held_run
 from mae.tasks import registry
 from mae.tasks.linprobe_cached import probe_features

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import build, check, schema, values
-from mae.config.check import ConfigError
+from mae.errors import UserError
 
 GROUPS = {
     name: sorted(p.stem for p in (ROOT / "conf" / name).glob("*.yaml"))
@@ -78,7 +78,7 @@ def refused(**changes) -> str:
     OmegaConf.set_struct(cfg, False)
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         check.check(check.resolve(cfg))
     return str(caught.value)
 
@@ -158,7 +158,7 @@ def test_wrong_values_are_refused_in_plain_words(changes, message):
 def test_a_missing_key_is_named():
     cfg = OmegaConf.create(OmegaConf.to_container(composed()))
     del cfg.task.mask_ratio
-    with pytest.raises(ConfigError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
+    with pytest.raises(UserError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
         check.check(cfg)
 
 
@@ -175,7 +175,7 @@ def test_a_typo_inside_a_yaml_file_is_found(tmp_path):
     path.write_text(path.read_text().replace("weight_decay:", "weight_decya:"))
     with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
         cfg = compose("config")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         check.check(check.resolve(cfg))
     assert "optimizer.weight_decya is not a key of the configuration. Did you mean weight_decay?" in str(caught.value)
 

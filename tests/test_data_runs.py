@@ -11,7 +11,7 @@ from conftest import TINY, composed, run_cli, run_here
 from PIL import Image
 from test_data_files import bad_files, photo
 
-from mae.config.check import ConfigError
+from mae.errors import UserError
 
 SMALL = [one for one in TINY if "img_size" not in one and "fraction" not in one]
 PRETRAIN = [*SMALL, "task.batch_size=50", "task.epochs=1", "task.warmup_epochs=0", "data.num_workers=2"]
@@ -116,7 +116,7 @@ def test_a_five_channel_uint16_set_is_measured_pretrained_and_finetuned(bands, t
 
 def test_what_colours_need_is_said_before_a_run_on_five_channels_starts(bands):
     for task, more in (("finetune", []), ("pretrain", ["augmentation=color_jitter"])):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             composed(f"task={task}", "data=scientific", f"data.root={bands}", "data.img_size=32", *more)
         name = "color_jitter" if more else "rand_augment"
         assert str(caught.value) == (

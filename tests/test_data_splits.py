@@ -9,6 +9,7 @@ from PIL import Image
 from mae.config import check
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.scientific import scientific_folder
+from mae.errors import UserError
 from mae.launch import prepare
 from tests.conftest import composed, run_here
 
@@ -125,7 +126,7 @@ def test_splits_that_are_typed_must_be_there(tmp_path):
     assert "data.splits names Train, and" in read(root, splits=["Train"])
     assert "must be auto, off" in read(root, splits=["train", "val", "test"])
     assert "must be auto, off" in read(root, splits=["train", "train"])
-    with pytest.raises(check.ConfigError, match="data.splits must be one of auto, off or a list"):
+    with pytest.raises(UserError, match="data.splits must be one of auto, off or a list"):
         composed("data=folder", f"data.root={root}", "data.splits=maybe")
 
 
@@ -192,7 +193,7 @@ def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
     root = grown(tmp_path / "set", "train", "val")
     run, command = tmp_path / "run", [*TINY_RUN, f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}"]
     assert run_here(run, *command) == 0
-    with pytest.raises(check.ConfigError, match="data.splits"):  # a finished run is of one reading
+    with pytest.raises(UserError, match="data.splits"):  # a finished run is of one reading
         run_here(run, *command, "data.splits=off")
     (run / "summary.json").unlink()
     images(root / "extra")

@@ -28,6 +28,7 @@ from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
+from mae.runs import files
 from mae.tracking import jsonl
 from mae.tracking.base import Tracker
 
@@ -80,7 +81,7 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> list[float]:
-    rows = jsonl.read_lines(folder / "run" / "metrics.jsonl")
+    rows = files.read_json_lines(folder / "run" / "metrics.jsonl")
     return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -121,7 +122,7 @@ def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, s
     overrides = [*BASE, f"launcher.sharding={sharding}", "task.max_steps=5"]
     told = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
     assert told[0]["digest"] == told[1]["digest"] or sharding == "full"
-    events = [row["event"] for row in jsonl.read_lines(tmp_path / "run" / "events.jsonl")]
+    events = [row["event"] for row in files.read_json_lines(tmp_path / "run" / "events.jsonl")]
     assert events == ["skipped 1 steps whose loss or gradient was not finite"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     assert [loss is None for loss in losses(tmp_path)][:5] == [False, False, True, False, False]
@@ -183,7 +184,7 @@ def test_torchrun_gives_the_same_run(tmp_path):
     assert told.returncode == 0, told.stderr
     assert launch.launch(composed(*overrides, f"output_dir={tmp_path / 'here'}"), []) == 0
     rows = [
-        [r["loss"] for r in jsonl.read_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
+        [r["loss"] for r in files.read_json_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
         for n in ("torchrun", "here")
     ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6) and len(rows[0]) == 4
@@ -379,7 +380,7 @@ def test_a_stopped_rank_is_named_by_one_that_waits_for_it(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while sum("loss" in row for row in jsonl.read_lines(run / "metrics.jsonl")) < 5:
+        while sum("loss" in row for row in files.read_json_lines(run / "metrics.jsonl")) < 5:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         victim = ranks_of(process.pid)[1]

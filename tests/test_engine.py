@@ -15,6 +15,7 @@ from torch import Tensor
 from mae import checkpoint, device, engine, plan
 from mae.distributed.ranks import Ranks
 from mae.launch import errors
+from mae.runs import files
 from mae.tracking import jsonl
 from mae.tracking.base import Tracker
 from mae.training import set_up
@@ -34,7 +35,7 @@ def weights(run: Path) -> str:
 def lines(run: Path) -> list[dict]:
     """metrics.jsonl without what hangs on the clock and the machine."""
     timed = ("images_per_second", "data_wait", "memory_mb")
-    rows = jsonl.read_lines(run / "metrics.jsonl")
+    rows = files.read_json_lines(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in timed} for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -48,7 +49,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path):
         *("task", "steps", "epochs", "images_seen", "seconds", "images_per_second", "checkpoint", "val_loss")
     }
     assert summary["images_seen"] == 2 * 144 and summary["epochs"] == 2 and (run / summary["checkpoint"]).is_dir()
-    training = [row for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
+    training = [row for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
     assert {"step", "images_seen", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"} <= set(
         training[0]
     )
@@ -322,7 +323,7 @@ def test_a_skipped_step_leaves_metrics_readable(tmp_path):
     engine.call(engine.train, t.cfg.task, t)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    first = next(row for row in jsonl.read_lines(tmp_path / "metrics.jsonl") if "loss" in row)
+    first = next(row for row in files.read_json_lines(tmp_path / "metrics.jsonl") if "loss" in row)
     assert first["loss"] == pytest.approx(1.5, rel=0.3) and first["grad_norm"] is None
     assert "skipped 1 steps" in (tmp_path / "events.jsonl").read_text()
 
@@ -350,6 +351,6 @@ def test_the_loss_told_is_that_of_the_steps_taken(tmp_path):
         t.tracker = jsonl.JsonLines(t.run)
         t.model = Overflowing(t.task)
         engine.call(engine.train, t.cfg.task, t)
-        told.append([row["loss"] for row in jsonl.read_lines(t.run / "metrics.jsonl") if "loss" in row])
+        told.append([row["loss"] for row in files.read_json_lines(t.run / "metrics.jsonl") if "loss" in row])
     (first, skipped), (both,) = told
     assert skipped is None and both == first

@@ -9,9 +9,9 @@ from conftest import TINY_PRETRAIN, composed, run_cli, run_here
 from hydra import compose, initialize_config_dir
 from test_tasks import TINY_FINETUNE, folder_of
 
-from mae.config.check import ConfigError
 from mae.config.compose import CONF
 from mae.config.from_run import inherited, run_of, stands_for, with_groups
+from mae.errors import UserError
 from mae.launch import launch
 
 
@@ -151,7 +151,7 @@ def test_a_config_of_other_making_brings_nothing(tmp_path, model, capsys):
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
     run = made(tmp_path / "run", "[", "")
-    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read as YAML"):
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read as YAML"):
         with_groups([f"init={run}"])
 
 

@@ -10,7 +10,7 @@ from conftest import composed, run_cli, run_here
 from PIL import Image
 from test_evaluate import work_on
 
-from mae.config.check import ConfigError
+from mae.errors import UserError
 from mae.launch import launch
 
 QUICK = [
@@ -162,6 +162,6 @@ def test_what_inspect_refuses():
         (["task.measured_images=0"], "task.measured_images must be 1 or more, got 0."),
         (["task.step=finetuning"], "task.step must be one of pretrain, finetune or null"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             composed("task=inspect", *values)
         assert says in str(caught.value)

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, TINY_PRETRAIN, run_cli
 
 from mae import checkpoint
+from mae.runs import files
 from mae.runs.failure import write_failure
-from mae.tracking import jsonl
 
 OFTEN = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "task.epochs=6", "data.fraction=0.3"]
 
@@ -32,7 +32,7 @@ def started(run: Path, *overrides: str) -> subprocess.Popen:
 
 
 def step_of(run: Path) -> int:
-    rows = jsonl.read_lines(run / "metrics.jsonl")
+    rows = files.read_json_lines(run / "metrics.jsonl")
     return max((row["step"] for row in rows), default=0)
 
 
@@ -49,7 +49,7 @@ def digest(run: Path) -> str:
 
 
 def told_losses(run: Path) -> list[float]:
-    return [row["loss"] for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")

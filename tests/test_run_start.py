@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from test_tasks import folder_of
 
 from mae.config import check, paths
-from mae.config.check import ConfigError
 from mae.config.compose import CONF
 from mae.config.from_run import inherited, with_groups
+from mae.errors import UserError
 from mae.launch import launch
 from mae.launch.prepare import prepare, resumed
 from mae.launch.slurm import status
@@ -115,7 +115,7 @@ def test_init_and_other_spellings_of_a_path_are_no_difference(tmp_path, monkeypa
     (images.parent / "weights.pth").unlink()
     for root, init in (("./set", "weights.pth"), (str(images), "../" + images.parent.name + "/weights.pth")):
         assert prepare(composed(*command, f"data.root={root}", f"init={init}"), command) == run
-    with pytest.raises(ConfigError, match="init: "):
+    with pytest.raises(UserError, match="init: "):
         prepare(composed(*command, "data.root=set", "init=other.pth"), command)
 
 
@@ -142,12 +142,12 @@ def test_a_relative_root_of_an_earlier_version_is_located_or_asked_for(tmp_path,
     for name in ("by_name", "relative"):
         assert taken("task=knn", f"init={runs[name]}").data.root == str(tmp_path / "A" / "images")
     message = r"relative path data\.root=images, and nothing says .*: name it, as data\.root=DIR"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         taken("task=knn", f"init={runs['absolute']}")
     assert taken("task=export", f"init={runs['absolute']}").data.root == "images"  # which reads no image
     assert taken("task=knn", f"init={runs['absolute']}", "data.root=/new").data.root == "/new"
     shutil.rmtree(tmp_path / "A" / "images")
-    with pytest.raises(ConfigError, match=r"it is not in .*A any more: name it"):
+    with pytest.raises(UserError, match=r"it is not in .*A any more: name it"):
         taken("task=knn", f"init={runs['by_name']}")
 
 
@@ -180,9 +180,9 @@ def test_a_run_whose_data_moved_is_reported_and_goes_on(images, tmp_path, capsys
 def test_resume_keeps_the_directory_and_the_command_line(trained):
     run = trained[0]
     cfg = composed(f"resume='{run}'", "output_dir=/elsewhere")
-    with pytest.raises(ConfigError, match="output_dir=/elsewhere cannot be set together with resume="):
+    with pytest.raises(UserError, match="output_dir=/elsewhere cannot be set together with resume="):
         resumed(cfg, [f"resume='{run}'", "output_dir=/elsewhere"])
-    with pytest.raises(ConfigError, match=r"data\.rooted cannot be changed together with resume="):
+    with pytest.raises(UserError, match=r"data\.rooted cannot be changed together with resume="):
         resumed(composed(f"resume='{run}'"), [f"resume='{run}'", "data.rooted=1"])
     typed = [f"resume='{run}'", f"output_dir='{run}'", "data.num_workers=3"]
     cfg, overrides = resumed(composed(*typed), typed)
@@ -277,5 +277,5 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
         (tmp_path / left).mkdir()
     else:
         (tmp_path / left).write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(ConfigError, match="holds a run of another config"):
+    with pytest.raises(UserError, match="holds a run of another config"):
         launch.prepare(composed(*command, "task.mask_ratio=0.5"), command)

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 
 from mae.config import rules
 from mae.config.build import call
-from mae.config.check import ConfigError
+from mae.errors import UserError
 from mae.launch import launch
 from mae.launch.slurm import check, job, queue, state, status, submit
 from mae.launch.slurm.check import Node
 from mae.launch.slurm.queue import Job
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.verdict import Ending, Verdict, cause_in, judge, newest_step
-from mae.runs import attempt
+from mae.runs import attempt, files
 from mae.runs.failure import write_failure
 from mae.tracking import jsonl
 
@@ -155,7 +155,7 @@ def test_an_older_attempt_commits_nothing(monkeypatch, tmp_path):
         checkpoint.write(tmp_path / "checkpoints" / "step_00000002", {}, {}, {"step": 2})
     write_failure(tmp_path, 0, ValueError("too late"))
     assert list((tmp_path / "checkpoints").iterdir()) == [] and not (tmp_path / "failure.json").exists()
-    assert [row["step"] for row in jsonl.read_lines(tmp_path / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in files.read_json_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_process_of_an_older_attempt_ends_even_while_it_is_blocked(tmp_path):
@@ -295,7 +295,7 @@ def settings(*overrides: str) -> SlurmSettings:
 def test_devices_are_counted_over_nodes():
     for given, count in (("launcher.nodes=2 launcher.gpus_per_node=8", 16), ("launcher.tasks_per_node=4", 4)):
         assert rules.devices(composed(*SLURM, *given.split())) == count
-    with pytest.raises(ConfigError, match=r"task.batch_size=32 does not divide by 24 devices: the nearest that do: 24"):
+    with pytest.raises(UserError, match=r"task.batch_size=32 does not divide by 24 devices: the nearest that do: 24"):
         composed(*SLURM, "launcher.nodes=3", "launcher.gpus_per_node=8")
 
 
@@ -346,7 +346,7 @@ def test_nodes_are_read_from_sinfo(monkeypatch):
         Node("cpu", False, "n2", 128, 256000, 0, float("inf")),
     ]
     monkeypatch.setattr(queue, "command", lambda *_, **__: (1, "", "slurm_load_partitions: Unable to contact"))
-    with pytest.raises(ConfigError, match="SLURM's controller does not answer .*Unable to contact"):
+    with pytest.raises(UserError, match="SLURM's controller does not answer .*Unable to contact"):
         check.nodes()
 
 

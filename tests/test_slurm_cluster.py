@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, missing, wait_for
 
 from mae import checkpoint
 from mae.config import check
-from mae.tracking import jsonl
+from mae.runs import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def step(self) -> int:
-        return max((row["step"] for row in jsonl.read_lines(self.run / "metrics.jsonl")), default=0)
+        return max((row["step"] for row in files.read_json_lines(self.run / "metrics.jsonl")), default=0)
 
     def wait_for_step(self, step: int, attempt: str = "") -> None:
         """Until an attempt other than the given one has trained beyond a step."""
@@ -135,7 +135,7 @@ def digest(run: Path) -> str:
 
 
 def losses(run: Path) -> list[float]:
-    rows = jsonl.read_lines(run / "metrics.jsonl")
+    rows = files.read_json_lines(run / "metrics.jsonl")
     return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
 
 
@@ -343,7 +343,7 @@ def test_an_older_attempt_that_lives_on_stops_and_never_writes(job, undisturbed)
     finally:
         job.cluster.kill_node(host)
         job.cluster.start_node(host)
-    steps = [row["step"] for row in jsonl.read_lines(job.run / "metrics.jsonl") if "loss" in row]
+    steps = [row["step"] for row in files.read_json_lines(job.run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, 61))
 
 

@@ -23,16 +23,16 @@ from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
 from mae.perf.compile import compile_blocks, plain_blocks
 from mae.perf.micro_batch import Trial
+from mae.runs import files
 from mae.tasks.base import build_task
 from mae.tools import dry_run
-from mae.tracking import jsonl
 from mae.training import Progress
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in jsonl.read_lines(run / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in files.read_json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 def trial_of(cfg: Any, task: Any, device: str = "cpu") -> Trial:
@@ -184,7 +184,7 @@ def test_auto_finds_the_largest_part_that_fits_and_keeps_the_batch(tmp_path, mon
     assert run_here(tmp_path / "auto", *TINY_PRETRAIN, "task.micro_batch_size=auto") == 0
     assert losses(tmp_path / "auto") == losses(tmp_path / "known")
     assert "8 of the 32 images" in (tmp_path / "auto" / "log.txt").read_text()
-    derived = next(r for r in jsonl.read_lines(tmp_path / "auto" / "metrics.jsonl") if "derived/accumulation" in r)
+    derived = next(r for r in files.read_json_lines(tmp_path / "auto" / "metrics.jsonl") if "derived/accumulation" in r)
     assert derived["derived/accumulation"] == 4 and derived["derived/micro_batch_size"] == 8
 
 

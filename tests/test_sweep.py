@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
 
 from mae.config import sweep_names
-from mae.config.check import ConfigError
+from mae.errors import UserError
 from mae.launch.pipeline import pretraining
 from mae.report import sweep
 from mae.report.record import Record
@@ -238,7 +238,7 @@ def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
 
 
 def test_members_that_have_not_begun_make_no_report(tmp_path):
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         sweep.read_sweep(tmp_path)
 
 

@@ -16,21 +16,21 @@ from PIL import Image
 
 from mae import checkpoint
 from mae.config import rules
-from mae.config.check import ConfigError
 from mae.config.compose import composed as compose
 from mae.data import pack
 from mae.data.sampler import Sampler
 from mae.data.source import Arrays, part
+from mae.errors import UserError
 from mae.launch.pipeline import stage_config
 from mae.models import masking
 from mae.models.vit import classifier
 from mae.plan import make_plan
+from mae.runs import files
 from mae.tasks.base import build_task
 from mae.tasks.common import both_sets, check_classes
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
 from mae.tools import dry_run
-from mae.tracking import jsonl
 
 TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
 TINY_LINPROBE = [*TINY, "task=linprobe", "task.batch_size=32", "task.max_steps=3"]
@@ -556,7 +556,7 @@ def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(tmp_path, 
     (["task.ema_decay=1"], "task.ema_decay must lie in (0, 1), got 1.0."),
 ])  # fmt: skip
 def test_mixing_that_cannot_work_is_refused_before_anything_is_built(values, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         composed("task=finetune", "task.batch_size=32", "task.mixup=0.8", "task.cutmix=1.0", *values)
     assert message in str(caught.value)
 
@@ -582,7 +582,7 @@ def test_an_odd_last_batch_is_named_before_the_first_step(tmp_path):
     )
     command = [*odd(tmp_path), "task.mixup=0.8", "task.max_steps=2"]
     assert sentence in said(*command, directory=tmp_path / "run")
-    assert not jsonl.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert not files.read_json_lines(tmp_path / "run" / "metrics.jsonl")
     with pytest.raises(ValueError, match="a batch of 1 comes in each epoch"):
         dry_run.report(composed(*command, f"output_dir={tmp_path / 'other'}"))
     assert run_here(tmp_path / "short", *odd(tmp_path), "task.mixup=0.8", "task.max_steps=1") == 0  # it never comes
@@ -607,7 +607,7 @@ def test_where_nothing_is_ever_mixed_odd_batches_train_as_without_mixing(tmp_pat
     seen = {}
     for name, more in {"never": ["task.mixup=0.8", "task.mixup_prob=0"], "none": ["task.mixup=0"]}.items():
         assert run_here(tmp_path / name, *odd(tmp_path), "task.batch_size=7", "task.max_steps=4", *more) == 0
-        seen[name] = [row["loss"] for row in jsonl.read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        seen[name] = [row["loss"] for row in files.read_json_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
     assert seen["never"] == pytest.approx(seen["none"], rel=1e-5) and len(seen["none"]) >= 1
 
 

@@ -21,7 +21,8 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli, run_here
 from wandb_files import OfflineRun
 from wandb_server import Service, serving
 
-from mae.tracking import jsonl, norms
+from mae.runs import files
+from mae.tracking import norms
 from mae.tracking import wandb as track_wandb
 from mae.tracking.base import Tracker
 from mae.tracking.wandb import wandb_tracker
@@ -30,7 +31,7 @@ OFFLINE = ["wandb=offline", "wandb.group=g", "wandb.tags=[a,b]", "wandb.notes=he
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return jsonl.read_lines(run / name)
+    return files.read_json_lines(run / name)
 
 
 def offline_runs(run: Path) -> list[OfflineRun]:

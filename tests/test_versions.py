@@ -8,7 +8,7 @@ from conftest import TINY_PRETRAIN, composed, run_cli, run_here
 from omegaconf import OmegaConf
 
 from mae.config import check
-from mae.config.check import ConfigError
+from mae.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_value_of_another_kind_is_refused_with_its_key(earlier, tmp_path):
     values = check.plain(check.stored(earlier))
     values["task"]["epochs"] = "many"
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    with pytest.raises(ConfigError, match=r"task\.epochs must be a number, got 'many'"):
+    with pytest.raises(UserError, match=r"task\.epochs must be a number, got 'many'"):
         check.read(tmp_path)
 
 
@@ -66,5 +66,5 @@ def test_reading_a_run_asks_nothing_of_its_data_or_of_today_s_rules(tmp_path, mo
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored))
     monkeypatch.setenv("WORLD_SIZE", "7")  # which does not divide the batch
     assert check.read(tmp_path) == stored
-    with pytest.raises(ConfigError, match=r"data\.root=/nowhere/at/all does not exist"):
+    with pytest.raises(UserError, match=r"data\.root=/nowhere/at/all does not exist"):
         check.check(stored)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from mae.config import rules
 from mae.config.schema import SCHEMA, TOP, schema, signature, table
 from mae.config.values import conform, describe, interval_of, near, out_of_range
 from mae.config.versions import completed
-from mae.runs.file_system import full_disk
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +60,19 @@ ADDED: dict[str, dict[str, Any]] = {
 READING = ("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key")
 
 
-class ConfigError(ValueError):
-    """What a user can mend: each line is one plain sentence with the full key."""
-
-
 # ---------------------------------------------------------------- resolve
 
 
 def resolve(cfg: DictConfig) -> DictConfig:
-    """All interpolations replaced by values; the result is read-only. Raises ConfigError."""
+    """All interpolations replaced by values; the result is read-only. Raises UserError."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
-            raise ConfigError("\n".join(f"{key} has no value: give it one, as {key}=..." for key in missing))
+            raise UserError("\n".join(f"{key} has no value: give it one, as {key}=..." for key in missing))
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise UserError(f"{key} cannot be resolved: {str(error).splitlines()[0].rstrip('.')}.") from error
     assert isinstance(plain, dict)
     made = OmegaConf.create(plain)
     OmegaConf.set_struct(made, True)
@@ -119,7 +114,7 @@ class _Checked:
 
 
 def check(cfg: DictConfig, values: bool = True) -> DictConfig:
-    """The same config with every value of its type. Raises ConfigError listing all that is wrong: unknown, misspelt,
+    """The same config with every value of its type. Raises UserError listing all that is wrong: unknown, misspelt,
     missing and mistyped keys; then, unless `values` is false, values out of range, then contradictions."""
     tree = plain(cfg)
     checked = _Checked()
@@ -141,7 +136,7 @@ def check(cfg: DictConfig, values: bool = True) -> DictConfig:
     if not problems and values:
         problems = checked.out_of_range or list(rules.contradictions(checked.config))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise UserError("\n".join(problems))
     config = OmegaConf.create(checked.config)
     OmegaConf.set_readonly(config, True)
     return config
@@ -162,16 +157,16 @@ def changed(cfg: DictConfig, **values: Any) -> DictConfig:
 
 
 def stored(run: Path) -> DictConfig:
-    """The saved config of a run, as it is. Raises ConfigError where there is none."""
+    """The saved config of a run, as it is. Raises UserError where there is none."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{run} is not the directory of a run: it holds no config.yaml.")
+        raise UserError(f"{run} is not the directory of a run: it holds no config.yaml.")
     try:
         found = OmegaConf.load(path)
     except Exception as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(found, DictConfig):
-        raise ConfigError(f"{path} does not hold a configuration.")
+        raise UserError(f"{path} does not hold a configuration.")
     return found
 
 
@@ -186,7 +181,7 @@ def read(run: Path) -> DictConfig:
     """The saved config of a run: keys and types checked, ranges and rules not, nor whether its data are still there.
 
     A key that it lacks is filled from today's default; a key that no longer exists is passed over; a warning names
-    them. Raises ConfigError where there is no config.
+    them. Raises UserError where there is no config.
     """
     values = plain(stored(run))
     if isinstance(values.get("data"), dict):
@@ -213,16 +208,6 @@ def added(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `data` that configs of earlier versions lack, and what these did."""
     data = cfg.get("data")
     return ADDED.get(str(data.get("name")), {}) if isinstance(data, Mapping) else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises ConfigError where the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other nodes have the same process ids
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(full_disk(error) or f"{path} cannot be written ({error.strerror}).") from error
 
 
 # ---------------------------------------------------------------- identity of a run

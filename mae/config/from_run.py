@@ -60,7 +60,7 @@ def _complete(step: Path) -> bool:
 
 def with_groups(arguments: Sequence[str]) -> list[str]:
     """A command line with the groups `model` and `data` of the run that `init=` names, where it chooses none itself.
-    An experiment chooses both. Raises ConfigError where the run's own config cannot be read."""
+    An experiment chooses both. Raises UserError where the run's own config cannot be read."""
     typed = {key: one for key, one in overrides.by_key(arguments).items() if not one.is_delete()}
     sections = [name for name in SECTIONS if name not in typed]
     if "init" not in typed or "experiment" in typed or not sections:

@@ -8,7 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import check
-from mae.config.check import ConfigError, plain, write_text
+from mae.config.check import plain
+from mae.errors import UserError
+from mae.runs.files import write_text
 
 KEYS = ("init", "data.root", "data.cache_dir", "data.classes", "data.file", "task.path", "task.files")
 TYPED = "paths.yaml"  # of a run: its relative paths as they were typed, and the directory in which they were
@@ -87,7 +89,7 @@ def read_typed(run: Path) -> dict[str, Any]:
 
 def data_root(run: Path, root: str, must_exist: bool) -> str:
     """The stored `data.root` of a run, as it is read from here: in the spelling that was typed where that means the
-    same here, else absolute. Raises ConfigError where a relative one of an earlier version cannot be located."""
+    same here, else absolute. Raises UserError where a relative one of an earlier version cannot be located."""
     if is_name(root):
         return root
     if os.path.isabs(root):
@@ -97,7 +99,7 @@ def data_root(run: Path, root: str, must_exist: bool) -> str:
     if directory is None or (must_exist and not (directory / root).exists()):
         where = "nothing says in which directory" if directory is None else f"it is not in {directory} any more"
         if must_exist:
-            raise ConfigError(
+            raise UserError(
                 f"{run} was started with the relative path data.root={root}, and {where}: name it, as data.root=DIR."
             )
         return root

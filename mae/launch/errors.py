@@ -27,7 +27,7 @@ class RankFailed(RuntimeError):
             reason = f"it was killed by {signal.Signals(-failure.exitcode).name}"
         elif reason.startswith("To enable traceback"):  # it left no error behind
             reason = f"it exited with code {failure.exitcode}; its last output stands above or in its log"
-        user_error = reason.startswith(("ValueError: ", "ConfigError: "))
+        user_error = reason.startswith(("ValueError: ", "UserError: "))
         super().__init__(reason.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {reason}")
 
 

@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 
 from mae.config import check
 from mae.config.build import build, call
-from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
 from mae.config.overrides import pasted
 from mae.config.paths import absolute
 from mae.config.rules import missing_init
+from mae.errors import UserError
 from mae.launch.local import inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare
@@ -39,7 +39,7 @@ AUTO = "auto"  # as init: the pretrained weights that this program makes itself
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config where its launcher says; returns the exit code."""
     if problem := missing_init(cfg.task.name, cfg.init):
-        raise ConfigError(problem)
+        raise UserError(problem)
     if cfg.init == AUTO:
         cfg, code = after_pretraining(cfg, overrides)
         if code:

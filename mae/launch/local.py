@@ -74,7 +74,7 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
     from mae import limits
     from mae.distributed.signals import Interruption
     from mae.launch.errors import RankFailed
-    from mae.report.record import read_json
+    from mae.runs.files import read_json
 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from mae.config import check
 from mae.config.build import call
-from mae.config.check import ConfigError, write_text
 from mae.config.compose import chosen_groups
 from mae.config.from_run import FOLLOWS
 from mae.config.overrides import key_of
+from mae.errors import UserError
+from mae.runs.files import write_text
 from mae.tasks.registry import METRICS, TASKS, names
 
 log = logging.getLogger(__name__)
@@ -49,15 +50,15 @@ def pipeline(
     `choices` are the files of groups that the command line chose. `overrides` holds, for a stage, what it alone
     changes, as on a command line. `mask_ratio` is that of stage pretrain, where a number is given.
 
-    Raises ConfigError before the first stage starts where one of them is not possible.
+    Raises UserError before the first stage starts where one of them is not possible.
     """
     if strange := [name for name, given in overrides.items() if given and name not in stages]:
-        raise ConfigError(f"task.overrides names {strange[0]}, which is not among task.stages={list(stages)}.")
+        raise UserError(f"task.overrides names {strange[0]}, which is not among task.stages={list(stages)}.")
     if len(set(stages)) < len(stages) or not stages:
-        raise ConfigError(f"task.stages must name each stage once, got {list(stages)}.")
+        raise UserError(f"task.stages must name each stage once, got {list(stages)}.")
     if mask_ratio is not None:
         if "pretrain" not in stages:
-            raise ConfigError("task.mask_ratio is of stage pretrain, which is not among task.stages.")
+            raise UserError("task.mask_ratio is of stage pretrain, which is not among task.stages.")
         given = overrides.get("pretrain") or []
         overrides = overrides | {"pretrain": [f"task.mask_ratio={mask_ratio}", *given]}
     made = {name: stage_config(run, cfg, compose, name, stages, overrides.get(name) or [], choices) for name in stages}
@@ -96,22 +97,22 @@ def stage_config(
 ) -> DictConfig:
     """The checked config of a stage: its own recipe, on the pipeline's model and data."""
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
-        raise ConfigError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
+        raise UserError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {given}.")
     if fixed := [key for key in map(key_of, given) if key in (*GROUPS, *SET)]:
-        raise ConfigError(f"task.overrides.{name}: {fixed[0]} is the pipeline's to set.")
+        raise UserError(f"task.overrides.{name}: {fixed[0]} is the pipeline's to set.")
     stage = alike(cfg, compose, name, given, choices)
     stage.seed = cfg.seed
     stage.output_dir = str(run / name)
     parent = parent_of(name, stages)
     stage.init = cfg.init if parent is None else str(run / parent)
     if stage.init is None and TASKS[name].needs_init:
-        raise ConfigError(f"stage {name} has nothing to start from: let a stage pretrain come before, or give init=.")
+        raise UserError(f"stage {name} has nothing to start from: let a stage pretrain come before, or give init=.")
     if name == "evaluate" and parent == "pretrain":
-        raise ConfigError("stage evaluate needs a classifier: let a stage finetune or linprobe come before it.")
+        raise UserError("stage evaluate needs a classifier: let a stage finetune or linprobe come before it.")
     try:
         return check.check(check.resolve(stage))
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
+    except UserError as error:
+        raise UserError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
 
 
 def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
@@ -172,7 +173,7 @@ def run_pipeline(run: Path, cfg: DictConfig, overrides: list[str], compose: Comp
     for override in overrides:
         if key_of(override).split(".")[0] in OWN:
             typed = shlex.quote(f"task.overrides.pretrain=[{QuotedString(override, Quote.double).with_quotes()}]")
-            raise ConfigError(f"{override} belongs to a stage: give it to one, as in {typed}.")
+            raise UserError(f"{override} belongs to a stage: give it to one, as in {typed}.")
     code, summary = call(pipeline, cfg.task, run, cfg, compose, start, chosen_groups(overrides))
     if summary is not None and main:
         write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -9,34 +9,36 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import check
-from mae.config.check import ConfigError, difference, run_directory, stored_overrides, write_text
+from mae.config.check import difference, run_directory, stored_overrides
 from mae.config.compose import is_group
 from mae.config.overrides import key_of
 from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
 from mae.config.rules import reads_data
+from mae.errors import UserError
 from mae.launch.slurm.state import live_jobs
 from mae.runs.file_system import full_disk
+from mae.runs.files import write_text
 
 FAILED = "failed"  # folder of a run: what starts left that failed before the first checkpoint
 LEFT = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
 
 
 def make_directory(cfg: DictConfig) -> Path:
-    """The run's directory, made where it is not there. Raises ConfigError where it cannot be written to."""
+    """The run's directory, made where it is not there. Raises UserError where it cannot be written to."""
     run = run_directory(cfg).absolute()
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run) as probe:
             probe.write(b"a full disk shows here")
     except OSError as error:
-        raise ConfigError(full_disk(error) or f"output_dir: {run} cannot be written to ({error.strerror}).") from error
+        raise UserError(full_disk(error) or f"output_dir: {run} cannot be written to ({error.strerror}).") from error
     return run
 
 
 def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
 
-    Raises ConfigError where it cannot be written to, or holds a run of another config.
+    Raises UserError where it cannot be written to, or holds a run of another config.
     """
     run = make_directory(cfg)
     stored = run / "config.yaml"
@@ -48,7 +50,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
             set_aside(run)
         elif changes:
             listed = "".join(f"\n  {line}" for line in changes)
-            raise ConfigError(
+            raise UserError(
                 f"{run} holds a run of another config, which differs in:{listed}\n"
                 "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
@@ -65,13 +67,13 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
 
 def failed_early(run: Path) -> bool:
     """Whether a run failed before it left a checkpoint or a result, and nothing works on it."""
-    from mae.tracking.jsonl import read_lines  # and with it rich, which the help does without
+    from mae.runs.files import read_json_lines  # and with it rich, which the help does without
 
     stages = [path.parent for path in run.glob("*/config.yaml")]
     failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
     if not failed or (run / "summary.json").exists() or any(run.glob("checkpoints/step_*")):
         return False
-    if any("loss" in row for row in read_lines(run / "metrics.jsonl")):
+    if any("loss" in row for row in read_json_lines(run / "metrics.jsonl")):
         return False
     return not live_jobs([run])
 
@@ -102,12 +104,12 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     free = {".".join(path) for path in check.NEUTRAL} - {"resume"} | set(check.READING)
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
-            raise ConfigError(
+            raise UserError(
                 f"{key} cannot be changed together with resume={cfg.resume}: a run goes on with its own config. "
                 "Leave it out, or start a new run with init=RUN."
             )
     if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
-        raise ConfigError(
+        raise UserError(
             f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run goes on in its own "
             "directory. Leave it out; for a copy, copy the directory first and resume the copy."
         )

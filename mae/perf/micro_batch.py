@@ -16,10 +16,10 @@ from torch import nn
 
 from mae import device as devices
 from mae.config import rules
-from mae.config.check import write_text
 from mae.distributed.ranks import Ranks
 from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
+from mae.runs.files import write_text
 from mae.tasks.registry import TASKS
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from mae.config.check import leaves, resolve, stored_overrides
 from mae.config.compose import CONF, composed, is_group
 from mae.config.overrides import key_of
-from mae.tracking.jsonl import read_lines
+from mae.runs.files import read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ def command_of(overrides: list[str]) -> str:
 
 def read_record(run: Path) -> Record:
     """Reads a run's directory; a file that is not there yet is empty."""
-    events = read_lines(run / "events.jsonl")
+    events = read_json_lines(run / "events.jsonl")
     summary = read_json(run / "summary.json")
     state = "finished" if summary else "unfinished"
     if not summary and events:
         first = str(events[-1].get("event", "")).split(":", 1)[0]
         state = first if first in ("interrupted", "diverged", "failed", "pruned") else state
-    return Record(state, summary, stored_overrides(run), read_lines(run / "metrics.jsonl"), events)
+    return Record(state, summary, stored_overrides(run), read_json_lines(run / "metrics.jsonl"), events)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def starts(run: Path) -> list[dict[str, Any]]:
     """Where and when the run was started, each time."""
-    return read_lines(run / "environment.jsonl")
+    return read_json_lines(run / "environment.jsonl")
 
 
 def compared(cfg: DictConfig, overrides: list[str]) -> list[list[str]]:

@@ -15,11 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mae.config.check import ConfigError, leaves, read, write_text
+from mae.config.check import leaves, read
+from mae.errors import UserError
 from mae.report import record as run_record
 from mae.report.html import data_url, page
+from mae.runs.files import read_json_lines, write_text
 from mae.tasks.registry import METRICS
-from mae.tracking.jsonl import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def write(run: Path) -> None:
 
 
 def gather(run: Path) -> dict[str, Any]:
-    """All that a page shows of a run. Raises ConfigError where the directory is not one of a run."""
+    """All that a page shows of a run. Raises UserError where the directory is not one of a run."""
     cfg = read(run)
     record = run_record.read_record(run)
     parts = [run, *stages_of(run, cfg).values()]
@@ -80,10 +81,10 @@ def stages_of(run: Path, cfg: DictConfig) -> dict[str, Path]:
 
 def curves(run: Path, cfg: DictConfig) -> dict[str, Any]:
     """A run's metrics over its steps; of a pipeline, those of its stages, each named by its own."""
-    return series(read_lines(run / "metrics.jsonl")) | {
+    return series(read_json_lines(run / "metrics.jsonl")) | {
         f"{name}: {key}": column
         for name, path in stages_of(run, cfg).items()
-        for key, column in series(read_lines(path / "metrics.jsonl")).items()
+        for key, column in series(read_json_lines(path / "metrics.jsonl")).items()
         if "/" not in key or key.startswith("val/")
     }
 
@@ -112,7 +113,7 @@ def series(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 def pictures(run: Path) -> list[dict[str, Any]]:
     """The pictures in images/, those of one name together in the order of their steps."""
-    epochs = {row["step"]: row.get("epoch") for row in read_lines(run / "metrics.jsonl") if "step" in row}
+    epochs = {row["step"]: row.get("epoch") for row in read_json_lines(run / "metrics.jsonl") if "step" in row}
     groups: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted((run / "images").glob("*.png")):
         if match := re.fullmatch(r"(\w+?)_(\d{8})", path.stem):
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             text = together(given.runs)
         write_text(out, text)
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write(f"{out}\n")

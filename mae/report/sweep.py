@@ -16,12 +16,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import paths
-from mae.config.check import ConfigError, leaves, read, write_text
+from mae.config.check import leaves, read
 from mae.config.overrides import by_key, values_of
 from mae.config.sweep_names import params, short, swept
+from mae.errors import UserError
 from mae.report import run, sweep_figure
 from mae.report.html import data_url, page
 from mae.report.record import Record, read_record
+from mae.runs.files import write_text
 from mae.tasks.registry import METRICS, TASKS
 
 SEARCHED = "search.yaml"  # the keys of a search by Optuna
@@ -97,9 +99,9 @@ def results_of(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def members_of(directory: Path) -> list[Member]:
-    """The runs that lie in a sweep's directory. Raises ConfigError where there is no directory."""
+    """The runs that lie in a sweep's directory. Raises UserError where there is no directory."""
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is not the directory of a sweep: it does not exist.")
+        raise UserError(f"{directory} is not the directory of a sweep: it does not exist.")
     found = []
     for path in sorted(p.parent for p in directory.glob("*/config.yaml")):
         record = read_record(path)
@@ -110,11 +112,11 @@ def members_of(directory: Path) -> list[Member]:
 def read_sweep(directory: Path) -> Sweep:
     """A sweep from its directory: Hydra's multirun.yaml says what was swept, else what the members differ in.
 
-    Raises ConfigError where no member has begun.
+    Raises UserError where no member has begun.
     """
     members = members_of(directory)
     if not members:
-        raise ConfigError(f"{directory} holds no run: a sweep's members lie in folders of it, each with a config.yaml.")
+        raise UserError(f"{directory} holds no run: a sweep's members lie in folders of it, each with a config.yaml.")
     keys = told_keys(directory / "multirun.yaml")
     found = [leaves(m.cfg) for m in members]
     if not keys:
@@ -231,7 +233,7 @@ def scattered(sweep: Sweep, metric: str, stage: str, key: str) -> sweep_figure.C
 
 
 def make(directory: Path) -> Sweep:
-    """Table, figure and page of a sweep. Raises ConfigError where no member has begun."""
+    """Table, figure and page of a sweep. Raises UserError where no member has begun."""
     sweep = read_sweep(directory)
     write_table(sweep)
     figure = directory / "sweep.svg"
@@ -244,7 +246,7 @@ def finish(directory: Path) -> str:
     """Makes all of it, and says in a few lines how the sweep ended, or why it could not be told."""
     try:
         return told(make(directory))
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         return f"{error}\n"
 
 
@@ -272,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     for directory in given:
         try:
             sys.stdout.write(told(make(Path(directory))))
-        except (ConfigError, OSError) as error:
+        except (UserError, OSError) as error:
             sys.stderr.write(f"{error}\n")
             return 1
     return 0

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from mae import data, device
 from mae.checkpoint import step_name, weights_digest
 from mae.config.build import build, call
-from mae.config.check import write_text
 from mae.config.from_run import run_of, stands_for
 from mae.config.rules import missing_init
 from mae.data.crops import pair
 from mae.data.loader import EvalLoader
 from mae.data.source import BadImage, Source, matched, reduced
 from mae.data.transforms import center_crop, kept_fraction, top_of
+from mae.runs.files import write_text
 from mae.weights.read import PretrainedWeights
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mae import data, device
 from mae.config.build import build, call
-from mae.config.check import write_text
 from mae.data import transforms
 from mae.data.decode import Decoder
 from mae.data.source import BadImage, Source, Subset
@@ -24,6 +23,7 @@ from mae.data.sources.folder import read as read_file
 from mae.data.transforms import Prepare
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import noise
+from mae.runs.files import write_text
 from mae.tasks import images as pictures
 from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier

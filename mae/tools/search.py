@@ -23,14 +23,15 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 
 from mae.config import check
-from mae.config.check import ConfigError
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import inherited, with_groups
 from mae.config.overrides import assignment, key_of
+from mae.errors import UserError
 from mae.launch.errors import explain
 from mae.launch.launch import AUTO, launch
 from mae.launch.pipeline import own_names, pretraining
 from mae.report import sweep
+from mae.runs import files
 from mae.runs.locks import file_lock
 from mae.tools import search_trial
 
@@ -43,7 +44,7 @@ WAIT_S = 1.0  # between two looks at whether other workers, or what a killed one
 def spaces(overrides: list[str]) -> tuple[dict[str, Override], list[str]]:
     """The keys to search with their ranges, and the overrides that are the same in all trials.
 
-    Raises ConfigError where nothing is searched.
+    Raises UserError where nothing is searched.
     """
     searched, fixed = {}, []
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -52,7 +53,7 @@ def spaces(overrides: list[str]) -> tuple[dict[str, Override], list[str]]:
         else:
             fixed.append(override.input_line)
     if not searched:
-        raise ConfigError(
+        raise UserError(
             "Nothing is searched: give a key a range, as in 'optimizer.base_lr=tag(log, interval(1e-4, 1e-1))' or "
             "optimizer.layer_decay=0.65,0.75."
         )
@@ -65,7 +66,7 @@ def suggested(trial: Any, key: str, override: Override) -> str:
     if isinstance(space, IntervalSweep):
         assert space.start is not None and space.end is not None
         if "log" in space.tags and space.start <= 0:
-            raise ConfigError(f"{key} is searched on a logarithmic scale, which begins above 0, got {space.start}.")
+            raise UserError(f"{key} is searched on a logarithmic scale, which begins above 0, got {space.start}.")
         integer = isinstance(space.start, int) and isinstance(space.end, int)
         suggest = trial.suggest_int if integer else trial.suggest_float
         return f"{suggest(key, space.start, space.end, log='log' in space.tags):.6g}"
@@ -78,11 +79,11 @@ def suggested(trial: Any, key: str, override: Override) -> str:
 
 
 def open_study(directory: Path, metric: str) -> Any:
-    """The study of a directory, new or gone on with. Raises ConfigError without optuna."""
+    """The study of a directory, new or gone on with. Raises UserError without optuna."""
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError("A search needs the package optuna: pip install 'mae-experiments[search]'.") from error
+        raise UserError("A search needs the package optuna: pip install 'mae-experiments[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = "minimize" if sweep.lower_is_better(metric) else "maximize"
     with held(directory):  # two that create its tables at once fail
@@ -132,7 +133,7 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
         parent = assignment("init", parent_of(first, chosen_groups(given)))
         fixed = [*(override for override in fixed if key_of(override) != "init"), parent]
     study = open_study(directory, metric)
-    check.write_text(directory / sweep.SEARCHED, "".join(f"- {key}\n" for key in searched))
+    files.write_text(directory / sweep.SEARCHED, "".join(f"- {key}\n" for key in searched))
     while (found := next_trial(study, directory, trials, seed)) is not None:
         trial, lock = found
         if trial is None:
@@ -162,7 +163,7 @@ def parent_of(cfg: Any, choices: dict[str, str]) -> str:
         if not Path(parent.output_dir, "summary.json").exists() and launch(
             parent, ["task=pretrain", *own_names(cfg, choices)]
         ):
-            raise ConfigError(f"init=auto: pre-training in {parent.output_dir} was not finished.")
+            raise UserError(f"init=auto: pre-training in {parent.output_dir} was not finished.")
     return parent.output_dir
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 
 from mae.config.overrides import assignment
+from mae.runs.files import read_json_lines
 from mae.runs.locks import RUN as RUN_LOCK
 from mae.runs.locks import file_lock, is_free
-from mae.tracking.jsonl import JsonLines, read_lines
+from mae.tracking.jsonl import JsonLines
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def watch(place: Path, trial: Any, overrides: list[str], metric: str, prune: boo
     try:
         while process.poll() is None:
             time.sleep(LOOK_S)
-            for row in read_lines(place / "metrics.jsonl"):
+            for row in read_json_lines(place / "metrics.jsonl"):
                 if row.get(key) is not None and row["step"] not in told:
                     told.add(row["step"])
                     trial.report(row[key], row["step"])

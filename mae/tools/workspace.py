@@ -3,18 +3,18 @@
 import sys
 from typing import Any
 
-from mae.config.check import ConfigError
+from mae.errors import UserError
 
 RATIOS = "task.mask_ratio"
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The dashboard, not saved yet. Raises ConfigError without the package."""
+    """The dashboard, not saved yet. Raises UserError without the package."""
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        raise ConfigError(
+        raise UserError(
             "The dashboard needs the package wandb-workspaces: pip install 'mae-experiments[workspace]'."
         ) from error
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         saved = workspace(*given).save()
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except Exception as error:

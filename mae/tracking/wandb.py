@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mae.config.check import write_text
+from mae.runs.files import write_text
 from mae.tasks.registry import METRICS
 from mae.tracking.base import NonFatal, Tracker, step_of
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae.config.check import ConfigError
 from mae.config.values import near
+from mae.errors import UserError
 from mae.launch.slurm import queue
 from mae.launch.slurm.environment import outside_of_jobs
 from mae.launch.slurm.settings import SlurmSettings
@@ -33,22 +33,22 @@ class Node:
 
 
 def check_cluster(settings: SlurmSettings, folder: Path, runs: list[Path]) -> None:
-    """Raises ConfigError with a line for each problem."""
+    """Raises UserError with a line for each problem."""
     if shutil.which("sbatch") is None:
-        raise ConfigError(
+        raise UserError(
             "launcher=slurm needs SLURM's sbatch, which is not on the PATH: type this on a login node of the cluster, "
             "or choose launcher=local."
         )
     if problems := [*unmet_requests(settings, nodes()), *_slow_saves(settings, runs)]:
-        raise ConfigError("\n".join(problems))
+        raise UserError("\n".join(problems))
     _probe(settings, folder)
 
 
 def nodes() -> list[Node]:
-    """Every node in every partition. Raises ConfigError where the controller does not answer."""
+    """Every node in every partition. Raises UserError where the controller does not answer."""
     code, table, error = queue.command("sinfo", "--noheader", "-N", "-o", "%P|%N|%c|%m|%l|%G", seconds=30)
     if code:
-        raise ConfigError(f"launcher=slurm: SLURM's controller does not answer ({error.splitlines()[-1:] or code}).")
+        raise UserError(f"launcher=slurm: SLURM's controller does not answer ({error.splitlines()[-1:] or code}).")
     rows = []
     for line in table.splitlines():
         partition, name, cpus, memory, limit, gres = line.split("|")
@@ -131,7 +131,7 @@ def file_system(path: Path) -> str:
 
 
 def _probe(settings: SlurmSettings, folder: Path) -> None:
-    """Raises ConfigError where a free node does not see the folder, or may not write there."""
+    """Raises UserError where a free node does not see the folder, or may not write there."""
     if not settings.probe_s or NETWORK.search(file_system(folder.resolve())):
         return
     options = [f"--{flag}={value}" for flag, value in settings.placement().items()]
@@ -139,11 +139,11 @@ def _probe(settings: SlurmSettings, folder: Path) -> None:
     with outside_of_jobs():  # where srun would start a step of the job around it
         _, output, _ = queue.command(*words, "sh", "-c", PROBE, str(folder), seconds=settings.probe_s + 30)
     if output.strip() == "absent":
-        raise ConfigError(
+        raise UserError(
             f"output_dir: {folder} is not shared: this machine has it, and a node of the cluster does not see it. "
             "Choose a directory on the cluster's network file system."
         )
     if output.strip() == "closed":
-        raise ConfigError(f"output_dir: {folder} cannot be written to from a node of the cluster.")
+        raise UserError(f"output_dir: {folder} cannot be written to from a node of the cluster.")
     if output.strip() != "good":
         sys.stderr.write(f"No node was free to check that it sees {folder}: make sure that it is on shared storage.\n")

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from mae.config import check
 from mae.config.build import call
-from mae.config.check import ConfigError
 from mae.config.overrides import by_key, parsed, pasted, values_of
+from mae.errors import UserError
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jobs, run_state, typed_path
@@ -26,12 +26,12 @@ def is_status_command(words: list[str]) -> bool:
 
 
 def status_command(words: list[str]) -> int:
-    """Runs `VERB=DIR ...`; returns the exit code. Raises ConfigError."""
+    """Runs `VERB=DIR ...`; returns the exit code. Raises UserError."""
     verb, folder = words[0].partition("=")[0], directory_of(words[0])
     if verb == "retry_failed":
         return retry_failed(folder, words[1:])
     if len(words) > 1:
-        raise ConfigError(f"{words[0]} stands alone, but {' '.join(words[1:])} follows it.")
+        raise UserError(f"{words[0]} stands alone, but {' '.join(words[1:])} follows it.")
     sys.stdout.write(status_table(folder) if verb == "status" else cancel(folder))
     return 0
 
@@ -45,14 +45,14 @@ def directory_of(word: str) -> Path:
 
 
 def runs_under(folder: Path) -> list[Path]:
-    """The runs of a directory: itself, or the members of a sweep, or the stages of a pipeline. Raises ConfigError."""
+    """The runs of a directory: itself, or the members of a sweep, or the stages of a pipeline. Raises UserError."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a directory.")
+        raise UserError(f"{folder} is not a directory.")
     members = [path.parent for path in folder.glob("*/config.yaml")]
     own = [folder] if (folder / "config.yaml").exists() and not members else []
     runs = own or [run for member in sorted(members, key=_in_order) for run in runs_under(member)]
     if not runs:
-        raise ConfigError(f"{folder} holds no runs: no config.yaml lies in it or one folder below.")
+        raise UserError(f"{folder} holds no runs: no config.yaml lies in it or one folder below.")
     return runs
 
 
@@ -81,25 +81,25 @@ def status_table(folder: Path) -> str:
 
 
 def cancel(folder: Path) -> str:
-    """Cancels the jobs that are queued or running; returns a message. Raises ConfigError."""
+    """Cancels the jobs that are queued or running; returns a message. Raises UserError."""
     alive = list(live_jobs(runs_under(folder)).values())
     if not alive:
         return f"Nothing under {folder} is queued or running.\n"
     if refusal := queue.cancel_jobs(alive):
-        raise ConfigError(f"SLURM does not cancel {', '.join(alive)}: {refusal}")
+        raise UserError(f"SLURM does not cancel {', '.join(alive)}: {refusal}")
     return f"Cancelled {', '.join(alive)}. The same command continues from the last checkpoint.\n"
 
 
 def retry_failed(folder: Path, overrides: list[str]) -> int:
     """Submits again each run that is neither finished nor in the queue; returns the exit code.
 
-    Runs keep their own config but for `launcher.*` of the overrides. Raises ConfigError.
+    Runs keep their own config but for `launcher.*` of the overrides. Raises UserError.
     """
     changes = by_key(overrides)
     unread = [word for word in overrides if parsed(word) is None]
     refused = [str(change.input_line) for key, change in changes.items() if not key.startswith("launcher.")]
     if unread or refused:
-        raise ConfigError(f"{(unread + refused)[0]} cannot be changed with retry_failed={folder}: only launcher.* can.")
+        raise UserError(f"{(unread + refused)[0]} cannot be changed with retry_failed={folder}: only launcher.* can.")
     runs = runs_under(folder)
     alive = live_jobs(runs)
     failed = [run for run in runs if run not in alive and not (run / "summary.json").exists()]
@@ -115,6 +115,6 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
         launcher = check.check(changed).launcher
         if launcher.name != "slurm":
             command = f"python run.py {pasted('resume', str(run))}"
-            raise ConfigError(f"{run} did not run on SLURM: {command} continues it.")
+            raise UserError(f"{run} did not run on SLURM: {command} continues it.")
         submitted.append((run, call(SlurmSettings, launcher)))
     return submit.submit(submitted, folder)

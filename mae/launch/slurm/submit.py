@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mae.config.check import ConfigError
 from mae.config.overrides import pasted
+from mae.errors import UserError
 from mae.launch.slurm.check import check_cluster
 from mae.launch.slurm.environment import outside_of_jobs
 from mae.launch.slurm.job import SUPERVISE
@@ -34,7 +34,7 @@ Submission = tuple[Path, SlurmSettings]  # a prepared run and how its job is sub
 def slurm(run: Path, *, settings: SlurmSettings) -> int:
     """Submits a run and prints how to follow it; the exit code is 0 once it is queued, with `wait` once it is finished.
 
-    Raises ConfigError where the cluster cannot run it.
+    Raises UserError where the cluster cannot run it.
     """
     return submit([(run, settings)], run)
 
@@ -121,7 +121,7 @@ def _python(settings: SlurmSettings) -> str:
 def sbatch(command: str, folder: Path, flags: Mapping[str, object], options: Mapping[str, object]) -> str:
     """Submits a command with sbatch's flags and submitit's own options; returns the job's id.
 
-    Raises ConfigError with SLURM's refusal.
+    Raises UserError with SLURM's refusal.
     """
     import io
 
@@ -135,7 +135,7 @@ def sbatch(command: str, folder: Path, flags: Mapping[str, object], options: Map
             return executor._submit_command(command).job_id  # without its worker: see mae/launch/slurm/job.py
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines() if line]
-        raise ConfigError(f"SLURM refuses the job: {lines[-1] if lines else 'it gives no reason'}.") from error
+        raise UserError(f"SLURM refuses the job: {lines[-1] if lines else 'it gives no reason'}.") from error
 
 
 def snapshot(folder: Path) -> Path:

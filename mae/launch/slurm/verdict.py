@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae.config.check import write_text
 from mae.runs.failure import Failure
+from mae.runs.files import write_text
 
 INTERRUPTED = 130  # exit code of a process that was asked to stop
 STOP_CAUSES = ("Terminated", "User defined signal 2", f"Exited with exit code {INTERRUPTED}")  # in srun's words
