@@ -17,7 +17,7 @@ from mae.config.rules import reads_data
 from mae.errors import UserError
 from mae.launch.slurm.state import live_jobs
 from mae.runs.file_system import full_disk
-from mae.runs.files import write_text
+from mae.runs.files import read_json_lines, write_text
 
 FAILED = "failed"  # folder of a run: what starts left that failed before the first checkpoint
 LEFT = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
@@ -67,8 +67,6 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
 
 def failed_early(run: Path) -> bool:
     """Whether a run failed before it left a checkpoint or a result, and nothing works on it."""
-    from mae.runs.files import read_json_lines  # and with it rich, which the help does without
-
     stages = [path.parent for path in run.glob("*/config.yaml")]
     failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
     if not failed or (run / "summary.json").exists() or any(run.glob("checkpoints/step_*")):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from mae.config.check import leaves, resolve, stored_overrides
 from mae.config.compose import CONF, composed, is_group
 from mae.config.overrides import key_of
-from mae.runs.files import read_json_lines
+from mae.runs.files import read_json, read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,6 @@ def read_record(run: Path) -> Record:
         first = str(events[-1].get("event", "")).split(":", 1)[0]
         state = first if first in ("interrupted", "diverged", "failed", "pruned") else state
     return Record(state, summary, stored_overrides(run), read_json_lines(run / "metrics.jsonl"), events)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or none yet."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def starts(run: Path) -> list[dict[str, Any]]:

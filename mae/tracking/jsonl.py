@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mae.runs import attempt
 from mae.tracking.base import Tracker, step_of
@@ -50,17 +49,6 @@ class JsonLines(Tracker):
 def _finite(value: object) -> object:
     """null for a number that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # cut short by a kill
-            continue
-    return rows
 
 
 def _is_until(line: str, step: int) -> bool:
