@@ -27,7 +27,7 @@ def hours(overrides: list[str], rate: float) -> tuple[float, float, float]:
     """(epochs, GFLOPs of an image in training, hours on eight devices of `rate` each)."""
     cfg = check.check(check.resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
     plan = dry_run.plan_of(cfg)
-    work = dry_run.training(cfg, dry_run.cost(cfg, dry_run.model_on_meta(cfg)))
+    _, work = dry_run.operations(cfg, dry_run.model_on_meta(cfg))
     return plan.steps / plan.steps_per_epoch, work / 1e9, plan.images_seen(plan.steps) * work / (8 * rate) / 3600
 
 

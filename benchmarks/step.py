@@ -12,8 +12,8 @@ from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, tr
 from protocol import Case, Row, as_run, best_format, compare, interleave, of_a_step, print_mfu, print_times, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae.models.flops import flops
 from mae.models.mae import MaskedAutoencoder
+from mae.tools.cost import forward_flops
 
 SINGLE = torch.float32
 
@@ -67,8 +67,9 @@ def main() -> None:
         name, peer = f"pretrain step against transformers' ViTMAE, both {best_name}", seconds["transformers"]
         rows.append(compare(3, name, seconds[half.name], peer, 1.45, seconds[floor.name]))
     if device == "cuda":
-        numbers = {k: v for k, v in {**VIT_BASE, **DECODER}.items() if "num_heads" not in k and k != "norm_pix_loss"}
-        print_mfu(seconds[half.name], 3 * args.batch * flops(**numbers, mask_ratio=MASK_RATIO).total)
+        with torch.device("meta"):
+            counted = MaskedAutoencoder(**VIT_BASE, **DECODER)
+        print_mfu(seconds[half.name], 3 * args.batch * forward_flops(counted, MASK_RATIO).total)
     report(sorted(rows, key=lambda row: row.row), args.json)
 
 

@@ -1,5 +1,6 @@
 """What models are made of: masking, patches, position embeddings, attention, classifiers, plain errors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae.models import recompute
+from mae.models.decoders import DECODERS, Decoder, DecoderSizes
 from mae.models.layers import (
     Block,
     DropPath,
@@ -23,6 +25,7 @@ from mae.models.layers import (
     sincos_pos_embed,
 )
 from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import order_by_noise
 from mae.models.vit import classifier
 from mae.perf.compile import compile_blocks
 
@@ -88,7 +91,7 @@ def test_masking_takes_each_patch_exactly_once(data):
     value = st.sampled_from([0.0, 0.25, 0.5]) if data.draw(st.booleans()) else st.floats(0, 1, width=32)  # ties
     noise = torch.tensor(data.draw(st.lists(st.lists(value, min_size=length, max_size=length),
                                             min_size=batch, max_size=batch)))  # fmt: skip
-    order, mask = MaskedAutoencoder.random_mask(noise, keep)
+    order, mask = order_by_noise(noise, keep)
     assert torch.equal(order.sort(dim=1).values, torch.arange(length).expand(batch, -1))
     assert mask.sum(1).tolist() == [length - keep] * batch
     assert not mask.gather(1, order[:, :keep]).any() and mask.gather(1, order[:, keep:]).all()
@@ -320,6 +323,42 @@ def test_sizes_that_do_not_fit_are_refused(changes, words):
 def test_images_and_ratios_that_do_not_fit_are_refused(shape, ratio, words):
     with pytest.raises(ValueError, match=words):
         MaskedAutoencoder(**MODEL)(torch.randn(shape), ratio)
+
+
+class LinearDecoder(Decoder):
+    """Position and mask token through one matrix: what a decoder needs at least."""
+
+    def __init__(self, embed_dim, patch_values, mlp_ratio, *, decoder_embed_dim, decoder_depth, decoder_num_heads):
+        super().__init__()
+        self.sizes = DecoderSizes(decoder_embed_dim, 0, 0, 0)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_values)
+
+    def forward(self, tokens, mask_token, position, first):
+        context = self.decoder_embed(tokens).mean(1, keepdim=True)
+        return self.decoder_pred(context + mask_token + position[:, first:])
+
+
+def test_a_decoder_is_one_class_of_a_table_and_its_layers_are_the_models(monkeypatch):
+    monkeypatch.setitem(DECODERS, "self", LinearDecoder)
+    model = copy.deepcopy(MaskedAutoencoder(**MODEL)).double()
+    assert not any(name.startswith("decoder.") for name in model.state_dict())
+    assert model.decoder_keys() == {name for name in model.state_dict() if name.startswith(("decoder_", "mask_token"))}
+    assert model.decoder.decoder_pred is model.decoder_pred
+    model(torch.randn(2, 5, 16, 24, dtype=torch.float64), 0.75).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.predict(torch.randn(2, 5, 16, 24, dtype=torch.float64), 0.5).pred.shape == (2, 12, 4 * 8 * 5)
+
+
+def test_a_decoders_parameters_lie_in_its_layers(monkeypatch):
+    class Scaled(LinearDecoder):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys)
+            self.decoder_scale = nn.Parameter(torch.ones(1))
+
+    monkeypatch.setitem(DECODERS, "self", Scaled)
+    with pytest.raises(AssertionError, match="lie in its layers"):
+        MaskedAutoencoder(**MODEL)
 
 
 def test_no_host_sync_on_cuda():

@@ -1,10 +1,12 @@
 """What every model shares: the transformer block, the choice of its attention kernel, position embeddings."""
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +16,7 @@ from mae.models.recompute import gelu_linear, norm_linear, plain_attention
 Kernel = Literal["plain", "fused"]
 Checkpointing = Literal["none", "light", "blocks"]
 LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default is 1e-5
+LayerNorm: type[nn.LayerNorm] = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)  # type: ignore[assignment]
 
 
 def attention_kernel(q: Tensor) -> Kernel:
@@ -80,6 +83,7 @@ class Block(TimmBlock):
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
+    attn: Attention
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
     checkpointing: Checkpointing = "light"  # what backward computes again, see `set_checkpointing`
 
@@ -99,20 +103,34 @@ class Block(TimmBlock):
         return residual(x, lambda x: self.ls2(self._mlp(x)), self.drop_path2)
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
-        attn: Any = self.attn
-        weight, bias, dim, lean = attn.qkv.weight, attn.qkv.bias, x.shape[-1], self.checkpointing != "none"
+        attn, recompute = self.attn, self.checkpointing != "none"
+        weight, bias, dim = attn.qkv.weight, attn.qkv.bias, x.shape[-1]
         if first:
-            q = norm_linear(x[:, first:], self.norm1, weight[:dim], bias[:dim], lean)
-            k, v = norm_linear(x, self.norm1, weight[dim:], bias[dim:], lean).chunk(2, -1)
+            q = norm_linear(x[:, first:], self.norm1, weight[:dim], bias[:dim], recompute)
+            k, v = norm_linear(x, self.norm1, weight[dim:], bias[dim:], recompute).chunk(2, -1)
         else:
-            q, k, v = norm_linear(x, self.norm1, weight, bias, lean).chunk(3, -1)
+            q, k, v = norm_linear(x, self.norm1, weight, bias, recompute).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
         return attn.proj(attention(q, k, v, self.kernel).flatten(2))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        mlp, lean = cast(Any, self.mlp), self.checkpointing != "none"
-        hidden = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias, lean)
-        return gelu_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, lean)
+        first, second = self.mlp.fc1, self.mlp.fc2
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        recompute = self.checkpointing != "none"
+        hidden = norm_linear(x, self.norm2, first.weight, first.bias, recompute)
+        return gelu_linear(hidden, second.weight, second.bias, recompute)
+
+
+def transformer_block(dim: int, num_heads: int, mlp_ratio: float) -> Block:
+    """A block of the paper's encoder and decoder."""
+    return Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+
+
+def block_sizes(block: nn.Module) -> tuple[int, int]:
+    """(number of attention heads, width of the MLP) of a block, ours or timm's."""
+    hidden = block.get_submodule("mlp.fc1")
+    assert isinstance(block.attn, Attention) and isinstance(hidden, nn.Linear)
+    return block.attn.num_heads, hidden.out_features
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
@@ -158,6 +176,12 @@ def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), grid])
 
 
+def fixed_position(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
+    """Sine-cosine embedding (1, 1 + L, dim) as a fixed parameter, rounded to float32 as in released checkpoints."""
+    embed = sincos_pos_embed(dim, grid_size).float().to(torch.get_default_dtype())
+    return nn.Parameter(embed[None], requires_grad=False)
+
+
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Position embedding (1, 1 + h * w, D) of `old_grid` for `new_grid`: bicubic, the class row untouched.
 
@@ -177,29 +201,28 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def pair(value: int | list[int] | tuple[int, int], key: str) -> tuple[int, int]:
-    """(height, width) from a size given once for both or as [height, width]."""
-    sizes = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"{key} must be a positive whole number or [height, width], got {value}.")
-    return sizes[0], sizes[1]
-
-
-def check_sizes(
-    img_size: int | list[int], patch_size: int | list[int], **widths: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Image and patch size as (height, width), once they fit each other and heads divide widths.
-
-    `widths` are `embed_dim=(width, heads)` and the like. Raises ValueError in plain words.
-    """
-    img, patch = pair(img_size, "model.img_size"), pair(patch_size, "model.patch_size")
+def patch_grid(
+    img_size: int | list[int], patch_size: int | list[int]
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """(height, width) of an image, of a patch, and of the grid of patches. Raises ValueError where none results."""
+    img, patch = (_pair(size, key) for size, key in ((img_size, "img_size"), (patch_size, "patch_size")))
     if img[0] % patch[0] or img[1] % patch[1]:
         raise ValueError(
             f"model.patch_size {patch[0]} x {patch[1]} does not divide model.img_size {img[0]} x {img[1]}. "
             "Choose a patch size that does."
         )
-    for key, (width, heads) in widths.items():
-        heads_key = key.replace("embed_dim", "num_heads")
-        if heads < 1 or width % heads:
-            raise ValueError(f"model.{heads_key} {heads} does not divide model.{key} {width}.")
-    return img, patch
+    return img, patch, (img[0] // patch[0], img[1] // patch[1])
+
+
+def _pair(value: int | list[int], key: str) -> tuple[int, int]:
+    """(height, width) from one number for both or [height, width]."""
+    sizes = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"model.{key} must be a positive whole number or [height, width], got {value}.")
+    return sizes[0], sizes[1]
+
+
+def check_heads(prefix: str, width: int, num_heads: int) -> None:
+    """Raises ValueError where the heads of an encoder (`prefix` "") or decoder ("decoder_") do not divide its width."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"model.{prefix}num_heads {num_heads} does not divide model.{prefix}embed_dim {width}.")

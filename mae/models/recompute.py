@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, lean: bool = True) -> Tensor:
-    """`linear(norm(x))` that keeps `x` (..., D) alone, or where it is not `lean` what PyTorch keeps."""
-    if not (lean and _recomputes()):
+def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:
+    """`linear(norm(x))` that keeps `x` (..., D) alone, or without `recompute` what PyTorch keeps."""
+    if not (recompute and _recomputes()):
         return F.linear(norm(x), weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps, product_dtype(x))
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, lean: bool = True) -> Tensor:
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:
     """`linear(gelu(x))` that keeps `x` (..., D) alone; exact GELU, as in the paper's code."""
-    if not (lean and _recomputes()):
+    if not (recompute and _recomputes()):
         return F.linear(F.gelu(x), weight, bias)
     return _GeluLinear.apply(x, weight, bias, product_dtype(x))
 

@@ -1,14 +1,98 @@
-"""Classifiers: timm's VisionTransformer on our blocks."""
+"""Vision transformers: the autoencoder's encoder, and classifiers, which are timm's VisionTransformer on our blocks."""
 
-from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from mae.models.layers import LAYER_NORM_EPS, Block, check_sizes
+from mae.models.layers import (
+    Block,
+    LayerNorm,
+    block_sizes,
+    check_heads,
+    fixed_position,
+    patch_grid,
+    transformer_block,
+)
 
-HEAD_STD = 2e-5  # reference, fine-tuning: the new head starts almost silent
+HEAD_STD = 2e-5  # reference, fine-tuning: a new head starts with outputs near zero
+
+
+class EncoderSizes(NamedTuple):
+    """Sizes of an encoder or a classifier; image and patch are (height, width), `hidden` is the width of the MLPs."""
+
+    img_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_chans: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    hidden: int
+
+
+class Encoder(nn.Module):
+    """A vision transformer without a head, over all patches of an image or some; its state dict is timm's.
+
+    Images are (B, C, H, W) floats, already normalised. Raises ValueError where sizes contradict each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | list[int],
+        patch_size: int | list[int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+    ):
+        super().__init__()
+        self.img_size, self.patch_size, self.grid_size = patch_grid(img_size, patch_size)
+        check_heads("", embed_dim, num_heads)
+        self.in_chans, self.num_patches = in_chans, self.grid_size[0] * self.grid_size[1]
+        self.patch_values = self.patch_size[0] * self.patch_size[1] * in_chans
+        self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim)  # type: ignore[arg-type]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = fixed_position(embed_dim, self.grid_size)
+        self.blocks = nn.ModuleList(transformer_block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = LayerNorm(embed_dim)
+
+    def encode(self, patches: Tensor, visible: Tensor | None) -> Tensor:
+        """Patches (B, K, p * p * C) at positions `visible` (B, K), or all in order, to tokens (B, 1 + K, D)."""
+        proj = self.patch_embed.proj
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p * p * C), values in the order of `patchify`
+        position = self.pos_embed[:, 1:] if visible is None else self.pos_embed[0, 1:][visible]
+        x = F.linear(patches, weight, proj.bias) + position
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens (B, 1 + L, D) of whole images, class token first, after `norm`."""
+        return self.encode(self.patchify(images), None)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to patches (B, L, p * p * C), values in the order row, column, channel."""
+        if images.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"Images are {' x '.join(map(str, images.shape[1:]))} (channels, height, width), but "
+                f"the model takes {self.in_chans} x {self.img_size[0]} x {self.img_size[1]}: "
+                "check model.in_chans and model.img_size."
+            )
+        (h, w), (p, q) = self.grid_size, self.patch_size
+        x = images.reshape(-1, self.in_chans, h, p, w, q)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w, p * q * self.in_chans)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Patches (B, L, p * p * C) back to images (B, C, H, W)."""
+        (h, w), (p, q) = self.grid_size, self.patch_size
+        x = patches.reshape(-1, h, w, p, q, self.in_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, h * p, w * q)
 
 
 def classifier(
@@ -28,9 +112,10 @@ def classifier(
 
     `global_pool="avg"`: mean of the patch tokens, `fc_norm`, head; no `norm` (reference, fine-tuning).
     `"token"`: `norm`, then the class token. `drop_path` rises linearly over the blocks from 0 to its value.
-    Raises ValueError where sizes do not fit together.
+    Raises ValueError where sizes contradict each other.
     """
-    img, patch = check_sizes(img_size, patch_size, embed_dim=(embed_dim, num_heads))
+    img, patch, _ = patch_grid(img_size, patch_size)
+    check_heads("", embed_dim, num_heads)
     model = VisionTransformer(
         img_size=img,
         patch_size=patch,  # type: ignore[arg-type]
@@ -42,10 +127,27 @@ def classifier(
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
         drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),  # type: ignore[arg-type]
+        norm_layer=LayerNorm,
         block_fn=Block,
     )
     if isinstance(model.head, nn.Linear):
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)
     return model
+
+
+def encoder_sizes(model: Encoder | VisionTransformer) -> EncoderSizes:
+    """Sizes of a classifier, or of an encoder or autoencoder."""
+    proj = model.patch_embed.proj
+    assert isinstance(proj, nn.Conv2d)
+    (height, width), (down, across) = model.patch_embed.img_size, proj.kernel_size  # type: ignore[misc]
+    num_heads, hidden = block_sizes(model.blocks[0])
+    return EncoderSizes(
+        img_size=(height, width),
+        patch_size=(down, across),
+        in_chans=proj.in_channels,
+        embed_dim=proj.out_channels,
+        depth=len(model.blocks),
+        num_heads=num_heads,
+        hidden=hidden,
+    )

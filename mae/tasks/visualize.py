@@ -22,7 +22,7 @@ from mae.data.source import BadImage, Source, Subset
 from mae.data.sources.folder import read as read_file
 from mae.data.transforms import Prepare
 from mae.models.mae import MaskedAutoencoder
-from mae.models.masking import noise
+from mae.models.masking import mask_noise
 from mae.runs.files import write_text
 from mae.tasks import images as pictures
 from mae.tasks.common import need_init, read_from, warn_of_statistics
@@ -163,8 +163,8 @@ def attending(cfg: DictConfig, pretrained: PretrainedWeights) -> Any:
 
 def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:
     """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
-    chance = noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
-    pred, mask = model.predict(images, ratio, chance)
+    noise = mask_noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
+    pred, mask = model.predict(images, ratio, noise)
     return pictures.reconstruction_rows(model, images, pred.float(), mask)
 
 

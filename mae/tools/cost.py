@@ -1,13 +1,49 @@
 """How long a run would take and what it would cost, from its operations and a rate. Computed, not measured."""
 
 import time
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
+from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import count_visible
+from mae.models.vit import encoder_sizes
 from mae.plan import Plan
 
 SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of the products that are timed: large enough to fill the device
+
+
+class Flops(NamedTuple):
+    """Operations of one image's forward pass, two a multiply-add; training takes three times that."""
+
+    encoder: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.decoder
+
+
+def forward_flops(model: MaskedAutoencoder | VisionTransformer, mask_ratio: float | None) -> Flops:
+    """Matrix products of a model on the meta device: of an autoencoder, or of a classifier without its head."""
+    sizes = encoder_sizes(model)
+    images = torch.empty(1, sizes.in_chans, *sizes.img_size, device="meta")
+    if not isinstance(model, MaskedAutoencoder):
+        return Flops(_count(lambda: model.forward_features(images)), 0)
+    assert mask_ratio is not None
+    visible = torch.empty(1, count_visible(model.num_patches, mask_ratio), dtype=torch.int64, device="meta")
+    patches = torch.empty(*visible.shape, model.patch_values, device="meta")
+    encoder = _count(lambda: model.encode(patches, visible))
+    return Flops(encoder, _count(lambda: model(images, mask_ratio)) - encoder)
+
+
+def _count(forward: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
 
 
 def forecast(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae import data, device, optim
@@ -13,14 +14,13 @@ from mae.config import rules
 from mae.config.build import build, call
 from mae.config.check import changed, run_directory
 from mae.data.source import Arrays, reduced
-from mae.models.flops import Flops, flops
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.base import build_task
 from mae.tasks.registry import TASKS
-from mae.tools.cost import forecast
+from mae.tools.cost import Flops, forecast, forward_flops
 
 
 def count_images(cfg: DictConfig) -> int:
@@ -36,12 +36,13 @@ def count_images(cfg: DictConfig) -> int:
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
 
 
-def model_on_meta(cfg: DictConfig) -> nn.Module:
-    """The task's model without memory for its weights."""
+def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
+    """The task's model, in training mode, without memory for its weights."""
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
     no_images = Arrays(torch.empty(0, 1, 1, 1), None, classes, "")  # of which only the classes matter
     with torch.device("meta"):
         model = build_task(changed(cfg, init=None), no_images).trained
+    assert isinstance(model, MaskedAutoencoder | VisionTransformer)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
             module.eval()
@@ -50,29 +51,26 @@ def model_on_meta(cfg: DictConfig) -> nn.Module:
 
 def parameters(model: nn.Module) -> tuple[int, int]:
     """(encoder or classifier, decoder): all tensors of the state dict that are parameters, fixed ones included."""
-    counts = {True: 0, False: 0}
-    for name, parameter in model.named_parameters():
-        counts[name.startswith("decoder") or name == "mask_token"] += parameter.numel()
-    return counts[False], counts[True]
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    decoder = model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set()
+    of_decoder = sum(count for name, count in counts.items() if name in decoder)
+    return sum(counts.values()) - of_decoder, of_decoder
 
 
-def cost(cfg: DictConfig, model: nn.Module) -> Flops:
-    """Operations of one image's forward pass."""
-    ratio = cfg.task.get("mask_ratio") if isinstance(model, MaskedAutoencoder) else 0.0
-    whole = call(flops, cfg.model, mask_ratio=ratio)
-    return whole if isinstance(model, MaskedAutoencoder) else Flops(whole.encoder, 0)
+def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) -> tuple[Flops, int]:
+    """Operations of one image: in a forward pass, and in training.
 
-
-def training(cfg: DictConfig, work: Flops) -> int:
-    """Operations of one image in training: a backward pass takes twice a forward one, and frozen blocks have none."""
+    A backward pass takes twice a forward pass; frozen blocks have none.
+    """
+    mask_ratio = cfg.task.get("mask_ratio")
+    forward = forward_flops(copy.deepcopy(model).eval(), mask_ratio)
     if cfg.task.name == "linprobe":
-        return work.total
-    if cfg.task.get("patch_drop"):  # in training alone
-        work = Flops(call(flops, cfg.model, mask_ratio=cfg.task.patch_drop).encoder, 0)
+        return forward, forward.total
     trained = cfg.task.get("finetune_blocks")
-    part = 1.0 if trained is None else trained / cfg.model.depth
-    again = part if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
-    return round(work.total * (1 + 2 * part + again))
+    share = 1.0 if trained is None else trained / cfg.model.depth
+    again = share if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
+    once = forward_flops(model, mask_ratio).total  # in training mode: task.patch_drop leaves patches out
+    return forward, round(once * (1 + 2 * share + again))
 
 
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, images: int) -> int:
@@ -135,7 +133,7 @@ def report(cfg: DictConfig) -> str:
         return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
-    work = cost(cfg, model)
+    forward, in_training = operations(cfg, model)
     here, dtype = planned_device(cfg)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = 4 * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
@@ -150,8 +148,8 @@ def report(cfg: DictConfig) -> str:
         "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
         if decoder
         else f"{encoder:,}",
-        "GFLOPs an image": f"{work.total / 1e9:.3f} forward (encoder {work.encoder / 1e9:.3f}, decoder "
-        f"{work.decoder / 1e9:.3f}), {training(cfg, work) / 1e9:.3f} in training",
+        "GFLOPs an image": f"{forward.total / 1e9:.3f} forward (encoder {forward.encoder / 1e9:.3f}, decoder "
+        f"{forward.decoder / 1e9:.3f}), {in_training / 1e9:.3f} in training",
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
         f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
@@ -160,7 +158,7 @@ def report(cfg: DictConfig) -> str:
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
-        **call(forecast, cfg.estimate, plan, training(cfg, work), cfg.launcher.get("nodes", 1), here, dtype),
+        **call(forecast, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
         "runs on": where(cfg),
         "writes to": str(run_directory(cfg)),

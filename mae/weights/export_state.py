@@ -46,15 +46,15 @@ def sizes(model: nn.Module) -> dict[str, Any]:
         "hidden": blocks[0].mlp.fc1.out_features,
     }
     if isinstance(model, MaskedAutoencoder):
-        decoder: Any = model.decoder_blocks
+        decoder = model.decoder.sizes
         return size | {
             "num_classes": 0,
             "global_pool": "token",
             "class_token": True,
-            "decoder_embed_dim": model.decoder_embed.out_features,
-            "decoder_depth": len(decoder),
-            "decoder_num_heads": decoder[0].attn.num_heads,
-            "decoder_hidden": decoder[0].mlp.fc1.out_features,
+            "decoder_embed_dim": decoder.width,
+            "decoder_depth": decoder.depth,
+            "decoder_num_heads": decoder.num_heads,
+            "decoder_hidden": decoder.hidden,
         }
     return size | {
         "num_classes": model.num_classes,
