@@ -16,7 +16,7 @@ from pathlib import Path
 from protocol import Row, report
 
 HERE = Path(__file__).parent
-PARTS = ["step", "memory", "loader", "optimizer", "checkpoint", "finetune", "end_to_end", "scaling"]
+BENCHMARKS = ["step", "memory", "loader", "optimizer", "checkpoint", "finetune", "end_to_end", "scaling"]
 WITH_PHOTOS = ("loader", "end_to_end")
 
 
@@ -24,24 +24,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     rows: list[Row] = []
     failed: list[str] = []
     env = os.environ | {"PYTHONPATH": str(HERE.parent)}
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.only:
-            out = Path(folder) / f"{part}.json"
-            command = [sys.executable, str(HERE / f"{part}.py"), "--json", str(out)]
-            command += [str(args.photos.absolute())] if part in WITH_PHOTOS else []
-            command += ["--device", args.device] if part != "loader" else []
+        for benchmark in args.only:
+            json_file = Path(folder) / f"{benchmark}.json"
+            command = [sys.executable, str(HERE / f"{benchmark}.py"), "--json", str(json_file)]
+            command += [str(args.photos.absolute())] if benchmark in WITH_PHOTOS else []
+            command += ["--device", args.device] if benchmark != "loader" else []
             print(f"\n== {' '.join(command[1:2])}", flush=True)
             if subprocess.run(command, env=env).returncode:
-                failed.append(part)
+                failed.append(benchmark)
             else:
-                found = json.loads(out.read_text())
-                rows += [Row(**row) for row in found if "row" in row]  # scaling has a table of its own alone
+                entries = json.loads(json_file.read_text())
+                rows += [Row(**entry) for entry in entries if "row" in entry]  # scaling prints its own table only
     print("\nScoreboard")
     report(sorted(rows, key=lambda row: row.row), args.json)
     if failed:

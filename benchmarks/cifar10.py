@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(out: Path, threads: int, *overrides: str) -> dict:
-    """A run of run.py on so many cores; returns its summary."""
-    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"output_dir={out}"]
+def run(folder: Path, threads: int, *overrides: str) -> dict:
+    """Runs run.py on that many cores; returns the summary."""
+    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"output_dir={folder}"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
-    return json.loads((out / "summary.json").read_text())
+    return json.loads((folder / "summary.json").read_text())
 
 
 def main() -> None:
@@ -36,31 +36,31 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="more overrides for the fine-tuning runs")
-    given = parser.parse_args()
-    out, data, cores = given.out.absolute(), f"data.root={given.root.absolute()}", os.cpu_count() or 1
-    begun = time.monotonic()
-    pretrained = run(out / "pretrain", cores, "experiment=cifar10_pretrain", data)
+    args = parser.parse_args()
+    folder, data, cores = args.out.absolute(), f"data.root={args.root.absolute()}", os.cpu_count() or 1
+    started = time.monotonic()
+    pretrained = run(folder / "pretrain", cores, "experiment=cifar10_pretrain", data)
     scratch = ["optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3"]  # with 8e-3 it reached 38 % (one seed)
-    starts = {"masked autoencoder": [f"init={out / 'pretrain'}"], "from scratch": scratch}
-    with ThreadPoolExecutor(given.jobs) as pool:
-        asked = {name: [] for name in starts}
-        for seed in range(given.seeds):
-            tuning = ["experiment=cifar10_finetune", data, f"seed={seed}", *given.overrides]
+    starts = {"masked autoencoder": [f"init={folder / 'pretrain'}"], "from scratch": scratch}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {name: [] for name in starts}
+        for seed in range(args.seeds):
+            tuning = ["experiment=cifar10_finetune", data, f"seed={seed}", *args.overrides]
             for name, start in starts.items():
-                folder = out / f"{name.replace(' ', '_')}_{seed}"
-                asked[name].append(pool.submit(run, folder, max(1, cores // given.jobs), *tuning, *start))
-        rows = {name: [one.result() for one in runs] for name, runs in asked.items()}
-    print(f"{(time.monotonic() - begun) / 60:.1f} minutes in all, {given.jobs} fine-tunings at a time")
+                member = folder / f"{name.replace(' ', '_')}_{seed}"
+                runs[name].append(pool.submit(run, member, max(1, cores // args.jobs), *tuning, *start))
+        rows = {name: [future.result() for future in futures] for name, futures in runs.items()}
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes in all, {args.jobs} fine-tunings at a time")
     print(f"pre-training: {pretrained['epochs']:g} epochs, {pretrained['seconds'] / 60:.1f} minutes")
     print(f"{'start':<20} {'top-1 of each seed':<24} {'mean':>6} {'dev.':>5} {'minutes a run':>14}")
-    for name, runs in rows.items():
-        top1 = [r["top1"] for r in runs]
+    for name, summaries in rows.items():
+        top1 = [summary["top1"] for summary in summaries]
         deviation = statistics.stdev(top1) if len(top1) > 1 else 0.0
-        minutes = statistics.mean(r["seconds"] for r in runs) / 60
+        minutes = statistics.mean(summary["seconds"] for summary in summaries) / 60
         each = " ".join(f"{t:.2f}" for t in top1)
         print(f"{name:<20} {each:<24} {statistics.mean(top1):6.2f} {deviation:5.2f} {minutes:14.1f}")
-    if given.json:
-        given.json.write_text(json.dumps({"pretrain": pretrained} | rows, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps({"pretrain": pretrained} | rows, indent=1))
 
 
 if __name__ == "__main__":

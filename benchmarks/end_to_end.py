@@ -8,6 +8,7 @@ compiles its blocks first, so that a run must be long enough.
 python benchmarks/end_to_end.py DIR --json end_to_end.json
 """
 
+import argparse
 import math
 import os
 import statistics
@@ -15,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peers import MASK_RATIO, ReferenceMAE
+from PIL.Image import Image
 from protocol import arguments, compare, print_times, report
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -59,7 +63,7 @@ def main() -> None:
     report([compare(12, name, seconds["ours"], seconds["peer"], 2.5)], args.json)
 
 
-def ours(args, run: Path) -> list[str]:
+def ours(args: argparse.Namespace, run: Path) -> list[str]:
     """The command line of the same run with run.py."""
     overrides = ["model=vit_base", "data=folder", f"data.root={args.root.absolute()}", "data.val_fraction=0.005"]
     overrides += [f"task.batch_size={args.batch}", f"task.max_steps={args.steps}", f"data.num_workers={args.workers}"]
@@ -70,18 +74,18 @@ def ours(args, run: Path) -> list[str]:
 class Flat(torch.utils.data.Dataset):
     """Images of a folder without classes, read as ImageFolder reads them."""
 
-    def __init__(self, root: Path, transform):
+    def __init__(self, root: Path, transform: Callable[[Image], Tensor]):
         self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(datasets.folder.default_loader(str(self.files[index]))), 0
 
 
-def reference_run(root: Path, out: Path, steps: int, batch: int, workers: int, device: str) -> None:
+def reference_run(root: Path, folder: Path, steps: int, batch: int, workers: int, device: str) -> None:
     """The reference's main_pretrain and engine_pretrain, from their description."""
     crop = transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     flip, norm = transforms.RandomHorizontalFlip(), transforms.Normalize(MEAN, STD)
@@ -106,7 +110,7 @@ def reference_run(root: Path, out: Path, steps: int, batch: int, workers: int, d
             done += 1
             if done == steps:
                 break
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, out / CHECKPOINT)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / CHECKPOINT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a step cannot go below here: its own matrix products and nothing else, replayed by the same kernels."""
+"""The lower bound of a step on this machine: its matrix products alone, replayed by the same kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple, dict]] = []
+        self.calls: list[tuple[Callable[..., object], tuple, dict]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.overloadpacket in PRODUCTS or func.overloadpacket.__name__.startswith(ATTENTION):
@@ -44,9 +44,9 @@ def products(step: Callable[[], object]) -> Callable[[], None]:
     with Recorder() as recorder:
         step()
     outlines = [x for x in tree_leaves(recorder.calls) if isinstance(x, Outline)]
-    pools = {}  # of numbers, one a dtype, of which all arguments are views
-    for one in {x.dtype: x for x in sorted(outlines, key=lambda x: x.span)}.values():  # the widest of each
-        pools[one.dtype] = torch.randn(one.span, device=one.device).to(one.dtype)
+    pools = {}  # dtype -> numbers, of which all arguments are views
+    for widest in {x.dtype: x for x in sorted(outlines, key=lambda x: x.span)}.values():
+        pools[widest.dtype] = torch.randn(widest.span, device=widest.device).to(widest.dtype)
     calls = tree_map_only(Outline, lambda o: pools[o.dtype].as_strided(o.size, o.stride), recorder.calls)
 
     def run() -> None:

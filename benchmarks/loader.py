@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from mae.data.transforms import Prepare, random_resized_crop
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
-Found = dict[str, list[tuple[float, float]]]  # name -> (images a second, CPU ms an image) a round
+Speeds = dict[str, list[tuple[float, float]]]  # name -> (images a second, CPU ms an image) a round
 GOALS = {6: 2.8, 7: 6.0, 8: 10.0}
 
 
@@ -87,9 +86,11 @@ def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1
 
 
 def speed(batches: Iterator[int], workers: int) -> tuple[float, float]:
-    """Images a second, between each worker's first batch and the last batch of all, so that neither the workers' start
-    nor their end is counted, and milliseconds of CPU an image, over all threads and processes, which other programs
-    disturb less."""
+    """(images a second, milliseconds of CPU an image).
+
+    The rate is taken from each worker's first batch to the last batch of all, so that it counts neither the workers'
+    start nor their end. CPU time is that of all threads and processes; other programs disturb it less.
+    """
     busy, counts, times = cpu_seconds(), [], []
     for count in batches:
         counts.append(count)
@@ -105,14 +106,14 @@ def cpu_seconds() -> float:
 
 
 def unlike_pillow(folder: Path) -> int:
-    """Photos whose pixels, of the whole or of a part decoded alone, differ from PIL's; 0 is the claim."""
+    """Photos whose pixels differ from PIL's, decoded whole or as a region alone; 0 is expected."""
     data, decoder, count = datasets.ImageFolder(str(folder)), Decoder(3, False, MAX_PIXELS), 0
     for path, _ in data.samples:
-        plain, found = pil_to_tensor(data.loader(path)), bytearray(Path(path).read_bytes())
+        plain, jpeg = pil_to_tensor(data.loader(path)), bytearray(Path(path).read_bytes())
         box = transforms.RandomResizedCrop.get_params(plain, [0.2, 1.0], [0.75, 4 / 3])
         top, left, height, width = box
         cut = plain[:, top : top + height, left : left + width]
-        same = torch.equal(decoder(found), plain) and torch.equal(decoder(found, lambda *_, box=box: tuple(box)), cut)
+        same = torch.equal(decoder(jpeg), plain) and torch.equal(decoder(jpeg, lambda *_, box=box: tuple(box)), cut)
         count += not same
     return count
 
@@ -133,27 +134,27 @@ def prepare_speed(batch: int) -> float:
     return batch / statistics.median(times[2:])
 
 
-def measure(makers: dict[str, Callable[[], Iterator[int]]], workers: int, rounds: int, warm_up: int) -> Found:
+def measure(makers: dict[str, Callable[[], Iterator[int]]], workers: int, rounds: int, warm_up: int) -> Speeds:
     """The speed of each in each round, taken in turn."""
-    found: Found = {name: [] for name in makers}
+    speeds: Speeds = {name: [] for name in makers}
     for round_ in range(warm_up + rounds):
         for name, make in makers.items():
             value = speed(make(), workers)
             if round_ >= warm_up:
-                found[name].append(value)
-    return found
+                speeds[name].append(value)
+    return speeds
 
 
-def report(found: Found) -> list[dict[str, Any]]:
+def report(speeds: Speeds) -> list[dict[str, object]]:
     """The table, printed, and its rows."""
-    medians = {name: statistics.median(v for v, _ in values) for name, values in found.items()}
-    busy = {name: statistics.median(b for _, b in values) for name, values in found.items()}
+    medians = {name: statistics.median(v for v, _ in values) for name, values in speeds.items()}
+    busy = {name: statistics.median(b for _, b in values) for name, values in speeds.items()}
     print(f"{'':34}{'images/s: median':>18}{'max':>9}{'ratio':>8}{'goal':>6}{'CPU ms/image':>15}{'ratio':>8}")
     rows = []
-    for number, name in enumerate(found):
+    for number, name in enumerate(speeds):
         ratio, row = medians[name] / medians["peer"], number + 5
         goal = f"{GOALS[row]:g}" if row in GOALS else ""
-        top, saved = max(v for v, _ in found[name]), busy["peer"] / busy[name]
+        top, saved = max(v for v, _ in speeds[name]), busy["peer"] / busy[name]
         print(f"{name:34}{medians[name]:18.0f}{top:9.0f}{ratio:8.2f}{goal:>6}{busy[name]:15.2f}{saved:8.2f}")
         if row in GOALS:
             entry = {"row": row, "name": name, "ours": medians[name], "peer": medians["peer"], "ratio": ratio}

@@ -1,5 +1,6 @@
-"""Row 5: activations kept for backward by a ViT-B/16 pretraining step, an image; the peak of a whole step and its
-time, and what `task.checkpointing` saves and costs.
+"""Row 5: activations saved for the backward pass of a ViT-B/16 pretraining step, an image.
+
+Also the peak memory and time of a whole step, and what `task.checkpointing` saves and costs.
 
 python benchmarks/memory.py --json memory.json --peak-batch 64
 """
@@ -60,21 +61,21 @@ def main() -> None:
     if args.only:
         print(*peak_of_a_step(*args.only, batch=args.peak_batch, device=args.device))
         return
-    kept = {(model, dtype): saved_per_image(model, dtype, args.device) for model in MODELS for dtype in args.dtypes}
-    print("kept: of the models as they are, not compiled")
-    print(f"{'':<32} {'kept, MB an image':>18} {f'peak, GB at {args.peak_batch}':>18} {'s a step':>9}")
-    for (model, dtype), saved in kept.items():
+    saved = {(model, dtype): saved_per_image(model, dtype, args.device) for model in MODELS for dtype in args.dtypes}
+    print("saved: activations of the models as they are, not compiled")
+    print(f"{'':<32} {'saved, MB an image':>18} {f'peak, GB at {args.peak_batch}':>18} {'s a step':>9}")
+    for (model, dtype), size in saved.items():
         command = [sys.executable, __file__, "--only", model, dtype, "--peak-batch", str(args.peak_batch)]
         command += ["--device", args.device]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak, seconds = done.stdout.split()[-2:]
-        figures = f"{saved / 1e6:18.1f} {int(peak) / 1e9:18.2f} {float(seconds):9.2f}"
+        figures = f"{size / 1e6:18.1f} {int(peak) / 1e9:18.2f} {float(seconds):9.2f}"
         print(f"{model + ', ' + dtype:<32} {figures}", flush=True)
     name = "MB of saved activations an image, both {} (less is better)"
-    rows = [row(name.format(dtype), kept["ours", dtype], kept["reference", dtype]) for dtype in args.dtypes]
+    rows = [row(name.format(dtype), saved["ours", dtype], saved["reference", dtype]) for dtype in args.dtypes]
     if len(args.dtypes) == len(DTYPES):
         name = "the same, ours in bfloat16, the reference in float32"
-        rows.append(row(name, kept["ours", "bfloat16"], kept["reference", "float32"]))
+        rows.append(row(name, saved["ours", "bfloat16"], saved["reference", "float32"]))
     report(rows, args.json)
 
 

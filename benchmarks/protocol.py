@@ -103,9 +103,9 @@ def interleave(
                 keep_freed_memory() if case.keeps_memory else return_freed_memory()
             for _ in range(UNTIMED):
                 case.run()
-            taken = timed(case.run, device, CLOCKS[clock])
+            duration = timed(case.run, device, CLOCKS[clock])
             if turn >= warmups:
-                seconds[case.name].append(taken)
+                seconds[case.name].append(duration)
     return seconds
 
 

@@ -6,6 +6,7 @@ same cores, so that it shows what the exchange of gradients costs.
 python benchmarks/scaling.py --processes 1 2
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -27,14 +28,14 @@ def main() -> None:
     args = parser.parse_args()
     gpus = torch.cuda.device_count()
     args.processes = args.processes or ([n for n in (1, 2, 4, 8) if n <= gpus] if args.device == "cuda" else [1, 2])
-    found: dict[int, list[float]] = {n: [] for n in args.processes}
+    rates: dict[int, list[float]] = {n: [] for n in args.processes}
     for _ in range(args.rounds):
         for processes in args.processes:
-            found[processes].append(images_per_second(args, processes))
-    base = max(found[args.processes[0]]) / args.processes[0]
+            rates[processes].append(images_per_second(args, processes))
+    base = max(rates[args.processes[0]]) / args.processes[0]
     rows = []
     print(f"{'processes':>9} {'images/s':>9} {'of perfect':>10}   {args.model}, batch {args.batch}, {args.device}")
-    for processes, speeds in found.items():
+    for processes, speeds in rates.items():
         perfect = base * (processes if args.device == "cuda" else 1)
         print(f"{processes:>9} {max(speeds):9.1f} {max(speeds) / perfect:10.2f}")
         rows.append({"processes": processes, "images_per_second": max(speeds), "of_perfect": max(speeds) / perfect})
@@ -42,7 +43,7 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
 
 
-def images_per_second(args, processes: int) -> float:
+def images_per_second(args: argparse.Namespace, processes: int) -> float:
     """The fastest stretch between two log points of a run on the digits, scaled up to the model's image size."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
