@@ -33,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mae.data.decode import Decoder
 from mae.data.loader import Loader
 from mae.data.pack import Form, pack
+from mae.data.prepare import Prepare
 from mae.data.shards.source import tar_shards
-from mae.data.source import Source, Subset
+from mae.data.source import Source
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import scan
-from mae.data.transforms import Prepare, random_resized_crop
+from mae.data.subsets import Subset
+from mae.data.transforms import RandomResizedCrop
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
@@ -62,7 +64,7 @@ def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
 
 def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1) -> Iterator[int]:
     """Images in each batch of our way of loading."""
-    transform = random_resized_crop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
+    transform = RandomResizedCrop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
     loader = Loader(
         Subset(source, np.tile(np.arange(len(source)), -(-images // len(source)))),  # so that a round is long enough
         transform,

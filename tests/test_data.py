@@ -13,11 +13,14 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae.data import transforms
+from mae.data import crops, rng, transforms
+from mae.data.dataset import Reader
 from mae.data.loader import EvalLoader, Loader
-from mae.data.sampler import Sampler
-from mae.data.source import Arrays, reduced, split_indices
+from mae.data.prepare import flipped
+from mae.data.sampler import Sampler, Ticket
+from mae.data.source import Arrays
 from mae.data.sources.torchvision import digits
+from mae.data.subsets import reduced, split_indices
 
 # three workers on two cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -33,7 +36,7 @@ def source():
 
 
 def crop():
-    return transforms.random_resized_crop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    return transforms.RandomResizedCrop(img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **changes):
@@ -242,7 +245,7 @@ def test_the_main_process_generators_are_left_alone(source):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
-    transform = transforms.rand_augment(
+    transform = transforms.RandAugment(
         img_size=16,
         scale=[0.2, 1.0],
         ratio=[0.75, 1.33],
@@ -270,7 +273,7 @@ def test_repeats_decode_once_and_crop_anew(source):
 
 
 def test_evaluation_sees_each_image_once_without_padding(source):
-    whole = transforms.center_crop(img_size=16, crop_fraction=1.0)
+    whole = transforms.CenterCrop(img_size=16, crop_fraction=1.0)
     for world in (1, 4, 100):
         seen = []
         for rank in range(world):
@@ -282,7 +285,7 @@ def test_evaluation_sees_each_image_once_without_padding(source):
 
 
 def test_evaluation_repeats_itself(source):
-    whole = transforms.center_crop(img_size=16, crop_fraction=1.0)
+    whole = transforms.CenterCrop(img_size=16, crop_fraction=1.0)
     loader = EvalLoader(source, whole, 32, 5, num_patches=9, num_workers=2, **OPTIONS)
     next(iter(loader))  # left midway
     same([list(loader)], [list(loader)])
@@ -330,3 +333,107 @@ def test_reduced_sets_are_nested(source):
     unlabelled = Arrays(source.images, None, [], "x")
     with pytest.raises(ValueError, match="data.per_class needs labels"):
         reduced(unlabelled, 1.0, 2, 0)
+
+
+# ---------------------------------------------------------------- targets that are no classes
+
+
+class Mapped(Arrays):
+    """Images of two channels with the coordinates of each pixel, and the same as a map; or a vector."""
+
+    def __init__(self, shape, vectors=False):
+        height, width = shape
+        rows = torch.arange(height, dtype=torch.float32)[:, None].expand(shape)
+        columns = torch.arange(width, dtype=torch.float32).expand(shape)
+        super().__init__(torch.stack([rows, columns])[None].expand(30, -1, -1, -1), None, [], "mapped")
+        self.vectors = vectors
+
+    def __getitem__(self, index):
+        image = super().__getitem__(index)[0]
+        return image, torch.full((4,), index / 2) if self.vectors else image.clone()
+
+
+def augmentations():
+    crop = {"img_size": [12, 18], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
+    fixed = {"img_size": [12, 18], "crop_fraction": 0.8}
+    return {
+        "random_resized_crop": transforms.RandomResizedCrop(**crop),
+        "fixed_crop": transforms.FixedCrop(**fixed, hflip=True),
+        "center_crop": transforms.CenterCrop(**fixed),
+    }
+
+
+@given(height=st.integers(12, 90), width=st.integers(18, 90), index=st.integers(0, 10**6))
+@pytest.mark.parametrize("name", augmentations())
+@settings(max_examples=60, deadline=None)
+def test_a_map_stays_aligned_with_its_image(name, height, width, index):
+    transform, source = augmentations()[name], Mapped((height, width))
+    key = rng.keys(0, 0, np.array([index]))
+    draw = transforms.Draw(rng.uniform(key, transforms.DRAWS)[0].tolist(), int(key[0]))
+    box = transform.box(draw)
+    image, target = source.region(0, box) if box else source[0]
+    crop, nearest = transform(image, draw), transform.target(target, draw)
+    assert nearest.shape == crop.shape == (2, 12, 18)
+    assert set(nearest[0].unique().tolist()) <= set(target[0].unique().tolist())  # values are copied, never mixed
+    steps = [max(1.0, float((nearest[k].max() - nearest[k].min()) / (s - 1))) for k, s in enumerate((12, 18))]
+    inner = slice(None), slice(3, -3), slice(3, -3)  # where antialiasing does not reach over the border
+    for k in range(2):  # a pixel's centre lies in the pixel whose value the map has
+        assert (crop[inner][k] - nearest[inner][k]).abs().max() <= 0.5 + 0.01 * steps[k]
+    if name == "random_resized_crop" and image.shape[1:] == (12, 18):
+        assert torch.equal(crop, nearest)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (10, 14), (23, 3), (64, 64)])
+def test_maps_are_resized_as_torchs_nearest_exact_has_it(size):
+    values = torch.from_numpy(np.random.default_rng(0).integers(0, 2**15, (10, 14)).astype(np.int16))
+    exact = torch.nn.functional.interpolate(values[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+    assert torch.equal(crops.nearest(values, size), exact.to(torch.int16))
+    assert torch.equal(crops.nearest(values, size, (1, 1, 3, 2)), exact[1:4, 1:3].to(torch.int16))
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("name", augmentations())
+def test_every_way_of_loading_carries_targets(name, repeats, vectors):
+    source, transform = Mapped((40, 30), vectors), augmentations()[name]
+    options = {"transform": transform, "repeats": repeats, "batch_size": 8, "micro_batch_size": 4}
+    alone = stream(make(source, **options), epochs=(0,))
+    for changes in ({"workers": "thread"}, {"workers": "process"}):
+        same(alone, stream(make(source, 2, **options, **changes), epochs=(0,)))
+    batch = alone[0][0]
+    if vectors:
+        assert torch.equal(batch["label"], (batch["index"] / 2)[:, None].expand(-1, 4))
+        assert torch.equal(flipped(batch["label"], batch["flip"]), batch["label"])
+    else:
+        images, maps = (flipped(batch[key], batch["flip"]) for key in ("image", "label"))
+        assert (images - maps)[..., 3:-3, 3:-3].abs().max() < 0.6
+        assert torch.equal(maps[batch["flip"]], batch["label"][batch["flip"]].flip(-1))
+    for workers in (0, 2):
+        loader = EvalLoader(source, augmentations()["center_crop"], 7, 0, num_workers=workers, **OPTIONS)
+        batches = list(loader)
+        loader.close()
+        assert [len(b["label"]) for b in batches] == [7, 7, 7, 7, 2]
+        assert vectors or (batches[0]["image"] - batches[0]["label"])[..., 3:-3, 3:-3].abs().max() < 0.6
+
+
+def test_a_map_of_another_size_makes_its_image_bad_and_one_of_another_type_ends_the_run():
+    class Odd(Mapped):
+        def __getitem__(self, index):
+            image = super().__getitem__(index)[0]
+            target = image.clone()
+            return image, target[:, 1:] if index == 3 else target.int() if index == 4 and self.vectors else target
+
+    transform = augmentations()["center_crop"]
+    reader = Reader(Odd((40, 30)), transform, 0, None)
+    loaded = reader.load(Ticket(0, np.arange(4), 1.0))
+    assert [bad.reason for bad in loaded.bad] == ["its target is a map of 39 x 30 pixels, and the image has 40 x 30"]
+    with pytest.raises(ValueError, match="mapped/0 holds float32 and mapped/4 int32: all files must be of one type"):
+        Reader(Odd((40, 30), vectors=True), transform, 0, None).load(Ticket(0, np.array([0, 4]), 1.0))
+
+
+def test_an_augmentation_that_turns_images_refuses_maps():
+    normal = {"mean": [0.5], "std": [0.25]}
+    crop = {"img_size": 16, "scale": [0.2, 1.0], "ratio": [0.75, 1.33], "min_crop": 0.0, "hflip": True}
+    transform = transforms.RandAugment(**crop, **normal, policy="rand-m9-mstd0.5-inc1", erase_prob=0.5)
+    with pytest.raises(ValueError, match="maps of these images cannot follow: choose augmentation=linprobe"):
+        transform.target(torch.zeros(5, 5), transforms.Draw([0.0] * transforms.DRAWS, 0))

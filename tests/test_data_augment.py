@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
 from mae.data import crops, rng, transforms
+from mae.data.prepare import Prepare
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}
 NORMAL = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -32,9 +33,9 @@ def picture(height=30, width=40):
 
 
 def seen(transform, image, drawn):
-    """A sample as the reader makes it: of the part that the transform asks for."""
-    box = getattr(transform, "box", None)
-    return transform(crops.cut(image, box(*image.shape[1:], drawn)) if box else image, drawn)
+    """A sample as the reader makes it: of the box that the transform asks for."""
+    box = transform.box(drawn)
+    return transform(crops.inside(image, box) if box else image, drawn)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -92,23 +93,23 @@ def test_crop_boxes_are_spread_as_torchvisions():
 @pytest.mark.parametrize("size", [(30, 41), (41, 30), (500, 375), (17, 17)])
 def test_evaluation_crop_is_torchvisions(size):
     image = picture(*size)
-    ours = transforms.center_crop(img_size=28, crop_fraction=None)(image)
+    ours = transforms.CenterCrop(img_size=28, crop_fraction=None)(image)
     wide = TF.resize(image, [32], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     assert torch.equal(ours, TF.center_crop(wide, [28]))
 
 
 def test_large_images_are_evaluated_whole():
-    assert transforms.center_crop(img_size=448, crop_fraction=None).covered == (448, 448)
-    assert transforms.center_crop(img_size=224, crop_fraction=None).covered == (256, 256)
+    assert transforms.CenterCrop(img_size=448, crop_fraction=None).covered == (448, 448)
+    assert transforms.CenterCrop(img_size=224, crop_fraction=None).covered == (256, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int16, torch.float32])
 def test_scientific_types_are_cropped_too(dtype):
     image = (torch.rand(5, 30, 40) * 30_000).to(dtype)
-    out = transforms.random_resized_crop(**RRC)(image, draw(1))
+    out = transforms.RandomResizedCrop(**RRC)(image, draw(1))
     assert out.shape == (5, 12, 20) and out.dtype == dtype
     with pytest.raises(ValueError, match="augmentation.name=rand_augment works on 8-bit images of 3 channels"):
-        transforms.rand_augment(**BUILDERS["rand_augment"])(image, draw(1))
+        transforms.RandAugment(**BUILDERS["rand_augment"])(image, draw(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
@@ -116,7 +117,7 @@ def test_prepare_flips_and_normalises(dtype):
     image = (torch.rand(4, 3, 5, 6) * 200).to(dtype)
     before = image.clone()
     flip = torch.tensor([True, False, True, False])
-    prepare = transforms.Prepare(**NORMAL)
+    prepare = Prepare(**NORMAL)
     out = prepare(image, flip)
     assert torch.equal(image, before)
     top = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}[dtype]
@@ -130,7 +131,7 @@ def test_prepare_flips_and_normalises(dtype):
 def test_erased_pixels_are_normal_noise():
     image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
     options = {**BUILDERS["rand_augment"], "img_size": 64, "policy": "rand-m9-n0", "erase_prob": 1.0}
-    make = transforms.rand_augment(**options)
+    make = transforms.RandAugment(**options)
     erased = torch.cat([make(image, draw(i)).flatten(1) for i in range(30)], 1)
     erased = erased[:, (erased != 128).any(0)].float()
     mean, std = (torch.tensor(NORMAL[k]).view(3, 1) for k in ("mean", "std"))
@@ -173,7 +174,7 @@ def test_a_long_image_is_cropped_before_it_is_resized(shape, size, monkeypatch):
 def test_a_thin_image_takes_no_more_than_its_crop(channels):
     image = torch.arange(20_000_000, dtype=torch.int64).remainder_(256).to(torch.uint8)[None, None]
     image = image.expand(channels, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoding leaves it
-    crop = transforms.center_crop(img_size=32, crop_fraction=None)
+    crop = transforms.CenterCrop(img_size=32, crop_fraction=None)
     lying = crop(image)  # 36 x 720,000,000 when resized
     assert lying.shape == (channels, 32, 32) and lying.unique().numel() > 1
     standing = crop(image.transpose(1, 2))  # as an Exif orientation leaves it

@@ -18,10 +18,10 @@ from PIL import Image
 
 from mae.data import decode, jpeg, transforms
 from mae.data.crops import cut
-from mae.data.dataset import Record
+from mae.data.dataset import Bad, Loaded, Record
 from mae.data.decode import Decoder, oriented
 from mae.data.loader import Loader
-from mae.data.source import BadImage
+from mae.data.source import BadImage, Source
 from mae.data.sources import folder, listing
 from mae.data.sources.folder import image_folder
 from mae.data.sources.torchvision import cifar10, given_root
@@ -142,7 +142,7 @@ def test_batches_are_the_same_where_parts_cannot_be_decoded_alone(tree, workers,
     turned = Image.Exif()
     turned[decode.EXIF_ORIENTATION] = 6
     photo((64, 48)).save(tree / "cat" / "turned.jpg", exif=turned)
-    transform = transforms.random_resized_crop(
+    transform = transforms.RandomResizedCrop(
         img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
     )
 
@@ -421,7 +421,7 @@ def test_faults_of_a_folder_are_named(tree, monkeypatch):
 
 
 def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
-    transform = transforms.random_resized_crop(
+    transform = transforms.RandomResizedCrop(
         img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
     )
     options = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
@@ -479,8 +479,8 @@ def test_what_no_image_can_be_is_not_read(tmp_path, monkeypatch):
 
 def test_a_rank_judges_its_share_of_the_bad_files():
     def bad(record, seen, count):
-        batch = {"index": torch.arange(seen), "bad": [(k, f"{k}.jpg", "empty") for k in range(count)]}
-        record.receive(batch)
+        images = [Bad(k, f"{k}.jpg", "empty") for k in range(count)]
+        record.receive(Loaded({"index": torch.arange(seen)}, images))
 
     for world, repeats in ((1, 1), (8, 1), (8, 4)):
         record = Record(8000, 0.01, None, world=world, repeats=repeats)
@@ -544,10 +544,10 @@ def test_replacements_hang_on_the_seed_alone(spoilt, tmp_path):
     assert indices(0) == indices(2)
 
 
-class Troubled:
+class Troubled(Source):
     """A source whose images do something unpleasant."""
 
-    classes, labels = [], None
+    classes = []
 
     def __init__(self, deed):
         self.deed = deed
@@ -579,7 +579,7 @@ def unreadable(index):
 def troubled(deed, workers, timeout_s):
     return Loader(
         Troubled(deed),
-        transforms.center_crop(img_size=16, crop_fraction=1.0),
+        transforms.CenterCrop(img_size=16, crop_fraction=1.0),
         8,
         8,
         0,

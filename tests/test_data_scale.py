@@ -45,7 +45,7 @@ def root(tmp_path, monkeypatch):
 
 def loader(root, **changes):
     source = image_folder("train", root=str(root), cache_dir=str(root.parent / "cache"), **OPTIONS)
-    transform = transforms.center_crop(img_size=8, crop_fraction=1.0)
+    transform = transforms.CenterCrop(img_size=8, crop_fraction=1.0)
     options = {"workers": "process", "prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
     return Loader(source, transform, 1800, 1800, 0, max_bad_fraction=0.0, **(options | changes))
 

@@ -10,6 +10,7 @@ import torch
 from mae.data import stats, transforms
 from mae.data.crops import resize
 from mae.data.loader import Loader
+from mae.data.prepare import Prepare
 from mae.data.source import Arrays, BadImage
 from mae.data.sources.scientific import Bands, scientific_folder
 from mae.data.sources.torchvision import digits
@@ -91,7 +92,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
     measured = stats.statistics(source, np.arange(len(source)))
     loader = Loader(
         source,
-        transforms.random_resized_crop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], min_crop=0.0, hflip=True),
+        transforms.RandomResizedCrop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], min_crop=0.0, hflip=True),
         12,
         6,
         0,
@@ -105,7 +106,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
         per_class=None,
         max_bad_fraction=0.0,
     )
-    prepare = transforms.Prepare(mean=measured.mean, std=measured.std)
+    prepare = Prepare(mean=measured.mean, std=measured.std)
     for batch in next(loader.steps(0)):
         assert batch["image"].dtype == torch.uint16 and batch["image"].shape == (6, 5, 8, 16)
         ready = prepare(batch["image"], batch["flip"])
@@ -120,9 +121,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
 def test_files_of_two_types_are_named(root, workers):
     for path in root.glob("town/*.npy"):
         path.write_bytes(npy((bands(np.uint16) // 256).astype(np.uint8)))
-    transform = transforms.random_resized_crop(
-        img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
-    )
+    transform = transforms.RandomResizedCrop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
     options = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
     source = opened(root, val_fraction=0.01)
     loader = Loader(source, transform, 14, 14, 0, num_workers=1, workers=workers, max_bad_fraction=0.0, **options)
@@ -192,7 +191,7 @@ def test_class_counts_speed_and_contact_sheet(root):
     def make(count):
         return Loader(
             source,
-            transforms.center_crop(img_size=8, crop_fraction=1.0),
+            transforms.CenterCrop(img_size=8, crop_fraction=1.0),
             6,
             6,
             0,

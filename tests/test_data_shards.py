@@ -26,10 +26,11 @@ from mae.data.shards import source as shards
 from mae.data.shards import store
 from mae.data.shards.source import Index, Shards
 from mae.data.shards.tar import Members, members
-from mae.data.source import Arrays, BadImage, Subset
+from mae.data.source import Arrays, BadImage
 from mae.data.sources import folder
 from mae.data.sources.folder import image_folder
 from mae.data.sources.torchvision import digits
+from mae.data.subsets import Subset
 
 KEEP = pack.Form(size=None, quality=90)
 OPTIONS = {
@@ -144,7 +145,7 @@ def test_shards_hold_what_was_packed(source, packed, tmp_path):
 
 
 def transform():
-    return transforms.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
+    return transforms.RandomResizedCrop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
 
 
 def loaded(source, count, epochs=(0, 1), start=0, **changes):
@@ -601,7 +602,7 @@ def test_a_lock_is_let_go_of_though_a_process_was_forked_meanwhile(tmp_path):
 def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
     source = opened(f"file://{packed}", tmp_path, lanes=1, window=1)
     order = source.order(0, 0)
-    source.ahead(0, 0, order[:4])
+    source.prefetch(0, 0, order[:4])
     (future,) = source.store._coming.values()
     future.result()
     (fetched,) = (p.name for p in (tmp_path / "cache" / "shards").rglob("*.tar"))
@@ -625,7 +626,7 @@ def test_a_fetch_that_hangs_does_not_keep_the_program_from_ending(packed, tmp_pa
     before = set(threading.enumerate())
     source.store._fs, source.store._fs_owner = Hangs(), os.getpid()
     hangs = source.store._fs
-    source.ahead(0, 0, source.order(0, 0)[:4])
+    source.prefetch(0, 0, source.order(0, 0)[:4])
     assert hangs.begun.wait(10)
     begun = set(threading.enumerate()) - before
     hangs.go_on.set()

@@ -35,7 +35,7 @@ class Spoilt(Arrays):
 
 
 def whole():
-    return transforms.center_crop(img_size=4, crop_fraction=1.0)
+    return transforms.CenterCrop(img_size=4, crop_fraction=1.0)
 
 
 def training(source, rank=0, world=1, batch_size=40, max_bad_fraction=0.01, repeats=1, **changes):
@@ -86,20 +86,20 @@ def test_an_image_that_takes_too_much_memory_is_a_bad_file(kind, tmp_path):
     assert "3,spoilt/3,it takes more memory than there is,train" in listed.read_text()
 
 
-class Failing:
+class Failing(transforms.Transform):
     """A transform for which there is no memory."""
 
     def __init__(self, error):
         self.error = error
 
-    def __call__(self, image, draw):
+    def __call__(self, image, draw, out=None):
         if self.error is None:
             torch.empty(1 << 50, dtype=torch.uint8)
         raise self.error
 
 
 class FailsOnBlack(Failing):
-    def __call__(self, image, draw):
+    def __call__(self, image, draw, out=None):
         return super().__call__(image, draw) if int(image.max()) == 0 else image
 
 
@@ -195,25 +195,31 @@ def test_images_resized_into_their_batch_are_those_resized_alone(channels, kind,
         image = torch.from_numpy(chance.integers(0, 200, shape)).to(kind)
         image = image.permute(2, 0, 1) if last else image
         alone.append(resize(image, (8, 6)))
-        room = stack.room(k)
+        room = stack.row(k)
         made = resize(image, (8, 6), room)
         if k == 2:  # written straight to its place where the kernel leaves colours side by side
             assert room is not None
             assert (made.data_ptr() == room.data_ptr()) == (channels in (3, 4) and kind == torch.uint8)
         stack.put(k, made)
-    assert torch.equal(stack.images, torch.stack(alone)) and stack.images.dtype == kind
+    assert torch.equal(stack.tensor, torch.stack(alone)) and stack.tensor.dtype == kind
+
+
+class Alone(transforms.RandomResizedCrop):
+    """Never writes to its row of the batch."""
+
+    def __call__(self, image, draw=None, out=None):
+        return super().__call__(image, draw)
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_a_batch_made_in_place_is_the_one_made_image_by_image(kind):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 3, 20, 30), np.uint8))
     source = Arrays(pixels, None, [], "noise")
-    crop = transforms.random_resized_crop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
-    reader = Reader(source, crop, 0, None, repeats=2)
+    crop = transforms.RandomResizedCrop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
     options = {"num_workers": 1, "workers": kind, "repeats": 2, "max_bad_fraction": 0.0}
     loader = Loader(source, crop, 8, 8, 0, **(TRAINING | options))
     (batch,) = next(loader.steps(0))
     loader.close()
-    reader.fills = False
-    plain = reader.batch(Ticket(0, batch["index"][:4].numpy(), 1.0))
+    alone = Alone(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
+    plain = Reader(source, alone, 0, None, repeats=2).load(Ticket(0, batch["index"][:4].numpy(), 1.0)).batch
     assert torch.equal(batch["image"], plain["image"]) and len(batch["image"]) == 8

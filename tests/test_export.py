@@ -12,7 +12,8 @@ from conftest import TINY, TINY_PRETRAIN, run_here
 from PIL import Image
 from torch import nn
 
-from mae.data.transforms import Prepare, center_crop
+from mae.data.prepare import Prepare
+from mae.data.transforms import CenterCrop
 from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
@@ -211,7 +212,7 @@ def test_hugging_face_classifier(tmp_path, make):
         0, 256, (20, 27, 3), np.uint8
     )  # odd rests they crop a pixel further left
     prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(pixels), return_tensors="pt")
-    crop = center_crop(img_size=16, crop_fraction=0.875)(torch.from_numpy(pixels).permute(2, 0, 1))
+    crop = CenterCrop(img_size=16, crop_fraction=0.875)(torch.from_numpy(pixels).permute(2, 0, 1))
     ours = Prepare(mean=FACTS.mean, std=FACTS.std)(crop[None])
     torch.testing.assert_close(prepared["pixel_values"], ours, atol=1.01 / 255 / 0.224, rtol=0)  # a step of a byte
 

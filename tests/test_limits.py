@@ -16,6 +16,8 @@ from PIL import Image
 from mae import limits
 from mae.data import workers
 from mae.data.dataset import Reader
+from mae.data.source import Source
+from mae.data.transforms import Transform
 from mae.data.workers import naming_killed_workers
 from mae.launch import errors
 
@@ -113,7 +115,7 @@ def test_a_process_may_open_as_many_files_as_its_hard_limit_allows():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-class NoFiles:
+class NoFiles(Source):
     """A source whose images cannot be opened for want of open files."""
 
     def __len__(self) -> int:
@@ -124,6 +126,13 @@ class NoFiles:
 
     def __getitem__(self, index: int):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), self.name(index))
+
+
+class Whole(Transform):
+    """The image as it is."""
+
+    def __call__(self, image, draw, out=None):
+        return image
 
 
 class NoSharedMemory(NoFiles):
@@ -139,10 +148,10 @@ class NoSharedMemory(NoFiles):
     ],
 )
 def test_an_image_that_a_limit_keeps_from_being_read_is_not_replaced(source, sentence):
-    reader = Reader(source, lambda image, draw: image, 0, None)
+    reader = Reader(source, Whole(), 0, None)
     ticket = workers.Ticket(0, np.zeros(1, np.int64), 1.0)
     with pytest.raises(ValueError, match=sentence):
-        reader.batch(ticket)
+        reader.load(ticket)
     error = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/x")
     assert errors.explain(error).startswith("Too many open files: this process may open")
 
@@ -171,17 +180,13 @@ def test_worker_processes_that_do_not_fit_into_shared_memory_are_refused_at_once
 
 
 def test_batches_of_an_augmentation_for_processes_alone_are_made_by_the_run_itself(monkeypatch, caplog):
-    class Source(NoFiles):
-        labels = None
-
+    class Empty(NoFiles):
         def __getitem__(self, index: int):
             return torch.zeros(3, 8, 8, dtype=torch.uint8), 0
 
-    def transform(image, draw):
-        return image
-
-    transform.draws_itself = True  # type: ignore[attr-defined]
-    reader = Reader(Source(), transform, 0, None)  # type: ignore[arg-type]
+    transform = Whole()
+    transform.draws_itself = True
+    reader = Reader(Empty(), transform, 0, None)
     monkeypatch.setattr(limits, "shared_memory", lambda: 1000)
     made = workers.makers(reader, workers.Tickets(lambda: iter(())), 2, "auto", 2, 10.0, False, 8)
     assert isinstance(made, torch.utils.data.DataLoader) and made.num_workers == 0

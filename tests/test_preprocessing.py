@@ -11,7 +11,8 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 from torch import nn
 
-from mae.data.transforms import Prepare, center_crop
+from mae.data.prepare import Prepare
+from mae.data.transforms import CenterCrop
 from mae.models.vit import classifier
 from mae.tasks.common import image_top, warn_of_crop, warn_of_statistics
 from mae.weights import files as weight_files
@@ -152,7 +153,7 @@ def test_hugging_faces_processor_prepares_as_evaluate(tmp_path, top, crop, shape
         np.uint8 if top == 255 else np.float32
     )
     prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path)(values, return_tensors="pt")["pixel_values"]
-    image = center_crop(img_size=16, crop_fraction=crop)(torch.from_numpy(values).permute(2, 0, 1).contiguous())
+    image = CenterCrop(img_size=16, crop_fraction=crop)(torch.from_numpy(values).permute(2, 0, 1).contiguous())
     ours = Prepare(mean=[0.5] * 3, std=[0.25] * 3)(image[None])
     torch.testing.assert_close(prepared, ours, atol=1.01 / 255 / 0.25 if top == 255 else 1e-4, rtol=0)
     preprocessing = read_pretrained(str(tmp_path)).preprocessing

@@ -19,7 +19,7 @@ from mae.config import rules
 from mae.config.compose import composed as compose
 from mae.data import pack
 from mae.data.sampler import Sampler
-from mae.data.source import Arrays, part
+from mae.data.source import Arrays
 from mae.errors import UserError
 from mae.launch.pipeline import stage_config
 from mae.models import masking
@@ -668,7 +668,7 @@ def test_validation_images_that_number_their_classes_otherwise_are_matched_by_na
     for source in (train_set, val_set):
         assert [source[k][1] for k in range(len(source))] == source.labels.tolist()
         assert [round(float(source[k][0].float().mean()) / 10) for k in range(len(source))] == source.labels.tolist()
-        box = part(source, 0, lambda height, width: (0, 0, 8, 8))
+        box = source.region(0, lambda height, width: (0, 0, 8, 8))
         assert box[1] == source.labels[0] and box[0].shape == (3, 8, 8)
 
 

@@ -1,4 +1,4 @@
-"""A batch that is filled image by image, by resizing straight into it."""
+"""Tensors of a batch that are filled sample by sample, images by resizing straight into them."""
 
 import math
 
@@ -8,31 +8,31 @@ from torch.utils.data import get_worker_info
 
 
 class Stack:
-    """Images (C, H, W) of one size and type as one tensor (count, C, H, W), made like the first one that is put.
+    """Samples of one shape and type as one tensor (count, ...), made like the first sample that is put.
 
-    In memory the colours of a pixel lie side by side where they do so in the images, as decoding and resizing leave
-    them: to part them would take as long as to read the file. In a worker process it is memory that others share.
+    The colours of a pixel lie side by side in memory where they do so in the images (C, H, W), as decoding and resizing
+    leave them. To part them would take as long as to read the file. In a worker process the memory is shared.
     """
 
     def __init__(self, count: int):
         self.count = count
-        self.images: Tensor | None = None  # (count, C, H, W)
+        self.tensor: Tensor | None = None  # (count, ...)
 
-    def room(self, number: int) -> Tensor | None:
-        """Where an image belongs, (C, H, W), for whoever can write there; None as long as its size is not known."""
-        return None if self.images is None else self.images[number]
+    def row(self, number: int) -> Tensor | None:
+        """The memory of a sample, for whoever can write there; None as long as its shape is not known."""
+        return None if self.tensor is None else self.tensor[number]
 
-    def put(self, number: int, image: Tensor) -> None:
-        """Takes an image in, unless it is there already."""
-        if self.images is None:
-            channels, height, width = image.shape
-            if image.stride(0) == 1:
-                self.images = _empty((self.count, height, width, channels), image.dtype).permute(0, 3, 1, 2)
+    def put(self, number: int, sample: Tensor) -> None:
+        """Copies a sample to its row, unless it was written there."""
+        if self.tensor is None:
+            if sample.ndim == 3 and sample.stride(0) == 1:
+                channels, height, width = sample.shape
+                self.tensor = _empty((self.count, height, width, channels), sample.dtype).permute(0, 3, 1, 2)
             else:
-                self.images = _empty((self.count, channels, height, width), image.dtype)
-        room = self.images[number]
-        if image.data_ptr() != room.data_ptr():
-            room.numpy()[...] = image.numpy()  # by numpy, for torch would start a team of threads in each thread
+                self.tensor = _empty((self.count, *sample.shape), sample.dtype)
+        row = self.tensor[number]
+        if sample.data_ptr() != row.data_ptr():
+            row.numpy()[...] = sample.numpy()  # by numpy, for torch would start a team of threads in each thread
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

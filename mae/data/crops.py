@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ LONGEST = 256  # of an image whose long side is more short sides than this, only
 REACH = 3  # pixels, or resized pixels where these are larger, that a bicubic weight reaches, and a spare one
 SHIFTS = 64  # places at which a region may begin, of which the best is chosen
 Box = tuple[int, int, int, int]  # top, left, height, width
-Boxed = Callable[[int, int], Box]  # the part that is wanted of an image of such a height and width
+Boxed = Callable[[int, int], Box]  # the box to crop an image of such a height and width to
 
 
 def pair(size: int | list[int]) -> tuple[int, int]:
@@ -19,14 +20,14 @@ def pair(size: int | list[int]) -> tuple[int, int]:
 
 
 def cut(image: Tensor, box: Box) -> Tensor:
-    """What of (C, H, W) lies inside the box."""
+    """What of (..., H, W) lies inside the box."""
     top, left, height, width = box
-    return image[:, top : top + height, left : left + width]
+    return image[..., top : top + height, left : left + width]
 
 
 def inside(image: Tensor, box: Boxed) -> Tensor:
-    """What of (C, H, W) is wanted."""
-    return cut(image, box(image.shape[1], image.shape[2]))
+    """What of (..., H, W) lies inside the box that is a function of its height and width."""
+    return cut(image, box(image.shape[-2], image.shape[-1]))
 
 
 def resize(
@@ -58,6 +59,16 @@ def resize(
     return resize(image.to(torch.float32), size, None, scales).round_().clamp_(info.min, info.max).to(image.dtype)
 
 
+def nearest(values: Tensor, size: tuple[int, int], box: Box | None = None) -> Tensor:
+    """A map (..., H, W) resized to `size` by nearest neighbour, of which only what lies inside `box` is made.
+
+    Pixels have their centres where those of `resize` have them, as in Pillow and torch's `nearest-exact`."""
+    top, left, height, width = box or (0, 0, *size)
+    rows = (2 * np.arange(top, top + height) + 1) * values.shape[-2] // (2 * size[0])
+    columns = (2 * np.arange(left, left + width) + 1) * values.shape[-1] // (2 * size[1])
+    return torch.from_numpy(values.numpy()[..., rows[:, None], columns])
+
+
 def crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: list[float]
 ) -> Box:
@@ -85,23 +96,16 @@ def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     return max(size[0], int(height * size[1] / width)), size[1]
 
 
-def covering_crop(
-    image: Tensor, size: tuple[int, int], crop: tuple[int, int], corner: Callable[[int, int], tuple[int, int]]
-) -> Tensor:
-    """(C, H, W) -> (C, *crop): resized so that it just covers `size`, then cropped. `corner` gives top and left from
-    what the resized image has more than the crop."""
+def covering_crop(image: Tensor, size: tuple[int, int], box: Box) -> Tensor:
+    """(C, H, W) resized so that it just covers `size`, then cropped to `box`.
+
+    Of a long image only the cropped region is resized. Its pixels differ by a value or two of 255 where no region
+    begins on a resized pixel."""
     whole = covering(image.shape[1], image.shape[2], size)
-    top, left = corner(whole[0] - crop[0], whole[1] - crop[1])
-    if whole[0] * whole[1] > LONGEST * size[0] * size[1]:
-        return _cropped_first(image, whole, crop, (top, left))
-    return resize(image, whole)[:, top : top + crop[0], left : left + crop[1]]
-
-
-def _cropped_first(image: Tensor, whole: tuple[int, int], crop: tuple[int, int], corner: tuple[int, int]) -> Tensor:
-    """The crop of an image resized to `whole`, of which only the cropped region is made. Pixels differ by a value or
-    two of 255 where no region begins on a resized pixel."""
+    if whole[0] * whole[1] <= LONGEST * size[0] * size[1]:
+        return cut(resize(image, whole), box)
     spans, sizes, scales = [], [], []
-    for side, resized, length, start in zip(image.shape[1:], whole, crop, corner, strict=True):
+    for side, resized, start, length in zip(image.shape[1:], whole, box[:2], box[2:], strict=True):
         scale = resized / side
         reach = math.ceil(REACH * max(1.0, 1 / scale))
         first = max(0, math.floor(start / scale) - reach)
@@ -113,4 +117,4 @@ def _cropped_first(image: Tensor, whole: tuple[int, int], crop: tuple[int, int],
         sizes.append(start - round(first * scale) + length)
         scales.append(scale)
     resized = resize(image[:, spans[0], spans[1]], (sizes[0], sizes[1]), None, (scales[0], scales[1]))
-    return resized[:, -crop[0] :, -crop[1] :]
+    return resized[:, -box[2] :, -box[3] :]

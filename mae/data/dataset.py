@@ -1,13 +1,11 @@
-"""One micro-batch from its ticket: reading, replacing what cannot be read, and all that is random."""
+"""One micro-batch from its ticket: reading, replacing what cannot be read, and every random choice."""
 
 import csv
 import logging
 import os
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from mae import limits
-from mae.data import rng, transforms
+from mae.data import rng
 from mae.data.batch_buffer import Stack
 from mae.data.crops import inside
 from mae.data.sampler import Ticket
-from mae.data.source import FAILURES, Source, part, reason
+from mae.data.source import FAILURES, BadImage, Source, crop_target, is_map, reason
+from mae.data.transforms import DRAWS, Draw, Transform
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-STREAM_SAMPLE, STREAM_NOISE, STREAM_REPLACE = 0, 1, 2  # uses of chance; repeats shift by 16 each
+STREAM_SAMPLE, STREAM_NOISE, STREAM_REPLACE = 0, 1, 2  # uses of random numbers; repeats shift by 16 each
 MAX_REPLACEMENTS = 100  # tries at a readable image before the data set is given up
 MIN_JUDGED = 10_000  # images over which the share of bad ones is judged at least, or all if fewer
 
@@ -37,106 +36,129 @@ class Bad(NamedTuple):
     reason: str
 
 
+class Loaded(NamedTuple):
+    """What a worker sends: a batch, and the images that it could not use."""
+
+    batch: Batch
+    bad: list[Bad]
+
+
 class Failure(NamedTuple):
-    """A user's error in a worker, sent home whole instead of as a traceback in a traceback."""
+    """A user error in a worker, returned as a value so that the main process can raise it."""
 
     message: str
 
 
-class Reader(Dataset):
-    """A ticket to a batch: runs in the workers and holds all that is random."""
+class Samples:
+    """The samples of a batch while they are made, `count` rows."""
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[..., Tensor],
-        seed: int,
-        num_patches: int | None,
-        repeats: int = 1,
-    ):
+    def __init__(self, count: int):
+        self.images, self.targets = Stack(count), Stack(count)
+        self.classes: list[int] = []  # of each image read, where targets are classes
+        self.indices: list[int] = []  # of each image read
+        self.bad: list[Bad] = []
+
+    def label(self, repeats: int) -> Tensor:
+        """The target of each row."""
+        return torch.tensor(self.classes * repeats) if self.targets.tensor is None else self.targets.tensor
+
+
+class Reader(Dataset):
+    """A ticket to a batch: runs in the workers and makes every random choice."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, num_patches: int | None, repeats: int = 1):
         self.source, self.transform, self.seed = source, transform, seed
         self.num_patches, self.repeats = num_patches, repeats
-        self.fills = getattr(transform, "fills", False)  # whether it writes its result where it is told to
 
-    def __getitem__(self, ticket: Ticket) -> dict[str, Any] | Failure:
+    def __getitem__(self, ticket: Ticket) -> Loaded | Failure:
         try:
-            return self.batch(ticket)
+            return self.load(ticket)
         except ValueError as error:
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
 
-    def batch(self, ticket: Ticket, over: threading.Event | None = None) -> dict[str, Any]:
-        """Raises InterruptedError as soon as nobody waits for it any more."""
-        if hasattr(self.source, "ahead"):  # a source that fetches what comes next meanwhile
-            self.source.ahead(self.seed, ticket.epoch // self.repeats, ticket.indices)  # type: ignore[attr-defined]
-        wanted = ticket.indices.tolist()
-        taken, labels, bad, stack = [], [], [], Stack(len(wanted) * self.repeats)
+    def load(self, ticket: Ticket, over: threading.Event | None = None) -> Loaded:
+        """The batch of a ticket; see `Loader`. Raises InterruptedError once `over` is set, when nobody waits for it."""
+        self.source.prefetch(self.seed, ticket.epoch // self.repeats, ticket.indices)
+        count = len(ticket.indices)
+        samples = Samples(count * self.repeats)
         keys = [rng.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
-        numbers = [rng.uniform(key, transforms.DRAWS + 1) for key in keys]
-        draws = [n[:, 1:].tolist() for n in numbers]
-        for k, index in enumerate(wanted):
+        numbers = [rng.uniform(key, DRAWS + 1) for key in keys]
+        lists = [n[:, 1:].tolist() for n in numbers]
+        for row, index in enumerate(ticket.indices.tolist()):
             if over is not None and over.is_set():
                 raise InterruptedError("the pass is over")
-            drawn = [transforms.Draw(draws[r][k], int(keys[r][k])) for r in range(self.repeats)]
-            places = range(k, stack.count, len(wanted))
-            index, label = self._filled(index, drawn, stack, places, bad, taken)
-            taken.append(index)
-            labels.append(label)
-        hflip = getattr(self.transform, "hflip", False)
-        batch: dict[str, Any] = {
-            "image": stack.images,
-            "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & hflip),
-            "label": torch.tensor(labels * self.repeats),
-            "index": torch.tensor(taken * self.repeats),
+            draws = [Draw(lists[r][row], int(keys[r][row])) for r in range(self.repeats)]
+            self._add(index, draws, range(row, count * self.repeats, count), samples)
+        assert samples.images.tensor is not None
+        batch = {
+            "image": samples.images.tensor,
+            "flip": torch.from_numpy(np.concatenate([n[:, 0] < 0.5 for n in numbers]) & self.transform.hflip),
+            "label": samples.label(self.repeats),
+            "index": torch.tensor(samples.indices * self.repeats),
             "weight": torch.tensor(ticket.weight, dtype=torch.float32),
-            "bad": bad,
         }
         if self.num_patches is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
             noise = [rng.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
             noise = rng.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
             batch["noise"] = torch.from_numpy(noise)
-        return batch
+        return Loaded(batch, samples.bad)
 
-    def _two_types(self, first: int, type_: torch.dtype, other: int, another: torch.dtype) -> NoReturn:
-        types = [str(one).removeprefix("torch.") for one in (type_, another)]
-        names = [self.source.name(k) for k in (first, other)]
-        raise ValueError(f"{names[0]} holds {types[0]} and {names[1]} {types[1]}: all files must be of one type.")
-
-    def _filled(
-        self, index: int, draws: list[transforms.Draw], stack: Stack, places: range, bad: list[Bad], taken: list[int]
-    ) -> tuple[int, int]:
-        """Puts the crops of an image where they belong; or those of the first usable image of a sequence that is a
-        function of its index alone. The image's number, and its label."""
+    def _add(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:
+        """Puts the crops of an image into their rows. An image that cannot be used is replaced by the first usable one
+        of a sequence that is a function of its index alone. Raises ValueError where there is none."""
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return index, self._transformed(index, draws, stack, places, taken)
+                self._put_crops(index, draws, rows, samples)
+                return
             except FAILURES as error:
                 if limit := limits.limit_reached(error):  # no fault of the image
                     raise ValueError(limit) from error
-                bad.append(Bad(index, self.source.name(index), reason(error)))
+                samples.bad.append(Bad(index, self.source.name(index), reason(error)))
             key = rng.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
+        first = samples.bad[0]
         raise ValueError(
-            f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {bad[0].name}: {bad[0].reason}."
+            f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {first.name}: {first.reason}."
         )
 
-    def _transformed(
-        self, index: int, draws: list[transforms.Draw], stack: Stack, places: range, taken: list[int]
-    ) -> int:
-        """Puts the crops of an image where they belong. Its label."""
-        find = getattr(self.transform, "box", None)  # the part of an image that the transform looks at
-        once = partial(find, draw=draws[0]) if find and self.repeats == 1 else None
-        image, label = part(self.source, index, once) if once else self.source[index]
-        for place, draw in zip(places, draws, strict=True):
-            seen = inside(image, partial(find, draw=draw)) if find and not once else image
-            given = {"out": stack.room(place)} if self.fills else {}
-            made = self.transform(seen, draw, **given)
-            if stack.images is not None and made.dtype != stack.images.dtype:  # its numbers would be cut
-                self._two_types(taken[0] if taken else index, stack.images.dtype, index, made.dtype)
-            stack.put(place, made)
-        return label
+    def _put_crops(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:
+        box = self.transform.box(draws[0]) if self.repeats == 1 else None  # else several boxes of one decoded image
+        image, target = self.source.region(index, box) if box else self.source[index]
+        if is_map(target) and target.shape[-2:] != image.shape[-2:]:
+            sizes = [f"{h} x {w}" for h, w in (target.shape[-2:], image.shape[-2:])]
+            raise BadImage(f"its target is a map of {sizes[0]} pixels, and the image has {sizes[1]}")
+        for row, draw in zip(rows, draws, strict=True):
+            region, region_target = image, target
+            if self.repeats > 1 and (box := self.transform.box(draw)):
+                region, region_target = inside(image, box), crop_target(target, box)
+            crop = self.transform(region, draw, samples.images.row(row))
+            self._check_type(crop, samples.images.tensor, index, samples)
+            samples.images.put(row, crop)
+            if isinstance(region_target, Tensor):
+                self._put_target(row, region_target, draw, index, samples)
+        samples.indices.append(index)
+        if not isinstance(target, Tensor):
+            samples.classes.append(target)
+
+    def _put_target(self, row: int, target: Tensor, draw: Draw, index: int, samples: Samples) -> None:
+        result = self.transform.target(target, draw) if is_map(target) else target
+        targets = samples.targets.tensor
+        self._check_type(result, targets, index, samples)
+        if targets is not None and result.shape != targets.shape[1:]:
+            shapes = [" x ".join(map(str, shape)) for shape in (targets.shape[1:], result.shape)]
+            raise ValueError(f"the target of {self.source.name(index)} is {shapes[1]}, and others are {shapes[0]}.")
+        samples.targets.put(row, result)
+
+    def _check_type(self, sample: Tensor, others: Tensor | None, index: int, samples: Samples) -> None:
+        """Raises ValueError where a sample is of another type than those before it: its numbers would be cut."""
+        if others is None or sample.dtype == others.dtype:
+            return
+        types = [str(dtype).removeprefix("torch.") for dtype in (others.dtype, sample.dtype)]
+        first, second = (self.source.name(k) for k in (samples.indices[0] if samples.indices else index, index))
+        raise ValueError(f"{first} holds {types[0]} and {second} {types[1]}: all files must be of one type.")
 
 
 class Record:
@@ -147,30 +169,30 @@ class Record:
         count: int,
         max_bad_fraction: float,
         path: str | Path | None,
-        part: str = "train",
+        split: str = "train",
         world: int = 1,
         repeats: int = 1,
     ):
-        self.limit, self.path, self.part = max_bad_fraction, path, part
+        self.limit, self.path, self.split = max_bad_fraction, path, split
         self.judged = min(-(-count // world), MIN_JUDGED)  # a rank sees its share of an epoch
         self.repeats = repeats
         self.bad: dict[int, Bad] = {}
         self.seen = 0  # different images read, bad ones too
         self.met = np.zeros(count, bool)  # which those are: a rank meets some again before it has met all
-        self.listed = listed(path, part)  # by earlier attempts of the run
+        self.listed = listed(path, split)  # by earlier attempts of the run
 
-    def receive(self, batch: Any) -> Batch:
-        """The batch without its note of bad images. Raises ValueError."""
-        if isinstance(batch, Failure):
-            raise ValueError(batch.message)
-        bad = batch.pop("bad")
-        for one in bad:
-            if one[0] not in self.bad:
-                self.bad[one[0]] = Bad(*one)
-                log.warning("passed over %s: %s", one[1], one[2])
-                self._write(Bad(*one))
+    def receive(self, loaded: Loaded | Failure) -> Batch:
+        """The batch, once its bad images are recorded. Raises ValueError."""
+        if isinstance(loaded, Failure):
+            raise ValueError(loaded.message)
+        batch, bad = loaded
+        for image in bad:
+            if image.index not in self.bad:
+                self.bad[image.index] = image
+                log.warning("passed over %s: %s", image.name, image.reason)
+                self._write(image)
         read = batch["index"].numpy()[: len(batch["index"]) // self.repeats]  # one crop of each image
-        read = np.concatenate([read, np.array([one[0] for one in bad], np.int64)])
+        read = np.concatenate([read, np.array([image.index for image in bad], np.int64)])
         new = np.unique(read[~self.met[read]])
         self.met[new] = True
         self.seen += len(new)
@@ -183,21 +205,21 @@ class Record:
             )
         return batch
 
-    def _write(self, one: Bad) -> None:
-        if self.path is None or one.name in self.listed:
+    def _write(self, image: Bad) -> None:
+        if self.path is None or image.name in self.listed:
             return
-        self.listed.add(one.name)
+        self.listed.add(image.name)
         new = not os.path.exists(self.path)
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
                 writer.writerow((*Bad._fields, "part"))
-            writer.writerow((*one, self.part))
+            writer.writerow((*image, self.split))
 
 
-def listed(path: str | Path | None, part: str) -> set[str]:
+def listed(path: str | Path | None, split: str) -> set[str]:
     """The names that a `bad_files.csv` holds of the training or validation images."""
     if path is None or not os.path.exists(path):
         return set()
     with open(path, newline="", errors="replace") as file:
-        return {str(row["name"]) for row in csv.DictReader(file) if row.get("part") == part}
+        return {str(row["name"]) for row in csv.DictReader(file) if row.get("part") == split}

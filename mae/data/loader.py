@@ -1,17 +1,17 @@
 """From sources to batches, and to any place in an epoch."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from torch import Tensor
 
-from mae.data import transforms
 from mae.data.dataset import Batch, Reader, Record
 from mae.data.sampler import Sampler, Ticket
-from mae.data.source import Source, reduced
+from mae.data.source import Source
+from mae.data.subsets import reduced
+from mae.data.transforms import Transform
 from mae.data.workers import Tickets, makers, received, shut
 
 
@@ -31,15 +31,17 @@ class Step:
 class Loader:
     """Training batches, the same bits for any number of workers and wherever one starts.
 
-    A batch: image (B, C, H, W) as the source has it, flip (B,) bool, label (B,) and index (B,) int64, weight
-    () float32 (see `Sampler`), and with `num_patches` also noise (B, L) float32; all on the host.
+    A batch: image (B, C, H, W) as the source has it, flip (B,) bool, label and index (B,) int64, weight () float32 (see
+    `Sampler`), and with `num_patches` also noise (B, L) float32; all on the host. Where targets are no classes, label
+    is (B, K) or (B, ..., H, W) of their type. Images and maps are still to be mirrored where flip is true, on the
+    device (see `mae.data.prepare`).
     `bad_csv` is where bad images are listed. `source` is afterwards what is left by `fraction`, `per_class`.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Tensor, transforms.Draw], Tensor],
+        transform: Transform,
         batch_size: int,
         micro_batch_size: int,
         seed: int,
@@ -70,7 +72,7 @@ class Loader:
             world,
             drop_last,
             repeats,
-            getattr(self.source, "order", None),
+            self.source.order,
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.record = Record(len(self.source), max_bad_fraction, bad_csv, world=world, repeats=repeats)
@@ -118,7 +120,7 @@ class EvalLoader:
     def __init__(
         self,
         source: Source,
-        transform: Callable[..., Tensor],
+        transform: Transform,
         batch_size: int,
         seed: int,
         rank: int = 0,

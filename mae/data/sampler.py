@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Order = Callable[[int, int], np.ndarray]  # (seed, epoch) -> a permutation of all indices
+Order = Callable[[int, int], np.ndarray | None]  # (seed, epoch) -> a permutation of all indices, or None: shuffled
 
 
 class Ticket(NamedTuple):
@@ -20,11 +20,6 @@ class Ticket(NamedTuple):
     epoch: int
     indices: np.ndarray  # (b,) int64
     weight: float  # of this micro-batch's mean in the step's; see `Sampler`
-
-
-def shuffled(count: int) -> Order:
-    """The plain order: every image anywhere."""
-    return lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class Sampler:
@@ -58,7 +53,7 @@ class Sampler:
                 raise ValueError(f"{key}={value} is not a multiple of data.repeats={repeats}.")
         self.count, self.seed, self.rank, self.world, self.repeats = count, seed, rank, world, repeats
         self.batch, self.micro = batch_size // repeats, micro_batch_size // repeats  # in different images
-        self.order = order or shuffled(count)
+        self.order = order
         self._cached: tuple[int, np.ndarray] | None = None
         if repeats > 1 or drop_last:
             self.steps_per_epoch = count // batch_size
@@ -72,7 +67,9 @@ class Sampler:
         assert 0 <= step < self.steps_per_epoch
         turn, part = divmod(epoch, self.repeats)
         if self._cached is None or self._cached[0] != turn:
-            self._cached = turn, self.order(self.seed, turn)
+            order = self.order(self.seed, turn) if self.order else None
+            shuffled = np.random.default_rng([self.seed, turn]).permutation(self.count) if order is None else order
+            self._cached = turn, shuffled
         start = (part * self.steps_per_epoch + step) * self.batch
         return self._cached[1][start : start + self.batch]
 

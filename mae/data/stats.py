@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mae.data.dataset import Bad
 from mae.data.loader import Loader
+from mae.data.prepare import flipped
 from mae.data.source import FAILURES, Source, reason
 
 BLOCK = 1 << 20  # pixels of which sums are taken at once: a large image does not become an eightfold one
@@ -149,7 +150,7 @@ def contact_sheet(images: Tensor, flip: Tensor | None = None, columns: int = 8, 
     what is not 8 bit is stretched between its 2nd and 98th percentile.
     """
     if flip is not None:
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        images = flipped(images, flip)
     shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].repeat_interleave(3, 1)
     if shown.dtype != torch.uint8:
         values = shown.to(torch.float32).numpy()

@@ -1,87 +1,162 @@
-"""Augmentation: a host half on integer images, drawn from (seed, epoch, index) alone, and a device half.
+"""Augmentation on the host, of images as they are stored; what the device does is in `mae.data.prepare`.
 
-A transform takes an image (C, H, W) and a `Draw` and gives an image (C, h, w) of the same type. One that looks
-at a part of the image only says which (`box`) and takes that part, so that no more need be decoded; one that `fills`
-writes to `out` where it can. It reads no generator, so what a sample looks like hangs neither on workers, nor ranks,
-nor on where a run was resumed.
-The flip is drawn with the sample but done on the device, after the transfer, with the normalisation.
+Every random choice for a sample is a function of (seed, epoch, index).
 """
 
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mae.data.crops import Box, covering_crop, crop_box, pair, resize
+from mae.data.crops import Box, Boxed, covering, covering_crop, crop_box, nearest, pair, resize
 from mae.data.rng import seeded
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DRAWS = 32  # uniform numbers a transform may use: 10 tries of (area, ratio), the position, jitter
 
 
 class Draw(NamedTuple):
-    """All the chance a transform may use for one sample."""
+    """The random numbers that a transform may use for one sample."""
 
     numbers: list[float]  # DRAWS uniform numbers in [0, 1)
     key: int  # 64 bits, to seed what brings its own generator
 
 
-# ---------------------------------------------------------------- host transforms
+class Transform:
+    """An image (C, H, W) to a crop (C, h, w) of one size and of the image's type: a function of image and `Draw` alone.
+
+    So a sample does not depend on workers, on ranks, or on where a run was resumed. A transform defines `__call__`;
+    the rest has defaults.
+    """
+
+    hflip = False  # whether half of the samples, at random, are mirrored on the device
+    draws_itself = False  # whether it uses the generators of the process, which threads share; see `seeded`
+
+    def box(self, draw: Draw) -> Boxed | None:
+        """The box of the image that `__call__` gets instead of the whole, so that no more need be decoded; None: all of
+        the image. Called once for each sample, before the image is read."""
+        del draw
+        return None
+
+    def __call__(self, image: Tensor, draw: Draw, out: Tensor | None = None) -> Tensor:
+        """The crop. It may be written to `out`, the memory of its row in the batch, which is then to be returned."""
+        raise NotImplementedError
+
+    def target(self, target: Tensor, draw: Draw) -> Tensor:
+        """A map (..., H, W) of the same image or box, resized and cropped as `__call__` does it to the image, but by
+        nearest neighbour. Raises ValueError where pixels are moved otherwise."""
+        del target, draw
+        raise ValueError(
+            "this augmentation moves pixels in a way that the maps of these images cannot follow: choose "
+            "augmentation=linprobe, which crops and flips alone."
+        )
 
 
-class RandomResizedCrop:
-    """A random box of the image, resized: the paper's augmentation in pretraining and probing."""
+class RandomResizedCrop(Transform):
+    """A random box, of `scale` of the image's area and `ratio` of width to height, resized to `img_size`.
 
-    fills = True  # it takes `out`
+    The paper's augmentation in pretraining and probing. `min_crop` is the least part of the area that still shows what
+    the image is of, whatever `scale` says.
+    """
 
-    def __init__(self, size: tuple[int, int], scale: list[float], ratio: list[float], hflip: bool):
-        self.size, self.hflip = size, hflip
-        self.scale, self.ratio = (scale[0], scale[1]), (ratio[0], ratio[1])
+    def __init__(
+        self,
+        *,
+        img_size: int | list[int],
+        scale: list[Annotated[float, "(0, 1]"]],
+        ratio: list[Annotated[float, "(0, inf)"]],
+        min_crop: float,
+        hflip: bool,
+    ):
+        self.size, self.hflip = pair(img_size), hflip
+        self.scale, self.ratio = (max(scale[0], min_crop), max(scale[1], min_crop)), (ratio[0], ratio[1])
 
-    def box(self, height: int, width: int, draw: Draw) -> Box:
-        return crop_box(height, width, self.scale, self.ratio, draw.numbers)
+    def box(self, draw: Draw) -> Boxed:
+        return partial(crop_box, scale=self.scale, ratio=self.ratio, numbers=draw.numbers)
 
-    def __call__(self, part: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
-        return resize(part, self.size, out)
+    def __call__(self, image: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
+        return resize(image, self.size, out)
+
+    def target(self, target: Tensor, draw: Draw) -> Tensor:
+        return nearest(target, self.size)
 
 
 def kept_fraction(size: tuple[int, int], fraction: float | None) -> float:
-    """The part of a side that a centre crop keeps; None is the reference's rule: 224 / 256 up to 224 pixels, the whole
-    image above."""
+    """The fraction of a side that a centre crop keeps; None is the reference's rule: 224 / 256 up to 224 pixels, the
+    whole image above."""
     if fraction is not None:
         return fraction
     return 224 / 256 if max(size) <= 224 else 1.0
 
 
-class Crop:
-    """Resize to cover size / fraction, then crop `size`: from the centre, or anywhere if `jitter`."""
+class CenterCrop(Transform):
+    """Resize to cover `img_size / crop_fraction`, centre crop: evaluation, and "none" of the paper's table 1e."""
 
-    def __init__(self, size: tuple[int, int], fraction: float | None, jitter: bool, hflip: bool):
-        fraction = kept_fraction(size, fraction)
-        self.size, self.jitter, self.hflip = size, jitter, hflip
-        self.covered = int(size[0] / fraction), int(size[1] / fraction)
+    def __init__(self, *, img_size: int | list[int], crop_fraction: float | None):
+        self.size = pair(img_size)
+        fraction = kept_fraction(self.size, crop_fraction)
+        self.covered = int(self.size[0] / fraction), int(self.size[1] / fraction)
 
-    def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
-        def corner(*rest: int) -> tuple[int, int]:
-            if not self.jitter:
-                return round(rest[0] / 2), round(rest[1] / 2)
-            assert draw is not None
-            return int(draw.numbers[20] * (rest[0] + 1)), int(draw.numbers[21] * (rest[1] + 1))
+    def corner(self, below: int, beside: int, draw: Draw | None) -> tuple[int, int]:
+        """Top and left of the crop, where the resized image is so many pixels larger."""
+        del draw
+        return round(below / 2), round(beside / 2)
 
-        return covering_crop(image, self.covered, self.size, corner)
+    def _crop(self, image: Tensor, draw: Draw | None) -> tuple[tuple[int, int], Box]:
+        """The size to which an image or map is resized, and the box that is then cropped."""
+        whole = covering(image.shape[-2], image.shape[-1], self.covered)
+        return whole, (*self.corner(whole[0] - self.size[0], whole[1] - self.size[1], draw), *self.size)
+
+    def __call__(self, image: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
+        return covering_crop(image, self.covered, self._crop(image, draw)[1])
+
+    def target(self, target: Tensor, draw: Draw | None = None) -> Tensor:
+        return nearest(target, *self._crop(target, draw))
 
 
-class ColorJitter:
-    """Brightness, contrast, saturation, hue by factors around 1 (hue: turns around 0), in a drawn order."""
+class FixedCrop(CenterCrop):
+    """Resize, then a crop of fixed size anywhere (an ablation of the paper, table 1e)."""
 
-    def __init__(self, crop: RandomResizedCrop, strengths: list[float]):
-        self.crop, self.hflip, self.strengths, self.box = crop, crop.hflip, strengths, crop.box
+    def __init__(self, *, img_size: int | list[int], crop_fraction: float | None, hflip: bool):
+        super().__init__(img_size=img_size, crop_fraction=crop_fraction)
+        self.hflip = hflip
 
-    def __call__(self, part: Tensor, draw: Draw) -> Tensor:
+    def corner(self, below: int, beside: int, draw: Draw | None) -> tuple[int, int]:
+        assert draw is not None
+        return int(draw.numbers[20] * (below + 1)), int(draw.numbers[21] * (beside + 1))
+
+
+class ColorJitter(RandomResizedCrop):
+    """Random resized crop and colour jitter in a random order (an ablation of the paper, table 1e).
+
+    Brightness, contrast and saturation change by factors around 1, the hue by turns around 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | list[int],
+        scale: list[Annotated[float, "(0, 1]"]],
+        ratio: list[Annotated[float, "(0, inf)"]],
+        min_crop: float,
+        hflip: bool,
+        brightness: Annotated[float, "[0, inf)"],
+        contrast: Annotated[float, "[0, inf)"],
+        saturation: Annotated[float, "[0, inf)"],
+        hue: Annotated[float, "[0, 0.5]"],
+    ):
+        super().__init__(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
+        self.strengths = [brightness, contrast, saturation, hue]
+
+    def __call__(self, image: Tensor, draw: Draw, out: Tensor | None = None) -> Tensor:
         from torchvision.transforms.v2 import functional as TF  # slow to import, and only needed here
 
-        _need_rgb(part, "color_jitter")
-        image = self.crop(part)
+        _need_rgb(image, "color_jitter")
+        image = resize(image, self.size)
         steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
         for k in np.argsort(draw.numbers[26:30]):
             shift = self.strengths[k] * (2 * draw.numbers[22 + k] - 1)
@@ -89,24 +164,37 @@ class ColorJitter:
         return image
 
 
-class RandAugment:
-    """Random resized crop, RandAugment and random erasing, the last two as timm has them.
+class RandAugment(RandomResizedCrop):
+    """Random resized crop, then timm's RandAugment `policy`, then timm's random erasing with probability `erase_prob`.
 
-    Erased pixels are N(0, 1) after normalisation, as timm's `pixel` mode has them, but clipped to what
-    8 bits hold (2 % of the draws), since batches travel as uint8.
+    Erased pixels are N(0, 1) after normalisation, as timm's `pixel` mode has them. They are clipped to what 8 bits
+    hold (2 % of the numbers), since batches travel as uint8.
     """
 
-    draws_itself = True  # from the process' generators, which are seeded for each image: not for threads
+    draws_itself = True
 
-    def __init__(self, crop: RandomResizedCrop, policy: str, erase: float, mean: list[float], std: list[float]):
+    def __init__(
+        self,
+        *,
+        img_size: int | list[int],
+        scale: list[Annotated[float, "(0, 1]"]],
+        ratio: list[Annotated[float, "(0, inf)"]],
+        min_crop: float,
+        hflip: bool,
+        policy: str,
+        erase_prob: Annotated[float, "[0, 1]"],
+        mean: list[float],
+        std: list[float],
+    ):
         from PIL import Image
         from timm.data.auto_augment import rand_augment_transform  # timm imports all its models
         from timm.data.random_erasing import RandomErasing
 
-        self.crop, self.hflip, self.erase, self.box = crop, crop.hflip, erase, crop.box
+        super().__init__(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
+        self.erase_prob = erase_prob
         fill = tuple(min(255, round(255 * m)) for m in (mean * 3)[:3])
         bicubic = Image.Resampling.BICUBIC
-        hints = {"translate_const": int(min(crop.size) * 0.45), "img_mean": fill, "interpolation": bicubic}
+        hints = {"translate_const": int(min(self.size) * 0.45), "img_mean": fill, "interpolation": bicubic}
         self.policy = rand_augment_transform(policy, hints)
         for op in self.policy.ops:
             if op.name.startswith("Posterize"):
@@ -115,20 +203,23 @@ class RandAugment:
         self.mean = torch.tensor((mean * 3)[:3]).view(3, 1, 1)
         self.std = torch.tensor((std * 3)[:3]).view(3, 1, 1)
 
-    def __call__(self, part: Tensor, draw: Draw) -> Tensor:
+    def __call__(self, image: Tensor, draw: Draw, out: Tensor | None = None) -> Tensor:
         from PIL import Image
 
-        _need_rgb(part, "rand_augment")
-        pixels = self.crop(part).permute(1, 2, 0).contiguous().numpy()
+        _need_rgb(image, "rand_augment")
+        pixels = resize(image, self.size).permute(1, 2, 0).contiguous().numpy()
         with seeded(draw.key):
-            image = torch.from_numpy(np.array(self.policy(Image.fromarray(pixels)))).permute(2, 0, 1)
-            if draw.numbers[22] >= self.erase:
-                return image
-            normal = self.erasing((image / 255 - self.mean) / self.std)
+            augmented = torch.from_numpy(np.array(self.policy(Image.fromarray(pixels)))).permute(2, 0, 1)
+            if draw.numbers[22] >= self.erase_prob:
+                return augmented
+            normal = self.erasing((augmented / 255 - self.mean) / self.std)
         return ((normal * self.std + self.mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
+    def target(self, target: Tensor, draw: Draw) -> Tensor:
+        return Transform.target(self, target, draw)  # the policy shears and turns
 
-def _posterize(image: Any, bits: int, **unused: Any) -> Any:
+
+def _posterize(image: "Image.Image", bits: int, **unused: object) -> "Image.Image":
     """timm's, but black for 0 bits, to which strengths of 10 and more come: current Pillow raises there."""
     from PIL import Image, ImageOps
 
@@ -143,109 +234,10 @@ def _need_rgb(image: Tensor, name: str) -> None:
         )
 
 
-# ---------------------------------------------------------------- builders
-
-
-def random_resized_crop(
-    *,
-    img_size: int | list[int],
-    scale: list[Annotated[float, "(0, 1]"]],
-    ratio: list[Annotated[float, "(0, inf)"]],
-    min_crop: float,
-    hflip: bool,
-) -> RandomResizedCrop:
-    """Random box of `scale` of the area and `ratio` of width to height, resized to `img_size`.
-
-    `min_crop` is the least part of the area that still shows what the image is of, whatever `scale` says.
-    """
-    return RandomResizedCrop(pair(img_size), [max(s, min_crop) for s in scale], ratio, hflip)
-
-
-def rand_augment(
-    *,
-    img_size: int | list[int],
-    scale: list[Annotated[float, "(0, 1]"]],
-    ratio: list[Annotated[float, "(0, inf)"]],
-    min_crop: float,
-    hflip: bool,
-    policy: str,
-    erase_prob: Annotated[float, "[0, 1]"],
-    mean: list[float],
-    std: list[float],
-) -> RandAugment:
-    """Random resized crop, timm's RandAugment `policy`, random erasing with probability `erase_prob`."""
-    crop = random_resized_crop(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
-    return RandAugment(crop, policy, erase_prob, mean, std)
-
-
-def color_jitter(
-    *,
-    img_size: int | list[int],
-    scale: list[Annotated[float, "(0, 1]"]],
-    ratio: list[Annotated[float, "(0, inf)"]],
-    min_crop: float,
-    hflip: bool,
-    brightness: Annotated[float, "[0, inf)"],
-    contrast: Annotated[float, "[0, inf)"],
-    saturation: Annotated[float, "[0, inf)"],
-    hue: Annotated[float, "[0, 0.5]"],
-) -> ColorJitter:
-    """Random resized crop and colour jitter (an ablation of the paper, table 1e)."""
-    crop = random_resized_crop(img_size=img_size, scale=scale, ratio=ratio, min_crop=min_crop, hflip=hflip)
-    return ColorJitter(crop, [brightness, contrast, saturation, hue])
-
-
-def fixed_crop(*, img_size: int | list[int], crop_fraction: float | None, hflip: bool) -> Crop:
-    """Resize, then a crop of fixed size anywhere (an ablation of the paper, table 1e)."""
-    return Crop(pair(img_size), crop_fraction, jitter=True, hflip=hflip)
-
-
-def center_crop(*, img_size: int | list[int], crop_fraction: float | None) -> Crop:
-    """Resize to `img_size / crop_fraction`, centre crop: evaluation, and "none" of the paper's table 1e."""
-    return Crop(pair(img_size), crop_fraction, jitter=False, hflip=False)
-
-
 AUGMENTATIONS = {
-    "random_resized_crop": random_resized_crop,
-    "rand_augment": rand_augment,
-    "color_jitter": color_jitter,
-    "fixed_crop": fixed_crop,
-    "center_crop": center_crop,
+    "random_resized_crop": RandomResizedCrop,
+    "rand_augment": RandAugment,
+    "color_jitter": ColorJitter,
+    "fixed_crop": FixedCrop,
+    "center_crop": CenterCrop,
 }
-
-
-# ---------------------------------------------------------------- device half
-
-
-def top_of(image: Tensor) -> float:
-    """What an image's values are divided by: the largest value of an integer type, 1 where they are floating."""
-    return 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
-
-
-class Prepare(nn.Module):
-    """Flip and normalise on the device, without waiting for it.
-
-    `mean` and `std`, one value or one a channel, are of images in [0, 1] where the host type is an integer
-    (divided by the type's largest value), and in the images' own units where it is floating.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, *, mean: list[float], std: list[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-
-    def forward(self, image: Tensor, flip: Tensor | None = None) -> Tensor:
-        """image (B, C, H, W) of any type, flip (B,) bool -> float32 (B, C, H, W)."""
-        top = top_of(image)
-        if image.dtype != torch.uint8:  # flipped as bytes where it can be: a quarter of the traffic
-            image = image.to(torch.float32)
-        if flip is not None:
-            image = torch.where(flip.view(-1, 1, 1, 1), image.flip(-1), image)
-        return (image / top).sub_(self.mean).div_(self.std)
-
-    def undo(self, image: Tensor) -> Tensor:
-        """Normalised (..., C, H, W) -> values in [0, 1] (integer images) or the images' own units."""
-        return image * self.std + self.mean

@@ -99,12 +99,11 @@ class Threads:
         while (order := orders.get()) is not None and not over.is_set():
             ticket, future = order
             try:
-                batch = self.reader.batch(ticket, over)
+                loaded = self.reader.load(ticket, over)
                 if self.device is not None:
-                    assert isinstance(batch, dict)
-                    batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
-                future.set_result(batch)
-            except BaseException as error:  # told to who waits for the batch
+                    loaded = loaded._replace(batch={k: v.pin_memory() for k, v in loaded.batch.items()})
+                future.set_result(loaded)
+            except BaseException as error:  # raised where the batch is waited for
                 future.set_exception(error)
 
 
@@ -132,7 +131,7 @@ def makers(
     its own, so that the main process' generators are left as they are.
     """
     count = worker_count(num_workers)
-    draws = getattr(reader.transform, "draws_itself", False)
+    draws = reader.transform.draws_itself
     if workers == "thread" and draws:
         raise ValueError(
             "data.workers=thread: this augmentation draws from the process' own generators, which threads share. "
@@ -172,9 +171,10 @@ def shared_memory(reader: Reader, batches: int, images: int) -> tuple[int, int]:
     free = limits.shared_memory()
     if free is None or free >= SMALL or not len(reader.source):
         return 0, 1
-    sample = reader.batch(Ticket(0, np.zeros(1, np.int64), 1.0))["image"]
+    batch = reader.load(Ticket(0, np.zeros(1, np.int64), 1.0)).batch
+    size = batch["image"].nbytes + (batch["label"].nbytes if batch["label"].ndim > 1 else 0)
     images = min(images, len(reader.source) * reader.repeats)
-    return batches * images * sample.nbytes // len(sample), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return batches * images * size // len(batch["image"]), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _leave_signals_to_main(worker: int) -> None:

@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae.config.build import call
+from mae.data.prepare import Prepare
 from mae.data.source import Source
-from mae.data.transforms import Prepare
 from mae.metrics import Collector, Results
 from mae.tasks.common import check_classes, keep_classes
 from mae.tasks.results import tell, write_all

@@ -18,8 +18,10 @@ from mae.config.from_run import run_of, stands_for
 from mae.config.rules import missing_init
 from mae.data.crops import pair
 from mae.data.loader import EvalLoader
-from mae.data.source import BadImage, Source, matched, reduced
-from mae.data.transforms import center_crop, kept_fraction, top_of
+from mae.data.prepare import top_of
+from mae.data.source import BadImage, Source
+from mae.data.subsets import matched, reduced
+from mae.data.transforms import CenterCrop, kept_fraction
 from mae.runs.files import write_text
 from mae.weights.read import PretrainedWeights
 
@@ -43,7 +45,7 @@ def eval_loader(
     bad_csv: Path | None = None,
 ) -> EvalLoader:
     """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
-    transform = call(center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    transform = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
     pin = ranks.device.type == "cuda"
     return call(
         EvalLoader,

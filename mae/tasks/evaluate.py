@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from mae import data, device
 from mae.config.build import build, call
+from mae.data.prepare import Prepare
 from mae.data.source import Source
 from mae.data.sources.robustness import Robustness, corruption_errors, synsets
-from mae.data.transforms import Prepare
 from mae.metrics import Collector, Results
 from mae.models.vit import classifier
 from mae.tasks import charts
@@ -63,8 +63,7 @@ def evaluate(
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
     names = kept_classes(cfg.init)
     place = places(cfg, source, model.num_classes, names)
-    subset = getattr(source, "subset", None)
-    results = predict(cfg, ranks, source, model, dtype, batch_size, place, subset, bad_files(run, ranks))
+    results = predict(cfg, ranks, source, model, dtype, batch_size, place, source.subset, bad_files(run, ranks))
     names = names or list(_names(source, model.num_classes, place))
 
     figures: dict[str, Any] = results.figures()

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mae.config.build import call
-from mae.data.transforms import Prepare
+from mae.data.prepare import Prepare
 from mae.models.vit import classifier
 from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.weights.load import load_pretrained

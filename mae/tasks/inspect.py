@@ -18,10 +18,11 @@ from mae import device, optim
 from mae.config.build import build, call
 from mae.data.crops import pair
 from mae.data.loader import Loader
+from mae.data.prepare import Prepare
 from mae.data.source import Source
 from mae.data.sources.listing import printable
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
-from mae.data.transforms import AUGMENTATIONS, Prepare
+from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier

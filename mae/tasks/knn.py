@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mae import device
-from mae.data.source import Source, Subset, reduced
+from mae.data.source import Source
+from mae.data.subsets import Subset, reduced
 from mae.tasks.common import both_sets, check_classes, eval_loader, same_weights, sent
 from mae.tasks.features import Encoder, Features, extract
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
-from mae.data.source import reduced
+from mae.data.subsets import reduced
 from mae.metrics import Collector, Results
 from mae.plan import make_plan, steps_in_epoch
 from mae.tasks.common import both_sets, eval_loader, keep_classes, same_weights, sent

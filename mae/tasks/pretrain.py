@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae import device
 from mae.config.build import call
-from mae.data.transforms import Prepare
+from mae.data.prepare import Prepare
 from mae.models.mae import MaskedAutoencoder
 from mae.tasks import images as pictures
 from mae.tasks.common import warn_of_statistics

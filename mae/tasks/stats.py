@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from mae import data
 from mae.config.build import build
 from mae.data.dataset import Bad
-from mae.data.source import Source, reduced
+from mae.data.source import Source
 from mae.data.stats import statistics
+from mae.data.subsets import reduced
 from mae.data.workers import worker_count
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ from mae import data, device
 from mae.config.build import build, call
 from mae.data import transforms
 from mae.data.decode import Decoder
-from mae.data.source import BadImage, Source, Subset
+from mae.data.prepare import Prepare
+from mae.data.source import BadImage, Source
 from mae.data.sources.folder import read as read_file
-from mae.data.transforms import Prepare
+from mae.data.subsets import Subset
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import mask_noise
 from mae.runs.files import write_text
@@ -128,7 +129,7 @@ def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor
     else:
         whole: Source = build(data.SOURCES, cfg.data, "val")
         source = Subset(whole, np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)))
-    crop = call(transforms.center_crop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    crop = call(transforms.CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
     images = torch.stack([crop(source[k][0]) for k in range(len(source))])
     return images, [source.name(k) for k in range(len(source))]
 

@@ -13,7 +13,8 @@ from mae import data, device, optim
 from mae.config import rules
 from mae.config.build import build, call
 from mae.config.check import changed, run_directory
-from mae.data.source import Arrays, reduced
+from mae.data.source import Arrays
+from mae.data.subsets import reduced
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward

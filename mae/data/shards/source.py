@@ -26,8 +26,8 @@ from mae.data.shards.splits import INDEX, opened
 from mae.data.shards.store import Local, Remote
 from mae.data.shards.tar import DEFAULT, Layout, Members, Notes, joined, members
 from mae.data.source import BadImage, Encoded, Source
-from mae.data.sources.folder import held_out
 from mae.data.sources.listing import SUFFIXES, cache_folder
+from mae.data.subsets import held_out
 
 log = logging.getLogger(__name__)
 
@@ -139,18 +139,17 @@ class Shards(Encoded):
         descriptors.move_to_end(shard)
         return descriptors[shard]
 
-    def order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
-        """The epoch's permutation (see above), of the images that `kept` is true of."""
-        chance = np.random.default_rng([seed, epoch])
-        shards = chance.permutation(len(self.index.names))
+    def order(self, seed: int, epoch: int, mask: np.ndarray | None = None) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        shards = rng.permutation(len(self.index.names))
         counts = self.index.counts[shards]
         line = np.repeat(self.index.starts[shards] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
-        if kept is not None:
-            line, counts = line[kept[line]], counts * kept.mean()
-        return laned(line, self.lanes, max(1, int(self.window * counts.mean())), chance)
+        if mask is not None:
+            line, counts = line[mask[line]], counts * mask.mean()
+        return laned(line, self.lanes, max(1, int(self.window * counts.mean())), rng)
 
-    def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
-        """Lets the store fetch what follows the window of these images."""
+    def prefetch(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+        """Lets the store fetch the shards that follow the window of these images."""
         if isinstance(self.store, Local):
             return
         if self._places is None or self._places[0] != (seed, epoch):

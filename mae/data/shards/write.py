@@ -38,8 +38,7 @@ class Part(NamedTuple):
 
 def encoded(source: Source, index: int, form: Form) -> bytes:
     """The file of an image. Raises BadImage or OSError."""
-    raw = getattr(source, "raw", None)
-    if form.size is None and raw is not None and (data := _raw(source, index)) is not None:
+    if form.size is None and (data := source.raw(index)) is not None:
         source[index]  # a damaged file shall not be packed
         return bytes(data)
     image = source[index][0]
@@ -57,13 +56,6 @@ def encoded(source: Source, index: int, form: Form) -> bytes:
     else:
         picture.save(out, "JPEG", quality=form.quality)
     return out.getvalue()
-
-
-def _raw(source: Source, index: int) -> bytes | None:
-    try:
-        return source.raw(index)  # type: ignore[attr-defined]
-    except AttributeError:  # a part of a source that has no files
-        return None
 
 
 class Images:

@@ -11,11 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
-from mae.data.source import BadImage, Encoded, Source, Subset, split_indices
+from mae.data.source import BadImage, Encoded, Source
 from mae.data.sources.formats import COMMON, SUFFIXES
 from mae.data.sources.listing import Listing, cached_scan, folders_and_files, printable
 from mae.data.sources.splits import TRAINING, Choice, Splits, in_words, splits_of, stays
 from mae.data.sources.torchvision import given_root
+from mae.data.subsets import Subset, held_out
 
 log = logging.getLogger(__name__)
 
@@ -220,13 +221,6 @@ def listed(
         shown = " ".join(COMMON if others else suffixes)
         raise ValueError(f"data.root: no image lies under {printable(str(path))} (looked for {shown}{others}).{hint}")
     return listing
-
-
-def held_out(source: Source, fraction: float, split: str) -> Source:
-    """The training or validation part of a source that has none of its own."""
-    if len(source) < 2 and fraction < 1:
-        raise ValueError("data.root holds one image only: two are needed, to train and to validate.")
-    return Subset(source, split_indices(source.labels, len(source), fraction, split))
 
 
 def first_level(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str] | None:

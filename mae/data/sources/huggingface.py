@@ -11,12 +11,13 @@ from mae.data.decode import Decoder
 from mae.data.shards.store import Local, Remote, is_remote
 from mae.data.source import BadImage, Encoded, Source
 from mae.data.sources.columns import agree, checked, class_names, numbered
-from mae.data.sources.folder import held_out, read
+from mae.data.sources.folder import read
 from mae.data.sources.formats import SUFFIXES
 from mae.data.sources.listing import cache_folder, folders_and_files, holds, inside
 from mae.data.sources.row_groups import RowGroups, indexed
 from mae.data.sources.splits import WORDS, in_words, splits_of
 from mae.data.sources.torchvision import given_root
+from mae.data.subsets import held_out
 
 HUB = "hf://"
 

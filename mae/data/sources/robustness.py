@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
-from mae.data.source import Source
+from mae.data.source import Source, Target
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import cached_scan, hidden
 from mae.data.sources.splits import stays
@@ -49,11 +49,10 @@ def synsets(which: Literal["", "_a", "_r"] = "") -> tuple[str, ...]:
     return tuple(place.read_text().split())
 
 
-class Robustness:
+class Robustness(Source):
     """Several trees of class folders as one set of images.
 
-    `subset` are the classes that are asked for, or None for all; `groups` names each image's tree, in
-    `group` (N,), where there are several.
+    `groups` are the names of the trees where there are several, and `group` (N,) the number of each image's tree.
     """
 
     def __init__(self, parts: Sequence[Files], groups: list[str], subset: list[int] | None):
@@ -70,7 +69,7 @@ class Robustness:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - int(self.ends[part] - len(self.parts[part]))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         part, inside = self._find(index)
         return part[inside]
 

@@ -134,19 +134,18 @@ class RowGroups(Encoded):
         with parquet.ParquetFile(path, memory_map=True) as opened:
             return opened.read_row_group(int(self.groups.number[group]), [self.image], use_threads=False).column(0)
 
-    def order(self, seed: int, epoch: int, kept: np.ndarray | None = None) -> np.ndarray:
-        """The epoch's permutation: files shuffled, their row groups too, and rows over `window` groups of a
-        lane; of the rows that `kept` is true of."""
-        chance = np.random.default_rng([seed, epoch])
-        rank = np.argsort(chance.permutation(len(self.names)))  # place of each file
-        groups = np.lexsort((chance.random(len(self.starts)), rank[self.groups.file]))
+    def order(self, seed: int, epoch: int, mask: np.ndarray | None = None) -> np.ndarray:
+        """Files are shuffled, the row groups of a file too, and rows over `window` groups of a lane."""
+        rng = np.random.default_rng([seed, epoch])
+        rank = np.argsort(rng.permutation(len(self.names)))  # of each file in the epoch
+        groups = np.lexsort((rng.random(len(self.starts)), rank[self.groups.file]))
         counts = self.groups.count[groups]
         line = np.repeat(self.starts[groups] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
-        if kept is not None:
-            line, counts = line[kept[line]], counts * kept.mean()
-        return laned(line, self.lanes, max(1, int(self.window * counts.mean())), chance)
+        if mask is not None:
+            line, counts = line[mask[line]], counts * mask.mean()
+        return laned(line, self.lanes, max(1, int(self.window * counts.mean())), rng)
 
-    def ahead(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+    def prefetch(self, seed: int, epoch: int, indices: np.ndarray) -> None:
         """Lets the store fetch the files that follow those of these images."""
         if isinstance(self.store, Local):
             return

@@ -15,11 +15,12 @@ from typing import Annotated, Literal, TextIO
 import numpy as np
 
 from mae.data.decode import Decoder
-from mae.data.source import Source, Subset
-from mae.data.sources.folder import Files, held_out
+from mae.data.source import Source
+from mae.data.sources.folder import Files
 from mae.data.sources.listing import MAGIC, Builder, Listing, cached, inside, printable
 from mae.data.sources.splits import TRAINING, VALIDATION, split_of
 from mae.data.sources.torchvision import given_root
+from mae.data.subsets import Subset, held_out
 
 log = logging.getLogger(__name__)
 

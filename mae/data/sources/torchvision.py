@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
-from mae.data.source import Arrays, Source, replicate, split_indices
+from mae.data.source import Arrays, Source, replicate
+from mae.data.subsets import split_indices
 
 Split = Literal["train", "val"]
 
