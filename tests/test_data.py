@@ -13,7 +13,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae.data import crops, rng, transforms
+from mae import rng
+from mae.data import crops, transforms
 from mae.data.dataset import Reader
 from mae.data.loader import EvalLoader, Loader
 from mae.data.prepare import flipped

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from mae.data import crops, rng, transforms
+from mae import rng
+from mae.data import crops, transforms
 from mae.data.prepare import Prepare
 
 RRC = {"img_size": [12, 20], "scale": [0.2, 1.0], "ratio": [0.75, 4 / 3], "min_crop": 0.0, "hflip": True}

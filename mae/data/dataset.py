@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from mae import limits
-from mae.data import rng
+from mae import limits, rng
 from mae.data.batch_buffer import Stack
 from mae.data.crops import inside
 from mae.data.sampler import Ticket

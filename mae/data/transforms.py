@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mae.data.crops import Box, Boxed, covering, covering_crop, crop_box, nearest, pair, resize
-from mae.data.rng import seeded
+from mae.rng import seeded
 
 if TYPE_CHECKING:
     from PIL import Image
