@@ -21,10 +21,11 @@ from mae.data.crops import cut
 from mae.data.dataset import Bad, Loaded, Record
 from mae.data.decode import Decoder, oriented
 from mae.data.loader import Loader
+from mae.data.paths import given_root
 from mae.data.source import BadImage, Source
 from mae.data.sources import folder, listing
 from mae.data.sources.folder import image_folder
-from mae.data.sources.torchvision import cifar10, given_root
+from mae.data.sources.torchvision import cifar10
 from mae.data.workers import naming_killed_workers
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mae.data import pack
+from mae.data import pack, store
 from mae.data.loader import Loader
-from mae.data.shards import store
 from mae.data.source import Arrays
 from mae.data.sources.torchvision import digits
 from tests.test_data_shards import KEEP, LOADING, loaded, opened, same, transform

@@ -13,8 +13,7 @@ import torch
 from conftest import TINY, run_here
 from PIL import Image
 
-from mae.data import flat, pack
-from mae.data.shards import store
+from mae.data import flat, pack, store
 from mae.data.source import BadImage
 from mae.data.sources import huggingface
 from mae.data.sources.huggingface import hf

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from mae.data.shards import store
+from mae.data import store
 from tests.test_data_http import Server, packed_digits, read_over_a_restart
 from tests.test_data_shards import loaded, opened, same
 

@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae.data import flat, pack, transforms
+from mae.data import flat, pack, store, transforms
 from mae.data.decode import Decoder
 from mae.data.loader import Loader
 from mae.data.sampler import Sampler
 from mae.data.shards import source as shards
-from mae.data.shards import store
 from mae.data.shards.source import Index, Shards
 from mae.data.shards.tar import Members, members
 from mae.data.source import Arrays, BadImage

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets
+from conftest import ROOT
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -240,3 +241,9 @@ def test_faults_of_tables(root, kind):
         (root / "x.parquet").write_text("no")
         with pytest.raises(ValueError, match="is not a Parquet file"):
             listed(root, str(root / "x.parquet"))
+
+
+def test_sources_and_shards_do_not_import_each_other():
+    for room, other in (("sources", "shards"), ("shards", "sources")):
+        texts = {path: path.read_text() for path in (ROOT / "mae" / "data" / room).glob("*.py")}
+        assert texts and not [path for path, text in texts.items() if f"mae.data.{other}" in text]

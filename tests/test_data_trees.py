@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mae.data import formats
+from mae.data.paths import given_root, hidden
 from mae.data.source import BadImage
-from mae.data.sources import formats, listing
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.robustness import robustness
 from mae.data.sources.table import table
-from mae.data.sources.torchvision import given_root
 from tests.test_data_splits import FOLDER, PIXELS, grown, images, names, opened
 
 PNG = io.BytesIO()
@@ -93,7 +93,7 @@ def test_any_tree_is_listed_or_refused_in_a_sentence(things, choice):
             holder = getattr(source, "source", source)
             for index in range(len(holder)):
                 path = os.path.realpath(holder.listing.path(index))
-                assert path.startswith(f"{root}/") and not listing.hidden(holder.listing.path(index)[len(root) + 1 :])
+                assert path.startswith(f"{root}/") and not hidden(holder.listing.path(index)[len(root) + 1 :])
                 assert holder.name(index).encode()
                 try:
                     assert holder.raw(index) == PNG.getvalue()
@@ -105,7 +105,7 @@ def test_any_tree_is_listed_or_refused_in_a_sentence(things, choice):
             assert choice == "parts" or not seen[0] & seen[1]  # where val/ is there alone, it is both
             if choice == "off" and not any(kind == "link" for kind, *_ in things):
                 count = sum(
-                    name.lower().endswith(".png") and not listing.hidden(os.path.relpath(os.path.join(at, name), root))
+                    name.lower().endswith(".png") and not hidden(os.path.relpath(os.path.join(at, name), root))
                     for at, _, files in os.walk(root)
                     for name in files
                 )

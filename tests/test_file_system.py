@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 
 from mae import checkpoint, engine
-from mae.data.shards import store
+from mae.data import store
 from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mae.data import jpeg
 from mae.data.crops import Boxed, inside
+from mae.data.formats import KINDS
 from mae.data.source import BadImage
-from mae.data.sources.formats import KINDS
 
 EXIF_ORIENTATION = 0x0112
 BITS, SAMPLE_FORMAT = 258, 339  # tags of TIFF 6.0

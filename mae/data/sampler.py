@@ -96,3 +96,15 @@ class Sampler:
             for later in range(step, self.steps_per_epoch):
                 yield from self.micro_batches(epoch, later)
             epoch, step = epoch + 1, 0
+
+
+def laned(line: np.ndarray, lanes: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of images cut into `lanes` equal lanes, each shuffled within windows of `width` images.
+
+    Position p of the result belongs to lane p % lanes."""
+    order = np.empty_like(line)
+    for lane, images in enumerate(np.array_split(line, lanes)):
+        for start in range(0, len(images), width):
+            images[start : start + width] = rng.permutation(images[start : start + width])
+        order[lane::lanes] = images
+    return order

@@ -18,9 +18,9 @@ from mae import device, optim
 from mae.config.build import build, call
 from mae.data.crops import pair
 from mae.data.loader import Loader
+from mae.data.paths import printable
 from mae.data.prepare import Prepare
 from mae.data.source import Source
-from mae.data.sources.listing import printable
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
 from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count

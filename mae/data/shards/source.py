@@ -22,11 +22,13 @@ import numpy as np
 
 from mae.data import flat
 from mae.data.decode import Decoder
+from mae.data.formats import SUFFIXES
+from mae.data.paths import cache_folder
+from mae.data.sampler import laned
 from mae.data.shards.splits import INDEX, opened
-from mae.data.shards.store import Local, Remote
 from mae.data.shards.tar import DEFAULT, Layout, Members, Notes, joined, members
 from mae.data.source import BadImage, Encoded, Source
-from mae.data.sources.listing import SUFFIXES, cache_folder
+from mae.data.store import Local, Remote
 from mae.data.subsets import held_out
 
 log = logging.getLogger(__name__)
@@ -159,16 +161,6 @@ class Shards(Encoded):
         for place in np.unique(places[[self.index.shard(int(i)) for i in indices]]) + self.window:
             if place < len(shards):
                 self.store.ahead(self.index.names[shards[place]], self.index.sizes[shards[place]])
-
-
-def laned(line: np.ndarray, lanes: int, width: int, chance: np.random.Generator) -> np.ndarray:
-    """A line of images cut into lanes, whose parts of `width` are shuffled; place p is of lane p % lanes."""
-    order = np.empty_like(line)
-    for lane, part in enumerate(np.array_split(line, lanes)):
-        for start in range(0, len(part), width):
-            part[start : start + width] = chance.permutation(part[start : start + width])
-        order[lane::lanes] = part
-    return order
 
 
 def tar_shards(

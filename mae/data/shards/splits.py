@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mae.data.shards.store import Local, Remote, is_remote
-from mae.data.sources.splits import (
+from mae.data.paths import given_root
+from mae.data.splits import (
     WORDS,
     Choice,
     Contents,
@@ -18,7 +18,7 @@ from mae.data.sources.splits import (
     splits_of,
     typed,
 )
-from mae.data.sources.torchvision import given_root
+from mae.data.store import Local, Remote, is_remote
 
 log = logging.getLogger(__name__)
 

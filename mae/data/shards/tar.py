@@ -14,7 +14,8 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from mae.data.sources.listing import SUFFIXES, hidden
+from mae.data.formats import SUFFIXES
+from mae.data.paths import hidden
 
 log = logging.getLogger(__name__)
 

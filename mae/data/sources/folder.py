@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
+from mae.data.formats import COMMON, SUFFIXES
+from mae.data.paths import folders_and_files, given_root, printable
 from mae.data.source import BadImage, Encoded, Source
-from mae.data.sources.formats import COMMON, SUFFIXES
-from mae.data.sources.listing import Listing, cached_scan, folders_and_files, printable
-from mae.data.sources.splits import TRAINING, Choice, Splits, in_words, splits_of, stays
-from mae.data.sources.torchvision import given_root
+from mae.data.sources.listing import Listing, cached_scan
+from mae.data.splits import TRAINING, Choice, Splits, in_words, splits_of, stays
 from mae.data.subsets import Subset, held_out
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def image_folder(
 ) -> Source:
     """Images under `root`, at any depth.
 
-    `root/train` and `root/val` are the splits where they are there (see `mae.data.sources.splits`); else `val_fraction`
+    `root/train` and `root/val` are the splits where they are there (see `mae.data.splits`); else `val_fraction`
     of the images is held out, always the same ones. The first-level folders are the classes where no image lies beside
     them.
     Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small, or that can be

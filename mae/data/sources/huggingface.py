@@ -8,15 +8,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mae.data.decode import Decoder
-from mae.data.shards.store import Local, Remote, is_remote
+from mae.data.formats import SUFFIXES
+from mae.data.paths import cache_folder, folders_and_files, given_root, holds, inside
 from mae.data.source import BadImage, Encoded, Source
 from mae.data.sources.columns import agree, checked, class_names, numbered
 from mae.data.sources.folder import read
-from mae.data.sources.formats import SUFFIXES
-from mae.data.sources.listing import cache_folder, folders_and_files, holds, inside
 from mae.data.sources.row_groups import RowGroups, indexed
-from mae.data.sources.splits import WORDS, in_words, splits_of
-from mae.data.sources.torchvision import given_root
+from mae.data.splits import WORDS, in_words, splits_of
+from mae.data.store import Local, Remote, is_remote
 from mae.data.subsets import held_out
 
 HUB = "hf://"

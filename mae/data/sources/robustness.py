@@ -14,11 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
+from mae.data.paths import given_root, hidden
 from mae.data.source import Source, Target
 from mae.data.sources.folder import Files
-from mae.data.sources.listing import cached_scan, hidden
-from mae.data.sources.splits import stays
-from mae.data.sources.torchvision import given_root
+from mae.data.sources.listing import cached_scan
+from mae.data.splits import stays
 
 # Error of AlexNet in percent, mean over the five severities: 1903.12261, table 1, to the digits of its code
 ALEXNET_ERRORS = {

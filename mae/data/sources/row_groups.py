@@ -21,10 +21,10 @@ import numpy as np
 
 from mae.data import flat
 from mae.data.decode import Decoder
-from mae.data.shards.source import laned
-from mae.data.shards.store import Local, Remote
+from mae.data.sampler import laned
 from mae.data.source import BadImage, Encoded
 from mae.data.sources.columns import agree, checked, class_names, numbered
+from mae.data.store import Local, Remote
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Annotated, Literal, TextIO
 import numpy as np
 
 from mae.data.decode import Decoder
+from mae.data.paths import given_root, inside, printable
 from mae.data.source import Source
 from mae.data.sources.folder import Files
-from mae.data.sources.listing import MAGIC, Builder, Listing, cached, inside, printable
-from mae.data.sources.splits import TRAINING, VALIDATION, split_of
-from mae.data.sources.torchvision import given_root
+from mae.data.sources.listing import MAGIC, Builder, Listing, cached
+from mae.data.splits import TRAINING, VALIDATION, split_of
 from mae.data.subsets import Subset, held_out
 
 log = logging.getLogger(__name__)

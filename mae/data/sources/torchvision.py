@@ -1,13 +1,12 @@
 """Data sets that fit in memory and are known by name: embedded ones and torchvision's."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 
+from mae.data.paths import given_root
 from mae.data.source import Arrays, Source, replicate
 from mae.data.subsets import split_indices
 
@@ -77,22 +76,3 @@ def arrays(images: Any, labels: Any, classes: list[str], in_chans: int, name: st
     pixels = torch.as_tensor(np.ascontiguousarray(images))
     known = None if labels is None else np.asarray(labels, np.int64)
     return Arrays(replicate(pixels, in_chans, name), known, [] if known is None else list(classes), name)
-
-
-def given_root(root: str | None, must_exist: bool = True) -> Path:
-    """`data.root` as a directory that is there; raises ValueError."""
-    if root is None:
-        raise ValueError("data.root is not set: give the directory of the images, as data.root=DIR.")
-    try:
-        path = Path(root).expanduser()
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"data.root={root} is a file, not a directory.")
-        if must_exist and not path.is_dir():
-            what = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
-            raise ValueError(f"data.root={root} {what}: give the directory of the images.")
-        if path.is_dir():
-            os.scandir(path).close()
-            os.stat(os.path.join(path, "."))  # needs the right to go in, beside that to list
-    except (OSError, RuntimeError) as error:  # the latter of a home that is not there
-        raise ValueError(f"data.root={root} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    return path

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mae.data.sources.listing import folders_and_files, holds, inside, printable
+from mae.data.paths import folders_and_files, holds, inside, printable
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from filelock import BaseFileLock
 
+from mae.data.paths import hidden, inside
 from mae.data.source import BadImage
-from mae.data.sources.listing import hidden, inside
 from mae.runs.file_system import full_disk
 from mae.runs.locks import file_lock
 
