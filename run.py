@@ -20,7 +20,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae.config import check, from_run, sweep_names  # noqa: E402
+from mae.config import from_run, sweep_names  # noqa: E402
+from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import chosen_groups  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
 from mae.errors import UserError  # noqa: E402
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> int:
     overrides += pipeline.own_names(cfg, without_typed(here.runtime.choices, overrides))
     if cfg.resume:
         cfg, overrides = prepare.resumed(cfg, overrides)
-    checked = check.check(check.resolve(cfg))
+    checked = check_config(resolve(cfg))
     if checked.dry_run:
         from mae.tools import dry_run
 

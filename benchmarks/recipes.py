@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mae.config import check  # noqa: E402
+from mae.config.check import check_config, resolve  # noqa: E402
 from mae.tools import dry_run  # noqa: E402
 
 PEAK = {"8 x A100": 312e12, "8 x H100": 989e12}  # dense bf16, from NVIDIA's data sheets
@@ -25,7 +25,7 @@ RECIPES = {
 
 def hours(overrides: list[str], rate: float) -> tuple[float, float, float]:
     """(epochs, GFLOPs of an image in training, hours on eight devices of `rate` each)."""
-    cfg = check.check(check.resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
+    cfg = check_config(resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
     plan = dry_run.plan_of(cfg)
     _, work = dry_run.operations(cfg, dry_run.model_on_meta(cfg))
     return plan.steps / plan.steps_per_epoch, work / 1e9, plan.images_seen(plan.steps) * work / (8 * rate) / 3600

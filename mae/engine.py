@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mae import checkpoint, device, limits
 from mae.config.build import call
-from mae.config.check import read
+from mae.config.saved import read_config
 from mae.data.workers import naming_killed_workers
 from mae.distributed.fsdp import gathered, replicated_like
 from mae.distributed.ranks import Ranks, start
@@ -227,7 +227,7 @@ def work(run: Path) -> int:
 
     An error of this rank is logged and raised, so that whoever started it ends the other ranks.
     """
-    cfg = read(run)
+    cfg = read_config(run)
     rank = int(os.environ.get("RANK", 0))
     limits.raise_open_files()
     if "OMP_NUM_THREADS" not in os.environ and limits.cpus() < torch.get_num_threads():  # of a container's quota

@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from mae.config import check  # noqa: E402
+from mae.config.check import check_config, resolve
 from mae.launch import launch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ TINY_PRETRAIN = [*TINY, "task.batch_size=32", "task.epochs=2", "task.warmup_epoc
 def composed(*overrides: str) -> DictConfig:
     """The checked config of a command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return check.check(check.resolve(compose("config", list(overrides))))
+        return check_config(resolve(compose("config", list(overrides))))
 
 
 def run_here(directory: Path, *overrides: str) -> int:

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config import build, check, schema, values
+from mae.config import build, schema, values
+from mae.config.check import check_config, resolve, to_dict
+from mae.config.identity import difference, identity, run_directory
+from mae.config.saved import read_config
 from mae.errors import UserError
 
 GROUPS = {
@@ -79,7 +82,7 @@ def refused(**changes) -> str:
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     with pytest.raises(UserError) as caught:
-        check.check(check.resolve(cfg))
+        check_config(resolve(cfg))
     return str(caught.value)
 
 
@@ -159,7 +162,7 @@ def test_a_missing_key_is_named():
     cfg = OmegaConf.create(OmegaConf.to_container(composed()))
     del cfg.task.mask_ratio
     with pytest.raises(UserError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
-        check.check(cfg)
+        check_config(cfg)
 
 
 def test_all_mistakes_are_listed_at_once():
@@ -176,7 +179,7 @@ def test_a_typo_inside_a_yaml_file_is_found(tmp_path):
     with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
         cfg = compose("config")
     with pytest.raises(UserError) as caught:
-        check.check(check.resolve(cfg))
+        check_config(resolve(cfg))
     assert "optimizer.weight_decya is not a key of the configuration. Did you mean weight_decay?" in str(caught.value)
 
 
@@ -295,15 +298,15 @@ def test_a_settings_dataclass_is_built_from_the_keys_of_the_config():
 def test_difference_is_empty_for_the_same_and_names_what_changed(extra):
     base = {"task": {"name": "x", **extra}, "launcher": {"name": "local"}}
     same, other = OmegaConf.create(base), OmegaConf.create(base | {"launcher": {"name": "slurm"}})
-    assert check.difference(same, other) == []
+    assert difference(same, other) == []
     changed = OmegaConf.create({"task": {"name": "y", **extra}})
-    assert check.difference(same, changed)[-1] == 'task.name: "x" -> "y"'
+    assert difference(same, changed)[-1] == 'task.name: "x" -> "y"'
 
 
 def test_the_directory_of_a_run_hangs_on_what_it_computes():
-    base = check.run_directory(composed())
-    assert base == check.run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
-    assert base != check.run_directory(composed("task.mask_ratio=0.5"))
+    base = run_directory(composed())
+    assert base == run_directory(composed("data.num_workers=3", "wandb=offline", "checkpoint.keep=9"))
+    assert base != run_directory(composed("task.mask_ratio=0.5"))
     assert base.parts[0] == "runs"
 
 
@@ -312,11 +315,11 @@ def test_the_directory_of_a_run_hangs_on_what_it_computes():
 ])  # fmt: skip
 def test_a_run_of_a_version_without_a_key_goes_on(tmp_path, name, keys):
     cfg = composed(f"data={name}", f"data.root={tmp_path}")
-    earlier = check.plain(cfg)
+    earlier = to_dict(cfg)
     for key in keys:
         del earlier["data"][key]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(earlier)))
-    assert check.read(tmp_path) == cfg and check.difference(check.read(tmp_path), cfg) == []
-    assert not any(f"data.{key}" in check.identity(cfg) for key in keys)  # so that its directory has the same name
+    assert read_config(tmp_path) == cfg and difference(read_config(tmp_path), cfg) == []
+    assert not any(f"data.{key}" in identity(cfg) for key in keys)  # so that its directory has the same name
     other = composed(f"data={name}", f"data.root={tmp_path}", "data.follow_links=true")
-    assert check.difference(cfg, other) == ["data.follow_links: null -> true"]
+    assert difference(cfg, other) == ["data.follow_links: null -> true"]

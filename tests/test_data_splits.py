@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae.config import check
+from mae.config.identity import identity
+from mae.config.saved import read_config
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.scientific import scientific_folder
 from mae.errors import UserError
@@ -179,14 +180,14 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):
     assert "  splits: auto\n" in saved.read_text()
     saved.write_text(saved.read_text().replace("  splits: auto\n", ""))
     (tmp_path / "run" / "summary.json").unlink()
-    assert check.read(tmp_path / "run").data.splits == "auto"
+    assert read_config(tmp_path / "run").data.splits == "auto"
     capsys.readouterr()
     assert run_here(tmp_path / "run", *tiny) == 0
     said = capsys.readouterr().err
     assert "resumed at step 2" in said and "have changed" not in said  # the same images in the same order
     now = composed(*tiny)
-    assert "data.splits" not in check.identity(now)  # so the same command comes back to the same directory
-    assert check.identity(composed(*tiny, "data.splits=off"))["data.splits"] == "off"
+    assert "data.splits" not in identity(now)  # so the same command comes back to the same directory
+    assert identity(composed(*tiny, "data.splits=off"))["data.splits"] == "off"
 
 
 def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):

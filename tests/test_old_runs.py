@@ -13,7 +13,7 @@ from conftest import ROOT, run_cli
 from hydra import compose, initialize_config_dir
 
 from mae import checkpoint
-from mae.config import check
+from mae.config.check import check_config, resolve
 from mae.config.from_run import inherited, with_groups
 from mae.launch import launch
 from mae.report import run as report
@@ -33,7 +33,7 @@ def start(*arguments: str) -> int:
     """What run.py does with a command line, in this process; returns the exit code."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = inherited(compose("config", with_groups(arguments)), arguments)
-        return launch.launch(check.check(check.resolve(cfg)), list(arguments))
+        return launch.launch(check_config(resolve(cfg)), list(arguments))
 
 
 def test_there_are_three_versions():

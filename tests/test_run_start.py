@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_tasks import folder_of
 
-from mae.config import check, paths
+from mae.config import paths
+from mae.config.check import to_dict, with_values
 from mae.config.compose import CONF
 from mae.config.from_run import inherited, with_groups
+from mae.config.saved import read_config, stored_config, stored_overrides
 from mae.errors import UserError
 from mae.launch import launch
 from mae.launch.prepare import prepare, resumed
@@ -96,7 +98,7 @@ def test_directories_of_hydra_that_would_do_nothing_are_refused(argument, messag
 
 def test_paths_are_stored_absolute_and_as_typed(trained, tmp_path, monkeypatch):
     run = trained[0]
-    assert check.read(run).data.root == str(run.parent / "images")
+    assert read_config(run).data.root == str(run.parent / "images")
     assert paths.read_typed(run) == {"working_directory": str(run.parent), "data.root": "images"}
     shutil.copytree(run.parent / "images", tmp_path / "images")  # another folder of the same name
     monkeypatch.chdir(tmp_path)
@@ -111,7 +113,7 @@ def test_init_and_other_spellings_of_a_path_are_no_difference(tmp_path, monkeypa
     command = [*FOLDER, f"output_dir={tmp_path / 'run'}"]
     (images.parent / "weights.pth").touch()
     run = prepare(composed(*command, "data.root=set", "init=weights.pth"), command)
-    assert check.read(run).init == str(images.parent / "weights.pth")
+    assert read_config(run).init == str(images.parent / "weights.pth")
     (images.parent / "weights.pth").unlink()
     for root, init in (("./set", "weights.pth"), (str(images), "../" + images.parent.name + "/weights.pth")):
         assert prepare(composed(*command, f"data.root={root}", f"init={init}"), command) == run
@@ -121,7 +123,7 @@ def test_init_and_other_spellings_of_a_path_are_no_difference(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["timm:vit_base_patch16_224", "hf://a/b"])
 def test_names_that_are_no_paths_stay_as_they_are(name):
-    cfg = OmegaConf.create(check.plain(composed()))
+    cfg = OmegaConf.create(to_dict(composed()))
     cfg.init = name
     stored, typed = paths.with_absolute_paths(cfg)
     assert stored.init == name and "init" not in typed
@@ -135,7 +137,7 @@ def test_a_relative_root_of_an_earlier_version_is_located_or_asked_for(tmp_path,
         run = tmp_path / "A" / ("runs/x" if output is None else output)
         (run / "checkpoints").mkdir(parents=True)
         data = {**composed().data, "name": "folder", "root": "images"}
-        stored = check.changed(composed(), output_dir=output, data=data)
+        stored = with_values(composed(), output_dir=output, data=data)
         (run / "config.yaml").write_text(OmegaConf.to_yaml(stored))
         runs[name] = run
     monkeypatch.chdir(tmp_path / "B")
@@ -187,7 +189,7 @@ def test_resume_keeps_the_directory_and_the_command_line(trained):
     typed = [f"resume='{run}'", f"output_dir='{run}'", "data.num_workers=3"]
     cfg, overrides = resumed(composed(*typed), typed)
     assert cfg.data.num_workers == 3 and cfg.output_dir == str(run)
-    stored = check.stored_overrides(run)
+    stored = stored_overrides(run)
     assert overrides == [o for o in stored if o != "data.num_workers=0"] + ["data.num_workers=3"]
 
 
@@ -205,7 +207,7 @@ def test_a_model_file_with_another_name_in_it_is_taken_as_chosen(tmp_path):
     own = ["--config-dir", str(tmp_path / "conf")]
     ended = run_cli(*own, *TINY_PRETRAIN, "experiment=own", "task.max_steps=1", "output_dir=run", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert check.stored_overrides(tmp_path / "run")[-1] == "model=mine"
+    assert stored_overrides(tmp_path / "run")[-1] == "model=mine"
     ended = run_cli(*own, "task=finetune", "init=run", "--cfg", "job", cwd=tmp_path)
     assert ended.returncode == 0 and "model=mine and data=digits are that run's" in ended.stderr
     stages = [
@@ -218,7 +220,7 @@ def test_a_model_file_with_another_name_in_it_is_taken_as_chosen(tmp_path):
         *own, *(o for o in TINY if not o.startswith("task")), *stages, "model=mine", "output_dir=pipe", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr
-    assert "model=mine" in check.stored_overrides(tmp_path / "pipe" / "knn")
+    assert "model=mine" in stored_overrides(tmp_path / "pipe" / "knn")
 
 
 def member(directory, number, *overrides):
@@ -264,8 +266,8 @@ def test_a_corrected_command_follows_a_start_that_left_nothing(tmp_path, images,
     assert (run / "failure.json").exists()
     assert run_here(run, *FOLDER, f"data.root={images}", "task.mask_ratio=0.5") == 0
     assert f"failed before its first checkpoint: it is now in {run / 'failed' / '1'}" in capsys.readouterr().err
-    assert check.read(run).task.mask_ratio == 0.5 and not (run / "failure.json").exists()
-    assert check.stored(run / "failed" / "1").data.root == str(empty)
+    assert read_config(run).task.mask_ratio == 0.5 and not (run / "failure.json").exists()
+    assert stored_config(run / "failed" / "1").data.root == str(empty)
 
 
 @pytest.mark.parametrize("left", ["checkpoints/step_00000001", "summary.json", "metrics.jsonl"])

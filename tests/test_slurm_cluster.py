@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli
 from slurm_cluster import Cluster, missing, wait_for
 
 from mae import checkpoint
-from mae.config import check
+from mae.config.saved import read_config
 from mae.runs import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -377,7 +377,7 @@ def test_members_wait_for_the_pretraining_that_init_auto_makes(job):
     assert not list(job.folder.glob("**/summary.json"))
     wait_for("both members", lambda: len(list(sweep.glob("*/summary.json"))) == 2, 200, 0.5)
     done = list(sweep.glob("*/summary.json"))
-    parents = {str(check.read(path.parent).init) for path in done}
+    parents = {str(read_config(path.parent).init) for path in done}
     assert len(done) == 2 and len(parents) == 1
     assert json.loads((job.folder / parents.pop() / "summary.json").read_text())["task"] == "pretrain"
     assert len(list((job.folder / "runs").glob("pretrain-*/summary.json"))) == 1

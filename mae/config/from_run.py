@@ -13,16 +13,19 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from mae.config import check, overrides
+from mae.config import overrides
+from mae.config.check import to_dict
 from mae.config.compose import chosen_groups
+from mae.config.identity import NEUTRAL
 from mae.config.paths import data_root
 from mae.config.rules import reads_data
+from mae.config.saved import stored_config, stored_overrides
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
 FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the run said otherwise
 # How much of the data is learned from, and how and where they are loaded: not what they are
-OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in check.NEUTRAL if path[0] == "data")}
+OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in NEUTRAL if path[0] == "data")}
 OWN -= {"root"}
 
 
@@ -90,7 +93,7 @@ def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
     if run is None:
         return
     stored = _stored(run)
-    choices = chosen_groups(check.stored_overrides(run))
+    choices = chosen_groups(stored_overrides(run))
     for name in sections:
         choice = choices.get(name, stored.get(name, {}).get("name"))
         if isinstance(choice, str) and re.fullmatch(r"[\w.-]+", choice):
@@ -99,7 +102,7 @@ def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
 
 def _stored(run: Path) -> dict[str, dict[Any, Any]]:
     """The sections of a run's config as they were written."""
-    found = check.plain(check.stored(run))
+    found = to_dict(stored_config(run))
     return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config import check
-from mae.config.check import plain
+from mae.config.check import to_dict, with_values
+from mae.config.saved import stored_config
 from mae.errors import UserError
 from mae.runs.files import write_text
 
@@ -30,7 +30,7 @@ def absolute(path: str, directory: str | Path = ".") -> str:
 def with_absolute_paths(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     """The config with absolute paths, and those that were typed otherwise. As `init` a name such as timm:NAME, where no
     file lies, is no path."""
-    values, typed = plain(cfg), {}
+    values, typed = to_dict(cfg), {}
     for key, value in _paths(values):
         if key == "init" and not os.path.exists(os.path.expanduser(value)):
             continue
@@ -38,15 +38,15 @@ def with_absolute_paths(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
         if stored != value:
             typed[key] = value
             _set(values, key, stored)
-    return check.changed(cfg, **values), typed
+    return with_values(cfg, **values), typed
 
 
 def comparable(cfg: DictConfig) -> DictConfig:
     """The config with each path spelled alike, so that two spellings of one path are no difference."""
-    values = plain(cfg)
+    values = to_dict(cfg)
     for key, value in _paths(values):
         _set(values, key, [absolute(path) for path in value] if isinstance(value, list) else absolute(value))
-    return check.changed(cfg, **values)
+    return with_values(cfg, **values)
 
 
 def _paths(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -69,7 +69,7 @@ def write_typed(run: Path, cfg: DictConfig, typed: Mapping[str, Any]) -> None:
     directory, earlier = os.getcwd(), read_typed(run)
     if not typed:  # an earlier start's, as far as they still hold
         directory = str(earlier.pop(DIRECTORY, directory))
-        leaves = dict(_paths(plain(cfg)))
+        leaves = dict(_paths(to_dict(cfg)))
         typed = {k: v for k, v in earlier.items() if isinstance(v, str) and leaves.get(k) == absolute(v, directory)}
     if typed:
         write_text(run / TYPED, OmegaConf.to_yaml(OmegaConf.create({DIRECTORY: directory, **typed})))
@@ -111,7 +111,7 @@ def started_in(run: Path) -> Path | None:
     run = run.absolute()
     if (run.parent / "config.yaml").is_file():  # the stage of a pipeline
         return started_in(run.parent)
-    output = check.stored(run).get("output_dir")
+    output = stored_config(run).get("output_dir")
     parts = Path(str(output)).parts if output else ("runs", run.name)
     if (output and os.path.isabs(str(output))) or ".." in parts or run.parts[-len(parts) :] != parts:
         return None

@@ -1,17 +1,137 @@
-"""Saved configs of other versions of this code, with today's keys. Imports no torch."""
+"""Configs and checkpoints of other versions of this code, read with today's keys. Imports no torch.
 
-from collections.abc import Iterable, Mapping
+A config carries the number of its format (`format:` in config.yaml, `format` in a checkpoint's manifest; without one it
+is 0). A change of the keys that a run of today could not know gets the next number and a `Migration`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae.config.compose import CONF, chosen_groups, composed
 from mae.config.schema import SCHEMA, TOP, schema, signature, table
+from mae.runs.layout import FORMAT, FORMAT_KEY
 
 GROUPS = ("task", "model", "data", "launcher")  # whose choice decides the defaults of the others
 CHOSEN = (*SCHEMA, "recipe", "experiment")
+
+Config = dict[str, Any]  # top-level key -> value, group -> its keys
+
+
+@dataclass(frozen=True)
+class Migration:
+    """How configs of an earlier format are read."""
+
+    format: int  # the first one that is not migrated
+    renamed: Mapping[str, str] = field(default_factory=dict)  # group or dotted key -> today's
+    # group, or group=name -> the keys that came with this format, and what was done before
+    added: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+SHARDS = {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False, "splits": "auto"}
+MIGRATIONS = (
+    Migration(
+        format=1,
+        added={
+            "data=shards": SHARDS,
+            "data=hf": {"follow_links": False},
+            "data=folder": {"splits": "auto"},
+            "data=cifar10_folder": {"splits": "auto"},
+            "data=scientific": {"splits": "auto"},
+        },
+    ),
+)
+
+
+@dataclass
+class Changes:
+    """What reading a config of another version changed in it: names of keys and groups."""
+
+    format: int = FORMAT
+    earlier: list[str] = field(default_factory=list)  # filled with what earlier versions did
+    defaults: list[str] = field(default_factory=list)  # filled with today's defaults
+    unknown: list[str] = field(default_factory=list)
+
+    def sentences(self) -> Iterator[str]:
+        """What a log says of them, without the file that it is about."""
+        if self.format > FORMAT:
+            yield f"is of format {self.format}, from a newer version of this program; this one reads up to {FORMAT}."
+        if self.earlier:
+            yield f"lacks {', '.join(self.earlier)}: read as earlier versions did."
+        if self.defaults:
+            yield f"lacks {', '.join(self.defaults)}: today's defaults are taken."
+        if self.unknown:
+            yield f"holds {', '.join(self.unknown)}, which this version does not know and passes over."
+
+
+def as_of_today(stored: Mapping[str, Any], overrides: Iterable[str]) -> tuple[Config, Changes]:
+    """A saved config with today's keys, and what that changed in it."""
+    config = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in stored.items()}
+    number = config.pop(FORMAT_KEY, 0)
+    changes = Changes(number if isinstance(number, int) else 0)
+    for migration in MIGRATIONS:
+        if migration.format > changes.format:
+            changes.earlier += _migrate(config, migration)
+    absent = [group for group in SCHEMA if group not in config]
+    known = known_keys(config)
+    missing = [*absent, *sorted(key for key in known if not _holds(config, key))]
+    if missing:
+        defaults = _defaults(config, overrides)
+        changes.defaults = [key for key in missing if defaults is not None and _fill(config, key, defaults)]
+    known |= known_keys({group: config.get(group) for group in absent})
+    changes.unknown = list(_drop(config, known))
+    return config, changes
+
+
+def earlier_values(config: Mapping[str, Any]) -> dict[tuple[str, str], object]:
+    """(group, key) -> what versions without that key did, for the choices of a config."""
+    return {
+        (choice.partition("=")[0], key): value
+        for migration in MIGRATIONS
+        for choice, keys in migration.added.items()
+        if _chosen(config, choice)
+        for key, value in keys.items()
+    }
+
+
+# ---------------------------------------------------------------- migrations
+
+
+def _chosen(config: Mapping[str, Any], choice: str) -> bool:
+    """Whether a config has made a choice such as `data=folder`, or has the group `data`."""
+    group, _, name = choice.partition("=")
+    section = config.get(group)
+    return isinstance(section, Mapping) and name in ("", section.get("name"))
+
+
+def _migrate(config: Config, migration: Migration) -> Iterator[str]:
+    """Renames what a migration renames, fills what it adds, and yields the keys that it filled."""
+    for old, new in migration.renamed.items():
+        _rename(config, old, new)
+    for choice, keys in migration.added.items():
+        group = choice.partition("=")[0]
+        for key in keys if _chosen(config, choice) else ():
+            if key not in config[group]:
+                config[group][key] = keys[key]
+                yield f"{group}.{key}"
+
+
+def _rename(config: Config, old: str, new: str) -> None:
+    """Moves a group or a dotted key; one that has today's name too stays as it is."""
+    *parents, name = old.split(".")
+    section = config.get(parents[0]) if parents else config
+    if not isinstance(section, dict) or name not in section or _holds(config, new):
+        return
+    value = section.pop(name)
+    *parents, name = new.split(".")
+    (config.setdefault(parents[0], {}) if parents else config)[name] = value
+
+
+# ---------------------------------------------------------------- today's keys and defaults
 
 
 def known_keys(config: Mapping[str, Any]) -> set[str]:
@@ -26,38 +146,24 @@ def known_keys(config: Mapping[str, Any]) -> set[str]:
     return keys
 
 
-def completed(stored: Mapping[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """A saved config with today's keys; the keys filled from today's defaults; the keys that no longer exist."""
-    config = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in stored.items()}
-    absent = [group for group in SCHEMA if group not in config]
-    known = known_keys(config)
-    missing = sorted(key for key in known if not _holds(config, key))
-    filled = [*absent, *missing]
-    if filled:
-        defaults = _defaults(config, overrides)
-        filled = [key for key in filled if _fill(config, key, defaults)]
-    known |= known_keys({group: config.get(group) for group in absent})
-    return config, filled, list(_drop(config, known))
-
-
 def _holds(config: Mapping[str, Any], key: str) -> bool:
     group, _, name = key.rpartition(".")
-    return name in (config[group] if group else config)
+    return name in (config.get(group, {}) if group else config)
 
 
-def _fill(config: dict[str, Any], key: str, defaults: Any) -> bool:
+def _fill(config: Config, key: str, defaults: DictConfig) -> bool:
     """Whether today's configuration has a default for a key, which the config then holds."""
-    value = OmegaConf.select(defaults, key) if defaults is not None else None
     group, _, name = key.rpartition(".")
-    if value is None and (defaults is None or name not in (defaults.get(group, {}) if group else defaults)):
+    if name not in (defaults.get(group, {}) if group else defaults):
         return False
+    value = OmegaConf.select(defaults, key)
     (config[group] if group else config)[name] = (
         OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     )
     return True
 
 
-def _drop(config: dict[str, Any], known: set[str]) -> Iterable[str]:
+def _drop(config: Config, known: set[str]) -> Iterator[str]:
     """Removes the keys that today's schema lacks, and yields their names."""
     for key in list(config):
         section = config[key]
@@ -70,7 +176,7 @@ def _drop(config: dict[str, Any], known: set[str]) -> Iterable[str]:
                 yield f"{key}.{name}"
 
 
-def _defaults(config: Mapping[str, Any], overrides: Iterable[str]) -> Any:
+def _defaults(config: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig | None:
     """Today's configuration for the same choices of groups, with the saved values over it, so that a default such as
     ${data.img_size} follows them. None where it does not compose."""
     choices = {group: choice for group, choice in chosen_groups(overrides).items() if group in CHOSEN}
@@ -84,4 +190,6 @@ def _defaults(config: Mapping[str, Any], overrides: Iterable[str]) -> Any:
     except (HydraException, OmegaConfBaseException):
         return None
     OmegaConf.set_struct(defaults, False)
-    return OmegaConf.merge(defaults, OmegaConf.create(dict(config)))
+    merged = OmegaConf.merge(defaults, OmegaConf.create(dict(config)))
+    assert isinstance(merged, DictConfig)
+    return merged

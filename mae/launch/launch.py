@@ -11,13 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mae.config import check
 from mae.config.build import build, call
+from mae.config.check import with_values
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import stands_for
 from mae.config.overrides import pasted
 from mae.config.paths import absolute
 from mae.config.rules import missing_init
+from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch.local import inline, local
 from mae.launch.pipeline import own_names, pretraining, run_pipeline
@@ -88,7 +89,7 @@ def start(run: Path, cfg: DictConfig, overrides: list[str], first: bool) -> int:
 
 def moved(run: Path, cfg: DictConfig) -> str:
     """A sentence where a finished run read its images from another place than is named now, which may have moved."""
-    before, now = check.read(run).data.root, cfg.data.root
+    before, now = read_config(run).data.root, cfg.data.root
     same = before == now or (before and now and absolute(before) == absolute(now))
     return "" if same else f" It read data.root={before}: for other images than those choose another output_dir."
 
@@ -109,14 +110,14 @@ def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
     that is queued and waited for; and the exit code of that."""
     choices = chosen_groups(overrides)
     parent = pretraining(cfg, composed, choices)
-    made, cfg = Path(parent.output_dir), check.changed(cfg, init=parent.output_dir)
+    made, cfg = Path(parent.output_dir), with_values(cfg, init=parent.output_dir)
     if (made / "summary.json").exists():
         return cfg, 0
     sys.stderr.write(f"init=auto: pre-training comes first, in {made}\n")
     code = launch(parent, ["task=pretrain", *own_names(cfg, choices)])
     if not code and not (made / "summary.json").exists():
         job = json.loads((made / "slurm" / "job.json").read_text())["job"]
-        cfg = check.changed(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
+        cfg = with_values(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job}"})
     return cfg, code
 
 

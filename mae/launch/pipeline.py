@@ -14,11 +14,13 @@ from typing import Annotated, Any
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config import check
 from mae.config.build import call
+from mae.config.check import check_config, resolve, with_values
 from mae.config.compose import chosen_groups
 from mae.config.from_run import FOLLOWS
+from mae.config.identity import run_directory
 from mae.config.overrides import key_of
+from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.runs.files import write_text
 from mae.tasks.registry import METRICS, TASKS, names
@@ -81,7 +83,7 @@ def pipeline(
 
 def write_summary(run: str) -> None:
     """Writes the summary of a pipeline whose stages are finished."""
-    stages = check.read(Path(run)).task.stages
+    stages = read_config(Path(run)).task.stages
     summaries = {name: json.loads((Path(run) / name / "summary.json").read_text()) for name in stages}
     write_text(Path(run) / "summary.json", json.dumps(together(summaries), indent=1) + "\n")
 
@@ -110,7 +112,7 @@ def stage_config(
     if name == "evaluate" and parent == "pretrain":
         raise UserError("stage evaluate needs a classifier: let a stage finetune or linprobe come before it.")
     try:
-        return check.check(check.resolve(stage))
+        return check_config(resolve(stage))
     except UserError as error:
         raise UserError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
 
@@ -141,8 +143,8 @@ def alike(
 
 def pretraining(cfg: DictConfig, compose: Compose, choices: Mapping[str, str] = EMPTY) -> DictConfig:
     """The run that `init=auto` stands for: task=pretrain with the same model and data, whatever the seed."""
-    checked = check.check(check.resolve(alike(cfg, compose, "pretrain", [], choices)))
-    return check.changed(checked, output_dir=str(check.run_directory(checked)))
+    checked = check_config(resolve(alike(cfg, compose, "pretrain", [], choices)))
+    return with_values(checked, output_dir=str(run_directory(checked)))
 
 
 def parent_of(name: str, stages: Sequence[str]) -> str | None:

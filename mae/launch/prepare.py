@@ -8,12 +8,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config import check
-from mae.config.check import difference, run_directory, stored_overrides
+from mae.config.check import check_config
 from mae.config.compose import is_group
+from mae.config.identity import NEUTRAL, READING, difference, run_directory
 from mae.config.overrides import key_of
 from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
 from mae.config.rules import reads_data
+from mae.config.saved import read_config, stored_overrides, write_config
 from mae.errors import UserError
 from mae.launch.slurm.state import live_jobs
 from mae.runs.file_system import full_disk
@@ -43,9 +44,9 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     run = make_directory(cfg)
     stored = run / "config.yaml"
     if stored.exists():
-        changes = difference(comparable(check.read(run)), comparable(cfg))
+        changes = difference(comparable(read_config(run)), comparable(cfg))
         if not (run / "summary.json").exists():
-            changes = [line for line in changes if line.partition(":")[0] not in check.READING]
+            changes = [line for line in changes if line.partition(":")[0] not in READING]
         if changes and failed_early(run):
             set_aside(run)
         elif changes:
@@ -58,7 +59,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
         return run
     cfg, typed = with_absolute_paths(cfg)
     write_typed(run, cfg, typed)
-    write_text(stored, OmegaConf.to_yaml(cfg))
+    write_config(run, cfg)
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
         (run / "failure.json").unlink(missing_ok=True)
@@ -96,10 +97,10 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     """The saved config of `resume=RUN`, with what may change between two starts taken from the command line; and the
     run's command line with these."""
     run = Path(cfg.resume)
-    stored = check.read(run)
+    stored = read_config(run)
     typed = {key_of(override): override for override in overrides}
     typed.pop("resume")
-    free = {".".join(path) for path in check.NEUTRAL} - {"resume"} | set(check.READING)
+    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(READING)
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise UserError(
@@ -121,7 +122,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     merged.output_dir, merged.resume = str(run), None
     if "data.root" not in typed and merged.data.root is not None:
         merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
-    return check.check(merged), _together(stored_overrides(run), typed)
+    return check_config(merged), _together(stored_overrides(run), typed)
 
 
 def _together(stored: Sequence[str], typed: dict[str, str]) -> list[str]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mae.config.check import leaves, resolve, stored_overrides
+from mae.config.check import resolve
 from mae.config.compose import CONF, composed, is_group
+from mae.config.identity import leaves
 from mae.config.overrides import key_of
+from mae.config.saved import stored_overrides
 from mae.runs.files import read_json, read_json_lines
 
 log = logging.getLogger(__name__)

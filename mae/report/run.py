@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mae.config.check import leaves, read
+from mae.config.identity import leaves
+from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.report import record as run_record
 from mae.report.html import data_url, page
@@ -40,7 +41,7 @@ def write(run: Path) -> None:
 
 def gather(run: Path) -> dict[str, Any]:
     """All that a page shows of a run. Raises UserError where the directory is not one of a run."""
-    cfg = read(run)
+    cfg = read_config(run)
     record = run_record.read_record(run)
     parts = [run, *stages_of(run, cfg).values()]
     about = f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name}"
@@ -169,7 +170,7 @@ def environment(run: Path) -> list[list[str]]:
 
 def differences(runs: list[Path]) -> Iterator[list[str]]:
     """Each key whose value is not the same in all runs, with the values."""
-    found = [leaves(read(run)) for run in runs]
+    found = [leaves(read_config(run)) for run in runs]
     for key in sorted(set().union(*found)):
         values = [json.dumps(one[key]) if key in one else "–" for one in found]
         if len(set(values)) > 1:

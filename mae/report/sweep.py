@@ -16,8 +16,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import paths
-from mae.config.check import leaves, read
+from mae.config.identity import leaves
 from mae.config.overrides import by_key, values_of
+from mae.config.saved import read_config
 from mae.config.sweep_names import params, short, swept
 from mae.errors import UserError
 from mae.report import run, sweep_figure
@@ -105,7 +106,7 @@ def members_of(directory: Path) -> list[Member]:
     found = []
     for path in sorted(p.parent for p in directory.glob("*/config.yaml")):
         record = read_record(path)
-        found.append(Member(path, read(path), record, results=results_of(record.summary)))
+        found.append(Member(path, read_config(path), record, results=results_of(record.summary)))
     return found
 
 

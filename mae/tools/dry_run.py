@@ -12,7 +12,8 @@ from torch import nn
 from mae import data, device, optim
 from mae.config import rules
 from mae.config.build import build, call
-from mae.config.check import changed, run_directory
+from mae.config.check import with_values
+from mae.config.identity import run_directory
 from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.models.layers import set_attention_kernel, set_checkpointing
@@ -42,7 +43,7 @@ def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
     no_images = Arrays(torch.empty(0, 1, 1, 1), None, classes, "")  # of which only the classes matter
     with torch.device("meta"):
-        model = build_task(changed(cfg, init=None), no_images).trained
+        model = build_task(with_values(cfg, init=None), no_images).trained
     assert isinstance(model, MaskedAutoencoder | VisionTransformer)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics

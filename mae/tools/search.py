@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from mae.config import check
+from mae.config.check import check_config, resolve
 from mae.config.compose import chosen_groups, composed
 from mae.config.from_run import inherited, with_groups
 from mae.config.overrides import assignment, key_of
@@ -128,7 +128,7 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
     """Runs trials until there are `trials` of them; returns what is to be said at the end."""
     searched, fixed = spaces(overrides)
     given = with_groups([*fixed, *first_values(searched)])
-    first = check.check(check.resolve(inherited(composed(given), given)))
+    first = check_config(resolve(inherited(composed(given), given)))
     if first.init == AUTO:
         parent = assignment("init", parent_of(first, chosen_groups(given)))
         fixed = [*(override for override in fixed if key_of(override) != "init"), parent]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from mae.config import check
 from mae.config.build import call
+from mae.config.check import check_config, to_dict
 from mae.config.overrides import by_key, parsed, pasted, values_of
+from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
@@ -108,11 +109,11 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
         return 0
     submitted = []
     for run in failed:
-        changed = OmegaConf.create(check.plain(check.read(run)))
+        changed = OmegaConf.create(to_dict(read_config(run)))
         for key, change in changes.items():
             OmegaConf.update(changed, key, values_of(change)[0], force_add=True)
         changed.launcher.dependency = None
-        launcher = check.check(changed).launcher
+        launcher = check_config(changed).launcher
         if launcher.name != "slurm":
             command = f"python run.py {pasted('resume', str(run))}"
             raise UserError(f"{run} did not run on SLURM: {command} continues it.")

@@ -1,0 +1,83 @@
+"""What makes two configs the same run, and the directory that follows from it. Imports no torch."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from mae.config.check import to_dict
+from mae.config.versions import earlier_values
+
+# Keys and groups that may change between two starts of a run: where and how it runs, not what it computes
+NEUTRAL = (
+    ("output_dir",),
+    ("resume",),
+    ("dry_run",),
+    ("tensorboard",),
+    ("launcher",),
+    ("wandb",),
+    ("checkpoint",),
+    ("estimate",),
+    ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "checkpointing"),  # the same numbers, computed again
+    ("task", "attention_kernel"),  # another rounding, as another device has
+    ("task", "profile"),
+    ("task", "log_every_steps"),
+    *(
+        ("data", key)
+        for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")
+    ),
+)
+# How the root's files are read: an unfinished run may go on with another reading, since its images are compared
+READING = ("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key")
+
+
+def flatten(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Leaves of a nested mapping as (path, value)."""
+    if isinstance(tree, Mapping) and tree:
+        for key in tree:
+            yield from flatten(tree[key], (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """All values of a config: dotted key -> value."""
+    return {".".join(path): value for path, value in flatten(to_dict(cfg))}
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The leaves that decide what a run computes: dotted key -> value.
+
+    A key that earlier versions lacked counts only with another value than theirs: a command comes back to the
+    directory that it made with them.
+    """
+    values = to_dict(cfg)
+    earlier = earlier_values(values)
+    return {
+        ".".join(path): value
+        for path, value in flatten(values)
+        if not any(path[: len(neutral)] == neutral for neutral in NEUTRAL)
+        and not (path in earlier and earlier[path] == value)
+    }
+
+
+def difference(old: DictConfig, new: DictConfig) -> list[str]:
+    """'key: old -> new' for each leaf in which two runs' identities differ."""
+    a, b = identity(old), identity(new)
+    return [
+        f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """`output_dir`, or a name made from the config: the same command comes back to the same directory."""
+    if cfg.output_dir:
+        return Path(cfg.output_dir)
+    digest = hashlib.sha256(json.dumps(identity(cfg) | {"data.root": cfg.data.get("root")}).encode()).hexdigest()
+    return Path("runs") / f"{cfg.task.name}-{cfg.model.name}-{cfg.data.name}-{digest[:8]}"
