@@ -118,6 +118,11 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def headroom(device: torch.device) -> int:
+    """Bytes of a GPU that stay free for NCCL, cuBLAS and fragments of memory."""
+    return max(int(0.06 * torch.cuda.mem_get_info(device)[1]), 1_500_000_000) if device.type == "cuda" else 0
+
+
 def free_in_cgroups(membership: str, root: Path) -> Iterator[int]:
     """Bytes that each control group (version 2) of this process, such as a job or a container, may still take."""
     own = next((line[3:].strip("/") for line in membership.splitlines() if line.startswith("0::")), None)

@@ -22,6 +22,7 @@ from mae.distributed.fsdp import gathered, replicated_like
 from mae.distributed.ranks import Ranks, start
 from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
+from mae.perf.compile import no_recompilation
 from mae.perf.profiling import profiled
 from mae.report import run as report
 from mae.runs import attempt, environment
@@ -196,7 +197,8 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> 
     """A trained task from start to summary."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
     tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
-    metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
+    with no_recompilation(t.task.trained):
+        metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
     t.loader.close()
     if ranks.main:
         t.task.conclude(run, t.progress.step, tracker, cfg.data.name)

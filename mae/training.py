@@ -21,7 +21,7 @@ from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
 from mae.distributed.ranks import Ranks, assert_same
 from mae.perf.compile import accelerate
-from mae.perf.micro_batch import Trial, micro_batch_size
+from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.tasks.base import build_task
 from mae.tasks.common import bad_files, both_sets, eval_loader
@@ -213,12 +213,13 @@ def set_up(
     task.train()  # which a task may mean otherwise for its frozen parts than nn.Module begins with
     if restored is not None:
         restore_weights(restored, task.model)
+    if ranks.world > 1:  # a digest of large weights takes seconds
+        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
+    ranks.shard(task)
     held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
     images = fingerprint(loader.source)
-    if ranks.world > 1:  # a digest of large weights takes seconds
-        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
-        assert_same(ranks, images, "images")
+    assert_same(ranks, images, "images")
     model = ranks.wrap(task, accumulating=plan.accumulation > 1)
     groups = call(optim.param_groups, cfg.optimizer, task.trained)
     schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, warmup_epochs)
@@ -252,10 +253,8 @@ def set_up(
 
 def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) -> int | None:
     """Sets how the model computes, and finds how many images it holds at a time; None: its whole share."""
-    few = min(2, max(1, cfg.task.batch_size // ranks.world))
     trial = Trial(cfg, task, task.num_patches, ranks.device, autocast)
-    call(accelerate, cfg.task, task.trained, ranks.device, lambda: trial.step(few))
-    held = call(micro_batch_size, cfg.task, run, ranks, trial)
+    held = call(accelerate, cfg.task, run, ranks, trial, task.trained)
     device.forget_peak_memory(ranks.device)  # trials are not the run's
     return held
 

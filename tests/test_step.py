@@ -250,6 +250,19 @@ def test_auto_leaves_room_for_what_the_run_holds_beside_a_step(monkeypatch):
     assert trials == [[3 * weights], [3 * weights]]  # gradients and two states, once at a time
 
 
+def test_two_small_sizes_predict_what_a_gpu_holds_and_one_step_confirms_it(monkeypatch):
+    cfg = composed(*TINY_PRETRAIN, "task.batch_size=5040")
+    tried: list[int] = []
+    monkeypatch.setattr(Trial, "fits", lambda self, images, reserved: tried.append(images) or True)
+    monkeypatch.setattr(Trial, "peak", lambda self, images: 5000 + 100 * images)
+    monkeypatch.setattr(device, "headroom", lambda _: 700)
+    made = build_task(cfg, build(SOURCES, cfg.data, "val"))
+    states = 3 * sum(4 * p.numel() for p in made.parameters() if p.requires_grad)
+    monkeypatch.setattr(device, "free_memory", lambda _: states + 700 + 5000 + 100 * 1000)
+    assert micro_batch.largest(trial_of(cfg, made, "cuda"), 5040) == 840
+    assert tried == [1, 8, 840]
+
+
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_the_plan_s_activations_are_those_of_the_model(task):
     """What is counted without memory is what autograd keeps: less in half precision, and less of whole blocks."""

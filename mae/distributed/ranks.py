@@ -46,17 +46,17 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module, accumulating: bool) -> nn.Module:
-        """The module with gradients averaged over ranks at the end of each step's backward pass.
-
-        With `sharding="full"` each rank holds a shard of the weights, gradients and optimizer states.
-        """
-        if self.world == 1:
-            return module
-        if self.sharding == "full":
+    def shard(self, module: nn.Module) -> None:
+        """With `sharding="full"` leaves each rank a shard of the weights, gradients and optimizer states."""
+        if self.world > 1 and self.sharding == "full":
             from mae.distributed.fsdp import shard  # seconds to import
 
-            return shard(module, self.device)
+            shard(module, self.device)
+
+    def wrap(self, module: nn.Module, accumulating: bool) -> nn.Module:
+        """The module with gradients averaged over ranks at the end of each step's backward pass."""
+        if self.world == 1 or self.sharding == "full":
+            return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         # a static graph wants gradients exchanged in its first pass, which an accumulating step does not do
         return DistributedDataParallel(

@@ -4,13 +4,19 @@ Compilation by block: one small graph serves all blocks of a width, so that a Vi
 """
 
 import logging
-from collections.abc import Callable
-from typing import Literal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-from mae.models.layers import Block, blocks_of, set_attention_kernel, set_checkpointing
+from mae import device as devices
+from mae.distributed.ranks import Ranks
+from mae.models.layers import Block, Checkpointing, Kernel, blocks_of, set_attention_kernel, set_checkpointing
+from mae.perf.micro_batch import Search, Trial, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -19,33 +25,89 @@ TRIALS = {None: 1, "reduce-overhead": 3}  # a CUDA graph warms up first, is reco
 
 
 def accelerate(
+    run: Path,
+    ranks: Ranks,
+    trial: Trial,
     model: nn.Module,
-    device: torch.device,
-    trial: Callable[[], object],
     *,
     compile: Literal["auto", "off", "blocks", "graphs"],
-    checkpointing: Literal["none", "light", "blocks"],
-    attention_kernel: Literal["auto", "plain", "fused"],
-) -> None:
-    """Sets what the blocks of `model` recompute in backward, their attention kernel, and compiles them.
+    checkpointing: Checkpointing,
+    attention_kernel: Literal["auto"] | Kernel,
+    micro_batch_size: Annotated[int, "[1, inf)"] | Literal["auto"] | None,
+) -> int | None:
+    """Sets how the blocks of `model` compute; returns the size of a micro-batch, None for a device's whole share.
 
-    `auto` compiles on CUDA alone: on a CPU it needs a C++ compiler and a wait, for a gain that only processors with
-    AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. `trial` runs a step; if it fails, a
-    warning says so and the blocks stay uncompiled.
+    `compile=auto` compiles on CUDA alone: on a CPU it needs a C++ compiler and a wait, for a gain that only processors
+    with AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. The size is found before, so that
+    each graph is compiled at the size of the run.
     """
     set_checkpointing(model, checkpointing)
     set_attention_kernel(model, attention_kernel)
-    if compile == "off" or (compile == "auto" and device.type != "cuda"):
-        return
+    search = Search(run, ranks, trial) if micro_batch_size == "auto" else None
+    size = search.run() if search else micro_batch_size
+    if compile != "off" and (compile != "auto" or ranks.device.type == "cuda"):
+        assert size != "auto"
+        size = compile_at(size, search, ranks, trial, model, compile)
+    if search:
+        assert isinstance(size, int)
+        search.store(size)
+    assert size != "auto"
+    return size
+
+
+def compile_at(
+    size: int | None, search: Search | None, ranks: Ranks, trial: Trial, model: nn.Module, compile: str
+) -> int | None:
+    """Compiles the blocks and runs steps of `size` images; returns the size.
+
+    Where that does not fit after all, the next smaller size of the search is compiled. Where compilation fails on any
+    rank, a warning says why, and the blocks stay uncompiled on all.
+    """
+    from torch._dynamo.utils import counters  # seconds to import
+
+    began, graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
     mode = "reduce-overhead" if compile == "graphs" else None
+    torch.compiler.set_stance("default")
     compile_blocks(model, mode)
+    images = size or trial.cfg.task.batch_size // ranks.world
+    while failures := _failures(ranks, trial, images, TRIALS[mode]):
+        if search is None or not all(failure.memory for failure in failures):
+            reason = failures[0].reason
+            log.warning("task.compile=%s is switched off: compiling the blocks failed (%s)", compile, reason)
+            plain_blocks(model)
+            return size
+        size = images = search.next_smaller(images)
+    seconds, count = time.perf_counter() - began, counters["stats"]["unique_graphs"] - graphs
+    log.info("compiled %d graphs in %.1f s, for %d images at a time", count, seconds, images)
+    return size
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial of compiled blocks failed on a rank."""
+
+    reason: str
+    memory: bool  # too little of it
+
+
+def _failures(ranks: Ranks, trial: Trial, images: int, times: int) -> list[Failure]:
+    """The failures of all ranks, on every rank, when each runs `times` steps; empty where all pass."""
+    failure = None
     try:
-        for _ in range(TRIALS[mode]):
-            trial()
-    except Exception as error:  # whatever a compiler of another vendor raises
+        for _ in range(times):
+            trial.step(images)
+    except Exception as error:  # any type: compilers of other vendors raise their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        log.warning("task.compile=%s is switched off: compiling the blocks failed (%s)", compile, reason)
-        plain_blocks(model)
+        failure = Failure(reason, out_of_memory(error))
+    devices.release(ranks.device)
+    return [failure for failure in ranks.gather(failure) if failure is not None]
+
+
+def no_recompilation(model: nn.Module) -> AbstractContextManager[object]:
+    """Within, what has no graph yet runs uncompiled: a short last batch, pictures, k-NN, further mask ratios."""
+    if all(block._compiled_call_impl is None for block in blocks_of(model)):
+        return nullcontext()  # the compiler takes seconds to import
+    return torch.compiler.set_stance("eager_on_recompile")
 
 
 def compile_blocks(model: nn.Module, mode: str | None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from mae import device as devices
 from mae.config import rules
+from mae.distributed.fsdp import forget_order
 from mae.distributed.ranks import Ranks
 from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
@@ -59,6 +59,7 @@ class Trial:
             with self.autocast():
                 loss = self.task(batch)["loss"]
             loss.backward()
+            self.task.eval()
             with torch.no_grad(), self.autocast():
                 self.task(batch)
 
@@ -78,7 +79,18 @@ class Trial:
             if not out_of_memory(error):
                 raise
             return False
+        finally:
+            devices.release(self.device)  # also after success: NCCL and other libraries allocate beside torch
         return True
+
+    def peak(self, images: int) -> int:
+        """Bytes that a step of a GPU needs beside what is allocated already."""
+        allocated = torch.cuda.memory_allocated(self.device)
+        devices.forget_peak_memory(self.device)
+        self.step(images)
+        peak = devices.peak_memory(self.device) - allocated
+        devices.release(self.device)
+        return peak
 
 
 @contextmanager
@@ -101,9 +113,11 @@ def unchanged(task: nn.Module) -> Iterator[None]:
     finally:
         for module in reducing:
             setattr(module, "alone", False)  # noqa: B010
+        task.train()
         for name, buffer in task.named_buffers():
             buffer.copy_(buffers[name])
         task.zero_grad(set_to_none=True)
+        forget_order(task)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
 
@@ -120,38 +134,52 @@ def stored_size(path: Path, settings: Mapping[str, object]) -> int | None:
     return int(stored["micro_batch_size"]) if settings in stored.get("found_for", []) else None
 
 
-def micro_batch_size(
-    run: Path, ranks: Ranks, trial: Trial, *, micro_batch_size: int | Literal["auto"] | None
-) -> int | None:
-    """`task.micro_batch_size`; where it is `auto`, the largest divisor of a device's share that fits.
+class Search:
+    """The sizes of a micro-batch that fit, for `task.micro_batch_size=auto`; the same on every rank.
 
-    The effective batch stays what it is. All ranks use the smallest size of any. Raises ValueError where no size fits.
+    The effective batch stays what it is, since sizes divide a device's share of it.
     """
-    if micro_batch_size != "auto":
-        return micro_batch_size
-    cfg = trial.cfg
-    share, path = cfg.task.batch_size // ranks.world, run / MICRO_BATCH_FILE
-    settings = {
-        "share": share,
-        "checkpointing": cfg.task.checkpointing,
-        "attention_kernel": cfg.task.attention_kernel,
-        "precision": cfg.task.precision,
-        "device": devices.model_name(trial.device),
-    }
-    stored = [size for size in ranks.gather(stored_size(path, settings)) if size is not None]
-    if len(stored) == ranks.world:  # either all ranks search or none does
-        return min(stored)
-    size = min(ranks.gather(largest(trial, share)))
-    if not size:
-        raise ValueError(
-            f"task.micro_batch_size=auto: not even the smallest part of a batch of model={cfg.model.name} fits in the "
-            "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
-        )
-    devices_of_ranks = ranks.gather(settings)
-    if ranks.main:
-        write_text(path, json.dumps({"micro_batch_size": size, "found_for": devices_of_ranks}) + "\n")
-    log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", size, share)
-    return size
+
+    def __init__(self, run: Path, ranks: Ranks, trial: Trial):
+        self.path, self.ranks, self.trial = run / MICRO_BATCH_FILE, ranks, trial
+        task = trial.cfg.task
+        self.share = task.batch_size // ranks.world
+        self.settings = {
+            "share": self.share,
+            "checkpointing": task.checkpointing,
+            "attention_kernel": task.attention_kernel,
+            "precision": task.precision,
+            "device": devices.model_name(trial.device),
+        }
+
+    def run(self) -> int:
+        """The largest size that fits, or that an earlier start found. Raises ValueError where no size fits."""
+        ranks, stored = self.ranks, self.ranks.gather(stored_size(self.path, self.settings))
+        known = [size for size in stored if size is not None]
+        if len(known) == ranks.world:  # either all ranks search or none does
+            return min(known)
+        return self.checked(min(ranks.gather(largest(self.trial, self.share))))
+
+    def next_smaller(self, size: int) -> int:
+        """The next size to try. Raises ValueError where there is none."""
+        return self.checked(next((smaller for smaller in sizes(self.trial, self.share) if smaller < size), 0))
+
+    def checked(self, size: int) -> int:
+        """The size, unless it is 0. Raises ValueError then."""
+        if not size:
+            model = self.trial.cfg.model.name
+            raise ValueError(
+                f"task.micro_batch_size=auto: not even the smallest part of a batch of model={model} fits in the "
+                "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
+            )
+        return size
+
+    def store(self, size: int) -> None:
+        """Writes the size into the run's directory, with the settings of each rank."""
+        settings = self.ranks.gather(self.settings)
+        if self.ranks.main:
+            write_text(self.path, json.dumps({"micro_batch_size": size, "found_for": settings}) + "\n")
+        log.info("task.micro_batch_size=auto: %d of the %d images of a device's share fit at a time", size, self.share)
 
 
 def divisors(share: int, smallest: int, even: bool) -> list[int]:
@@ -159,27 +187,44 @@ def divisors(share: int, smallest: int, even: bool) -> list[int]:
     return [n for n in range(share, smallest - 1, -1) if share % n == 0 and not (even and n % 2)]
 
 
-def largest(trial: Trial, share: int) -> int:
-    """The largest divisor of `share` images for which a trial step fits, or 0.
+def sizes(trial: Trial, share: int) -> list[int]:
+    """The sizes of a micro-batch that divide a device's share, largest first."""
+    task = trial.cfg.task
+    return divisors(share, min(share, TASKS[task.name].smallest_batch), mixes(task))
 
-    A host that runs out of memory kills the process. There, sizes are first judged by what autograd saves for few
-    images. On other devices a tensor reserves what the run will hold beside a step.
+
+def largest(trial: Trial, share: int) -> int:
+    """The largest size for which a trial step fits, or 0.
+
+    Memory is affine in the size: two small sizes predict which one fits, and a step confirms it. Meanwhile a tensor
+    reserves what the run will hold beside a step. A host that runs out of memory kills the process, so that there the
+    bytes that autograd saves decide.
     """
-    task = trial.task
-    smallest = min(share, TASKS[trial.cfg.task.name].smallest_batch)
-    candidates = divisors(share, smallest, mixes(trial.cfg.task))
+    candidates = sizes(trial, share)
     # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states
-    states = sum(3 * p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    on_host = trial.device.type == "cpu"
-    if on_host and candidates:
+    states = sum(3 * p.numel() * p.element_size() for p in trial.task.parameters() if p.requires_grad)
+    reserved = states + devices.headroom(trial.device)
+    if trial.device.type == "cpu" and candidates:
         few = min(candidates[0], 2)
         per_image = trial.saved_bytes(few) / few
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which share the host's memory
         free = SHARE_OF_FREE * devices.free_memory(trial.device) / ranks_here - states
         # backward allocates half as much again as autograd saves
-        candidates = [n for n in candidates if 1.5 * n * per_image <= free]
+        candidates, reserved = [n for n in candidates if 1.5 * n * per_image <= free], 0
+    elif trial.device.type == "cuda":
+        candidates = predicted(trial, candidates, reserved)
     for images in candidates:
-        if trial.fits(images, 0 if on_host else states):
+        if trial.fits(images, reserved):
             return images
-        devices.release(trial.device)
     return 0
+
+
+def predicted(trial: Trial, candidates: list[int], reserved: int) -> list[int]:
+    """The sizes of which the peaks of two small ones predict that they fit, largest first."""
+    small = [n for n in reversed(candidates) if n <= 8]
+    if len(small) < 2 or not all(trial.fits(n, reserved) for n in (small[0], small[-1])):
+        return [n for n in candidates if n <= max(small, default=candidates[0])]
+    first, last = (trial.peak(n) for n in (small[0], small[-1]))
+    per_image = max(1.0, (last - first) / (small[-1] - small[0]))
+    free = devices.free_memory(trial.device) - reserved
+    return [n for n in candidates if first + (n - small[0]) * per_image <= free]
