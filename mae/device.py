@@ -15,6 +15,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # as the host, Triton and cuBLAS say it
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -151,6 +152,12 @@ def description(device: torch.device) -> tuple[str, str | None]:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.version.cuda
     return f"{device.type}, {os.cpu_count()} cores", None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice."""
+    stated = any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or stated
 
 
 def release(device: torch.device) -> None:

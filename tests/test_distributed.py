@@ -26,6 +26,7 @@ from mae import checkpoint, engine, training
 from mae.config.build import call
 from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
+from mae.distributed.rendezvous import lost_peer
 from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
 from mae.runs import files
@@ -139,6 +140,33 @@ def test_a_wish_of_one_rank_is_known_to_all_at_the_same_step(tmp_path):
     told = on_ranks(2, tmp_path, agreeing)
     assert told[0] == told[1]
     assert told[0] == [[False, False], [False, False], [False, False], [True, False], [False, True]]
+
+
+def connecting(rank: int, folder: Path) -> list[str]:
+    """What `start` asks of torch.distributed, in order."""
+    calls: list[str] = []
+    for name in ("init_process_group", "all_reduce", "new_group"):
+        function = getattr(dist, name)
+
+        def noted(*args, name=name, function=function, **how):
+            calls.append(f"{name} of {args[0].numel()}" if name == "all_reduce" else name)
+            return function(*args, **how)
+
+        setattr(dist, name, noted)
+    start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none").close()
+    return calls
+
+
+def test_ranks_exchange_once_before_memory_is_measured(tmp_path):
+    expected = ["init_process_group", "all_reduce of 1", "new_group"]
+    assert [calls[:3] for calls in on_ranks(2, tmp_path, connecting)] == [expected, expected]
+
+
+def test_a_rank_that_runs_out_of_memory_blames_no_other():
+    memory = "NCCL error in: NCCLUtils.cpp, unhandled cuda error, Cuda failure 'out of memory'"
+    assert not lost_peer(dist.DistBackendError(memory)) and not lost_peer(RuntimeError(memory))
+    assert not lost_peer(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. NCCL"))
+    assert lost_peer(dist.DistBackendError("NCCL error: remote process exited or there was a network error"))
 
 
 def different(rank: int, folder: Path) -> str:

@@ -162,14 +162,14 @@ def start(
     if world == 1:
         return Ranks(here)
     timeout = datetime.timedelta(seconds=1.5 * timeout_s)  # later than the watchdog, which knows who is late
-    backend = "nccl" if here.type == "cuda" else "gloo"
+    backend, own_gpu = ("nccl", here) if here.type == "cuda" else ("gloo", None)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # whose agent has gathered the ranks already
         agent_store, *_ = next(environment_store("env://", rank, world, timeout=timeout))
         store = PrefixStore(f"start_{next(STARTS)}", agent_store)  # stages of a pipeline share the agent's store
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     else:
         store = rendezvous(rank, world, rendezvous_timeout_s)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world, device_id=own_gpu)
+    dist.all_reduce(torch.zeros(1, device=here))  # connects now: NCCL's buffers are there before memory is measured
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return Ranks(here, rank, world, local, control, sharding, timeout_s)

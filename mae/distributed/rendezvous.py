@@ -8,6 +8,8 @@ import time
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from mae.device import out_of_memory
+
 PEER = re.compile(r"connection (closed|reset|refused|was|broken)|broken pipe|timed out|socket|gloo|nccl", re.I)
 
 
@@ -56,7 +58,12 @@ def rendezvous(rank: int, world: int, seconds: float) -> TCPStore:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone, or never came: not this rank's own fault."""
+    """Whether an error only says that another rank is gone, or never came: not this rank's own fault.
+
+    NCCL reports a lack of memory on this rank by the same type of error.
+    """
+    if out_of_memory(error):
+        return False
     if isinstance(error, Absent | dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     return type(error) is RuntimeError and PEER.search(str(error)) is not None

@@ -16,7 +16,7 @@ from torch import nn
 from mae import device as devices
 from mae.distributed.ranks import Ranks
 from mae.models.layers import Block, Checkpointing, Kernel, blocks_of, set_attention_kernel, set_checkpointing
-from mae.perf.micro_batch import Search, Trial, out_of_memory
+from mae.perf.micro_batch import Search, Trial
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _failures(ranks: Ranks, trial: Trial, images: int, times: int) -> list[Failu
             trial.step(images)
     except Exception as error:  # any type: compilers of other vendors raise their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        failure = Failure(reason, out_of_memory(error))
+        failure = Failure(reason, devices.out_of_memory(error))
     devices.release(ranks.device)
     return [failure for failure in ranks.gather(failure) if failure is not None]
 

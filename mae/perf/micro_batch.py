@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 MICRO_BATCH_FILE = "micro_batch_size.json"  # in the run's directory: a run that goes on does not try again
 SHARE_OF_FREE = 0.8  # of the free memory of a host, which other programs use too
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # as the host, Triton and cuBLAS say it
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Trial:
             self.step(images)
             del reservation
         except Exception as error:
-            if not out_of_memory(error):
+            if not devices.out_of_memory(error):
                 raise
             return False
         finally:
@@ -120,12 +119,6 @@ def unchanged(task: nn.Module) -> Iterator[None]:
         forget_order(task)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
-    stated = any(text in str(error) for text in OUT_OF_MEMORY)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or stated
 
 
 def stored_size(path: Path, settings: Mapping[str, object]) -> int | None:
