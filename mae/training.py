@@ -148,7 +148,8 @@ class Training:
         """Takes up all of a checkpoint but its weights, which `restore_weights` did."""
         trainer = checkpoint.read_trainer(path)
         self.optimizer.load_state_dict(fsdp.local_optimizer_state(trainer["optimizer"], self.optimizer))
-        self.scaler.load_state_dict(trainer["scaler"])
+        if trainer["scaler"]:  # empty where the run had another number format, on another device
+            self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
         self.progress.load(trainer["progress"])
         losses = trainer.get("loss_sums", [float(self.progress.loss_sum)])

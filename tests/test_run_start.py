@@ -191,6 +191,19 @@ def test_resume_keeps_the_directory_and_the_command_line(trained):
     assert cfg.data.num_workers == 3 and cfg.output_dir == str(run)
     stored = stored_overrides(run)
     assert overrides == [o for o in stored if o != "data.num_workers=0"] + ["data.num_workers=3"]
+    typed = [f"resume='{run}'", "task.compile=off", "device=auto"]
+    cfg, overrides = resumed(composed(*typed), typed)
+    assert cfg.task.compile == "off" and cfg.device == "auto" and overrides[-2:] == typed[1:]
+
+
+def test_an_unfinished_run_goes_on_compiled_or_not_and_on_another_device(tmp_path):
+    plain = composed(*TINY_PRETRAIN, f"output_dir='{tmp_path}'")
+    other = composed(*TINY_PRETRAIN, f"output_dir='{tmp_path}'", "task.compile=blocks", "device=auto")
+    assert prepare(plain, []) == prepare(other, []) == tmp_path
+    assert read_config(tmp_path).task.compile == "blocks"
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match='task.compile: "blocks" -> "auto"'):
+        prepare(plain, [])
 
 
 # ---------------------------------------------------------------- choices of groups, sweeps

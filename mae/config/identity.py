@@ -31,8 +31,11 @@ NEUTRAL = (
         for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")
     ),
 )
-# How the root's files are read: an unfinished run may go on with another reading, since its images are compared
-READING = ("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key")
+# Keys that an unfinished run may change, though they are part of its directory's name
+CHANGEABLE = (
+    *("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key"),  # images are compared
+    *("device", "task.compile"),  # another rounding
+)
 
 
 def flatten(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:

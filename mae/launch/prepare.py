@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mae.config.check import check_config
 from mae.config.compose import is_group
-from mae.config.identity import NEUTRAL, READING, difference, run_directory
+from mae.config.identity import CHANGEABLE, NEUTRAL, difference, run_directory
 from mae.config.overrides import key_of
 from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
 from mae.config.rules import reads_data
@@ -46,7 +46,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     if stored.exists():
         changes = difference(comparable(read_config(run)), comparable(cfg))
         if not (run / "summary.json").exists():
-            changes = [line for line in changes if line.partition(":")[0] not in READING]
+            changes = [line for line in changes if line.partition(":")[0] not in CHANGEABLE]
         if changes and failed_early(run):
             set_aside(run)
         elif changes:
@@ -100,7 +100,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     stored = read_config(run)
     typed = {key_of(override): override for override in overrides}
     typed.pop("resume")
-    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(READING)
+    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(CHANGEABLE)
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise UserError(
