@@ -17,9 +17,9 @@ from mae.data.transforms import CenterCrop
 from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
-from mae.weights.export import FORMATS, export, timm_model
+from mae.weights.export import EXPORT_FORMATS, export, timm_model
 from mae.weights.export_card import Facts, run_facts
-from mae.weights.export_state import sizes
+from mae.weights.export_state import architecture
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
@@ -83,8 +83,8 @@ def oblong():
 
 
 def looked_at(model, n):
-    size = sizes(model)
-    return images(size["img_size"], size["in_chans"], n)
+    size = architecture(model).encoder
+    return images(size.img_size, size.in_chans, n)
 
 
 def same_bits(model, state):
@@ -134,7 +134,7 @@ def test_timm_encoder_of_an_autoencoder(tmp_path):
     same(other.double().forward_features(fine), model.double().forward_features(fine))
     assert other.num_classes == 0
     found = read_pretrained(str(tmp_path))
-    assert found.kind == "timm, pretrained (encoder only)" and found.arch["num_heads"] == 3
+    assert found.kind == "timm, pretrained (encoder only)" and found.sizes["num_heads"] == 3
     same_bits(model, found.state)
 
 
@@ -147,14 +147,15 @@ def test_timm_names_of_the_papers_models():
     }.items():
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=10, global_pool="avg")
-        size = sizes(model)
-        assert (size["embed_dim"], size["depth"], size["num_heads"], size["patch_size"][0]) == (
+        net = architecture(model)
+        size = net.encoder
+        assert (size.embed_dim, size.depth, size.num_heads, size.patch_size[0]) == (
             width,
             depth,
             heads,
             patch,
         )
-        assert timm_model(size) == (name, {"global_pool": "avg"})
+        assert timm_model(net) == (name, {"global_pool": "avg"})
 
 
 def test_timm_linear_probe_is_folded(tmp_path):
@@ -373,7 +374,7 @@ def test_refusals(tmp_path):
         export(vit(), format="timm", path=str(tmp_path / "file"), facts=FACTS)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXPORT_FORMATS)
 def test_card(tmp_path, format):
     model = vit(global_pool="token", depth=1)
     paths = export(model, format=format, path=str(tmp_path / "net"), facts=FACTS)

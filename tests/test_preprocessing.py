@@ -18,7 +18,8 @@ from mae.tasks.common import image_top, warn_of_crop, warn_of_statistics
 from mae.weights import files as weight_files
 from mae.weights.export import export
 from mae.weights.export_card import Facts
-from mae.weights.preprocessing import stated
+from mae.weights.files import Metadata
+from mae.weights.preprocessing import preprocessing_of
 from mae.weights.read import read_pretrained
 
 SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
@@ -58,13 +59,13 @@ def folder(path, files: dict) -> str:
     ],
 )
 def test_what_files_say_of_the_images(config, args, processor, mean, rescale):
-    preprocessing = stated(config, args, processor)
+    preprocessing = preprocessing_of(Metadata(config, args, processor))
     assert preprocessing is not None and preprocessing.mean == mean and preprocessing.rescale == rescale
 
 
 @pytest.mark.parametrize("files", [({}, {}, {}), ({}, {"mean": None, "std": None}, {}), ({}, {}, {"do_resize": True})])
 def test_files_that_say_nothing_of_the_images(files):
-    assert stated(*files) is None
+    assert preprocessing_of(Metadata(*files)) is None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_files_that_say_nothing_of_the_images(files):
 )  # fmt: skip
 def test_statistics_are_brought_to_the_units_of_the_run(rescale, top, mean):
     processor = {"image_mean": [0.5], "image_std": [0.5], "rescale_factor": rescale}
-    preprocessing = stated({}, {}, processor) if rescale else stated({"data": {"mean": [0.5], "std": [0.5]}}, {}, {})
+    run = {"data": {"mean": [0.5], "std": [0.5]}}
+    preprocessing = preprocessing_of(Metadata(processor=processor) if rescale else Metadata(run))
     assert preprocessing is not None
     assert preprocessing.of_images_up_to(top)["mean"] == pytest.approx([mean])
 
@@ -212,7 +214,7 @@ def test_an_export_knows_the_type_of_the_runs_images(tmp_path, dtype, words):
     files = tmp_path / "plain" / "export" / "safetensors"
     assert words in (files / "README.md").read_text()
     top = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
-    assert read_pretrained(str(files)).meta["args"]["rescale_factor"] == 1 / top
+    assert read_pretrained(str(files)).meta.args["rescale_factor"] == 1 / top
     if dtype == "uint16":
         with pytest.raises(ValueError, match="cannot prepare 16-bit images"):
             run_here(tmp_path / "hf", *command, "task.format=huggingface")

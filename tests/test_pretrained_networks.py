@@ -113,7 +113,7 @@ def save(model: nn.Module, folder, arguments) -> None:
 def logits(path, x: torch.Tensor, heads: int):
     """What we compute from a file as it stands, and the report."""
     file = read_pretrained(str(path))
-    sizes = {key: file.arch[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
+    sizes = {key: file.sizes[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
     pool = file.head.pool if file.head else "token"
     model = classifier(
         **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=pool
@@ -537,7 +537,7 @@ def test_a_whole_config_of_transformers_is_known():
     transformers = pytest.importorskip("transformers")
     for kind in (transformers.ViTConfig, transformers.ViTMAEConfig, transformers.ViTMSNConfig):
         config = kind(architectures=["X"], num_labels=3, layer_norm_eps=1e-6).to_dict()
-        assert huggingface.difference(config) == ""
+        assert huggingface.config_difference(config) == ""
 
 
 def test_a_head_for_masked_images_is_left_out(tmp_path):

@@ -104,7 +104,7 @@ def test_ours(tmp_path):
     for path in (tmp_path, folder, folder / "model.safetensors"):
         found = read_pretrained(str(path))
         assert found.kind == "ours, pretrained (encoder and decoder)"
-        assert found.meta["step"] == 10 and found.arch["num_heads"] == 3 and found.has_decoder
+        assert found.meta.step == 10 and found.sizes["num_heads"] == 3 and found.has_decoder
         other = autoencoder()
         report = load_pretrained(other, found, need_decoder=True)
         assert not report.fresh and not report.unused
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     newest = write_run(tmp_path, scramble(autoencoder(), 1), step=20) / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-8])
     found = read_pretrained(str(tmp_path))
-    assert found.meta["step"] == 10 and "step_00000020 was passed over" in found.notes[0]
+    assert found.meta.step == 10 and "step_00000020 was passed over" in found.notes[0]
     with pytest.raises(ValueError, match="damaged: its weights are truncated"):
         read_pretrained(str(newest))
     (tmp_path / "checkpoints/step_00000010/manifest.json").unlink()
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
 def test_reference_full(tmp_path):
     model = scramble(autoencoder())
     found = read_pretrained(reference_file(tmp_path / "mae_pretrain_full.pth", model.state_dict()))
-    assert found.kind == "reference, pretrained (encoder and decoder)" and found.meta["epoch"] == 3
+    assert found.kind == "reference, pretrained (encoder and decoder)" and found.meta.epoch == 3
     other = autoencoder()
     load_pretrained(other, found, need_decoder=True)
     noise = torch.rand(2, 16)
@@ -348,7 +348,7 @@ def test_hugging_face_shards(tmp_path):
         safetensors.torch.save_file({n: state[n] for n in held}, tmp_path / file)
     index = {"weight_map": {n: file for file, held in parts.items() for n in held}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert read_pretrained(str(tmp_path)).arch["depth"] == 2
+    assert read_pretrained(str(tmp_path)).sizes["depth"] == 2
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-00002"):
         read_pretrained(str(tmp_path))
@@ -735,7 +735,7 @@ def test_no_checkpoint(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             read_pretrained(path)
-    assert read_pretrained(whole).meta["args"]["input_size"] == 16
+    assert read_pretrained(whole).meta.args["input_size"] == 16
 
 
 @pytest.mark.parametrize(

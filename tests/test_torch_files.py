@@ -94,7 +94,7 @@ def test_the_weights_are_read_whatever_harmless_lies_beside_them(tmp_path, besid
     path = save(tmp_path / "x.pth", {"model": PLAIN, "epoch": 3, "beside": BESIDE[beside]()}, **options)
     checkpoint = read_pretrained(path)
     check_equal(checkpoint.state)
-    assert checkpoint.meta["epoch"] == 3
+    assert checkpoint.meta.epoch == 3
 
 
 @pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_mae_pytorch_is_read_with_its_arguments(tmp_path):
     content = {"model": PLAIN, "optimizer": optimizer_of_mae_pytorch(), "epoch": 0, "scaler": {}, "args": args}
     checkpoint = read_pretrained(save(tmp_path / "checkpoint-0.pth", content))
     check_equal(checkpoint.state)
-    assert checkpoint.norm_pix_loss is True and checkpoint.meta["args"]["input_size"] == 16
+    assert checkpoint.norm_pix_loss is True and checkpoint.meta.args["input_size"] == 16
 
 
 def test_a_state_dict_of_numpy_arrays_is_read(tmp_path):

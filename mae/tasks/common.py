@@ -142,7 +142,7 @@ def kept_classes(init: str) -> list[str] | None:
 
 def read_from(cfg: DictConfig, pretrained: PretrainedWeights) -> str:
     """The checkpoint that `init` stood for when it was read, or `init` itself."""
-    now, step = stands_for(cfg.init), pretrained.meta.get("step")
+    now, step = stands_for(cfg.init), pretrained.meta.step
     return cfg.init if now is None or step is None else str(now.with_name(step_name(step)))
 
 

@@ -19,7 +19,7 @@ from mae.tasks.evaluate import load_classifier
 from mae.tasks.visualize import load_autoencoder
 from mae.weights.export import export as write
 from mae.weights.export_card import Facts, run_facts
-from mae.weights.read import DECODER, PretrainedWeights, read_pretrained
+from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def export(
             classes=classes,
             encoder_only=encoder_only,
             mask_ratio=pretrained.mask_ratio or PAPERS_MASK_RATIO,
-            **run_facts(run_of(cfg.init), pretrained.meta.get("step")),
+            **run_facts(run_of(cfg.init), pretrained.meta.step),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
@@ -93,17 +93,18 @@ def autoencoder(
             "task.format=timm, which takes the encoder alone."
         )
     model, report = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder)
-    if lacking := [name for name in report.fresh if not name.startswith(DECODER)]:
+    decoder = model.decoder_keys()
+    if lacking := [name for name in report.fresh if name not in decoder]:
         raise ValueError(
             f"init={pretrained.path} ({pretrained.kind}) lacks {', '.join(lacking)}, which the exported network would "
             "have: fine-tune it first, and export that run."
         )
-    return model, any(name.startswith(DECODER) for name in report.fresh)
+    return model, bool(decoder & set(report.fresh))
 
 
 def restore_eps(pretrained: PretrainedWeights, model: nn.Module) -> None:
     """Gives LayerNorms the eps that every export has: timm's and the reference's formats record none."""
-    theirs = pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS)
+    theirs = pretrained.sizes.get("layer_norm_eps", LAYER_NORM_EPS)
     if theirs != LAYER_NORM_EPS:
         set_layer_norm_eps(model, LAYER_NORM_EPS)
         log.warning(

@@ -4,21 +4,22 @@ Every function takes (model, path, facts), writes whole files or none, and retur
 their bits, except that a linear probe's BatchNorm is folded into its matrix where the format has none.
 """
 
-import copy
-import importlib
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mae.errors import UserError
+from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
 from mae.weights.export_card import Facts, card
-from mae.weights.export_files import place, sort_metadata, staged
+from mae.weights.export_files import sort_metadata, staged, target_of
+from mae.weights.export_graphs import to_onnx, to_torch_export
 from mae.weights.export_huggingface import to_huggingface
-from mae.weights.export_state import State, description, encoder_weights, sizes, weights
+from mae.weights.export_state import Architecture, architecture, encoder_weights, weights
+from mae.weights.names import State
 
 TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
     (16, 192, 12, 3): "vit_tiny_patch16_224",
@@ -33,16 +34,17 @@ TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
     (14, 1024, 24, 16): "vit_large_patch14_224",
     (14, 1280, 32, 16): "vit_huge_patch14_224",
 }
-ONNX_FILE_LIMIT = 1_900_000_000  # bytes: an ONNX file is one protobuf message, of less than 2 GiB
+LIBRARY = "mae-experiments"  # in files of ours that have no config.json
 
 
 def export(model: nn.Module, *, format: str, path: str, facts: Facts) -> list[Path]:
-    """Writes `model` in a format of `FORMATS`. Raises ValueError in plain words where that is not possible."""
-    if format not in FORMATS:
-        raise ValueError(f"task.format={format} is not known: choose one of {', '.join(FORMATS)}.")
-    if facts.classes and len(facts.classes) != sizes(model)["num_classes"] and sizes(model)["num_classes"]:
-        raise ValueError(f"{len(facts.classes)} class names for {sizes(model)['num_classes']} logits: they must agree.")
-    return FORMATS[format](model, path, facts)
+    """Writes `model` in a format of `EXPORT_FORMATS`. Raises UserError where that is not possible."""
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"task.format={format} is not known: choose one of {', '.join(EXPORT_FORMATS)}.")
+    classes = architecture(model).num_classes
+    if facts.classes and classes and len(facts.classes) != classes:
+        raise UserError(f"{len(facts.classes)} class names for {classes} logits: they must agree.")
+    return EXPORT_FORMATS[format](model, path, facts)
 
 
 # ---------------------------------------------------------------- timm
@@ -54,197 +56,114 @@ def to_timm(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     Of a masked autoencoder the encoder is exported, with `norm` and no head. `timm.create_model` loads it as
     `"local-dir:FOLDER"`, or by name with `checkpoint_path=` and the arguments that the card shows.
     """
-    size, folder = sizes(model), Path(path).expanduser()
-    name, arguments = timm_model(size)
-    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    net, folder = architecture(model), Path(path).expanduser()
+    name, arguments = timm_model(net)
+    settings = "".join(f", {key}={value!r}" for key, value in arguments.items())
     usage = (
         f'import timm\n\nmodel = timm.create_model("local-dir:{folder.name}", pretrained=True)\n'
-        f"# or: timm.create_model({name!r}, num_classes={size['num_classes']}{given},\n"
+        f"# or: timm.create_model({name!r}, num_classes={net.num_classes}{settings},\n"
         f'#                       checkpoint_path="{folder.name}/model.safetensors")'
     )
-    text = _card(model, facts, "timm", usage, encoder=True)
     with staged(folder) as stage:
         safetensors.torch.save_file(encoder_weights(model), stage / "model.safetensors", metadata={"format": "pt"})
-        config = _timm_config(name, arguments, size, facts)
+        config = _timm_config(name, arguments, net, facts)
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (stage / "README.md").write_text(text)
+        (stage / "README.md").write_text(card(model, facts, "timm", usage, encoder_alone=True))
     return [folder / file for file in ("README.md", "config.json", "model.safetensors")]
 
 
-def timm_model(size: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """timm's name for a model of these sizes, and what must be passed besides `num_classes`."""
-    patch = size["patch_size"]
-    key = (patch[0], size["embed_dim"], size["depth"], size["num_heads"])
-    arguments: dict[str, Any] = {"global_pool": size["global_pool"]}
-    plain = patch[0] == patch[1] and size["hidden"] == 4 * size["embed_dim"] and key in TIMM_NAMES
+def timm_model(net: Architecture) -> tuple[str, dict[str, object]]:
+    """timm's name for such a model, and what must be passed besides `num_classes`."""
+    size, (height, width) = net.encoder, net.encoder.patch_size
+    key = (height, size.embed_dim, size.depth, size.num_heads)
+    arguments: dict[str, object] = {"global_pool": net.global_pool}
+    plain = height == width and size.hidden == 4 * size.embed_dim and key in TIMM_NAMES
     if not plain:
-        arguments |= {"patch_size": patch[0] if patch[0] == patch[1] else list(patch)}
-        arguments |= {name: size[name] for name in ("embed_dim", "depth", "num_heads")}
-        arguments["mlp_ratio"] = size["hidden"] / size["embed_dim"]
-    if size["img_size"] != (224, 224):
-        arguments["img_size"] = list(size["img_size"])
-    if size["in_chans"] != 3:
-        arguments["in_chans"] = size["in_chans"]
-    if not size["class_token"]:
+        arguments |= {"patch_size": height if height == width else [height, width]}
+        arguments |= {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.num_heads}
+        arguments["mlp_ratio"] = size.hidden / size.embed_dim
+    if size.img_size != (224, 224):
+        arguments["img_size"] = list(size.img_size)
+    if size.in_chans != 3:
+        arguments["in_chans"] = size.in_chans
+    if not net.class_token:
         arguments["class_token"] = False
     return TIMM_NAMES[key] if plain else "vit_base_patch16_224", arguments
 
 
-def _timm_config(name: str, arguments: dict[str, Any], size: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    height, width = size["img_size"]
-    config = {
+def _timm_config(name: str, arguments: dict[str, object], net: Architecture, facts: Facts) -> dict[str, object]:
+    config: dict[str, object] = {
         "architecture": name,
-        "num_classes": size["num_classes"],
-        "num_features": size["embed_dim"],
-        "global_pool": size["global_pool"],
+        "num_classes": net.num_classes,
+        "num_features": net.encoder.embed_dim,
+        "global_pool": net.global_pool,
         "model_args": arguments,
         "pretrained_cfg": {
             "tag": "mae",
             "custom_load": False,
-            "input_size": [size["in_chans"], height, width],
+            "input_size": [net.encoder.in_chans, *net.encoder.img_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": facts.crop,
             "crop_mode": "center",
             "mean": facts.mean,
             "std": facts.std,
-            "num_classes": size["num_classes"],
+            "num_classes": net.num_classes,
             "pool_size": None,
-            # older versions of timm adapt the named layer to any number of channels but 3, though the file fits already
-            "first_conv": "patch_embed.proj" if size["in_chans"] == 3 else None,
+            # older versions of timm adapt this layer to any number of channels but 3, though the file has the right one
+            "first_conv": "patch_embed.proj" if net.encoder.in_chans == 3 else None,
             "classifier": "head",
         },
     }
-    return config | ({"label_names": facts.classes} if facts.classes and size["num_classes"] else {})
+    if facts.classes and net.num_classes:
+        config["label_names"] = facts.classes
+    return config
 
 
 # ---------------------------------------------------------------- plain files
 
 
 def to_reference(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """The reference's own file: `{"model": state dict}` under its names, a `.pth`; `args` says what no tensor does."""
-    folder, name, readme = place(path, "model.pth")
+    """The reference's own file: `{"model": state dict}` under its names, a `.pth`; `args` holds what no tensor says."""
+    folder, name, readme = target_of(path, "model.pth")
     usage = f'import torch\n\nstate = torch.load("{name}", weights_only=True)["model"]'
     with staged(folder) as stage, (stage / name).open("wb") as file:
         torch.save({"model": _own(model, facts), "args": description(model, facts)}, file)
-        (stage / readme).write_text(_card(model, facts, "pytorch", usage))
+        (stage / readme).write_text(card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
 
 
 def to_safetensors(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """The reference's names in a `.safetensors` file, whose metadata says what no tensor does."""
-    folder, name, readme = place(path, "model.safetensors")
+    """The reference's names in a `.safetensors` file, whose metadata holds what no tensor says."""
+    folder, name, readme = target_of(path, "model.safetensors")
     usage = f'from safetensors.torch import load_file\n\nstate = load_file("{name}")'
     with staged(folder) as stage:
         text = {key: json.dumps(value) for key, value in description(model, facts).items()}
         safetensors.torch.save_file(_own(model, facts), stage / name, metadata={"format": "pt"} | text)
         sort_metadata(stage / name)
-        (stage / readme).write_text(_card(model, facts, "pytorch", usage))
+        (stage / readme).write_text(card(model, facts, "pytorch", usage))
     return [folder / name, folder / readme]
 
 
 def _own(model: nn.Module, facts: Facts) -> State:
-    """The tensors that come from the weights exported: without a decoder that does not."""
+    """The tensors that come from the exported weights: without a decoder that does not."""
     return encoder_weights(model) if facts.encoder_only else weights(model, fold=False)
 
 
-def _card(model: nn.Module, facts: Facts, library: str, usage: str, encoder: bool = False) -> str:
-    """The card; `encoder`: of a masked autoencoder the format holds the encoder alone."""
-    encoder &= isinstance(model, MaskedAutoencoder)
-    return card(facts, library=library, usage=usage, classifier=sizes(model)["num_classes"] > 0, encoder=encoder)
+def description(model: nn.Module, facts: Facts) -> dict[str, object]:
+    """What no tensor says of a model, in numbers and text: for the formats that have no config of their own."""
+    encoder = architecture(model).encoder
+    stated: dict[str, object] = {"library": LIBRARY, "layer_norm_eps": LAYER_NORM_EPS, "hidden_act": "gelu"}
+    stated |= {"img_size": list(encoder.img_size), "patch_size": list(encoder.patch_size)}
+    stated |= {"num_heads": encoder.num_heads, "mean": list(facts.mean), "std": list(facts.std)}
+    stated |= {"rescale_factor": 1 / facts.top} if facts.top else {}
+    if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
+        stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
+        stated |= {"mask_ratio": facts.mask_ratio}
+    return stated
 
 
-# ---------------------------------------------------------------- graphs
-
-
-class Graph(nn.Module):
-    """What a graph computes: a classifier's logits (B, classes), or an autoencoder's encoder tokens (B, 1 + L, D)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = copy.deepcopy(model).cpu().float()
-        self.eval()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.forward_features(image) if isinstance(self.model, MaskedAutoencoder) else self.model(image)
-
-    def example(self, batch: int) -> Tensor:
-        """Images (B, C, H, W) of noise, always the same."""
-        size = sizes(self.model)
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, size["in_chans"], *size["img_size"], generator=generator)
-
-
-def to_torch_export(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """A `.pt2` program of torch.export: any batch size, no code of this project needed to run it."""
-    folder, name, readme = place(path, "model.pt2")
-    graph = Graph(model)
-    program = torch.export.export(graph, (graph.example(2),), dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
-    usage = f'import torch\n\nmodel = torch.export.load("{name}").module()\noutput = model(images)'
-    with staged(folder) as stage:
-        torch.export.save(program, stage / name)
-        (stage / readme).write_text(_card(model, facts, "pytorch", usage, encoder=True))
-    return [folder / name, folder / readme]
-
-
-def to_onnx(model: nn.Module, path: str, facts: Facts) -> list[Path]:
-    """An ONNX graph for any batch size, checked with onnxruntime against PyTorch before it is put in place.
-
-    Input `image` (B, C, H, W), normalised; output `logits` (B, classes), or `tokens` (B, 1 + L, D) of an
-    autoencoder. Weights past 1.9 GB lie in a second file beside it, named `.data`.
-    """
-    runtime = _need("onnxruntime")
-    _need("onnx")
-    _need("onnxscript")
-    folder, name, readme = place(path, "model.onnx")
-    graph = Graph(model)
-    output = "tokens" if isinstance(model, MaskedAutoencoder) else "logits"
-    usage = (
-        f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")\n'
-        f'{output} = session.run(None, {{"image": images}})[0]  # images: numpy, float32'
-    )
-    size = sum(p.numel() * 4 for p in graph.parameters())
-    with staged(folder) as stage:
-        torch.onnx.export(
-            graph,
-            (graph.example(2),),
-            stage / name,
-            input_names=["image"],
-            output_names=[output],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            opset_version=18,
-            dynamo=True,
-            external_data=size > ONNX_FILE_LIMIT,
-            verbose=False,
-        )
-        _check_onnx(runtime, graph, stage / name)
-        (stage / readme).write_text(_card(model, facts, "onnx", usage, encoder=True))
-        names = sorted(file.name for file in stage.iterdir())
-    return [folder / file for file in names]
-
-
-def _check_onnx(runtime: Any, graph: Graph, path: Path) -> None:
-    """Raises RuntimeError where onnxruntime computes something else, at another batch size than the traced one."""
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors alone: it warns of GPUs that it does not use here
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    images = graph.example(3)
-    with torch.no_grad():
-        expected = graph(images)
-    found = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
-    if not error < 1e-4:
-        raise RuntimeError(f"The ONNX graph differs from the model by {error:.1e} of its largest output.")
-
-
-def _need(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"This format needs the package {package}: pip install 'mae-experiments[export]'.") from error
-
-
-FORMATS = {
+EXPORT_FORMATS = {
     "timm": to_timm,
     "huggingface": to_huggingface,
     "reference": to_reference,

@@ -1,48 +1,60 @@
 """The model card that goes with every exported file: recipe, data and results of the run it comes from."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
+from torch import nn
+
+from mae.models.mae import MaskedAutoencoder
+from mae.runs.files import read_json
+from mae.weights.export_state import architecture
+from mae.weights.files import Settings
+from mae.weights.files import section as section_of
 
 PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
-SHOWN = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
+SECTIONS = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the exported weights besides the weights."""
+    """What a card and a config say of exported weights."""
 
     name: str  # of the model, as in model.name
     source: str  # what they were read from, in words
     mean: list[float]  # of a channel, values in [0, 1]: what inputs are normalised by
     std: list[float]
     classes: list[str] = field(default_factory=list)  # names in the order of the logits
-    config: dict[str, Any] = field(default_factory=dict)  # the run's config.yaml
-    summary: dict[str, Any] = field(default_factory=dict)  # the run's summary.json
-    crop: float = 0.875  # the part of a side that is kept in evaluation; 224 / 256: the reference's
+    config: Settings = field(default_factory=dict)  # the run's config.yaml
+    summary: Settings = field(default_factory=dict)  # the run's summary.json
+    crop: float = 0.875  # the share of a side that is kept in evaluation; 224 / 256: the reference's
     encoder_only: bool = False  # a masked autoencoder whose decoder is not the weights' own, and is left out
     top: float | None = 255.0  # what values are divided by before `mean`: 65535 of 16 bits, 1 of floats, None: unknown
     mask_ratio: float = 0.75  # that the decoder learned at; the paper's
 
 
-def run_facts(run: Path | None, step: int | None) -> dict[str, Any]:
-    """`config` and `summary` of the run that weights come from; {} where they come from none. The summary is {} where
-    they are of another `step` than the one that the run ended with."""
+def run_facts(run: Path | None, step: int | None) -> dict[str, Settings]:
+    """`config` and `summary` of the run that weights come from; {} where they come from none.
+
+    The summary is {} where the weights are of another `step` than the run's last.
+    """
     if run is None:
         return {}
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    summary = read_json(run / "summary.json")
     ended = step is None or str(summary.get("checkpoint")).endswith(f"step_{step:08d}")
     return {"config": yaml.safe_load((run / "config.yaml").read_text()), "summary": summary if ended else {}}
 
 
-def card(facts: Facts, *, library: str, usage: str, classifier: bool, encoder: bool = False) -> str:
-    """The model card in Markdown, with the header that model hubs read. Holds no date: same facts, same card."""
+def card(model: nn.Module, facts: Facts, library: str, usage: str, encoder_alone: bool = False) -> str:
+    """The model card in Markdown, with the header that model hubs read. Holds no date: same facts, same card.
+
+    `encoder_alone`: the format holds the encoder of a masked autoencoder without its decoder.
+    """
+    classifier = architecture(model).num_classes > 0
     kind = "image-classification" if classifier else "image-feature-extraction"
     what = "image classifier" if classifier else "masked autoencoder (self-supervised)"
-    alone = " This file holds the encoder alone." if facts.encoder_only or encoder else ""
+    encoder_alone = facts.encoder_only or (encoder_alone and isinstance(model, MaskedAutoencoder))
+    alone = " This file holds the encoder alone." if encoder_alone else ""
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: {kind}\ntags:\n- vision\n- vit\n- mae\n---",
         f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.{alone}",
@@ -52,8 +64,8 @@ def card(facts: Facts, *, library: str, usage: str, classifier: bool, encoder: b
         _recipe(facts),
     ]
     if facts.classes:
-        shown = ", ".join(facts.classes[:20]) + (", ..." if len(facts.classes) > 20 else "")
-        parts.insert(4, f"{len(facts.classes)} classes: {shown}.")
+        names = ", ".join(facts.classes[:20]) + (", ..." if len(facts.classes) > 20 else "")
+        parts.insert(4, f"{len(facts.classes)} classes: {names}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,29 +84,28 @@ def _list(values: list[float]) -> str:
 def _results(facts: Facts) -> str:
     if not facts.summary:
         return "## Results\n\nNot known: these weights are not those that a finished run ended with."
-    rows = [f"| {key} | {_value(value)} |" for key, value in facts.summary.items() if not _is_place(key, value)]
+    rows = [f"| {key} | {_value(value)} |" for key, value in facts.summary.items() if not _is_path(key, value)]
     return "\n".join(["## Results", "", "| figure | value |", "|---|---|", *rows])
 
 
-def _is_place(key: str, value: Any) -> bool:
-    """Whether a value is a place on the machine that trained, which tells a reader nothing."""
+def _is_path(key: str, value: object) -> bool:
+    """Whether a value is a path on the machine that trained, which tells a reader nothing."""
     return key in ("checkpoint", "root", "path") or (isinstance(value, str) and value.startswith(("/", "~", ".")))
 
 
 def _recipe(facts: Facts) -> str:
     rows = [
         f"| {section}.{key} | {_value(value)} |"
-        for section in SHOWN
-        if isinstance(facts.config.get(section), dict)
-        for key, value in facts.config[section].items()
-        if value is not None and not _is_place(key, value)
+        for section in SECTIONS
+        for key, value in section_of(facts.config, section).items()
+        if value is not None and not _is_path(key, value)
     ]
     if not rows:
         return "## Recipe\n\nNot known: these weights do not come from a run of this project."
     return "\n".join(["## Recipe and data", "", "| setting | value |", "|---|---|", *rows])
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):

@@ -9,25 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mae.errors import UserError
+
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to write into; what it holds in the end is moved into `folder`, or nothing is.
 
-    Raises ValueError if one of the files is in `folder` already and differs: nothing is overwritten.
+    Raises UserError if `folder` holds one of the files already and it differs: nothing is overwritten.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"task.path={folder} is a file where a folder is needed: choose another path.")
+        raise UserError(f"task.path={folder} is a file where a folder is needed: choose another path.")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         yield stage
         files = sorted(stage.iterdir())
-        there = [f.name for f in files if (folder / f.name).exists()]
-        differing = [name for name in there if not filecmp.cmp(stage / name, folder / name, shallow=False)]
+        existing = [f.name for f in files if (folder / f.name).exists()]
+        differing = [name for name in existing if not filecmp.cmp(stage / name, folder / name, shallow=False)]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"task.path={folder} already holds another {', '.join(differing)}, which is not overwritten: "
                 "choose another path or remove it."
             )
@@ -39,19 +41,19 @@ def staged(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def place(path: str, default: str) -> tuple[Path, str, str]:
-    """Folder, file name and model card's name for an export of one file.
+def target_of(path: str, default: str) -> tuple[Path, str, str]:
+    """Folder, file name and model card's name of an export of one file.
 
     `path` is a file if it ends as `default` does, and the card is then named after it; otherwise a folder.
     """
-    target = Path(path).expanduser()
-    if target.suffix == Path(default).suffix:
-        return target.parent, target.name, f"{target.stem}.md"
-    return target, default, "README.md"
+    location = Path(path).expanduser()
+    if location.suffix == Path(default).suffix:
+        return location.parent, location.name, f"{location.stem}.md"
+    return location, default, "README.md"
 
 
 def sort_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file in order, so that the same export has the same bytes: it comes in any."""
+    """Sorts the metadata of a safetensors file, whose order is random, so that the same export has the same bytes."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

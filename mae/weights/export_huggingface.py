@@ -4,29 +4,30 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
+from mae.models.vit import EncoderSizes
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import staged
-from mae.weights.export_state import State, sizes, weights
+from mae.weights.export_state import Architecture, architecture, weights
+from mae.weights.names import State
 
 log = logging.getLogger(__name__)
 
 # The names of transformers 4, which the hub's own files have and transformers 5 still reads.
-BLOCK = {
+BLOCK_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-OUTSIDE = {
+OTHER_NAMES = {
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
@@ -38,29 +39,29 @@ OUTSIDE = {
 def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     """A folder for `from_pretrained`: of ViTMAEForPreTraining, or of ViTForImageClassification.
 
-    Raises ValueError where transformers has no such network (a mean of patch tokens, or an image that is no
+    Raises UserError where transformers has no such network (a mean of patch tokens, or an image that is no
     square for ViTMAE), or cannot prepare such images.
     """
-    size = sizes(model)
-    config = _config(model, size, facts)
+    net, folder = architecture(model), Path(path).expanduser()
+    config = _config(model, net, facts)
     if isinstance(model, MaskedAutoencoder):
         kind = "ViTMAEForPreTraining"
-        if len({*size["img_size"]}) > 1 or len({*size["patch_size"]}) > 1:
-            raise ValueError(
+        if len({*net.encoder.img_size}) > 1 or len({*net.encoder.patch_size}) > 1:
+            raise UserError(
                 "Hugging Face's ViTMAE takes square images and patches only: export to timm instead (task.format=timm)."
             )
     else:
         kind = "ViTForImageClassification"
-        _check_classifier(size)
-    processor, folder = _processor(size, facts), Path(path).expanduser()
+        _check_classifier(net)
+    processor = _processor(net.encoder, facts)
     usage = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({folder.name!r})"
     if processor is None:
-        height, width = size["img_size"]
+        height, width = net.encoder.img_size
         reason = f"images must be resized to cover {int(height / facts.crop)} x {int(width / facts.crop)} (height x "
         reason += f"width) and the centre {height} x {width} cut out, which no processor of transformers does"
         log.warning("no preprocessor_config.json is written: %s", reason)
         usage += f"\n# {reason}"
-    text = card(facts, library="transformers", usage=usage, classifier=kind != "ViTMAEForPreTraining")
+    text = card(model, facts, "transformers", usage)
     with staged(folder) as stage:
         state = huggingface_names(weights(model, fold=True))
         safetensors.torch.save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
@@ -72,64 +73,64 @@ def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_classifier(size: dict[str, Any]) -> None:
-    if size["global_pool"] != "token":
-        raise ValueError(
+def _check_classifier(net: Architecture) -> None:
+    if net.global_pool != "token":
+        raise UserError(
             "Hugging Face's ViTForImageClassification reads the class token, this model the mean of the patch "
             "tokens. Export to timm (task.format=timm), whose folder transformers' AutoModelForImageClassification "
             "loads too, or fine-tune with the class token (global_pool=token)."
         )
-    if not size["class_token"]:
-        raise ValueError("Hugging Face's ViT needs a class token, which this model lacks: use task.format=timm.")
+    if not net.class_token:
+        raise UserError("Hugging Face's ViT needs a class token, which this model lacks: use task.format=timm.")
 
 
 def huggingface_names(state: State) -> State:
     """The reference's names to those of transformers 4, queries, keys and values apart."""
     renamed: State = {}
     for name, tensor in state.items():
-        if found := re.match(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)$", name):
-            decoder, number, part, kind = found.groups()
+        if match := re.match(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)$", name):
+            decoder, number, layer, kind = match.groups()
             block = f"decoder.decoder_layers.{number}" if decoder else f"vit.encoder.layer.{number}"
-            if part == "attn.qkv":
+            if layer == "attn.qkv":
                 for which, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                     renamed[f"{block}.attention.attention.{which}.{kind}"] = piece.contiguous()
             else:
-                renamed[f"{block}.{BLOCK[part]}.{kind}"] = tensor
+                renamed[f"{block}.{BLOCK_NAMES[layer]}.{kind}"] = tensor
         else:
             stem, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-            renamed[OUTSIDE.get(stem, f"decoder.{stem}") + (f".{kind}" if kind else "")] = tensor
+            renamed[OTHER_NAMES.get(stem, f"decoder.{stem}") + (f".{kind}" if kind else "")] = tensor
     return renamed
 
 
-def _config(model: nn.Module, size: dict[str, Any], facts: Facts) -> dict[str, Any]:
+def _config(model: nn.Module, net: Architecture, facts: Facts) -> dict[str, object]:
     """What ViTMAEConfig and ViTConfig share, and what one of them has alone."""
-    config = {
-        "hidden_size": size["embed_dim"],
-        "num_hidden_layers": size["depth"],
-        "num_attention_heads": size["num_heads"],
-        "intermediate_size": size["hidden"],
+    size, decoder = net.encoder, net.decoder
+    config: dict[str, object] = {
+        "hidden_size": size.embed_dim,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.num_heads,
+        "intermediate_size": size.hidden,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": _one(size["img_size"]),
-        "patch_size": _one(size["patch_size"]),
-        "num_channels": size["in_chans"],
+        "image_size": _one(size.img_size),
+        "patch_size": _one(size.patch_size),
+        "num_channels": size.in_chans,
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
-    if isinstance(model, MaskedAutoencoder):
+    if isinstance(model, MaskedAutoencoder) and decoder is not None:
         return config | {
             "model_type": "vit_mae",
-            "decoder_hidden_size": size["decoder_embed_dim"],
-            "decoder_num_hidden_layers": size["decoder_depth"],
-            "decoder_num_attention_heads": size["decoder_num_heads"],
-            "decoder_intermediate_size": size["decoder_hidden"],
+            "decoder_hidden_size": decoder.width,
+            "decoder_num_hidden_layers": decoder.depth,
+            "decoder_num_attention_heads": decoder.num_heads,
+            "decoder_intermediate_size": decoder.hidden,
             "mask_ratio": facts.mask_ratio,
             "norm_pix_loss": model.norm_pix_loss,
         }
-    assert isinstance(model, VisionTransformer)
-    names = facts.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
+    names = facts.classes or [f"LABEL_{i}" for i in range(net.num_classes)]
     return config | {
         "model_type": "vit",
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -137,20 +138,20 @@ def _config(model: nn.Module, size: dict[str, Any], facts: Facts) -> dict[str, A
     }
 
 
-def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any] | None:
-    """As evaluation prepares images: resized to cover, the centre cropped. None where the size is no square:
-    transformers' processors only cover squares, and stretch an image to any other size.
+def _processor(size: EncoderSizes, facts: Facts) -> dict[str, object] | None:
+    """As evaluation prepares images: resized to cover, the centre cropped.
 
-    Raises ValueError of 16-bit images, and where their type is not known.
+    None where the size is no square: transformers' processors stretch an image to any other size.
+    Raises UserError for 16-bit images, and where their type is not known.
     """
-    height, width = size["img_size"]
+    height, width = size.img_size
     if facts.top is None:
-        raise ValueError(
+        raise UserError(
             "Hugging Face's image processor needs to know the type of the images, and none can be read: name the "
             "folder that they lie in now (data.root=DIR)."
         )
     if facts.top == 65535:
-        raise ValueError(
+        raise UserError(
             "Hugging Face's image processors cannot prepare 16-bit images: values overflow when they are resized. "
             "Choose task.format=timm, reference or safetensors."
         )
@@ -161,7 +162,7 @@ def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any] | None:
         "size": {"shortest_edge": int(height / facts.crop)},
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_convert_rgb": size["in_chans"] == 3 and facts.top == 255,
+        "do_convert_rgb": size.in_chans == 3 and facts.top == 255,
         "do_resize": True,
         "resample": 3,  # bicubic
         "do_rescale": facts.top != 1,
@@ -172,5 +173,5 @@ def _processor(size: dict[str, Any], facts: Facts) -> dict[str, Any] | None:
     }
 
 
-def _one(pair: tuple[int, int]) -> int | list[int]:
-    return pair[0] if pair[0] == pair[1] else list(pair)
+def _one(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)

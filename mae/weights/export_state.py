@@ -1,18 +1,38 @@
 """What every export format needs of a model: its tensors and its sizes."""
 
-from typing import Any
+from typing import NamedTuple
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from mae.models.layers import LAYER_NORM_EPS
+from mae.errors import UserError
+from mae.models.decoders import DecoderSizes
 from mae.models.mae import MaskedAutoencoder
-from mae.weights.export_card import Facts
+from mae.models.vit import EncoderSizes, encoder_sizes
+from mae.weights.names import State
 from mae.weights.parts import fold_batch_norm
-from mae.weights.read import DECODER
 
-State = dict[str, Tensor]
-LIBRARY = "mae-experiments"  # in files of ours that have no config.json
+
+class Architecture(NamedTuple):
+    """Sizes of a model, and what its classifier reads."""
+
+    encoder: EncoderSizes
+    decoder: DecoderSizes | None
+    num_classes: int  # 0: no classifier
+    global_pool: str
+    class_token: bool
+
+
+def architecture(model: nn.Module) -> Architecture:
+    """Raises UserError where no format can hold such a model."""
+    if isinstance(model, MaskedAutoencoder):
+        return Architecture(encoder_sizes(model), model.decoder.sizes, 0, "token", True)
+    if isinstance(model, VisionTransformer):
+        has_class_token = model.cls_token is not None
+        return Architecture(encoder_sizes(model), None, model.num_classes, model.global_pool, has_class_token)
+    raise UserError(
+        f"Only masked autoencoders and timm's vision transformers are exported, not a {type(model).__name__}."
+    )
 
 
 def weights(model: nn.Module, *, fold: bool) -> State:
@@ -25,52 +45,5 @@ def weights(model: nn.Module, *, fold: bool) -> State:
 
 def encoder_weights(model: nn.Module) -> State:
     """Tensors that timm's VisionTransformer has: a classifier's all, a masked autoencoder's encoder."""
-    state = weights(model, fold=True)
-    return {name: tensor for name, tensor in state.items() if not name.startswith(DECODER)}
-
-
-def sizes(model: nn.Module) -> dict[str, Any]:
-    """Sizes under the names of `model.*`, image and patch as (height, width); and what a classifier reads."""
-    if not isinstance(model, MaskedAutoencoder | VisionTransformer):
-        raise ValueError(
-            f"Only masked autoencoders and timm's vision transformers are exported, not a {type(model).__name__}."
-        )
-    blocks: Any = model.blocks
-    size = {
-        "img_size": tuple(model.patch_embed.img_size),  # type: ignore[arg-type]
-        "patch_size": tuple(model.patch_embed.patch_size),  # type: ignore[arg-type]
-        "in_chans": model.in_chans,
-        "embed_dim": model.pos_embed.shape[-1],  # type: ignore[union-attr]
-        "depth": len(blocks),
-        "num_heads": blocks[0].attn.num_heads,
-        "hidden": blocks[0].mlp.fc1.out_features,
-    }
-    if isinstance(model, MaskedAutoencoder):
-        decoder = model.decoder.sizes
-        return size | {
-            "num_classes": 0,
-            "global_pool": "token",
-            "class_token": True,
-            "decoder_embed_dim": decoder.width,
-            "decoder_depth": decoder.depth,
-            "decoder_num_heads": decoder.num_heads,
-            "decoder_hidden": decoder.hidden,
-        }
-    return size | {
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "class_token": model.cls_token is not None,
-    }
-
-
-def description(model: nn.Module, facts: Facts) -> dict[str, Any]:
-    """What no tensor says of a model, in numbers and text: for the formats that have no config of their own."""
-    size = sizes(model)
-    stated: dict[str, Any] = {"library": LIBRARY, "layer_norm_eps": LAYER_NORM_EPS, "hidden_act": "gelu"}
-    stated |= {key: list(size[key]) for key in ("img_size", "patch_size")} | {"num_heads": size["num_heads"]}
-    stated |= {"mean": list(facts.mean), "std": list(facts.std)}
-    stated |= {"rescale_factor": 1 / facts.top} if facts.top else {}
-    if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
-        stated |= {"decoder_num_heads": size["decoder_num_heads"], "norm_pix_loss": model.norm_pix_loss}
-        stated |= {"mask_ratio": facts.mask_ratio}
-    return stated
+    decoder = model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set()
+    return {name: tensor for name, tensor in weights(model, fold=True).items() if name not in decoder}

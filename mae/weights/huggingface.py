@@ -1,11 +1,10 @@
 """What the config.json of a Hugging Face model says, compared with what this project's networks compute."""
 
-from typing import Any
-
 from mae.models.layers import LAYER_NORM_EPS
+from mae.weights.files import Settings
 
 MODEL_TYPES = ("vit", "vit_mae", "vit_msn")
-SETTINGS: dict[str, tuple[Any, ...]] = {  # of the function, with the values that ours has
+SETTINGS: dict[str, tuple[object, ...]] = {  # of the function, with the values that ours has
     "hidden_act": ("gelu", "gelu_python"),  # GELUs by the error function
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -32,14 +31,19 @@ HARMLESS = {  # sizes, which the tensors tell; training; text generation; bookke
 }
 
 
-def difference(config: dict[str, Any]) -> str:
+def model_name(config: Settings) -> object:
+    """The class of the model that a config.json describes, or its `model_type`."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names else config["model_type"]
+
+
+def config_difference(config: Settings) -> str:
     """How the network of a config.json with `model_type` differs from ours, as a part of a sentence, or ""."""
     kind = config["model_type"]
     if kind not in MODEL_TYPES:
-        name = next(iter(config.get("architectures") or []), kind)
         return (
-            f"its config.json says that it is Hugging Face's {name} (model_type={kind}): of Hugging Face's models only "
-            "ViT, ViTMAE and ViTMSN are computed here"
+            f"its config.json says that it is Hugging Face's {model_name(config)} (model_type={kind}): of Hugging "
+            "Face's models only ViT, ViTMAE and ViTMSN are computed here"
         )
     if reason := setting_difference(config):
         return reason
@@ -52,7 +56,7 @@ def difference(config: dict[str, Any]) -> str:
     return ""
 
 
-def setting_difference(config: dict[str, Any]) -> str:
+def setting_difference(config: Settings) -> str:
     """Which setting of the function has another value than ours, as a part of a sentence, or ""."""
     eps = config.get("layer_norm_eps")
     if eps is not None and not (isinstance(eps, int | float) and eps <= LAYER_NORM_EPS):

@@ -2,17 +2,20 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from mae.errors import UserError
+from mae.weights.names import State
 
+Args = Mapping[str, object]  # the command line that a training script saved with its weights
+DECODER = ("mask_token", "decoder_")  # the reference's names of a decoder's tensors begin with these
 CHUNKED_BLOCK = r"^blocks\.(\d+)\.(\d+)\.(norm|attn|mlp|ls)"
-BLOCK = r"(decoder_)?blocks\."
-KNOWN_IN_BLOCK = BLOCK + r"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+BLOCK_NAME = r"(decoder_)?blocks\."
+KNOWN_IN_BLOCK = BLOCK_NAME + r"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
 SINUSOID = "sinusoid"  # a position table that is computed from the row's number, not stored
 
 
@@ -25,34 +28,34 @@ class Layout(NamedTuple):
     position: str = ""  # SINUSOID where the position embedding is not stored
 
 
-def convert(tensors: State, args: dict[str, Any], path: str) -> Layout:
-    """Recognises a layout and converts it. Raises ValueError naming `path` where nothing known is found."""
+def convert(tensors: State, args: Args, path: str) -> Layout:
+    """Recognises a layout and converts it. Raises UserError naming `path` where none is recognised."""
     layout = next((make for sign, make in LAYOUTS if any(re.search(sign, name) for name in tensors)), None)
     if layout is None:
-        raise ValueError(
+        raise UserError(
             f"init={path} holds no vision transformer that is known here: its tensors begin with "
             f"{', '.join(list(tensors)[:4])}. Known are the names of this project, facebookresearch/mae, timm, "
             "Hugging Face ViT and ViTMAE, shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch."
         )
     try:
-        found = layout(dict(tensors), args)
-        state = _bare(found.state)
+        converted = layout(dict(tensors), args)
+        state = _bare(converted.state)
         if "patch_embed.proj.weight" not in state:
             raise KeyError("the patch projection's weight")
     except KeyError as error:
-        raise ValueError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
+        raise UserError(f"init={path} is incomplete: it lacks {error.args[0]}.") from error
     except ValueError as error:
-        raise ValueError(f"init={path}: {error}") from error
-    if strange := [name for name in state if re.match(BLOCK, name) and not re.fullmatch(KNOWN_IN_BLOCK, name)]:
-        raise ValueError(
+        raise UserError(f"init={path}: {error}") from error
+    if strange := [name for name in state if re.match(BLOCK_NAME, name) and not re.fullmatch(KNOWN_IN_BLOCK, name)]:
+        raise UserError(
             f"init={path} is another kind of network than is computed here: no block here has {strange[0]}."
         )
-    if "pos_embed" not in state and not found.position:
-        raise ValueError(
+    if "pos_embed" not in state and not converted.position:
+        raise UserError(
             f"init={path} is another kind of network than is computed here: it has no table of position embeddings, "
             "so its positions are relative, rotary or none."
         )
-    return found._replace(state=state)
+    return converted._replace(state=state)
 
 
 # ---------------------------------------------------------------- helpers
@@ -84,10 +87,10 @@ def _rename(state: State, rules: Iterable[tuple[str, str]]) -> State:
 def _fuse_qkv(state: State) -> State:
     """Separate `attn.q.* attn.k.* attn.v.*` joined into `attn.qkv.*`."""
     for name in [n for n in state if re.search(r"attn\.q\.(weight|bias)$", n)]:
-        parts = [re.sub(r"attn\.q\.", f"attn.{part}.", name) for part in "qkv"]
-        if lacking := [part for part in parts if part not in state]:
-            raise ValueError(f"it is incomplete, having {name} but not {', '.join(lacking)}.")
-        state[name.replace("attn.q.", "attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+        names = [name.replace("attn.q.", f"attn.{letter}.") for letter in "qkv"]
+        if missing := [other for other in names if other not in state]:
+            raise ValueError(f"it is incomplete, having {name} but not {', '.join(missing)}.")
+        state[name.replace("attn.q.", "attn.qkv.")] = torch.cat([state.pop(other) for other in names])
     return state
 
 
@@ -108,7 +111,7 @@ def sinusoid(rows: int, dim: int) -> Tensor:
 # ---------------------------------------------------------------- the layouts
 
 
-def _native(state: State, args: dict[str, Any]) -> Layout:
+def _native(state: State, args: Args) -> Layout:
     """This project's, the reference's, timm's and DINOv2's: the names are ours already.
 
     DINOv2's `block_chunks` puts blocks into groups (`blocks.GROUP.NUMBER.`); a number counts all blocks.
@@ -144,7 +147,7 @@ _HF_REST = (
 )
 
 
-def _huggingface(state: State, args: dict[str, Any]) -> Layout:
+def _huggingface(state: State, args: Args) -> Layout:
     """transformers' ViT and ViTMAE, old (4.x, as on the hub) and new (5.x) names."""
     notes = []
     for name in [n for n in state if re.search(r"(^|\.)pooler\.|embeddings\.mask_token$|^decoder\.0\.", n)]:
@@ -175,7 +178,7 @@ _SEED_BLOCK = (
 )
 
 
-def _seed(state: State, args: dict[str, Any]) -> Layout:
+def _seed(state: State, args: Args) -> Layout:
     """shiyuwuCASIA/MAE-repo: separate q, k, v, a linear patch projection, no class row in its tables.
 
     Its tables are row first and sine and cosine in turn. A table is added to the same channels that the
@@ -199,11 +202,13 @@ def _seed(state: State, args: dict[str, Any]) -> Layout:
     return Layout("MAE-repo (shiyuwuCASIA)", state, notes)
 
 
-def _seed_patch(values: int, args: dict[str, Any]) -> tuple[int, int]:
+def _seed_patch(values: int, args: Args) -> tuple[int, int]:
     """Patch side and channels of a flat projection of so many values a patch; 3 channels if nothing tells."""
     for chans in (args.get("channel"), 3, 1, 4, 2):
-        if chans and values % chans == 0 and math.isqrt(values // chans) ** 2 == values // chans:
-            return math.isqrt(values // chans), chans
+        if isinstance(chans, int) and chans and values % chans == 0:
+            side = math.isqrt(values // chans)
+            if side**2 == values // chans:
+                return side, chans
     raise ValueError(f"its patches have {values} values, which no square of 1 to 4 channels has.")
 
 
@@ -216,7 +221,7 @@ _PENG = (
 )
 
 
-def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
+def _mae_pytorch(state: State, args: Args) -> Layout:
     """pengzhiliang/MAE-pytorch: no class token, computed 1-D position tables, biases of q and v alone."""
     state = _rename(state, _PENG)
     for name in [n for n in state if n.endswith(".attn.q_bias")]:
@@ -230,7 +235,7 @@ def _mae_pytorch(state: State, args: dict[str, Any]) -> Layout:
     return Layout("MAE-pytorch (pengzhiliang)", state, notes, position)
 
 
-LAYOUTS: tuple[tuple[str, Callable[[State, dict[str, Any]], Layout]], ...] = (
+LAYOUTS: tuple[tuple[str, Callable[[State, Args], Layout]], ...] = (
     (r"embeddings\.patch_embeddings\.projection\.", _huggingface),
     (r"enc_self_attn\.W_Q\.", _seed),
     (r"^encoder\.patch_embed\.|^encoder_to_decoder\.|^blocks\.0\.attn\.q_bias$", _mae_pytorch),

@@ -1,14 +1,26 @@
-"""Putting a checkpoint that was read into a model, and saying in words what fitted and what did not."""
+"""Putting a checkpoint that was read into a model, and reporting what was loaded and what was not."""
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
+from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
-from mae.weights.parts import HeadMode, class_token_absent, drop_class_token, keep_decoder, keep_head, place_positions
-from mae.weights.read import DECODER, PretrainedWeights, State, architecture
+from mae.models.mae import MaskedAutoencoder
+from mae.weights.layouts import DECODER
+from mae.weights.parts import (
+    HeadMode,
+    Loading,
+    add_positions,
+    drop_class_token,
+    lacks_class_token,
+    select_decoder,
+    select_head,
+)
+from mae.weights.read import PretrainedWeights
+from mae.weights.sizes import Sizes, differing, in_words, sizes_of_model
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +30,7 @@ SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio
 
 @dataclass
 class LoadReport:
-    """What came of fitting: names by fate, and sentences for what a user should know."""
+    """Names of tensors by what became of them, and sentences for what a user should know."""
 
     kind: str
     loaded: list[str] = field(default_factory=list)
@@ -36,33 +48,30 @@ class LoadReport:
 
 
 def load_pretrained(
-    model: nn.Module,
+    model: MaskedAutoencoder | VisionTransformer,
     pretrained: PretrainedWeights,
     *,
     need_decoder: bool = False,
-    head: HeadMode = "fit",
+    head: HeadMode = "match",
     trained: bool = True,
 ) -> LoadReport:
-    """Loads `pretrained` into a MaskedAutoencoder or a timm VisionTransformer, in place.
+    """Loads weights into a model, in place. Raises UserError, with the model unchanged, where they do not belong to it.
 
-    Position embeddings are interpolated where the grid differs. A MaskedAutoencoder takes the decoder if it
-    is there and fits, and must find one under `need_decoder`. A classifier takes the file's head if it has
-    as many classes and reads the same tokens (`"fit"`), must find that (`"require"`, for evaluation), or
-    keeps its own (`"fresh"`). A model that nobody trains (`trained=False`, `"require"`, `need_decoder`) gets the eps
-    of the file's LayerNorms; a checkpoint of a trained one would not record it. Raises ValueError in plain words
-    where what is needed does not fit; the model is then unchanged.
+    Position embeddings are interpolated where the grid differs. A MaskedAutoencoder loads a decoder of its size, and
+    must find one under `need_decoder`. A classifier loads a head with as many classes that reads the same tokens
+    (`"match"`), must find one (`"require"`, for evaluation), or keeps its own (`"fresh"`).
+
+    A model that nobody trains (`trained=False`, `"require"`, `need_decoder`) gets the eps of the file's LayerNorms; the
+    checkpoint of a trained one would not record it.
     """
-    target = model.state_dict()
-    ours = architecture(target) | _heads(model)
-    where = f"init={pretrained.path} ({pretrained.kind})"
-    _check_sizes(pretrained.arch, ours, where)
+    _check_sizes(pretrained, sizes_of_model(model))
     adopt_eps = not trained or need_decoder or head == "require"
-    notes = [*pretrained.notes, *_eps_note(pretrained, adopt_eps)]
-    state = {name: tensor for name, tensor in pretrained.state.items() if not name.endswith("pos_embed")}
-    notes += keep_decoder(state, target, pretrained, ours, where, need_decoder)
-    notes += keep_head(state, target, pretrained, where, head)
-    bare, said = class_token_absent(state, target, pretrained, model, where, head)
-    notes += said + place_positions(state, target, pretrained, model, where)
+    loading = Loading(model, pretrained, notes=[*pretrained.notes, *_eps_note(pretrained, adopt_eps)])
+    select_decoder(loading, need_decoder)
+    select_head(loading, head)
+    bare = lacks_class_token(loading, head)
+    add_positions(loading)
+    state, target = loading.state, loading.target
     if bare:  # the model is to do without its class token, as the file did
         state["pos_embed"] = state["pos_embed"][:, 1:]
         target["pos_embed"] = target["pos_embed"][:, 1:]
@@ -73,15 +82,15 @@ def load_pretrained(
         loaded=loaded,
         fresh=[name for name in target if name not in state],
         unused=[name for name in pretrained.state if name not in loaded],
-        notes=notes,
+        notes=loading.notes,
     )
-    _check_names(report, pretrained, where)
-    _check_shapes(state, target, where)
-    if bare:
+    _check_names(report, pretrained, model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set())
+    _check_shapes(loading)
+    if isinstance(model, VisionTransformer) and bare:
         drop_class_token(model)
     model.load_state_dict({name: state[name] for name in loaded}, strict=False)
     if adopt_eps:
-        set_layer_norm_eps(model, pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS))
+        set_layer_norm_eps(model, pretrained.sizes.get("layer_norm_eps", LAYER_NORM_EPS))
     log.info("init=%s: %s", pretrained.path, report)
     return report
 
@@ -92,7 +101,7 @@ def _families(names: list[str]) -> str:
 
 
 def _eps_note(pretrained: PretrainedWeights, adopted: bool) -> list[str]:
-    eps = pretrained.arch.get("layer_norm_eps", LAYER_NORM_EPS)
+    eps = pretrained.sizes.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps == LAYER_NORM_EPS:
         return []
     if adopted:
@@ -100,58 +109,40 @@ def _eps_note(pretrained: PretrainedWeights, adopted: bool) -> list[str]:
     return [f"Its LayerNorms had eps {eps:g}; ours have {LAYER_NORM_EPS:g}, as the reference's."]
 
 
-def _heads(model: nn.Module) -> dict[str, int]:
-    """Numbers of attention heads, which no tensor tells."""
-    heads = {}
-    for key, name in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
-        blocks: Any = getattr(model, name, None)
-        if blocks is not None and len(blocks):
-            heads[key] = blocks[0].attn.num_heads
-    return heads
-
-
-def _check_sizes(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> None:
-    """Raises ValueError where the encoders differ in size, naming the keys that would make them equal."""
-    differing = [key for key in SIZES if key in theirs and key in ours and theirs[key] != ours[key]]
-    if not differing:
-        return
-    has = ", ".join(f"{key} {_plain(theirs[key])}" for key in differing)
-    wants = ", ".join(f"{key} {_plain(ours[key])}" for key in differing)
-    settings = " ".join(f"model.{key}={_plain(theirs[key])}" for key in differing)
-    raise ValueError(
-        f"{where} is a vision transformer with {has}, but the model has {wants}. "
-        f"Set {settings}, or name another checkpoint."
-    )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return str(value[0]) if len(set(value)) == 1 else f"[{','.join(map(str, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _check_names(report: LoadReport, pretrained: PretrainedWeights, where: str) -> None:
-    """Raises ValueError where the encoder, or a decoder that was taken, would be incomplete or other."""
-    known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
-    if strange := [name for name in report.unused if not name.startswith(known)]:
-        raise ValueError(f"{where} is another kind of network: the model has no place for {_some(strange)}.")
-    optional = [*CLASSIFIER] if pretrained.has_class_token else [*CLASSIFIER, "cls_token"]
-    if not any(name.startswith("decoder_") for name in report.loaded):
-        optional += DECODER
-    if lacking := [name for name in report.fresh if not name.startswith(tuple(optional))]:
-        raise ValueError(
-            f"{where} is incomplete: it lacks {len(lacking)} tensors that the model needs, {_some(lacking)}."
+def _check_sizes(pretrained: PretrainedWeights, ours: Sizes) -> None:
+    """Raises UserError where the encoders differ in size, naming the keys that would make them equal."""
+    theirs = pretrained.sizes
+    if keys := differing(SIZES, theirs, ours):
+        has, wants = (", ".join(in_words(keys, sizes, "{} {}")) for sizes in (theirs, ours))
+        raise UserError(
+            f"{pretrained} is a vision transformer with {has}, but the model has {wants}. "
+            f"Set {' '.join(in_words(keys, theirs, 'model.{}={}'))}, or name another checkpoint."
         )
 
 
-def _check_shapes(state: State, target: State, where: str) -> None:
+def _check_names(report: LoadReport, pretrained: PretrainedWeights, decoder: set[str]) -> None:
+    """Raises UserError where the encoder, or a decoder that was loaded, would be incomplete or other."""
+    known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
+    if strange := [name for name in report.unused if not name.startswith(known)]:
+        raise UserError(f"{pretrained} is another kind of network: the model has no place for {_some(strange)}.")
+    optional = CLASSIFIER if pretrained.has_class_token else (*CLASSIFIER, "cls_token")
+    missing = [name for name in report.fresh if not name.startswith(optional)]
+    if not decoder & set(report.loaded):
+        missing = [name for name in missing if name not in decoder]
+    if missing:
+        raise UserError(
+            f"{pretrained} is incomplete: it lacks {len(missing)} tensors that the model needs, {_some(missing)}."
+        )
+
+
+def _check_shapes(loading: Loading) -> None:
     wrong = [
-        f"{name} is {_shape(state[name])} and should be {_shape(tensor)}"
-        for name, tensor in target.items()
-        if name in state and state[name].shape != tensor.shape
+        f"{name} is {_shape(loading.state[name])} and should be {_shape(tensor)}"
+        for name, tensor in loading.target.items()
+        if name in loading.state and loading.state[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"{where} does not fit the model: {'; '.join(wrong[:3])}.")
+        raise UserError(f"{loading.pretrained} does not fit the model: {'; '.join(wrong[:3])}.")
 
 
 def _shape(tensor: Tensor) -> str:

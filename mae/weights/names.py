@@ -11,12 +11,16 @@ Where a file holds several sets, the first by this order is read, and the report
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mae.errors import UserError
+
+State = dict[str, Tensor]  # a state dict
+Content = Mapping[object, object]  # of a file of torch.save
 WRAPPERS = {  # DistributedDataParallel and DataParallel, torch.compile, FSDP, activation checkpointing, Fabric
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 }  # fmt: skip
@@ -30,12 +34,12 @@ DEPTH = 5  # of containers within containers
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSet:
     """One set of weights: the keys that lead to its dict, the prefix of its names, and its tensors without it."""
 
     keys: tuple[str, ...]
     prefix: str
-    tensors: dict[str, Tensor]
+    tensors: State
 
     @property
     def label(self) -> str:
@@ -50,15 +54,15 @@ class Weights:
         return rank, [CONTAINERS.index(name) if name in CONTAINERS else len(CONTAINERS) for name in path]
 
 
-def select(content: Mapping[Any, Any], path: Any) -> tuple[Weights | None, list[str]]:
+def select(content: Content, path: str | Path) -> tuple[WeightSet | None, list[str]]:
     """The set of weights in what a file holds, and sentences on what else it holds; None where none is recognised.
 
-    Raises ValueError where there are several that no rule puts in order.
+    Raises UserError where there are several that no rule puts in order.
     """
-    choices: list[Weights] = []
+    choices: list[WeightSet] = []
     rest: dict[int, list[str]] = {}
-    for keys, state in states(content):
-        sets, others = _sets(keys, clean(state, path))
+    for keys, state in state_dicts(content):
+        sets, others = _sets(keys, without_wrappers(state, path))
         choices += sets
         rest |= {id(choice): others for choice in sets}
     if not choices:
@@ -67,7 +71,7 @@ def select(content: Mapping[Any, Any], path: Any) -> tuple[Weights | None, list[
     best = choices[0]
     equal = [choice.label for choice in choices if choice.order == best.order]
     if len(equal) > 1:
-        raise ValueError(
+        raise UserError(
             f"init={path} holds {len(equal)} sets of weights, {' and '.join(equal)}, and nothing says which is meant: "
             "save that set on its own with torch.save."
         )
@@ -81,17 +85,17 @@ def select(content: Mapping[Any, Any], path: Any) -> tuple[Weights | None, list[
     return best, notes
 
 
-def states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+def state_dicts(content: Content) -> Iterator[tuple[tuple[str, ...], State]]:
     """(keys, tensors by name) of every dict of tensors in a file, each once."""
     seen: set[int] = set()
 
-    def walk(value: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    def walk(value: Content, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], State]]:
         if id(value) in seen or len(keys) > DEPTH:
             return
         seen.add(id(value))
-        tensors = {name: _tensor(item) for name, item in value.items() if isinstance(name, str) and _is_tensor(item)}
-        if tensors:
-            yield keys, tensors
+        tensors = {name: _tensor(item) for name, item in value.items() if isinstance(name, str)}
+        if state := {name: tensor for name, tensor in tensors.items() if tensor is not None}:
+            yield keys, state
         for name, item in value.items():
             if isinstance(item, Mapping) and isinstance(name, str):
                 yield from walk(item, (*keys, name))
@@ -99,7 +103,7 @@ def states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[s
     return walk(content, ())
 
 
-def clean(state: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
+def without_wrappers(state: State, path: str | Path) -> State:
     """Tensors under their names without the segments of wrappers, and without `n_averaged` of an AveragedModel."""
     origin: dict[str, str] = {}
     for name in state:
@@ -107,7 +111,7 @@ def clean(state: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
         if segments and segments[-1] != "n_averaged":
             short = ".".join(segments)
             if short in origin:
-                raise ValueError(
+                raise UserError(
                     f"init={path} holds {short} twice, as {origin[short]} and as {name}: save the set of weights that "
                     "is meant on its own with torch.save."
                 )
@@ -115,20 +119,20 @@ def clean(state: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
     return {short: state[name] for short, name in origin.items()}
 
 
-def _sets(keys: tuple[str, ...], state: dict[str, Tensor]) -> tuple[list[Weights], list[str]]:
+def _sets(keys: tuple[str, ...], state: State) -> tuple[list[WeightSet], list[str]]:
     """The sets of weights in one dict, and the names that belong to none."""
     prefixes = {_root(match[1], match[2], state) for name in state if (match := PROJECTION.match(name))}
     owner = {
         name: max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None) for name in state
     }
     sets = [
-        Weights(keys, prefix, {n.removeprefix(prefix): t for n, t in state.items() if owner[n] == prefix})
+        WeightSet(keys, prefix, {n.removeprefix(prefix): t for n, t in state.items() if owner[n] == prefix})
         for prefix in sorted(prefixes)
     ]
     return sets, [name for name in state if owner[name] is None]
 
 
-def _root(prefix: str, projection: str, state: Mapping[str, Tensor]) -> str:
+def _root(prefix: str, projection: str, state: State) -> str:
     """Where a model's names begin; `prefix` may end in a segment that belongs to them."""
     head, _, last = prefix.rstrip(".").rpartition(".")
     outer = f"{head}." if head else ""
@@ -147,9 +151,8 @@ def _family(name: str, prefix: str) -> str:
     return ".".join(segments[: shared + 1]) + (".*" if len(segments) > shared + 1 else "")
 
 
-def _is_tensor(item: Any) -> bool:
-    return isinstance(item, Tensor) or (isinstance(item, np.ndarray) and item.dtype.kind in "fiub")
-
-
-def _tensor(item: Any) -> Tensor:
-    return item.detach() if isinstance(item, Tensor) else torch.from_numpy(np.ascontiguousarray(item))
+def _tensor(item: object) -> Tensor | None:
+    """A tensor, or an array of numbers as a tensor; None for anything else."""
+    if isinstance(item, np.ndarray) and item.dtype.kind in "fiub":
+        return torch.from_numpy(np.ascontiguousarray(item))
+    return item.detach() if isinstance(item, Tensor) else None

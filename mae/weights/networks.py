@@ -5,13 +5,12 @@ What computes another function than this project's networks is refused by name.
 
 import re
 
-from torch import Tensor
-
+from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.weights import huggingface, timm
-from mae.weights.files import Opened
+from mae.weights.files import Opened, Settings, section
+from mae.weights.names import State
 
-State = dict[str, Tensor]
 ASSUMED = (
     f"No config says how its tensors are used. Assumed are exact GELU, LayerNorms of eps {LAYER_NORM_EPS:g} before "
     "attention and MLP, no rotary positions, and the model's number of heads."
@@ -81,54 +80,52 @@ def _by_shape(tensors: State) -> str:
 def check_network(opened: Opened, path: str) -> tuple[str, list[str]]:
     """Why the file's classifier is none of ours ("" if it is), and notes on what had to be assumed.
 
-    Raises ValueError where the network is not one that is computed here.
+    Raises UserError where the network is not one that is computed here.
     """
     if opened.origin == "ours":
         return "", []
-    config, name = opened.config, ""
+    config, name = opened.meta.config, ""
     if "architecture" in config:
         name = f" ({config['architecture']})"
     elif "model_type" in config:
-        name = f" ({next(iter(config.get('architectures') or []), config['model_type'])})"
+        name = f" ({huggingface.model_name(config)})"
     if network := unsupported_network(opened.tensors):
-        raise ValueError(f"init={path}{name} is another kind of network than is computed here: {network}.")
+        raise UserError(f"init={path}{name} is another kind of network than is computed here: {network}.")
     if opened.network is None and "architecture" not in config:
-        return "", _check_settings(opened, path)
+        return "", _check_settings(config, opened.meta.args, path)
     return _check_timm(opened, path)
 
 
-def _check_settings(opened: Opened, path: str) -> list[str]:
+def _check_settings(config: Settings, args: Settings, path: str) -> list[str]:
     """Compares a Hugging Face config, or what an export of ours says of itself; notes what had to be assumed."""
-    if "model_type" in opened.config:
-        reason = huggingface.difference(opened.config)
-    elif "hidden_act" in opened.args:
-        reason = huggingface.setting_difference(opened.args)
+    if "model_type" in config:
+        reason = huggingface.config_difference(config)
+    elif "hidden_act" in args:
+        reason = huggingface.setting_difference(args)
     else:
         return [ASSUMED]
     if reason:
-        raise ValueError(f"init={path} computes another function than this project's networks: {reason}.")
+        raise UserError(f"init={path} computes another function than this project's networks: {reason}.")
     return []
 
 
 def _check_timm(opened: Opened, path: str) -> tuple[str, list[str]]:
+    config = opened.meta.config
+    name = config.get("architecture", "")
     try:
-        network = opened.network or timm.network_of(opened.config)
+        network = opened.network or timm.network_of(config)
     except ValueError as error:
-        raise ValueError(f"init={path} cannot be taken: {error}.") from error
-    if reason := timm.difference(network):
-        name = opened.config.get("architecture", "")
-        raise ValueError(
+        raise UserError(f"init={path} cannot be taken: {error}.") from error
+    if reason := timm.network_difference(network):
+        raise UserError(
             f"init={path}{name and f' ({name})'} computes another function than this project's networks: {reason}."
         )
     notes = []
-    if timm.describes(network, opened.tensors):
-        told = opened.config.get("model_args") or {}
-        sizes = timm.sizes(network)
-        opened.config["model_args"] = sizes | {key: value for key, value in told.items() if value is not None}
+    if timm.has_tensors(network, opened.tensors):
+        stated = {key: value for key, value in section(config, "model_args").items() if value is not None}
+        config["model_args"] = timm.image_size_and_heads(network) | stated
     else:
-        notes.append(
-            f"Its config.json describes a {opened.config.get('architecture')} of other tensors. "
-            f"{ASSUMED.replace('No config says how its tensors are used. ', '')}"
-        )
-    head_difference, name = timm.head_difference(network), opened.config.get("architecture")
+        assumed = ASSUMED.replace("No config says how its tensors are used. ", "")
+        notes.append(f"Its config.json describes a {config.get('architecture')} of other tensors. {assumed}")
+    head_difference = timm.head_difference(network)
     return f"{head_difference} ({name})" if head_difference and name else head_difference, notes

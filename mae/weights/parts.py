@@ -1,75 +1,98 @@
 """The parts of a checkpoint that may differ from the model's: decoder, classifier, class token, positions.
 
-Each function edits `state`, the tensors about to be loaded, and returns sentences on what it did.
+Each function edits `Loading.state`, the tensors about to be loaded, and notes what it did.
 """
 
 import math
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae.errors import UserError
 from mae.models.layers import resize_pos_embed
-from mae.weights.read import DECODER, PretrainedWeights, State
+from mae.models.mae import MaskedAutoencoder
+from mae.weights.layouts import DECODER
+from mae.weights.names import State
+from mae.weights.read import PretrainedWeights
+from mae.weights.sizes import differing, in_words, sizes_of_model
 
-HeadMode = Literal["fit", "require", "fresh"]
+HeadMode = Literal["match", "require", "fresh"]
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
 
 
-def keep_decoder(
-    state: State, target: State, pretrained: PretrainedWeights, ours: dict[str, Any], where: str, need: bool
-) -> list[str]:
-    """Leaves the file's decoder in `state` if the model has one of its size."""
-    if "decoder_pred.weight" not in target:
-        drop(state, *DECODER)
-        return []
+@dataclass
+class Loading:
+    """Weights on their way into a model."""
+
+    model: MaskedAutoencoder | VisionTransformer
+    pretrained: PretrainedWeights
+    state: State = field(init=False)  # about to be loaded
+    target: State = field(init=False)  # the model's own
+    notes: list[str] = field(default_factory=list)  # sentences on what was done
+
+    def __post_init__(self) -> None:
+        self.target = self.model.state_dict()
+        self.state = {k: v for k, v in self.pretrained.state.items() if not k.endswith("pos_embed")}
+
+    def drop(self, *prefixes: str) -> None:
+        """Leaves out every tensor whose name starts with one of `prefixes`."""
+        self.state = {name: tensor for name, tensor in self.state.items() if not name.startswith(prefixes)}
+
+
+def select_decoder(loading: Loading, required: bool) -> None:
+    """Leaves the file's decoder in if the model has one of its size."""
+    pretrained, model = loading.pretrained, loading.model
+    if not isinstance(model, MaskedAutoencoder):
+        loading.drop(*DECODER)
+        return
     if not pretrained.has_decoder:
-        if need:
-            raise ValueError(
-                f"{where} holds no decoder, so nothing can be reconstructed from it. Files that hold one: "
+        if required:
+            raise UserError(
+                f"{pretrained} holds no decoder, so nothing can be reconstructed from it. Files that hold one: "
                 "a pre-training run of this project, the reference's mae_pretrain_vit_*_full.pth and "
                 "mae_visualize_vit_*.pth, and Hugging Face's ViTMAEForPreTraining. The attention alone needs none "
                 "(task.reconstruction=false)."
             )
-        drop(state, *DECODER)
-        return ["The file holds no decoder: ours starts afresh."]
-    theirs = pretrained.arch
-    keys = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-    differing = [key for key in keys if key in theirs and theirs[key] != ours[key]]
-    if not differing:
-        return []
-    settings = " ".join(f"model.{key}={theirs[key]}" for key in differing)
-    if need:
-        raise ValueError(f"{where} has a decoder of another size than the model: set {settings}.")
-    drop(state, *DECODER)
-    return [f"The file's decoder has another size ({settings}): ours starts afresh."]
+        loading.drop(*DECODER)
+        loading.notes.append("The file holds no decoder: ours starts afresh.")
+        return
+    theirs = pretrained.sizes
+    if keys := differing(("decoder_embed_dim", "decoder_depth", "decoder_num_heads"), theirs, sizes_of_model(model)):
+        settings = " ".join(in_words(keys, theirs, "model.{}={}"))
+        if required:
+            raise UserError(f"{pretrained} has a decoder of another size than the model: set {settings}.")
+        loading.drop(*DECODER)
+        loading.notes.append(f"The file's decoder has another size ({settings}): ours starts afresh.")
 
 
-def keep_head(state: State, target: State, pretrained: PretrainedWeights, where: str, mode: HeadMode) -> list[str]:
-    """Leaves the file's classifier in `state`, in the form that the model's has, or drops it and says why."""
-    drop(state, *(name for name in ("norm.", "fc_norm.") if f"{name}weight" not in target))
+def select_head(loading: Loading, mode: HeadMode) -> None:
+    """Leaves the file's classifier in, in the form that the model's has, or drops it and says why."""
+    target, pretrained = loading.target, loading.pretrained
+    loading.drop(*(name for name in ("norm.", "fc_norm.") if f"{name}weight" not in target))
     if "head.weight" not in target and "head.1.weight" not in target:
-        drop(state, "head.")
-        return []
-    reason = _misfit(target, pretrained)
+        loading.drop("head.")
+        return
+    reason = _head_mismatch(target, pretrained)
     if reason and mode == "require":
-        raise ValueError(
-            f"{where} cannot be evaluated: {reason}. Fine-tune it first (task=finetune), "
+        raise UserError(
+            f"{pretrained} cannot be evaluated: {reason}. Fine-tune it first (task=finetune), "
             "or name a classifier that fits the data and the model."
         )
     if reason or mode == "fresh":
-        drop(state, "head.")
-        return [f"The head starts afresh: {reason or 'a new one was asked for'}."] if pretrained.head else []
-    if "head.1.weight" in state and "head.weight" in target:
-        fold_batch_norm(state)
-        return ["The BatchNorm before its head was folded into the head."]
-    return []
+        loading.drop("head.")
+        if pretrained.head:
+            loading.notes.append(f"The head starts afresh: {reason or 'a new one was asked for'}.")
+    elif "head.1.weight" in loading.state and "head.weight" in target:
+        fold_batch_norm(loading.state)
+        loading.notes.append("The BatchNorm before its head was folded into the head.")
 
 
-def _misfit(target: State, pretrained: PretrainedWeights) -> str:
-    """Why the file's classifier does not fit the model's, or ""."""
+def _head_mismatch(target: State, pretrained: PretrainedWeights) -> str:
+    """Why the file's classifier is not one for the model, or ""."""
     theirs, pool = pretrained.head, "avg" if "fc_norm.weight" in target else "token"
-    classes = target.get("head.weight", target.get("head.1.weight"))
-    assert classes is not None
+    classes = len(target["head.weight"] if "head.weight" in target else target["head.1.weight"])
     if theirs is None:
         return "it holds no classifier"
     if pretrained.head_difference:
@@ -80,8 +103,8 @@ def _misfit(target: State, pretrained: PretrainedWeights) -> str:
             f"its classifier reads {reads[theirs.pool]} (global_pool={theirs.pool}), "
             f"the model's reads {reads[pool]} (global_pool={pool})"
         )
-    if theirs.classes != classes.shape[0]:
-        return f"its classifier knows {theirs.classes} classes, the model has {classes.shape[0]}"
+    if theirs.classes != classes:
+        return f"its classifier knows {theirs.classes} classes, the model has {classes}"
     if not theirs.batch_norm and "head.weight" not in target:
         return "its classifier has no BatchNorm before it, the model's has"
     return ""
@@ -97,70 +120,68 @@ def fold_batch_norm(state: State) -> None:
     state["head.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
 
 
-def class_token_absent(
-    state: State, target: State, pretrained: PretrainedWeights, model: Any, where: str, mode: HeadMode
-) -> tuple[bool, list[str]]:
+def lacks_class_token(loading: Loading, mode: HeadMode) -> bool:
     """Whether the model must do without its class token, as the file did: wherever the encoder is not trained further.
 
-    Raises ValueError where the class token is what such a model would read.
+    Raises UserError where the class token is what such a model would read.
     """
-    if "cls_token" not in target:
-        drop(state, "cls_token")
-        return False, []
-    if pretrained.has_class_token:
-        return False, []
-    if mode == "fresh" and model.global_pool == "token":
-        raise ValueError(f"{where} was trained without a class token: read its patches, with task.global_pool=avg.")
-    if mode != "fit":
-        return True, ["The file was trained without a class token: the model does without its own."]
-    return False, [
-        "The file was trained without a class token: the model's own starts afresh, with a position row of "
+    if "cls_token" not in loading.target:
+        loading.drop("cls_token")
+        return False
+    if loading.pretrained.has_class_token:
+        return False
+    if mode == "fresh" and isinstance(loading.model, VisionTransformer) and loading.model.global_pool == "token":
+        raise UserError(
+            f"{loading.pretrained} was trained without a class token: read its patches, with task.global_pool=avg."
+        )
+    note = "The file was trained without a class token: the model"
+    if mode != "match":
+        loading.notes.append(f"{note} does without its own.")
+        return True
+    loading.notes.append(
+        f"{note}'s own starts afresh, with a position row of "
         "zeros, so features differ from the file's until it is trained."
-    ]
+    )
+    return False
 
 
-def drop_class_token(model: Any) -> None:
-    """Makes a timm VisionTransformer one without a class token."""
+def drop_class_token(model: VisionTransformer) -> None:
+    """Makes a classifier one without a class token."""
     old = model.pos_embed
+    assert isinstance(old, nn.Parameter)
     model.pos_embed = nn.Parameter(old.detach()[:, 1:].clone(), requires_grad=old.requires_grad)
     model.cls_token, model.has_class_token, model.num_prefix_tokens = None, False, 0
 
 
-def place_positions(state: State, target: State, pretrained: PretrainedWeights, model: Any, where: str) -> list[str]:
-    """Puts position embeddings into `state`, interpolated to the model's grid."""
-    notes = []
-    new = tuple(getattr(model, "grid_size", None) or model.patch_embed.grid_size)
+def add_positions(loading: Loading) -> None:
+    """Puts position embeddings into the state, interpolated to the model's grid."""
+    model, pretrained = loading.model, loading.pretrained
+    height, width = model.patch_embed.grid_size
+    new = height, width
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name not in target or (name != "pos_embed" and "decoder_embed.weight" not in state):
+        if name not in loading.target or (name != "pos_embed" and "decoder_embed.weight" not in loading.state):
             continue
         table = pretrained.position_table(name, new)
         if table is None:
             continue
-        old = new if name not in pretrained.state else pretrained.grid(table.shape[1] - 1, new)
+        rows = table.shape[1] - 1
+        old = pretrained.grid(rows, new) if name in pretrained.state else new
         if old is None:
-            raise ValueError(
-                f"{where} has position embeddings of {table.shape[1] - 1} patches, which is no square, and "
+            raise UserError(
+                f"{pretrained} has position embeddings of {rows} patches, which is no square, and "
                 "does not say its image size. Check model.img_size and model.patch_size."
             )
-        rows = old[0] * old[1]
-        if old == new and math.isqrt(rows) ** 2 == rows and old[0] != old[1] and pretrained.stated_grid(rows) is None:
-            side = math.isqrt(rows)
-            notes.append(
+        side = math.isqrt(rows)
+        if old == new and side**2 == rows and old[0] != old[1] and pretrained.stated_grid(rows) is None:
+            loading.notes.append(
                 f"Its {name} of {rows} patches was taken as {_by(old)}, the model's grid; the file does not say "
                 f"whether it was {_by((side, side))}."
             )
         if old != new:
-            notes.append(f"Its {name} was interpolated from {_by(old)} to {_by(new)} patches.")
+            loading.notes.append(f"Its {name} was interpolated from {_by(old)} to {_by(new)} patches.")
         table = resize_pos_embed(table, old, new)
-        state[name] = table if "cls_token" in target else table[:, 1:]
-    return notes
+        loading.state[name] = table if "cls_token" in loading.target else table[:, 1:]
 
 
-def _by(grid: tuple[int, ...]) -> str:
-    return " x ".join(map(str, grid))
-
-
-def drop(state: State, *prefixes: str) -> None:
-    """Removes every name that starts with one of `prefixes`."""
-    for name in [name for name in state if name.startswith(prefixes)]:
-        del state[name]
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"

@@ -19,9 +19,11 @@ from timm.models.vision_transformer import (  # whose layers moved to timm.layer
     PatchEmbed,  # pyright: ignore[reportPrivateImportUsage]
     VisionTransformer,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from mae.models.layers import LAYER_NORM_EPS
+from mae.weights.files import Settings
+from mae.weights.names import State
 
 MODULES = ("vision_transformer", "deit")  # of timm.models: those that hold plain vision transformers
 NORMS = ("LayerNorm", "LayerNormFp32")  # the same function in float32
@@ -42,7 +44,7 @@ NORM_PATHS = r"blocks\.\d+\.norm[12]|norm|fc_norm"
 TRAINING = r"patch_drop|blocks\.\d+\.drop_path[12]"  # modules that act in training alone
 
 
-def network_of(config: dict[str, Any]) -> nn.Module:
+def network_of(config: Settings) -> nn.Module:
     """The timm model, without memory for its weights, that a hub folder's config.json describes.
 
     Raises ValueError, a part of a sentence, where timm lacks it or it is no plain vision transformer.
@@ -60,18 +62,20 @@ def network_of(config: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"the model_args of its config.json hold {', '.join(sorted(unknown))}, which is not known here"
         )
-    pool = {"global_pool": config["global_pool"]} if isinstance(config.get("global_pool"), str) else {}
-    arguments = {"num_classes": config.get("num_classes", 1000)} | pool | arguments  # timm once recorded nothing else
+    options: dict[str, Any] = {"num_classes": config.get("num_classes", 1000)}
+    if isinstance(config.get("global_pool"), str):
+        options["global_pool"] = config["global_pool"]
+    options |= arguments  # which timm once did not record
     try:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False, **arguments)
+            return timm.create_model(name, pretrained=False, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"timm {timm.__version__} cannot build {name} with the model_args of its config.json ({error})"
         ) from error
 
 
-def difference(model: nn.Module) -> str:
+def network_difference(model: nn.Module) -> str:
     """How the encoder of a timm model differs from this project's, as a part of a sentence, or ""."""
     if type(model) is not VisionTransformer:
         return f"it is a {type(model).__name__}, not timm's plain VisionTransformer"
@@ -135,7 +139,7 @@ def head_difference(model: nn.Module) -> str:
     return ""
 
 
-def sizes(model: Any) -> dict[str, Any]:
+def image_size_and_heads(model: nn.Module) -> Settings:
     """Image size and number of heads, which no tensor tells, under timm's names."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     blocks = getattr(model, "blocks", None)
@@ -143,6 +147,6 @@ def sizes(model: Any) -> dict[str, Any]:
     return {"img_size": list(size) if size else None, "num_heads": heads}
 
 
-def describes(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+def has_tensors(model: nn.Module, tensors: State) -> bool:
     """Whether the model has exactly these tensors, so that its config.json left nothing out."""
     return {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in tensors.items()}

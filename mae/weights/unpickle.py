@@ -54,7 +54,7 @@ class Inert:
         return self
 
 
-def load(path: Path) -> tuple[Any, list[str]]:
+def load_torch_file(path: Path) -> tuple[object, list[str]]:
     """What a file of `torch.save` holds, and the classes whose objects were left out.
 
     Raises ValueError where it is damaged, no such file, or names functions of Python's own library.
