@@ -5,12 +5,15 @@ import ctypes
 import logging
 import os
 import resource
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -20,38 +23,93 @@ FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; for `auto` the first of CUDA, MPS, CPU that exists. Raises ValueError without it."""
+    """The device called `name`; for `auto` the first of CUDA, MPS, CPU that exists. Raises UserError without it."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if local_rank >= count:
-            raise ValueError(
-                f"device=cuda: process {local_rank} of this machine finds {count} GPUs. Use device=cpu, or fewer "
-                "processes (launcher.processes, launcher.gpus_per_node)."
-            )
-        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", gpu_index(local_rank))
+        check_kernels(device)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products in float32
-        return torch.device("cuda", local_rank)
+        return device
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device=mps: this machine has none. Use device=cpu.")
+        raise UserError("device=mps: this machine has none. Use device=cpu.")
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
 
 
+def gpu_index(local_rank: int) -> int:
+    """The GPU of a process: its local rank, or the only one that a cluster or a container shows it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 1:
+        return 0
+    if local_rank >= count:
+        raise UserError(
+            f"device=cuda: process {local_rank} of this machine finds {count} GPUs. Use device=cpu, or fewer processes "
+            "(launcher.processes, launcher.gpus_per_node)."
+        )
+    return local_rank
+
+
+def gpu_identity(device: torch.device) -> str:
+    """What tells a GPU, or a slice of it, from others of all machines."""
+    variables = [os.environ.get(f"{vendor}_VISIBLE_DEVICES", "") for vendor in ("CUDA", "ROCR", "HIP")]
+    slices = [value for value in variables if value.startswith("MIG")]  # may share the uuid of their GPU
+    return " ".join([socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), *slices])
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises UserError where torch has no kernels for a GPU of NVIDIA's."""
+    capability, architectures = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if torch.version.hip is not None or not architectures or runs_on(capability, architectures):
+        return
+    known = ", ".join(sorted({f"{number // 10}.{number % 10}" for _, number in map(parsed, architectures)}, key=float))
+    older = capability < (7, 5)
+    raise UserError(
+        f"device=cuda: torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute "
+        f"capability {capability[0]}.{capability[1]}), only for {known}. Install "
+        + ("torch for CUDA 12.6 (cu126), which has those of 5.0 to 9.0" if older else "a newer torch")
+        + ", or use device=cpu."
+    )
+
+
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether kernels for `architectures` run: those of the same major version, and what the driver compiles."""
+    for kind, number in map(parsed, architectures):
+        major, minor = divmod(number, 10)
+        if (kind == "sm" and major == capability[0] and minor <= capability[1]) or (
+            kind == "compute" and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
+def parsed(architecture: str) -> tuple[str, int]:
+    """`sm_90a` as ("sm", 90)."""
+    kind, _, number = architecture.partition("_")
+    return kind, int(number.rstrip("af"))
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 itself instead of emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_fp16_products(device: torch.device) -> bool:
+    """Whether a GPU has tensor cores, which multiply matrices in float16 several times as fast as in float32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def number_format(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: `auto` is bf16 where the device has it and float32 elsewhere."""
+    """The dtype of the forward pass; `auto` is bf16 where the device has it, fp16 on older GPUs, else float32."""
     if precision == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
+        if has_bf16(device):
+            return torch.bfloat16
+        return torch.float16 if has_fp16_products(device) else torch.float32
     if precision == "bf16" and not has_bf16(device):
         log.warning(
             "task.precision=bf16: this %s has no arithmetic of its own for it and can take a hundred times as long "

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mae import device
+from mae.distributed.ranks import check_own_gpu
+from mae.errors import UserError
 
 GB = 1 << 30
 
@@ -41,3 +44,79 @@ def test_what_each_kind_of_device_can(kind, skips, kept):
     batch: Any = {"image": SimpleNamespace(to=lambda place, non_blocking: asked.append((place, non_blocking)))}
     device.send(batch, where)
     assert asked == [(where, kind == "cuda")]
+
+
+# ---------------------------------------------------------------- GPUs that are not here
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with GPUs of a compute capability, as torch describes them."""
+
+    def describe(capability: tuple[int, int], count: int = 8, kernels: str = "sm_75 sm_80 sm_86 sm_90 sm_120") -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", kernels.split)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device}"))
+
+    previous = torch.get_float32_matmul_precision()
+    yield describe
+    torch.set_float32_matmul_precision(previous)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
+)
+def test_auto_takes_the_fast_number_format_of_each_card(gpus, capability, dtype):
+    gpus(capability)
+    assert device.number_format("auto", torch.device("cuda", 0)) is dtype
+
+
+def test_a_card_without_kernels_is_refused_with_the_versions_that_have_them(gpus):
+    gpus((7, 0))
+    with pytest.raises(UserError, match=r"no kernels for Tesla V100 \(compute capability 7.0\), only for 7.5, 8.0"):
+        device.pick("cuda", 0)
+    with pytest.raises(UserError, match="Install torch for CUDA 12.6"):
+        device.pick("auto", 0)
+    gpus((13, 0))
+    with pytest.raises(UserError, match="a newer torch"):
+        device.pick("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "runs"),
+    [
+        ((8, 9), "sm_80 sm_90", True),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90 compute_90", True),
+        ((7, 0), "compute_75", False),
+    ],
+)
+def test_which_kernels_run_on_which_card(capability, kernels, runs):
+    assert device.runs_on(capability, kernels.split()) is runs
+
+
+def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one_it_sees(gpus):
+    gpus((9, 0), count=8)
+    assert device.pick("cuda", 3).index == 3
+    with pytest.raises(UserError, match="process 8 of this machine finds 8 GPUs"):
+        device.pick("cuda", 8)
+    gpus((9, 0), count=1)  # ROCR_VISIBLE_DEVICES, a container, a cgroup, a MIG slice
+    assert device.pick("cuda", 3).index == 0
+
+
+def test_two_processes_with_the_same_gpu_are_refused(gpus, monkeypatch):
+    gpus((9, 0), count=1)
+    store, gpu = dist.HashStore(), torch.device("cuda", 0)
+    check_own_gpu(store, 0, gpu)
+    with pytest.raises(UserError, match="processes 0 and 1 have the same GPU"):
+        check_own_gpu(store, 1, gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    check_own_gpu(store, 1, gpu)
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    check_own_gpu(store, 2, gpu)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae import device as devices
 from mae.distributed.rendezvous import rendezvous
 from mae.distributed.watchdog import Watchdog, watchdog
+from mae.errors import UserError
 
 RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name then warns
 UNSYNCED: dict[str, Any] = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
@@ -168,11 +169,23 @@ def start(
         store = PrefixStore(f"start_{next(STARTS)}", agent_store)  # stages of a pipeline share the agent's store
     else:
         store = rendezvous(rank, world, rendezvous_timeout_s)
+    if own_gpu is not None:
+        check_own_gpu(store, rank, own_gpu)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world, device_id=own_gpu)
     dist.all_reduce(torch.zeros(1, device=here))  # connects now: NCCL's buffers are there before memory is measured
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return Ranks(here, rank, world, local, control, sharding, timeout_s)
+
+
+def check_own_gpu(store: dist.Store, rank: int, device: torch.device) -> None:
+    """Raises UserError where another rank uses the same GPU, which NCCL does not allow."""
+    owner = store.compare_set(f"gpu/{devices.gpu_identity(device)}", "", str(rank)).decode()
+    if owner != str(rank):
+        raise UserError(
+            f"device=cuda: processes {owner} and {rank} have the same GPU, since each sees that one alone. Use fewer "
+            "processes (launcher.processes, launcher.tasks_per_node), or show each process a GPU of its own."
+        )
 
 
 def assert_same(ranks: Ranks, digest: str, what: str) -> None:

@@ -17,6 +17,7 @@ from mae import device as devices
 from mae.config import rules
 from mae.distributed.fsdp import forget_order
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
 from mae.runs.files import write_text
@@ -146,7 +147,7 @@ class Search:
         }
 
     def run(self) -> int:
-        """The largest size that fits, or that an earlier start found. Raises ValueError where no size fits."""
+        """The largest size that fits, or that an earlier start found. Raises UserError where no size fits."""
         ranks, stored = self.ranks, self.ranks.gather(stored_size(self.path, self.settings))
         known = [size for size in stored if size is not None]
         if len(known) == ranks.world:  # either all ranks search or none does
@@ -154,14 +155,14 @@ class Search:
         return self.checked(min(ranks.gather(largest(self.trial, self.share))))
 
     def next_smaller(self, size: int) -> int:
-        """The next size to try. Raises ValueError where there is none."""
+        """The next size to try. Raises UserError where there is none."""
         return self.checked(next((smaller for smaller in sizes(self.trial, self.share) if smaller < size), 0))
 
     def checked(self, size: int) -> int:
-        """The size, unless it is 0. Raises ValueError then."""
+        """The size, unless it is 0. Raises UserError then."""
         if not size:
             model = self.trial.cfg.model.name
-            raise ValueError(
+            raise UserError(
                 f"task.micro_batch_size=auto: not even the smallest part of a batch of model={model} fits in the "
                 "memory of this device. Choose a smaller model, or task.checkpointing=blocks."
             )
