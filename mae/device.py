@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import resource
@@ -141,12 +142,18 @@ def exact(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies to a GPU. One a device: torch keeps the memory of each stream apart, for good."""
+    return torch.cuda.Stream(device)
+
+
 class Sender:
     """Copies batches to a device; to a GPU on a stream of its own, so that copies and computation overlap."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy_stream = copy_stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
         if self.copy_stream is None:
