@@ -72,9 +72,9 @@ class Clock:
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, with the waiting for each counted."""
         while True:
-            asked = time.perf_counter()
+            begun = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - begun
             if batch is None:
                 return
             yield batch
@@ -88,46 +88,46 @@ def train(
     eval_every_epochs: Annotated[float, "(0, inf)"],
     max_bad_steps: Annotated[int, "[1, inf)"],
     profile: bool,
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Trains to the end of the plan and returns the last validation's metrics.
 
     Raises Interrupted on a signal to any rank and Diverged after `max_bad_steps` bad steps, both with a
     checkpoint saved.
     """
     p, plan, ranks = t.progress, t.plan, t.ranks
-    metrics: dict[str, Any] = {}
-    losses: Tensor | float = 0.0  # of this step's micro-batches
+    metrics: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}  # scalars of this step's micro-batches
     clock = Clock(p.step)
     profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
     with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
         for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
             with ranks.accumulating(t.model, more=not last_of_step):
                 with t.autocast():
-                    loss = t.model(batch)["loss"] * batch["weight"]
+                    scalars = {name: value * batch["weight"] for name, value in t.model(batch).items()}
                 ranks.alive()
-                t.scaler.scale(poisoned(loss)).backward()
-            losses = losses + loss.detach()
+                t.scaler.scale(poisoned(scalars["loss"])).backward()
+            totals = {name: totals.get(name, 0.0) + value.detach() for name, value in scalars.items()}
             if not last_of_step:
                 continue
 
             lr = t.schedule.set(t.optimizer, p.step / plan.steps_per_epoch)
             last = p.step + 1 == plan.steps
             logged = last or (p.step + 1) % log_every_steps == 0
-            watched = take_step(t, clip_grad, by_block=logged)
-            p.loss_sum += torch.where(p.bad_run > 0, 0.0, losses)  # a skipped step has no loss
-            losses = 0.0
+            sizes = take_step(t, clip_grad, by_block=logged)
+            p.add(totals)
+            totals = {}
             p.step += 1
             profiler.step()
 
             if logged:
-                t.tracker.log(t.where() | {"lr": lr} | norms.numbers(watched) | measure(t, clock))
+                t.tracker.log(t.position() | {"lr": lr} | norms.numbers(sizes) | measure(t, clock))
             if last or plan.crosses(eval_every_epochs, p.step):
                 metrics = t.evaluate()
                 clock.restart(p.step)
 
             stop, late = ranks.agree(interruption.received is not None, ranks.main and t.saver.late())
             diverged = logged and int(p.bad_run) >= max_bad_steps
-            if last or late or stop or diverged or t.improved or plan.crosses(t.saver.every_epochs, p.step):
+            if last or late or stop or diverged or t.best_unsaved or plan.crosses(t.saver.every_epochs, p.step):
                 p.seconds += clock.lap()
                 t.save()
             if diverged or (stop and not last):
@@ -145,12 +145,14 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str, Tensor]:
-    """One optimizer step, skipped on the device itself where the gradient is not finite. Returns its norm, and
-    those of each block's gradient and weights where asked."""
+    """One optimizer step, skipped on the device itself where the gradient is not finite.
+
+    Returns the gradient's norm, and with `by_block` those of each block's gradient and weights.
+    """
     t.scaler.unscale_(t.optimizer)
     parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
     norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    watched = {"grad_norm": norm} | (gathered(norms.norms(t.task.trained)) if by_block else {})
+    sizes = {"grad_norm": norm} | (gathered(norms.norms(t.task.trained)) if by_block else {})
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     bad = (~norm.isfinite()).to(torch.float32)
@@ -166,16 +168,17 @@ def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str,
     t.task.after_step(bad)
     t.progress.bad_steps += bad
     t.progress.bad_run = (t.progress.bad_run + bad) * bad
-    return watched
+    return sizes
 
 
-def measure(t: Training, clock: Clock) -> dict[str, Any]:
+def measure(t: Training, clock: Clock) -> dict[str, float]:
     """Figures since the last log point, over all ranks. The one place where the host waits for the device."""
     p = t.progress
     skipped = int(p.bad_steps) - p.skips_told
     counted = p.step - p.logged_at - skipped
-    loss = t.ranks.sum(p.loss_sum.clone()) / t.ranks.world / (counted or math.nan)
-    p.loss_sum.zero_()
+    means = {name: t.ranks.sum(total.clone()) / t.ranks.world / (counted or math.nan) for name, total in p.sums.items()}
+    for total in p.sums.values():
+        total.zero_()
     p.logged_at = p.step
     if skipped:
         t.tracker.event(f"skipped {skipped} steps whose loss or gradient was not finite", p.step)
@@ -184,7 +187,7 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
     seconds, waited = clock.restart(p.step)
     scale = {"amp_scale": t.scaler.get_scale()} if t.scaler.is_enabled() else {}
     return {
-        "loss": float(loss),
+        **{name: float(mean) for name, mean in means.items()},
         "images_per_second": round(images / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "memory_mb": device.peak_memory(t.ranks.device) // 2**20,
@@ -196,12 +199,12 @@ def measure(t: Training, clock: Clock) -> dict[str, Any]:
 def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> dict[str, Any]:
     """A trained task from start to summary."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
-    tracker.log(t.where() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
+    tracker.log(t.position() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
     with no_recompilation(t.task.trained):
         metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
     t.loader.close()
     if ranks.main:
-        t.task.conclude(run, t.progress.step, tracker, cfg.data.name)
+        t.task.on_train_end(run, t.progress.step, tracker)
     seen, seconds = t.plan.images_seen(t.plan.steps), t.progress.seconds
     return {
         "task": cfg.task.name,
@@ -268,7 +271,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
     except Exception as error:
         write_failure(run, rank, error, lost_peer(error))
         tracker.event(f"failed: {error}", None)
-        ranks = None  # the others may be anywhere: to take leave of them could block
+        ranks = None  # the others may be anywhere: closing the group could block
         raise
     finally:
         tracker.finish(summary, failed=code != 0)

@@ -1,24 +1,27 @@
 """Figures of a classifier, exact over any number of ranks: each image counts once, in the data set's order."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MISS = 1 << 30  # the place of a class where a logit is no number: behind any other
+if TYPE_CHECKING:
+    from mae.distributed.ranks import Ranks
+
+MISS = 1 << 30  # the rank of a class where a logit is not a number: behind any other
 
 
 @dataclass
 class Results:
-    """What a classifier said of each image, ordered by index. All arrays are (N,)."""
+    """Predictions of a classifier, ordered by the image's index. All arrays are (N,)."""
 
     index: np.ndarray  # int64: the image's number in the data set
     label: np.ndarray  # int64: its class
     predicted: np.ndarray  # int64: the class of the largest logit
-    place: np.ndarray  # int64: how many classes came before its own; 0 is a hit
+    true_rank: np.ndarray  # int64: how many classes scored higher than its own; 0 is a hit
     loss: np.ndarray  # float64: cross-entropy without smoothing
     confidence: np.ndarray  # float64: softmax of the largest logit; 0 where a logit is no number
 
@@ -27,20 +30,20 @@ class Results:
 
     def top(self, k: int) -> float:
         """Top-k accuracy in percent."""
-        return 100.0 * float((self.place < k).mean())
+        return 100.0 * float((self.true_rank < k).mean())
 
     def mean_loss(self) -> float:
         """Mean cross-entropy, to nine digits: batches of other sizes round otherwise beyond those."""
         return float(f"{self.loss.mean():.6g}")
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """top1 and top5 in percent, and loss."""
         return {"top1": self.top(1), "top5": self.top(5), "loss": self.mean_loss()}
 
     def per_class(self, classes: int) -> np.ndarray:
         """(classes, 2) int64: images of each class, and of these the hits."""
         count = np.bincount(self.label, minlength=classes)
-        hits = np.bincount(self.label[self.place == 0], minlength=classes)
+        hits = np.bincount(self.label[self.true_rank == 0], minlength=classes)
         return np.stack([count, hits], 1)
 
     def confusion(self, classes: int) -> np.ndarray:
@@ -50,37 +53,37 @@ class Results:
 
     def calibration(self, bins: int) -> tuple[float, np.ndarray]:
         """Expected calibration error (Guo et al., 2017, equation 3) and (bins, 3): images, confidence, accuracy."""
-        place = np.minimum((self.confidence * bins).astype(np.int64), bins - 1)
-        count = np.bincount(place, minlength=bins)
+        number = np.minimum((self.confidence * bins).astype(np.int64), bins - 1)  # of each image's bin
+        count = np.bincount(number, minlength=bins)
         safe = np.maximum(count, 1)
-        confidence = np.bincount(place, self.confidence, bins) / safe
-        accuracy = np.bincount(place, (self.place == 0).astype(float), bins) / safe
+        confidence = np.bincount(number, self.confidence, bins) / safe
+        accuracy = np.bincount(number, (self.true_rank == 0).astype(float), bins) / safe
         error = float((count * np.abs(accuracy - confidence)).sum() / max(1, len(self)))
         return error, np.stack([count, confidence, accuracy], 1)
 
 
 class Collector:
-    """Gathers what a classifier says, batch by batch, without waiting for the device."""
+    """Collects predictions batch by batch, without waiting for the device."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, ...]] = []
+        self.batches: list[tuple[Tensor, ...]] = []
 
     def add(self, index: Tensor, label: Tensor, logits: Tensor) -> None:
         """index, label (B,) int64 and logits (B, C)."""
         logits = logits.float()
         own = logits.gather(1, label[:, None])
         earlier = torch.arange(logits.shape[1], device=logits.device) < label[:, None]
-        place = ((logits > own) | ((logits == own) & earlier)).sum(1)
+        true_rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
         finite = logits.isfinite().all(1)
-        place = torch.where(finite, place, MISS)  # NaN is a miss, not a tie
+        true_rank = torch.where(finite, true_rank, MISS)  # NaN is a miss, not a tie
         loss = F.cross_entropy(logits, label, reduction="none")
         confidence = torch.where(finite, logits.softmax(1).amax(1), 0.0)
-        self.parts.append((index, label, logits.argmax(1), place, loss, confidence))
+        self.batches.append((index, label, logits.argmax(1), true_rank, loss, confidence))
 
-    def results(self, ranks: Any) -> Results | None:
+    def results(self, ranks: "Ranks") -> Results | None:
         """The results of all ranks on every rank, or None where no rank had an image."""
-        mine = [torch.cat(columns).cpu().numpy() for columns in zip(*self.parts, strict=True)]
-        together = [part for part in ranks.gather(mine) if part]
+        mine = [torch.cat(columns).cpu().numpy() for columns in zip(*self.batches, strict=True)]
+        together = [columns for columns in ranks.gather(mine) if columns]
         if not together:
             return None
         columns = [np.concatenate(column) for column in zip(*together, strict=True)]

@@ -1,9 +1,10 @@
-"""The objects of a training run: built from the config, saved in a checkpoint, taken up from one."""
+"""The objects of a training run: built from the config, saved in a checkpoint, restored from one."""
 
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader, Loader
-from mae.data.source import fingerprint
+from mae.data.source import Source, fingerprint
 from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
 from mae.distributed.ranks import Ranks, assert_same
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
-from mae.tasks.base import build_task
-from mae.tasks.common import bad_files, both_sets, eval_loader
+from mae.tasks.base import Autocast, TrainedTask, build_task
+from mae.tasks.batches import bad_files_csv, both_sets, eval_loader
 from mae.tracking.base import Tracker
 from mae.weights.parts import drop_class_token
 
@@ -35,23 +36,35 @@ log = logging.getLogger(__name__)
 class Progress:
     """Counters of a run, saved with it. The tensors stay on the device between log points."""
 
-    loss_sum: Tensor  # (): this rank's losses since the last log point
     bad_steps: Tensor  # (): steps skipped so far
     bad_run: Tensor  # (): of these, the last ones in a row
+    sums: dict[str, Tensor] = field(default_factory=dict)  # (): this rank's loss and scalars since the last log point
     step: int = 0
     logged_at: int = 0  # step of the last log point
     skips_told: int = 0
     seconds: float = 0.0  # spent by all attempts together, up to this checkpoint
 
     @classmethod
-    def new(cls, where: torch.device) -> "Progress":
-        loss_sum, bad_steps, bad_run = (torch.zeros((), device=where) for _ in range(3))
-        return cls(loss_sum, bad_steps, bad_run)
+    def new(cls, device: torch.device) -> "Progress":
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        for field in fields(self):
-            old, new = getattr(self, field.name), state[field.name]
-            setattr(self, field.name, new.to(old.device) if isinstance(old, Tensor) else new)
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Adds those of a step, which count as 0 where it was skipped."""
+        for name, value in scalars.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), device=self.bad_run.device)
+            self.sums[name] += torch.where(self.bad_run > 0, 0.0, value)
+
+    def state(self) -> dict[str, Any]:
+        """What is the same on every rank."""
+        return {name: value for name, value in vars(self).items() if name != "sums"}
+
+    def load(self, state: Mapping[str, Any], sums: Mapping[str, float]) -> None:
+        """Restores `state`, and this rank's sums."""
+        device = self.bad_run.device
+        for name in self.state():
+            setattr(self, name, state[name].to(device) if isinstance(state[name], Tensor) else state[name])
+        self.sums = {name: torch.full((), value, device=device) for name, value in sums.items()}
 
 
 @dataclass
@@ -63,27 +76,27 @@ class Training:
     ranks: Ranks
     tracker: Tracker
     plan: Plan
-    task: Any
+    task: TrainedTask[Any]
     model: nn.Module  # the task, wrapped for several ranks
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
-    scaler: Any
+    scaler: torch.amp.GradScaler
     saver: checkpoint.Checkpoints
     progress: Progress
     loader: Loader
     val_loader: EvalLoader
     dtype: torch.dtype
-    images: str  # a fingerprint of those that are trained on
-    improved: bool = False  # the last validation was the best so far, and is not saved yet
+    images: str  # a fingerprint of the training images
+    best_unsaved: bool = False  # the last validation was the best so far, and is not saved yet
 
-    def where(self) -> dict[str, Any]:
-        """What every line of metrics begins with."""
+    @property
+    def epoch(self) -> float:
+        return self.progress.step / self.plan.steps_per_epoch
+
+    def position(self) -> dict[str, float]:
+        """The first keys of every line of metrics."""
         step = self.progress.step
-        return {
-            "step": step,
-            "images_seen": self.plan.images_seen(step),
-            "epoch": round(step / self.plan.steps_per_epoch, 6),
-        }
+        return {"step": step, "images_seen": self.plan.images_seen(step), "epoch": round(self.epoch, 6)}
 
     def batches(self) -> Iterator[tuple[device.Batch, bool]]:
         """The rest of the run's micro-batches on the host, with whether each is the last of its step."""
@@ -98,63 +111,54 @@ class Training:
                     return
             epoch, step = epoch + 1, 0
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager[object]:
         """The forward pass's number format."""
         return device.autocast(self.dtype, self.ranks.device)
 
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics of the validation set, told to the tracker together with pictures."""
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the validation set, logged together with pictures."""
         with fsdp.whole(self.model), self.ranks.unwatched():
-            return self._evaluate()
-
-    def _evaluate(self) -> dict[str, Any]:
-        batches = map(device.Sender(self.ranks.device), self.val_loader)
-        metrics = self.task.evaluate(batches, self.ranks, self.autocast)
-        metrics |= self.task.signal(self.where()["epoch"], self.ranks, self.autocast)
-        self.improved = self.task.improved(metrics)
-        self.tracker.log(self.where() | metrics)
-        if self.ranks.main:
-            self.task.draw(self.run, self.where(), self.tracker, self.autocast)
-        return metrics
+            position = self.position()
+            batches = map(device.Sender(self.ranks.device), self.val_loader)
+            metrics = self.task.evaluate(batches, self.ranks, self.autocast)
+            metrics |= self.task.monitor(position["epoch"], self.ranks, self.autocast)
+            self.best_unsaved = self.task.is_best(metrics)
+            self.tracker.log(position | metrics)
+            if self.ranks.main:
+                step = self.progress.step
+                self.task.log_images(self.run, step, position["epoch"], self.tracker, self.autocast)
+            return metrics
 
     def save(self) -> None:
         """A checkpoint of this moment; all ranks must call. They wait together for the writing of the last one."""
         with self.ranks.unwatched():
             self.saver.wait()
-            self._save()
-
-    def _save(self) -> None:
-        states, losses = zip(
-            *self.ranks.gather((checkpoint.random_state(), float(self.progress.loss_sum))), strict=True
-        )
-        parts = self.task.model.state_dict(), self.optimizer.state_dict(), self.task.extra_state()
-        weights, optimizer, extra = fsdp.on_host(parts, self.ranks.main)
-        if self.ranks.main:
-            trainer = {
-                "optimizer": optimizer,
-                "scaler": self.scaler.state_dict(),
-                "progress": vars(self.progress),
-                "loss_sums": list(losses),
-                "task": extra,
-                "random": list(states),
-                "images": self.images,
-                "config": OmegaConf.to_yaml(self.cfg),
-            }
-            epoch = self.progress.step / self.plan.steps_per_epoch
-            self.saver.save(self.progress.step, epoch, weights, trainer, self.improved)
-        self.improved = False
+            sums = {name: float(value) for name, value in self.progress.sums.items()}
+            random_states, sums_by_rank = zip(*self.ranks.gather((checkpoint.random_state(), sums)), strict=True)
+            states = self.task.model.state_dict(), self.optimizer.state_dict(), self.task.extra_state()
+            weights, optimizer, extra = fsdp.on_host(states, self.ranks.main)
+            if self.ranks.main:
+                trainer = {
+                    "optimizer": optimizer,
+                    "scaler": self.scaler.state_dict(),
+                    "progress": self.progress.state(),
+                    "sums": list(sums_by_rank),
+                    "task": extra,
+                    "random": list(random_states),
+                    "images": self.images,
+                    "config": OmegaConf.to_yaml(self.cfg),
+                }
+                self.saver.save(self.progress.step, self.epoch, weights, trainer, self.best_unsaved)
+            self.best_unsaved = False
 
     def restore(self, path: Path) -> None:
-        """Takes up all of a checkpoint but its weights, which `restore_weights` did."""
+        """Restores all of a checkpoint but its weights, which `restore_weights` loads."""
         trainer = checkpoint.read_trainer(path)
         self.optimizer.load_state_dict(fsdp.local_optimizer_state(trainer["optimizer"], self.optimizer))
         if trainer["scaler"]:  # empty where the run had another number format, on another device
             self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
-        self.progress.load(trainer["progress"])
-        losses = trainer.get("loss_sums", [float(self.progress.loss_sum)])
-        mean = sum(losses) / len(losses)  # where there are other ranks now
-        self.progress.loss_sum.fill_(losses[self.ranks.rank] if len(losses) == self.ranks.world else mean)
+        self.progress.load(trainer["progress"], self._own_sums(trainer))
         if self.ranks.rank < len(trainer["random"]):
             checkpoint.set_random_state(trainer["random"][self.ranks.rank])
         log.info("goes on from %s", path)
@@ -166,12 +170,23 @@ class Training:
             )  # fmt: skip
             self.tracker.event("the training images have changed", self.progress.step)
 
+    def _own_sums(self, trainer: Mapping[str, Any]) -> dict[str, float]:
+        """This rank's sums since the last log point; the mean over ranks where their number has changed."""
+        if "sums" in trainer:
+            by_rank: list[dict[str, float]] = trainer["sums"]
+        else:  # earlier versions
+            losses = trainer.get("loss_sums", [float(trainer["progress"]["loss_sum"])])
+            by_rank = [{"loss": value} for value in losses]
+        if len(by_rank) == self.ranks.world:
+            return by_rank[self.ranks.rank]
+        return {name: sum(sums[name] for sums in by_rank) / len(by_rank) for name in by_rank[0]}
 
-def load(
-    run: Path, cfg: DictConfig, ranks: Ranks, source: Any, num_patches: int | None, held: int | None
+
+def load_training(
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, num_patches: int | None, micro_batch_size: int | None
 ) -> tuple[Loader, Plan]:
-    """The training batches of at most `held` images, and the plan that follows from how many there are."""
-    micro = micro_batch(cfg.task.batch_size, ranks.world, held)
+    """The training batches of at most `micro_batch_size` images, and the plan that follows from their number."""
+    micro = micro_batch(cfg.task.batch_size, ranks.world, micro_batch_size)
     loader = call(
         Loader,
         cfg.data,
@@ -185,7 +200,7 @@ def load(
         num_patches,
         cfg.task.drop_last,
         ranks.device.type == "cuda",
-        bad_files(run, ranks),
+        bad_files_csv(run, ranks),
     )
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     check_batches(plan, cfg.task, cfg.data.repeats)
@@ -201,24 +216,24 @@ def set_up(
     warmup_epochs: Annotated[float, "[0, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> Training:
-    """Builds the objects of a run, the same on every rank, and takes up its newest checkpoint."""
+    """Builds the objects of a run, the same on every rank, and restores its newest checkpoint."""
     torch.manual_seed(cfg.seed)  # the same initial weights everywhere
     train_set, val_set = both_sets(cfg)
     dtype = device.number_format(precision, ranks.device)
     task = build_task(cfg, val_set)
-    task.begin(cfg, train_set, val_set)
+    task.check_data(train_set, val_set)
     restored = checkpoint.newest_valid(run)
     if restored is None:
-        task.take_up_init(cfg)
+        task.load_init()
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    task.train()  # which a task may mean otherwise for its frozen parts than nn.Module begins with
+    task.train()  # a task may leave frozen modules in evaluation mode
     if restored is not None:
         restore_weights(restored, task.model)
     if ranks.world > 1:  # a digest of large weights takes seconds
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
     ranks.shard(task)
-    held = ready(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
-    loader, plan = load(run, cfg, ranks, train_set, task.num_patches, held)
+    micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
+    loader, plan = load_training(run, cfg, ranks, train_set, task.num_patches, micro)
     images = fingerprint(loader.source)
     assert_same(ranks, images, "images")
     model = ranks.wrap(task, accumulating=plan.accumulation > 1)
@@ -238,7 +253,7 @@ def set_up(
         saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
         progress=Progress.new(ranks.device),
         loader=loader,
-        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files(run, ranks)),
+        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files_csv(run, ranks)),
         dtype=dtype,
         images=images,
     )
@@ -252,16 +267,16 @@ def set_up(
     return t
 
 
-def ready(run: Path, cfg: DictConfig, ranks: Ranks, task: Any, autocast: Any) -> int | None:
-    """Sets how the model computes, and finds how many images it holds at a time; None: its whole share."""
+def prepare_model(run: Path, cfg: DictConfig, ranks: Ranks, task: TrainedTask[Any], autocast: Autocast) -> int | None:
+    """Compiles the model, and returns how many images a device holds at a time; None: its whole share."""
     trial = Trial(cfg, task, task.num_patches, ranks.device, autocast)
-    held = call(accelerate, cfg.task, run, ranks, trial, task.trained)
+    micro = call(accelerate, cfg.task, run, ranks, trial, task.trained)
     device.forget_peak_memory(ranks.device)  # trials are not the run's
-    return held
+    return micro
 
 
-def restore_weights(path: Path, model: Any) -> None:
-    """Takes up the weights of a checkpoint, of a model that may have begun without a class token."""
+def restore_weights(path: Path, model: nn.Module) -> None:
+    """Loads the weights of a checkpoint, into a model that may have begun without a class token."""
     weights = checkpoint.read_weights(path)
     if "cls_token" not in weights:
         drop_class_token(model)

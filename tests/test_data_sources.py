@@ -16,7 +16,7 @@ from mae.data import SOURCES
 from mae.data.sources import table as lists
 from mae.data.sources.folder import classes_of
 from mae.data.sources.table import table
-from mae.tasks.common import need_labels
+from mae.tasks.labels import need_labels
 
 FILES = {"in_chans": 3, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
 

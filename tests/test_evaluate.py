@@ -21,7 +21,7 @@ from mae.checkpoint import weights_digest
 from mae.data.sources.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
 from mae.launch import launch
 from mae.metrics import MISS, Collector, Results
-from mae.tasks.common import same_weights
+from mae.tasks.init_weights import same_weights
 
 FIGURES = ("top1", "top5", "loss", "ece", "mean_per_class", "images_seen")
 
@@ -140,7 +140,7 @@ def test_figures_agree_with_plain_formulas():
 def test_ties_and_not_a_number_are_no_hits():
     label = torch.tensor([1, 0, 2])
     logits = torch.stack([torch.zeros(3), torch.full((3,), float("nan")), torch.tensor([0.0, 1.0, float("inf")])])
-    assert results_of(logits, label).place.tolist() == [1, MISS, MISS]
+    assert results_of(logits, label).true_rank.tolist() == [1, MISS, MISS]
     results = results_of(logits, label)
     assert results.top(5) == pytest.approx(100 / 3) and results.confidence.tolist() == pytest.approx([1 / 3, 0, 0])
     error, bins = results.calibration(15)

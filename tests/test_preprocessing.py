@@ -14,7 +14,7 @@ from torch import nn
 from mae.data.prepare import Prepare
 from mae.data.transforms import CenterCrop
 from mae.models.vit import classifier
-from mae.tasks.common import image_top, warn_of_crop, warn_of_statistics
+from mae.tasks.init_weights import image_top, warn_of_crop, warn_of_statistics
 from mae.weights import files as weight_files
 from mae.weights.export import export
 from mae.weights.export_card import Facts

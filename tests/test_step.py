@@ -325,8 +325,8 @@ def test_no_task_waits_for_the_gpu(tmp_path, encoder, task, mixing):
     cfg = composed(*TINY, f"task={task}", *CLASSIFY, *more)
     sets = build(SOURCES, cfg.data, "train"), build(SOURCES, cfg.data, "val")
     made = build_task(cfg, sets[1])
-    made.begin(cfg, *sets)
-    made.take_up_init(cfg)
+    made.check_data(*sets)
+    made.load_init()
     with FakeTensorMode(allow_non_fake_inputs=True):
         made.to("cuda")
         batch = trial_of(cfg, made, "cuda").batch(4)

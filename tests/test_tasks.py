@@ -27,9 +27,10 @@ from mae.models.vit import classifier
 from mae.plan import make_plan
 from mae.runs import files
 from mae.tasks.base import build_task
-from mae.tasks.common import both_sets, check_classes
+from mae.tasks.batches import both_sets
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
+from mae.tasks.labels import check_classes
 from mae.tools import dry_run
 
 TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]

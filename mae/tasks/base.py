@@ -1,14 +1,119 @@
-"""What a trained task is made of."""
+"""What a trained task is: a subclass of `TrainedTask`, which the train loop calls."""
 
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from mae.config.build import call
+from mae.data.prepare import Prepare
 from mae.data.source import Source
-from mae.tasks.registry import load_task
+from mae.device import Batch
+from mae.distributed.ranks import Ranks
+from mae.tasks.labels import check_classes
+from mae.tasks.registry import TASKS, load_task
+from mae.tracking.base import Tracker
+
+Autocast = Callable[[], AbstractContextManager[object]]  # within, the forward pass runs in the run's number format
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def build_task(cfg: DictConfig, val_set: Source) -> Any:
+class TrainedTask(nn.Module, Generic[Network]):
+    """A task that learns. A subclass sets `model` in its constructor, and overrides `loss` and what else it needs.
+
+    The constructor is called as `Task(cfg, val_set, key=...)`: its keyword-only parameters are the keys of
+    `conf/task/NAME.yaml` that are the task's own. Keys that all trained tasks share are declared by `plan.make_plan`,
+    `training.set_up`, `engine.train` and `perf.compile.accelerate`. Hooks are called in the order in which they stand
+    here, on every rank unless they say otherwise, and do nothing by default.
+
+    A batch holds, on the device: image (B, C, H, W) as the source has it, flip (B,) bool, index (B,) int64, weight (),
+    and noise (B, num_patches) where `num_patches` is set; label (B,) int64, or the source's vectors or maps.
+    """
+
+    model: Network  # saved in checkpoints and validated
+    num_patches: int | None = None  # numbers of masking noise that a sample needs
+
+    def __init__(self, cfg: DictConfig, val_set: Source):
+        super().__init__()
+        self.cfg, self.val_set = cfg, val_set
+        self.prepare = call(Prepare, cfg.data)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network whose parameters the optimizer changes."""
+        return self.model
+
+    def images(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Images (B, C, H, W) as the model takes them: flipped, normalised, in the type of its weights."""
+        return self.prepare(batch["image"], batch.get("flip")).to(next(self.model.parameters()).dtype)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`, called as a module, so that gradients are exchanged between ranks."""
+        return self.loss(batch)
+
+    # ------------------------------------------------------------ once, before the first step
+
+    def check_data(self, train_set: Source, val_set: Source) -> None:
+        """Refuses data that the task cannot learn from, with a ValueError. By default it checks the labels of a task
+        that needs them."""
+        if TASKS[self.cfg.task.name].needs_labels:
+            check_classes(self.cfg, train_set, val_set)
+
+    def load_init(self) -> None:
+        """Loads the weights that `init` names, into the model on the host. Skipped where a run goes on from its own
+        checkpoint. Raises ValueError."""
+
+    # ------------------------------------------------------------ every step
+
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` () of a micro-batch, and any other scalars () to log under their names.
+
+        All are means over the micro-batch's images. metrics.jsonl has their mean over the steps since its last line,
+        and over ranks. The names must be the same at every call, and no names of `engine.measure`.
+        """
+        raise NotImplementedError
+
+    def after_step(self, skipped: Tensor) -> None:
+        """After an optimizer step; `skipped` () on the device is 1 where the gradient was not finite, else 0."""
+
+    # ------------------------------------------------------------ every validation
+
+    def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
+        """Metrics `val/NAME` of the validation set over all ranks; `batches` are this rank's. The model is in training
+        mode before and after."""
+        return {}
+
+    def monitor(self, epoch: float, ranks: Ranks, autocast: Autocast) -> dict[str, float]:
+        """Further metrics `val/NAME` that are measured at some validations alone."""
+        return {}
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this validation is the best so far: its checkpoint is then saved and stays as `best`."""
+        return False
+
+    def log_images(self, run: Path, step: int, epoch: float, tracker: Tracker, autocast: Autocast) -> None:
+        """Writes pictures and tables of the validation to `run`. On rank 0 alone."""
+
+    # ------------------------------------------------------------ checkpoints and the end
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the task beside `model.state_dict()`."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `extra_state` returned."""
+
+    def on_train_end(self, run: Path, step: int, tracker: Tracker) -> None:
+        """Writes what is made once, after the last validation. On rank 0 alone."""
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The results in summary.json; `metrics` are those of the last validation."""
+        return {name.removeprefix("val/"): value for name, value in metrics.items()}
+
+
+def build_task(cfg: DictConfig, val_set: Source) -> TrainedTask[Any]:
     """The trained task that a config names, with initial weights."""
     return call(load_task(cfg.task.name), cfg.task, cfg, val_set)

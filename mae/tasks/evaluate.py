@@ -1,37 +1,33 @@
 """Evaluation of any classifier on any labelled data, exact over any number of ranks."""
 
-import csv
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from timm.models.vision_transformer import VisionTransformer
 
 from mae import data, device
 from mae.config.build import build, call
+from mae.data.loader import EvalLoader
 from mae.data.prepare import Prepare
 from mae.data.source import Source
 from mae.data.sources.robustness import Robustness, corruption_errors, synsets
+from mae.distributed.ranks import Ranks
 from mae.metrics import Collector, Results
 from mae.models.vit import classifier
 from mae.tasks import charts
-from mae.tasks.common import (
-    bad_files,
-    eval_loader,
-    kept_classes,
-    need_init,
-    need_labels,
-    read_from,
-    same_weights,
-    sent,
-    warn_of_crop,
-    warn_of_statistics,
-)
-from mae.tasks.linprobe import head as probe_head
-from mae.tasks.results import tell, write_all
+from mae.tasks.base import Autocast
+from mae.tasks.batches import bad_files_csv, eval_loader, sent
+from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
+from mae.tasks.labels import need_labels, read_class_names
+from mae.tasks.linprobe import probe_head
+from mae.tasks.results import track_results, write_csv, write_results
+from mae.tracking.base import Tracker
 from mae.weights.load import load_pretrained
 from mae.weights.read import PretrainedWeights, read_pretrained
 
@@ -41,8 +37,8 @@ log = logging.getLogger(__name__)
 def evaluate(
     run: Path,
     cfg: DictConfig,
-    ranks: Any,
-    tracker: Any,
+    ranks: Ranks,
+    tracker: Tracker,
     *,
     batch_size: Annotated[int, "[1, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
@@ -61,28 +57,31 @@ def evaluate(
     warn_of_statistics(cfg, pretrained)
     warn_of_crop(cfg, pretrained)
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    names = kept_classes(cfg.init)
-    place = places(cfg, source, model.num_classes, names)
-    results = predict(cfg, ranks, source, model, dtype, batch_size, place, source.subset, bad_files(run, ranks))
-    names = names or list(_names(source, model.num_classes, place))
+    names = read_class_names(cfg.init)
+    classes = model_classes(cfg, source, model.num_classes, names)
+    loader = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_files_csv(run, ranks))
+    autocast = partial(device.autocast, dtype, ranks.device)
+    results = predict(cfg, ranks, loader, model, classes, autocast)
+    loader.close()
+    names = names or all_names(source, model.num_classes, classes)
 
-    figures: dict[str, Any] = results.figures()
-    figures["ece"], bins = results.calibration(calibration_bins)
+    metrics: dict[str, Any] = results.metrics()
+    metrics["ece"], bins = results.calibration(calibration_bins)
     counts = results.per_class(model.num_classes)
-    figures["mean_per_class"] = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
+    metrics["mean_per_class"] = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
     if isinstance(source, Robustness) and source.groups:
-        errors, mce = corruption_errors(source.groups, source.group[results.index], results.place == 0)
-        figures |= {"corruption_errors": errors} | ({"mce": mce} if mce is not None else {})
+        errors, mce = corruption_errors(source.groups, source.group[results.index], results.true_rank == 0)
+        metrics |= {"corruption_errors": errors} | ({"mce": mce} if mce is not None else {})
         if mce is None:
             log.warning("mCE needs all 15 corruptions, and data.root holds %d: it is not given", len(errors))
-    where = {"step": 0, "images_seen": len(results), "epoch": 0.0}
-    tracker.log(where | {f"val/{k}": v for k, v in figures.items() if isinstance(v, float)})
+    numbers = {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    tracker.log({"step": 0, "images_seen": len(results), "epoch": 0.0, **numbers})
     if ranks.main:
         write_predictions(run, source, results, names, predictions)
-        write_all(run, names, results)
-        tell(run, names, source, results, 0, tracker, cfg.data.name)
+        write_results(run, names, results)
+        track_results(run, names, source, results, 0, tracker)
         path = run / "images" / "calibration.png"
-        charts.calibration(bins, figures["ece"], path)
+        charts.calibration(bins, metrics["ece"], path)
         tracker.picture("calibration", path, 0, f"calibration on {cfg.data.name}")
     seconds = time.perf_counter() - begun
     return {
@@ -93,7 +92,7 @@ def evaluate(
         "seconds": round(seconds, 2),
         "images_per_second": round(len(results) / seconds, 1),
         "checkpoint": read_from(cfg, pretrained),
-        **figures,
+        **metrics,
     }
 
 
@@ -107,18 +106,18 @@ def need_parquet() -> Any:
     return pyarrow
 
 
-def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> Any:
-    """The classifier in a checkpoint, with as many classes as it knows. Raises ValueError where there is none."""
-    theirs = pretrained.head
-    count, pool = (theirs.classes, theirs.pool) if theirs else (max(classes, 1), "avg")
+def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> VisionTransformer:
+    """The classifier in a checkpoint, with as many classes as it has. Raises ValueError where there is none."""
+    head = pretrained.head
+    count, pool = (head.classes, head.pool) if head else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
-    if theirs is not None and theirs.batch_norm:
+    if head is not None and head.batch_norm:
         model.add_module("head", probe_head(model.embed_dim, count))
     load_pretrained(model, pretrained, head="require")
     return model.eval()
 
 
-def places(cfg: DictConfig, source: Source, classes: int, names: list[str] | None) -> np.ndarray:
+def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str] | None) -> np.ndarray:
     """The model's class of each of the data's classes: by name where both are known, else by order.
 
     Raises ValueError where labels are missing or the classes do not correspond.
@@ -143,9 +142,10 @@ def places(cfg: DictConfig, source: Source, classes: int, names: list[str] | Non
     return np.arange(classes)
 
 
-def _names(source: Source, classes: int, place: np.ndarray) -> list[str]:
-    names = list(synsets()) if classes == 1000 else [str(k) for k in range(classes)]
-    for name, k in zip(source.classes, place, strict=True):
+def all_names(source: Source, count: int, classes: np.ndarray) -> list[str]:
+    """The names of the model's classes, as far as the data or ImageNet say them."""
+    names = list(synsets()) if count == 1000 else [str(k) for k in range(count)]
+    for name, k in zip(source.classes, classes, strict=True):
         names[k] = name
     return names
 
@@ -153,52 +153,47 @@ def _names(source: Source, classes: int, place: np.ndarray) -> list[str]:
 @torch.no_grad()
 def predict(
     cfg: DictConfig,
-    ranks: Any,
-    source: Source,
-    model: Any,
-    dtype: torch.dtype,
-    batch_size: int,
-    place: np.ndarray,
-    subset: list[int] | None,
-    bad_csv: Path,
+    ranks: Ranks,
+    loader: EvalLoader,
+    model: VisionTransformer,
+    classes: np.ndarray,
+    autocast: Autocast,
 ) -> Results:
-    """What the model says of each image; `place` maps labels to its classes, `subset` are those asked for."""
+    """Predictions for each image; `classes` maps its labels to the model's classes.
+
+    Where the source is labelled by a subset of the classes, the prediction is among those.
+    """
     prepare = call(Prepare, cfg.data).to(ranks.device)
-    target = torch.from_numpy(place).to(ranks.device)
-    asked = torch.tensor(subset or range(model.num_classes), device=ranks.device)
-    inside = torch.full((model.num_classes,), -1, device=ranks.device)
-    inside[asked] = torch.arange(len(asked), device=ranks.device)
-    loader, found = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_csv), Collector()
+    target = torch.from_numpy(classes).to(ranks.device)
+    chosen = torch.tensor(loader.source.subset or range(model.num_classes), device=ranks.device)
+    number = torch.full((model.num_classes,), -1, device=ranks.device)  # of a class among the chosen ones
+    number[chosen] = torch.arange(len(chosen), device=ranks.device)
+    collector = Collector()
     for batch in sent(loader, ranks):
-        images = prepare(batch["image"]).to(model.pos_embed.dtype)
-        with device.autocast(dtype, ranks.device):
+        images = prepare(batch["image"]).to(next(model.parameters()).dtype)
+        with autocast():
             logits = model(images)
-        found.add(batch["index"], inside[target[batch["label"]]], logits[:, asked])
-    loader.close()
-    results = found.results(ranks)
+        collector.add(batch["index"], number[target[batch["label"]]], logits[:, chosen])
+    results = collector.results(ranks)
     assert results is not None, "a source is never empty"
-    back = asked.cpu().numpy()
+    back = chosen.cpu().numpy()
     results.label, results.predicted = back[results.label], back[results.predicted]
     return results
 
 
-def write_predictions(run: Path, source: Source, results: Results, names: list[str], form: str) -> None:
+def write_predictions(run: Path, source: Source, results: Results, names: list[str], file_format: str) -> None:
     """predictions.csv or .parquet: file, label, predicted, correct, confidence, loss; a row an image."""
-    files = [source.name(int(k)) for k in results.index]
     labels, predicted = ([names[k] for k in column] for column in (results.label, results.predicted))
     columns = {
-        "file": files,
+        "file": [source.name(int(k)) for k in results.index],
         "label": labels,
         "predicted": predicted,
-        "correct": (results.place == 0).tolist(),
+        "correct": (results.true_rank == 0).tolist(),
         "confidence": [round(v, 6) for v in results.confidence.tolist()],
         "loss": [round(v, 6) for v in results.loss.tolist()],
     }
-    if form == "parquet":
+    if file_format == "parquet":
         pyarrow = need_parquet()
         pyarrow.parquet.write_table(pyarrow.table(columns), run / "predictions.parquet")
-        return
-    with (run / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    else:
+        write_csv(run / "predictions.csv", columns, zip(*columns.values(), strict=True))

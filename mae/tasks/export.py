@@ -14,8 +14,9 @@ from mae.data.crops import pair
 from mae.data.transforms import kept_fraction
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
-from mae.tasks.common import channels, image_top, kept_classes, need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
+from mae.tasks.init_weights import channels, image_top, need_init, read_from, warn_of_statistics
+from mae.tasks.labels import read_class_names
 from mae.tasks.visualize import load_autoencoder
 from mae.weights.export import export as write
 from mae.weights.export_card import Facts, run_facts
@@ -48,7 +49,7 @@ def export(
         with torch.no_grad():
             if pretrained.head is not None:
                 model = load_classifier(cfg, pretrained, pretrained.head.classes)
-                names = kept_classes(cfg.init) or []
+                names = read_class_names(cfg.init) or []
                 classes = names if len(names) == pretrained.head.classes else []
             else:
                 model, encoder_only = autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=format == "huggingface")

@@ -1,7 +1,7 @@
 """Features of a frozen encoder, computed once: what k-NN compares and cached probing trains on."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from mae.config.build import call
 from mae.data.prepare import Prepare
+from mae.device import Batch
+from mae.distributed.ranks import Ranks
 from mae.models.vit import classifier
-from mae.tasks.common import need_init, read_from, warn_of_statistics
+from mae.tasks.base import Autocast
+from mae.tasks.init_weights import need_init, read_from, warn_of_statistics
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
+
+Encode = Callable[[Mapping[str, Tensor]], Tensor]  # a batch -> features (B, D)
 
 
 class Features(NamedTuple):
@@ -43,20 +48,15 @@ class Encoder(nn.Module):
 
 
 @torch.no_grad()
-def extract(
-    encode: Callable[[Mapping[str, Tensor]], Tensor],
-    batches: Iterable[Mapping[str, Tensor]],
-    ranks: Any,
-    autocast: Any,
-) -> Features:
+def extract(encode: Encode, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> Features:
     """Features of all ranks' images on every rank, each image once."""
-    parts: list[tuple[Tensor, ...]] = []
+    rows: list[tuple[Tensor, ...]] = []
     for batch in batches:
         with autocast():
             feature = encode(batch)
-        parts.append((batch["index"], batch["label"], feature.float()))
-    mine = [torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)]
-    together = [part for part in ranks.gather(mine) if part]
+        rows.append((batch["index"], batch["label"], feature.float()))
+    mine = [torch.cat(columns).cpu().numpy() for columns in zip(*rows, strict=True)]
+    together = [columns for columns in ranks.gather(mine) if columns]
     columns = [np.concatenate(column) for column in zip(*together, strict=True)]
     _, first = np.unique(columns[0], return_index=True)
     return Features(*(torch.from_numpy(column[first]) for column in columns))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from timm.data.mixup import Mixup, mixup_target
 from timm.layers.patch_dropout import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae.config.build import call
@@ -18,7 +19,7 @@ from mae.data.source import Source
 from mae.distributed.fsdp import load_weights, local_shard
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
-from mae.tasks.common import warn_of_statistics
+from mae.tasks.init_weights import warn_of_statistics
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
@@ -53,7 +54,7 @@ class Finetune(Classify):
         if patch_drop:
             self.model.patch_drop = PatchDropout(patch_drop, num_prefix_tokens=1)
         self.label_smoothing, self.mix = label_smoothing, None
-        if mixup or cutmix:  # drawn on the host from numpy's generator, which each rank seeds and checkpoints keep
+        if mixup or cutmix:  # random on the host, from numpy's generator, whose state checkpoints hold
             self.mix = Mixup(
                 mixup, cutmix, None, mixup_prob, mixup_switch_prob, "batch", True, label_smoothing, classes
             )
@@ -63,7 +64,8 @@ class Finetune(Classify):
         if ema_decay is not None:
             self.model = copy.deepcopy(self.live).requires_grad_(False)
 
-    def take_up_init(self, cfg: DictConfig) -> None:
+    def load_init(self) -> None:
+        cfg = self.cfg
         if cfg.init is not None:
             pretrained = read_pretrained(cfg.init)
             load_pretrained(self.live, pretrained)
@@ -82,8 +84,8 @@ class Finetune(Classify):
     def trained(self) -> nn.Module:
         return self.live
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cross-entropy with smoothed, and where images are mixed with mixed, labels."""
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed labels, and mixed ones where images are mixed."""
         images, labels = self.images(batch), batch["label"]
         if self.mix is None:
             logits = self.live(images)
@@ -95,7 +97,7 @@ class Finetune(Classify):
         return {"loss": F.cross_entropy(self.live(images).float(), targets)}
 
     def train(self, mode: bool = True) -> "Finetune":
-        """Frozen parts stay as in evaluation: without drop path."""
+        """Frozen blocks stay in evaluation mode, without drop path."""
         super().train(mode)
         for block in self.live.blocks:
             if not any(p.requires_grad for p in block.parameters()):
@@ -120,7 +122,7 @@ class Finetune(Classify):
             load_weights(self.live, state["live"])
 
 
-def freeze(model: Any, blocks: float) -> None:
+def freeze(model: VisionTransformer, blocks: float) -> None:
     """Leaves only the last `blocks` blocks, the final norm and the head to be trained (paper, figure 9).
 
     Half a block is its MLP with its norm; 0 is the head alone. Raises ValueError for another fraction, or
@@ -132,12 +134,12 @@ def freeze(model: Any, blocks: float) -> None:
             f"got {blocks:g}."
         )
     model.requires_grad_(False)
-    for part in unfrozen(model, blocks):
-        part.requires_grad_(True)
+    for module in unfrozen(model, blocks):
+        module.requires_grad_(True)
 
 
-def unfrozen(model: Any, blocks: float) -> Iterator[nn.Module]:
-    """The parts of a ViT that partial fine-tuning trains."""
+def unfrozen(model: VisionTransformer, blocks: float) -> Iterator[nn.Module]:
+    """The modules of a ViT that partial fine-tuning trains."""
     yield model.head
     if not blocks:
         return
@@ -146,4 +148,4 @@ def unfrozen(model: Any, blocks: float) -> Iterator[nn.Module]:
     yield from list(model.blocks)[len(model.blocks) - whole :]
     if blocks > whole:
         half = model.blocks[len(model.blocks) - whole - 1]
-        yield from (half.norm2, half.mlp)
+        yield from (half.get_submodule("norm2"), half.get_submodule("mlp"))

@@ -27,7 +27,7 @@ from mae.data.workers import worker_count
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.tasks import charts
-from mae.tasks.common import both_sets
+from mae.tasks.batches import both_sets
 from mae.tasks.stats import shown, write_bad
 
 log = logging.getLogger(__name__)

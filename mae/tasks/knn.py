@@ -1,7 +1,8 @@
 """Weighted cosine k-NN on frozen features (Wu et al., 2018; as DINO evaluates): no training, several k at once."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +15,14 @@ from torch import Tensor
 from mae import device
 from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
-from mae.tasks.common import both_sets, check_classes, eval_loader, same_weights, sent
-from mae.tasks.features import Encoder, Features, extract
+from mae.device import Batch
+from mae.distributed.ranks import Ranks
+from mae.tasks.base import Autocast
+from mae.tasks.batches import both_sets, eval_loader, sent
+from mae.tasks.features import Encode, Encoder, Features, extract
+from mae.tasks.init_weights import same_weights
+from mae.tasks.labels import check_classes
+from mae.tracking.base import Tracker
 
 TEMPERATURE = 0.07  # of the votes (Wu et al., 2018); task=knn takes its own
 CHUNK = 65536  # neighbours compared at a time: 65536 x 256 similarities are 64 MiB
@@ -24,9 +31,9 @@ CHUNK = 65536  # neighbours compared at a time: 65536 x 256 similarities are 64 
 class Neighbours:
     """The training images' features, and the vote among those nearest to a query."""
 
-    def __init__(self, bank: Features, classes: int, k: list[int], temperature: float, where: torch.device):
-        self.feature = F.normalize(bank.feature.to(where), dim=1)
-        self.label = bank.label.to(where)
+    def __init__(self, bank: Features, classes: int, k: list[int], temperature: float, device: torch.device):
+        self.feature = F.normalize(bank.feature.to(device), dim=1)
+        self.label = bank.label.to(device)
         self.classes, self.k, self.temperature = classes, k, temperature
 
     def predict(self, queries: Tensor) -> Tensor:
@@ -35,8 +42,7 @@ class Neighbours:
         near = queries.new_full((len(queries), 0), 0.0)
         label = self.label.new_zeros((len(queries), 0))
         for start in range(0, len(self.label), CHUNK):
-            part = self.feature[start : start + CHUNK]
-            near = torch.cat([near, queries @ part.T], 1)
+            near = torch.cat([near, queries @ self.feature[start : start + CHUNK].T], 1)
             label = torch.cat([label, self.label[start : start + CHUNK].expand(len(queries), -1)], 1)
             near, order = near.topk(min(most, near.shape[1]), dim=1)  # sorted, nearest first
             label = label.gather(1, order)
@@ -48,7 +54,7 @@ class Neighbours:
         return torch.stack([vote.argmax(1) for vote in votes], 1)
 
 
-def enough(key: str, k: int, images: int) -> None:
+def check_neighbours(key: str, k: int, images: int) -> None:
     """Raises ValueError where there are fewer images than neighbours."""
     if k > images:
         raise ValueError(f"{key}={k} asks for that many neighbours, and there are {images} training images.")
@@ -56,11 +62,7 @@ def enough(key: str, k: int, images: int) -> None:
 
 @torch.no_grad()
 def accuracy(
-    encode: Callable[[Mapping[str, Tensor]], Tensor],
-    neighbours: Neighbours,
-    batches: Iterable[Mapping[str, Tensor]],
-    ranks: Any,
-    autocast: Any,
+    encode: Encode, neighbours: Neighbours, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast
 ) -> dict[int, float]:
     """k -> percent of the images whose neighbours vote for their class, over all ranks."""
     parts = []
@@ -76,45 +78,45 @@ def accuracy(
     return {k: float(value) for k, value in zip(neighbours.k, percent, strict=True)}
 
 
-def bank_of(source: Source, most: int | None, seed: int) -> Source:
-    """At most `most` of the training images, drawn by seed."""
-    if most is None or len(source) <= most:
+def at_most(source: Source, count: int | None, seed: int) -> Source:
+    """At most `count` of the training images, chosen by seed."""
+    if count is None or len(source) <= count:
         return source
-    return Subset(source, np.sort(np.random.default_rng([seed, 0x6E6E]).permutation(len(source))[:most]))
+    return Subset(source, np.sort(np.random.default_rng([seed, 0x6E6E]).permutation(len(source))[:count]))
 
 
-class Signal:
+class KnnMonitor:
     """k-NN accuracy of a network that is still in training, every so many epochs."""
 
     def __init__(self, cfg: DictConfig, train_set: Source, val_set: Source, every_epochs: float, images: int, k: int):
         check_classes(cfg, train_set, val_set)
         train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
         self.cfg, self.every, self.k = cfg, every_epochs, k
-        self.bank, self.val_set = bank_of(train_set, images, cfg.seed), val_set
-        enough("task.knn_k", k, len(self.bank))
-        self.last = 0  # how many periods had passed when it was last looked at
+        self.bank, self.val_set = at_most(train_set, images, cfg.seed), val_set
+        check_neighbours("task.knn_k", k, len(self.bank))
+        self.periods = 0  # periods that had ended when it was last measured
 
-    def measure(self, encode: Any, epoch: float, ranks: Any, autocast: Any) -> dict[str, float]:
+    def measure(self, encode: Encode, epoch: float, ranks: Ranks, autocast: Autocast) -> dict[str, float]:
         """`val/knn_K` in percent, or nothing where no period has ended since the last time."""
         periods = int(epoch / self.every + 1e-9)
-        if periods <= self.last:
+        if periods <= self.periods:
             return {}
-        self.last = periods
+        self.periods = periods
         size = min(256, self.cfg.task.micro_batch_size or self.cfg.task.batch_size)
-        loader, val_loader = (eval_loader(self.cfg, ranks, part, size) for part in (self.bank, self.val_set))
+        loader, val_loader = (eval_loader(self.cfg, ranks, source, size) for source in (self.bank, self.val_set))
         bank = extract(encode, sent(loader, ranks), ranks, autocast)
         neighbours = Neighbours(bank, len(self.bank.classes), [self.k], TEMPERATURE, ranks.device)
-        found = accuracy(encode, neighbours, sent(val_loader, ranks), ranks, autocast)
+        percent = accuracy(encode, neighbours, sent(val_loader, ranks), ranks, autocast)[self.k]
         loader.close()
         val_loader.close()
-        return {f"val/knn_{self.k}": found[self.k]}
+        return {f"val/knn_{self.k}": percent}
 
 
 def knn(
     run: Path,
     cfg: DictConfig,
-    ranks: Any,
-    tracker: Any,
+    ranks: Ranks,
+    tracker: Tracker,
     *,
     k: list[Annotated[int, "[1, inf)"]],
     temperature: Annotated[float, "(0, inf)"],
@@ -127,25 +129,21 @@ def knn(
     train_set, val_set = both_sets(cfg)
     check_classes(cfg, train_set, val_set)
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
-    enough("task.k", max(k), len(train_set))
+    check_neighbours("task.k", max(k), len(train_set))
     encoder = Encoder(cfg, global_pool)
     same_weights(ranks, encoder.model)
     encoder.to(ranks.device)
-    dtype = device.number_format(precision, ranks.device)
-
-    def autocast() -> Any:
-        return device.autocast(dtype, ranks.device)
-
-    loader, val_loader = (eval_loader(cfg, ranks, part, batch_size) for part in (train_set, val_set))
+    autocast = partial(device.autocast, device.number_format(precision, ranks.device), ranks.device)
+    loader, val_loader = (eval_loader(cfg, ranks, source, batch_size) for source in (train_set, val_set))
     bank = extract(encoder, sent(loader, ranks), ranks, autocast)
     neighbours = Neighbours(bank, len(train_set.classes), k, temperature, ranks.device)
-    found = accuracy(encoder, neighbours, sent(val_loader, ranks), ranks, autocast)
+    percents = accuracy(encoder, neighbours, sent(val_loader, ranks), ranks, autocast)
     loader.close()
     val_loader.close()
     seconds, images = time.perf_counter() - begun, len(train_set) + len(val_set)
-    where = {"step": 0, "images_seen": images, "epoch": 0.0}
     tracker.start(0, 0)
-    tracker.log(where | {f"val/knn_{number}": value for number, value in found.items()})
+    metrics = {f"val/knn_{number}": value for number, value in percents.items()}
+    tracker.log({"step": 0, "images_seen": images, "epoch": 0.0, **metrics})
     return {
         "task": "knn",
         "steps": 0,
@@ -154,5 +152,5 @@ def knn(
         "seconds": round(seconds, 2),
         "images_per_second": round(images / seconds, 1),
         "checkpoint": encoder.read_from,
-        "knn": {str(number): value for number, value in found.items()},
+        "knn": {str(number): value for number, value in percents.items()},
     }

@@ -1,7 +1,7 @@
 """Linear probing (arXiv 2111.06377, A.1, table 10): a frozen encoder, BatchNorm without affine, one matrix."""
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mae.config.build import call
 from mae.data.source import Source
-from mae.metrics import Collector
 from mae.models.vit import classifier
+from mae.tasks.base import Autocast
 from mae.tasks.classify import Classify
-from mae.tasks.common import need_init, warn_of_statistics
+from mae.tasks.init_weights import need_init, warn_of_statistics
 from mae.weights.load import load_pretrained
 from mae.weights.parts import BATCH_NORM_EPS
 from mae.weights.read import read_pretrained
@@ -31,32 +31,39 @@ class Linprobe(Classify):
         val_set: Source,
         *,
         global_pool: Literal["avg", "token"],
-        cached_features: bool,  # this one and the next are for `linprobe_cached`
+        cached_features: bool,  # read, like learning_rates, by `linprobe_cached`
         learning_rates: list[Annotated[float, "(0, inf)"]] | None,
     ):
         super().__init__(cfg, val_set)
         classes = len(self.classes)
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=global_pool)
-        self.model.head = head(self.model.embed_dim, classes)
+        self.model.add_module("head", probe_head(self.model.embed_dim, classes))
         self.model.requires_grad_(False)
-        self.model.head.requires_grad_(True)
+        self.head.requires_grad_(True)
 
-    def take_up_init(self, cfg: DictConfig) -> None:
-        pretrained = read_pretrained(need_init(cfg))
+    @property
+    def head(self) -> nn.Sequential:
+        """The probe: a BatchNorm and a matrix."""
+        head = self.model.get_submodule("head")
+        assert isinstance(head, nn.Sequential)
+        return head
+
+    def load_init(self) -> None:
+        pretrained = read_pretrained(need_init(self.cfg))
         load_pretrained(self.model, pretrained, head="fresh")
-        warn_of_statistics(cfg, pretrained)
+        warn_of_statistics(self.cfg, pretrained)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the head reads, (B, D): the class token after `norm`, or the mean of the patch tokens."""
+        """The head's input (B, D): the class token after `norm`, or the mean of the patch tokens."""
         with torch.no_grad():
             return self.model.forward_head(self.model.forward_features(self.images(batch)), pre_logits=True)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """The head in its own number format: statistics over a batch want more than half precision."""
+    def probe(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits, in the head's number format: batch statistics need more than half precision."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.model.head(features.to(self.model.head[1].weight.dtype))
+            return self.head(features.to(next(self.head.parameters()).dtype))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy."""
         features = self.features(batch)
         if len(features) < 2:
@@ -64,30 +71,23 @@ class Linprobe(Classify):
                 "task=linprobe normalises over a batch, and one of a single image came: raise task.batch_size or "
                 "task.micro_batch_size, and keep task.drop_last=true."
             )
-        return {"loss": F.cross_entropy(self.logits(features), batch["label"])}
+        return {"loss": F.cross_entropy(self.probe(features), batch["label"])}
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], ranks: Any, autocast: Any) -> dict[str, float]:
-        """top1 and top5 in percent, and loss."""
-        self.eval()
-        found = Collector()
-        for batch in batches:
-            with autocast():
-                features = self.features(batch)
-            found.add(batch["index"], batch["label"], self.logits(features))
-        self.train()
-        return self.told(found.results(ranks))
+    def logits(self, batch: Mapping[str, Tensor], autocast: Autocast) -> Tensor:
+        with autocast():
+            features = self.features(batch)
+        return self.probe(features)
 
     def train(self, mode: bool = True) -> "Linprobe":
-        """The encoder stays as in evaluation."""
+        """The encoder stays in evaluation mode."""
         super().train(mode)
-        for name, part in self.model.named_children():
+        for name, module in self.model.named_children():
             if name != "head":
-                part.eval()
+                module.eval()
         return self
 
 
-def head(width: int, classes: int) -> nn.Sequential:
+def probe_head(width: int, classes: int) -> nn.Sequential:
     """The reference's probe: BatchNorm without affine, then a matrix."""
     linear = nn.Linear(width, classes)
     nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
@@ -101,7 +101,7 @@ class RanksBatchNorm(nn.BatchNorm1d):
     torch's SyncBatchNorm wants a GPU. Statistics count unbiased, as there.
     """
 
-    alone = False  # during a trial, which not every rank need come through
+    alone = False  # true during a trial step, which may fail on one rank alone
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:

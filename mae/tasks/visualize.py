@@ -26,8 +26,8 @@ from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import mask_noise
 from mae.runs.files import write_text
 from mae.tasks import images as pictures
-from mae.tasks.common import need_init, read_from, warn_of_statistics
 from mae.tasks.evaluate import load_classifier
+from mae.tasks.init_weights import need_init, read_from, warn_of_statistics
 from mae.weights.load import LoadReport, load_pretrained
 from mae.weights.read import PretrainedWeights, read_pretrained
 

@@ -1,0 +1,56 @@
+"""The images of a data set as tasks read them: each once over all ranks, cropped at the centre, in batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from mae import data, device
+from mae.config.build import build, call
+from mae.data.loader import EvalLoader
+from mae.data.source import Source
+from mae.data.subsets import matched
+from mae.data.transforms import CenterCrop
+from mae.distributed.ranks import Ranks
+
+
+def both_sets(cfg: DictConfig) -> tuple[Source, Source]:
+    """The training and the validation images, with the same numbers of the classes where their names allow it."""
+    train_set, val_set = (build(data.SOURCES, cfg.data, split) for split in ("train", "val"))
+    return train_set, matched(train_set, val_set)
+
+
+def eval_loader(
+    cfg: DictConfig,
+    ranks: Ranks,
+    source: Source,
+    batch_size: int,
+    num_patches: int | None = None,
+    bad_csv: Path | None = None,
+) -> EvalLoader:
+    """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
+    transform = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
+    pin = ranks.device.type == "cuda"
+    return call(
+        EvalLoader,
+        cfg.data,
+        source,
+        transform,
+        batch_size,
+        cfg.seed,
+        ranks.rank,
+        ranks.world,
+        num_patches,
+        pin,
+        bad_csv,
+    )
+
+
+def bad_files_csv(run: Path, ranks: Ranks) -> Path:
+    """The file in which a rank lists the images that it could not use."""
+    return run / ("bad_files.csv" if ranks.main else f"bad_files_{ranks.rank}.csv")
+
+
+def sent(loader: EvalLoader, ranks: Ranks) -> Iterator[device.Batch]:
+    """A loader's batches on the device."""
+    return map(device.Sender(ranks.device), loader)
