@@ -72,10 +72,10 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, fir
     host = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
     if not (host and isinstance(drop, DropPath) and drop.training):
         return x[:, first:] + drop(branch(x))
-    kept, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
-    if len(kept) == len(x):
+    samples, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
+    if len(samples) == len(x):
         return torch.add(x[:, first:], branch(x), alpha=scale)
-    return x[:, first:].index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
+    return x[:, first:].index_add(0, samples, branch(x.index_select(0, samples)).to(x.dtype), alpha=scale)
 
 
 class Block(TimmBlock):

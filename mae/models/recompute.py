@@ -1,11 +1,9 @@
 """The block's parts as autograd functions that keep less for backward than PyTorch's own, and copy less.
 
-PyTorch keeps a layer norm's and a GELU's output because the next matrix product needs it, though either costs
-next to nothing to compute again from its input, which is kept anyway: 5 of 16 values a token and channel.
+PyTorch keeps the outputs of LayerNorm and GELU because the next matrix product needs them: 5 of 16 values a token and
+channel. Here they are computed again from their inputs, which are kept anyway, at next to no cost.
 The functions compute what the plain operations do, in the same order; under autocast they cast where it would.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +49,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, norm_weight, norm_bias, weight, bias, eps, dtype):
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, dtype):
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, cast)
@@ -60,7 +58,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):
+    def backward(ctx, grad):
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[3]:  # not where the block is frozen
@@ -76,7 +74,7 @@ class _NormLinear(torch.autograd.Function):
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, dtype):
+    def forward(ctx, x, weight, bias, dtype):
         cast = weight.to(dtype)
         ctx.save_for_backward(x, cast)
         ctx.param_dtype = weight.dtype
@@ -84,7 +82,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
@@ -109,36 +107,36 @@ def _linear_grads(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Goes through the batch a few images at a time: their scores then stay in the processor's cache."""
+    """Takes a few images of the batch at a time, so that their scores stay in the processor's cache."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v):
+    def forward(ctx, q, k, v):
         out, saved = torch.empty_like(q, memory_format=torch.contiguous_format), []
-        for part in _parts(q, k):
-            weights = _products(_by_head(q[part]), _by_head(k[part]).mT, _scale(q)).softmax(-1)
-            out[part] = _by_token(weights @ _by_head(v[part]), q.shape)
+        for images in _slices(q, k):
+            weights = _products(_by_head(q[images]), _by_head(k[images]).mT, _scale(q)).softmax(-1)
+            out[images] = _by_token(weights @ _by_head(v[images]), q.shape)
             saved.append(weights)  # (B' * H, M, N)
         ctx.save_for_backward(q, k, v, *saved)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):
+    def backward(ctx, grad):
         q, k, v, *saved = ctx.saved_tensors
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        for part, weights in zip(_parts(q, k), saved, strict=True):
-            query, key, value, g = (_by_head(t[part]) for t in (q, k, v, grad))
+        for images, weights in zip(_slices(q, k), saved, strict=True):
+            query, key, value, g = (_by_head(t[images]) for t in (q, k, v, grad))
             grad_scores = torch.ops.aten._softmax_backward_data(g @ value.mT, weights, -1, weights.dtype)
-            grads[0][part] = _by_token(_products(grad_scores, key, _scale(q)), q.shape)
-            grads[1][part] = _by_token(_products(grad_scores.mT, query, _scale(q)), q.shape)
-            grads[2][part] = _by_token(weights.mT @ g, q.shape)
+            grads[0][images] = _by_token(_products(grad_scores, key, _scale(q)), q.shape)
+            grads[1][images] = _by_token(_products(grad_scores.mT, query, _scale(q)), q.shape)
+            grads[2][images] = _by_token(weights.mT @ g, q.shape)
         return grads
 
 
 SCORES_IN_CACHE = 3 * 2**20  # bytes; measured: best at one image a core, 16 heads of 197 x 197 in bf16
 
 
-def _parts(q: Tensor, k: Tensor) -> list[slice]:
+def _slices(q: Tensor, k: Tensor) -> list[slice]:
     """The batch in slices whose scores fit the cache."""
     image = q.shape[1] * k.shape[1] * q.shape[2] * q.element_size()
     step = max(1, SCORES_IN_CACHE // image)

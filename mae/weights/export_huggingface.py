@@ -15,25 +15,10 @@ from mae.models.vit import EncoderSizes
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import staged
 from mae.weights.export_state import Architecture, architecture, weights
+from mae.weights.huggingface import BLOCK_LAYERS, OTHER_LAYERS
 from mae.weights.names import State
 
 log = logging.getLogger(__name__)
-
-# The names of transformers 4, which the hub's own files have and transformers 5 still reads.
-BLOCK_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-OTHER_NAMES = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-    "norm": "vit.layernorm",
-    "head": "classifier",
-}
 
 
 def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
@@ -91,14 +76,14 @@ def huggingface_names(state: State) -> State:
         if match := re.match(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)$", name):
             decoder, number, layer, kind = match.groups()
             block = f"decoder.decoder_layers.{number}" if decoder else f"vit.encoder.layer.{number}"
-            if layer == "attn.qkv":
-                for which, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    renamed[f"{block}.attention.attention.{which}.{kind}"] = piece.contiguous()
-            else:
-                renamed[f"{block}.{BLOCK_NAMES[layer]}.{kind}"] = tensor
+            qkv = layer == "attn.qkv"
+            pieces = zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True) if qkv else [(layer, tensor)]
+            renamed |= {f"{block}.{BLOCK_LAYERS[ours][0]}.{kind}": piece.contiguous() for ours, piece in pieces}
         else:
             stem, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-            renamed[OTHER_NAMES.get(stem, f"decoder.{stem}") + (f".{kind}" if kind else "")] = tensor
+            theirs = OTHER_LAYERS.get(stem)
+            stem = f"decoder.{stem}" if theirs is None else theirs if stem == "head" else f"vit.{theirs}"
+            renamed[f"{stem}.{kind}" if kind else stem] = tensor
     return renamed
 
 

@@ -1,8 +1,26 @@
-"""What the config.json of a Hugging Face model says, compared with what this project's networks compute."""
+"""Hugging Face's ViT and ViTMAE: names of their tensors, and whether a config.json describes a network of ours."""
 
 from mae.models.layers import LAYER_NORM_EPS
 from mae.weights.files import Settings
 
+# Our names, and those of transformers 4, which the hub's own files have, and of 5, which still reads those.
+BLOCK_LAYERS = {
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm1": ("layernorm_before",),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),  # after attention.output.dense: the first that matches counts
+}
+OTHER_LAYERS = {  # of ViTMAE and of classifiers these begin with `vit.`, but for the classifier
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "head": "classifier",
+}
 MODEL_TYPES = ("vit", "vit_mae", "vit_msn")
 SETTINGS: dict[str, tuple[object, ...]] = {  # of the function, with the values that ours has
     "hidden_act": ("gelu", "gelu_python"),  # GELUs by the error function

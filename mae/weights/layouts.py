@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mae.errors import UserError
+from mae.weights.huggingface import BLOCK_LAYERS, OTHER_LAYERS
 from mae.weights.names import State
 
 Args = Mapping[str, object]  # the command line that a training script saved with its weights
@@ -125,26 +126,12 @@ def _native(state: State, args: Args) -> Layout:
     return Layout("timm", _rename(state, [(CHUNKED_BLOCK, r"blocks.\2.\3")]), [])
 
 
-_HF_BLOCK = (
-    (r"attention\.attention\.query\.|attention\.q_proj\.", "attn.q."),
-    (r"attention\.attention\.key\.|attention\.k_proj\.", "attn.k."),
-    (r"attention\.attention\.value\.|attention\.v_proj\.", "attn.v."),
-    (r"attention\.output\.dense\.|attention\.o_proj\.", "attn.proj."),
-    (r"layernorm_before\.", "norm1."),
-    (r"layernorm_after\.", "norm2."),
-    (r"intermediate\.dense\.", "mlp.fc1."),
-    (r"(?<!attention\.)output\.dense\.", "mlp.fc2."),
-)
-_HF_REST = (
-    (r"^(vit\.)?embeddings\.cls_token$", "cls_token"),
-    (r"^(vit\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+_HF_BLOCK = [(f"(?:{'|'.join(map(re.escape, theirs))})\\.", f"{ours}.") for ours, theirs in BLOCK_LAYERS.items()]
+_HF_REST = [(rf"^(vit\.)?{re.escape(theirs)}(?=\.|$)", ours) for ours, theirs in OTHER_LAYERS.items()] + [
     (r"^(vit\.)?(encoder\.layer|layers)\.", "blocks."),
     (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
-    (r"^(vit\.)?layernorm\.", "norm."),
     (r"^decoder\.", ""),
-    (r"^classifier\.", "head."),
-)
+]
 
 
 def _huggingface(state: State, args: Args) -> Layout:

@@ -20,7 +20,7 @@ from mae.weights.parts import (
     select_head,
 )
 from mae.weights.read import PretrainedWeights
-from mae.weights.sizes import Sizes, differing, in_words, sizes_of_model
+from mae.weights.sizes import Sizes, as_text, differing, sizes_of_model
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +113,10 @@ def _check_sizes(pretrained: PretrainedWeights, ours: Sizes) -> None:
     """Raises UserError where the encoders differ in size, naming the keys that would make them equal."""
     theirs = pretrained.sizes
     if keys := differing(SIZES, theirs, ours):
-        has, wants = (", ".join(in_words(keys, sizes, "{} {}")) for sizes in (theirs, ours))
+        has, wants = (", ".join(as_text(keys, sizes, "{} {}")) for sizes in (theirs, ours))
         raise UserError(
             f"{pretrained} is a vision transformer with {has}, but the model has {wants}. "
-            f"Set {' '.join(in_words(keys, theirs, 'model.{}={}'))}, or name another checkpoint."
+            f"Set {' '.join(as_text(keys, theirs, 'model.{}={}'))}, or name another checkpoint."
         )
 
 

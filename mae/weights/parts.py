@@ -16,7 +16,7 @@ from mae.models.mae import MaskedAutoencoder
 from mae.weights.layouts import DECODER
 from mae.weights.names import State
 from mae.weights.read import PretrainedWeights
-from mae.weights.sizes import differing, in_words, sizes_of_model
+from mae.weights.sizes import as_text, differing, sizes_of_model
 
 HeadMode = Literal["match", "require", "fresh"]
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
@@ -60,7 +60,7 @@ def select_decoder(loading: Loading, required: bool) -> None:
         return
     theirs = pretrained.sizes
     if keys := differing(("decoder_embed_dim", "decoder_depth", "decoder_num_heads"), theirs, sizes_of_model(model)):
-        settings = " ".join(in_words(keys, theirs, "model.{}={}"))
+        settings = " ".join(as_text(keys, theirs, "model.{}={}"))
         if required:
             raise UserError(f"{pretrained} has a decoder of another size than the model: set {settings}.")
         loading.drop(*DECODER)

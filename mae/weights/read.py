@@ -6,7 +6,7 @@ shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `load.load_pretrained` puts 
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +16,6 @@ from mae.weights.names import State
 from mae.weights.networks import check_network
 from mae.weights.preprocessing import Preprocessing, preprocessing_of
 from mae.weights.sizes import Sizes, sizes_of_state, stated_sizes
-
-T = TypeVar("T")
 
 
 class Head(NamedTuple):
@@ -63,12 +61,13 @@ class PretrainedWeights:
     @property
     def norm_pix_loss(self) -> bool | None:
         """Whether normalised patches are predicted, as the files beside the tensors say; None where nothing does."""
-        return self._setting(bool, "norm_pix_loss", "normlize_target")  # the latter is MAE-pytorch's
+        values = self._settings("norm_pix_loss", "normlize_target")  # the latter is MAE-pytorch's
+        return next((value for value in values if isinstance(value, bool)), None)
 
     @property
     def mask_ratio(self) -> float | None:
         """The share of patches that was masked in training, as the files beside the tensors say, or None."""
-        return self._setting(float, "mask_ratio")
+        return next((value for value in self._settings("mask_ratio") if isinstance(value, float)), None)
 
     @property
     def of_a_run(self) -> bool:
@@ -80,11 +79,10 @@ class PretrainedWeights:
         """How the training's images were prepared, as the files beside the tensors say, or None."""
         return preprocessing_of(self.meta)
 
-    def _setting(self, kind: type[T], *keys: str) -> T | None:
-        """A setting of the training by the first of its names that a config or saved arguments hold, or None."""
+    def _settings(self, *keys: str) -> list[object]:
+        """A setting of the training by any of its names, from a run's config, a config.json or saved arguments."""
         sources = (section(self.meta.config, "task"), self.meta.config, self.meta.args)
-        values = (source.get(key) for source in sources for key in keys)
-        return next((value for value in values if isinstance(value, kind)), None)
+        return [source.get(key) for source in sources for key in keys]
 
     def grid(self, rows: int, guess: tuple[int, int]) -> tuple[int, int] | None:
         """(height, width) in patches of a position table of so many patches; None where nothing says it.

@@ -108,7 +108,7 @@ def differing(keys: Sequence[str], theirs: Mapping[str, object], ours: Mapping[s
     return [key for key in keys if key in theirs and key in ours and theirs[key] != ours[key]]
 
 
-def in_words(keys: Sequence[str], sizes: Mapping[str, object], form: str) -> list[str]:
+def as_text(keys: Sequence[str], sizes: Mapping[str, object], form: str) -> list[str]:
     """Sizes as a user types them, in a form such as "model.{}={}"."""
     return [form.format(key, _plain(sizes[key])) for key in keys]
 

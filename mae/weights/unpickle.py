@@ -14,12 +14,15 @@ import types
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import _utils as rebuild
+
+from mae.errors import UserError
 
 # Modules of Python's library whose objects settings and counters hold; they are not read, but do no harm.
 DATA_MODULES = {
@@ -39,25 +42,25 @@ IN_PYTHON: Any = vars(pickle)["_Unpickler"]  # not the one in C: methods of its 
 class Inert:
     """An object of a class that is not known here: whatever is put into it is dropped."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+    def __new__(cls, *args: object, **options: object) -> "Inert":
         return object.__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **options: object):
         pass
 
-    def _drop(self, *args: Any, **kwargs: Any) -> None:
+    def _drop(self, *args: object, **options: object) -> None:
         pass
 
     __setstate__ = __setitem__ = append = extend = add = update = _drop
 
-    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+    def __call__(self, *args: object, **options: object) -> "Inert":
         return self
 
 
 def load_torch_file(path: Path) -> tuple[object, list[str]]:
     """What a file of `torch.save` holds, and the classes whose objects were left out.
 
-    Raises ValueError where it is damaged, no such file, or names functions of Python's own library.
+    Raises UserError where it is damaged, no such file, or names functions of Python's own library.
     """
     mapped = zipfile.is_zipfile(path)
     try:
@@ -72,7 +75,7 @@ def load_torch_file(path: Path) -> tuple[object, list[str]]:
         # torch opens TorchScript and tar files by other means; the call above refused them
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader, mmap=mapped)
     except _Refused as error:
-        raise ValueError(
+        raise UserError(
             f"init={path} is refused: it carries code ({error}), which is never run. Only tensors, "
             "numbers, text and plain containers are read: save the weights on their own."
         ) from error
@@ -81,24 +84,24 @@ def load_torch_file(path: Path) -> tuple[object, list[str]]:
     return content, sorted(reader.unread)
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception) -> UserError:
     if isinstance(error, pickle.UnpicklingError):
-        return ValueError(f"init={path} is truncated or was not written by torch.save.")
-    return ValueError(f"init={path} is truncated or not a checkpoint ({type(error).__name__}).")
+        return UserError(f"init={path} is truncated or was not written by torch.save.")
+    return UserError(f"init={path} is truncated or not a checkpoint ({type(error).__name__}).")
 
 
 class _Refused(Exception):
     """A function that the file wants to be called, by its full name."""
 
 
-def _reader() -> Any:
+def _reader() -> types.SimpleNamespace:
     """What stands for the module `pickle` in `torch.load`; `unread` collects the names of classes not known here."""
     unread: set[str] = set()
 
     class Unpickler(IN_PYTHON):
         dispatch = dict(IN_PYTHON.dispatch)
 
-        def find_class(self, module: str, name: str) -> Any:
+        def find_class(self, module: str, name: str) -> object:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
             path = f"{NUMPY_1.get(module, module)}.{name}"
             if path in _harmless():
@@ -117,14 +120,14 @@ def _reader() -> Any:
 
         def load_binpersid(self) -> None:
             """A storage, by torch; the old format's marks of whole modules are a class and its source code."""
-            entry: Any = self.stack.pop()
+            entry = self.stack.pop()
             old = isinstance(entry, tuple) and entry[:1] in (("module",), (b"module",))
             self.append(entry[1] if old else self.persistent_load(entry))
 
         dispatch[pickle.BUILD[0]] = load_build
         dispatch[pickle.BINPERSID[0]] = load_binpersid
 
-    def read(file: Any, **options: Any) -> Any:
+    def read(file: IO[bytes], **options: str) -> object:
         return Unpickler(file, **options).load()
 
     return types.SimpleNamespace(__name__="mae", Unpickler=Unpickler, load=read, unread=unread)
@@ -135,9 +138,9 @@ NUMPY_1 = {"numpy.core.multiarray": "numpy._core.multiarray", "numpy.core.numeri
 
 
 @functools.cache
-def _harmless() -> dict[str, Any]:
+def _harmless() -> dict[str, object]:
     """Full name to what is called for it."""
-    table: dict[str, Any] = {
+    table: dict[str, object] = {
         "argparse.Namespace": argparse.Namespace,
         "collections.OrderedDict": OrderedDict,
         "collections.Counter": Counter,
@@ -163,10 +166,10 @@ def _harmless() -> dict[str, Any]:
     return table | _numpy()
 
 
-def _numpy() -> dict[str, Any]:
+def _numpy() -> dict[str, object]:
     """numpy's scalars, arrays, and types."""
     kinds = [kind for kind in vars(np).values() if isinstance(kind, type) and issubclass(kind, np.generic)]
-    table: dict[str, Any] = {f"numpy.{kind.__name__}": kind for kind in kinds} | {"numpy.bool": np.bool_}
+    table: dict[str, object] = {"numpy.bool": np.bool_, **{f"numpy.{kind.__name__}": kind for kind in kinds}}
     table |= {f"numpy.dtypes.{name}": getattr(np.dtypes, name) for name in np.dtypes.__all__}
     scalar, array, buffer = np.float64().__reduce__()[0], np.empty(0).__reduce__()[0], np.empty(0).__reduce_ex__(5)[0]
     assert not isinstance(buffer, str)
@@ -179,7 +182,7 @@ def _numpy() -> dict[str, Any]:
     }
 
 
-def _without_factory(*args: Any) -> dict[Any, Any]:
+def _without_factory(*args: object) -> dict[object, object]:
     return {}
 
 
@@ -189,11 +192,11 @@ def _latin(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _data_alone(data: torch.Tensor, *rest: Any) -> torch.Tensor:
+def _data_alone(data: torch.Tensor, *rest: object) -> torch.Tensor:
     return data
 
 
-def _plain_tensor(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
+def _plain_tensor(function: Callable[..., object], kind: object, args: tuple[object, ...], state: object) -> object:
     """A tensor that had attributes, or was of a class of its own, without them."""
     return function(*args) if function in _REBUILD else None
 
