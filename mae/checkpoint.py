@@ -1,8 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, free of code.
 
-A checkpoint is a folder `checkpoints/step_00000100/` with `model.safetensors` (weights under the
-reference's names), `trainer.pt` (optimizer, counters, random states) and `manifest.json` (sizes and
-SHA-256 of both). It is written under a temporary name, flushed, and renamed.
+Beside the manifest (see `mae.runs.checkpoints`) a checkpoint holds `model.safetensors`, weights under the reference's
+names, and `trainer.pt`: optimizer, counters, random states. It is written under a temporary name, flushed, and renamed.
 
 `python -m mae.checkpoint RUN` lists a run's checkpoints.
 """
@@ -27,27 +26,25 @@ import torch
 from torch import Tensor
 
 from mae.runs import attempt
+from mae.runs.checkpoints import (
+    BEST,
+    MANIFEST,
+    TRAINER,
+    WEIGHTS,
+    DamagedCheckpoint,
+    best_of,
+    checkpoints_of,
+    epoch_of,
+    manifest_of,
+    step_name,
+    step_of,
+    verify,
+)
 from mae.runs.file_system import flush, point_to, system_error
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
-BEST = "best"  # a link to the checkpoint that validated best
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that is incomplete, altered, or holds code."""
-
-
 # ---------------------------------------------------------------- one checkpoint
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -59,11 +56,7 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         safetensors.torch.save_file(dict(weights), temporary / WEIGHTS)
         with (temporary / TRAINER).open("wb") as file:  # python's own file says what the disk says
             torch.save(dict(trainer), file)
-        files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": _digest(temporary / name)}
-            for name in (WEIGHTS, TRAINER)
-        }
-        (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}))
+        (temporary / MANIFEST).write_text(json.dumps(manifest_of(temporary, **about)))
         for name in (WEIGHTS, TRAINER, MANIFEST):
             flush(temporary / name)
         flush(temporary)
@@ -78,20 +71,6 @@ def write(path: Path, weights: Mapping[str, Tensor], trainer: Mapping[str, Any],
         if system is not None and system.errno is not None:
             raise OSError(system.errno, os.strerror(system.errno), str(path)) from error
         raise
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose bytes are what was written. Raises DamagedCheckpoint."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, stored in manifest["files"].items():
-            if (path / name).stat().st_size != stored["bytes"] or _digest(path / name) != stored["sha256"]:
-                raise DamagedCheckpoint(f"{path / name} is not what was written there: its checksum differs.")
-        if path.name != step_name(manifest["step"]):
-            raise DamagedCheckpoint(f"{path} says it is of step {manifest['step']}.")
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from error
-    return manifest
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -145,40 +124,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- the checkpoints of a run
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, valid or not."""
-    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
-
-
-def _epoch(path: Path) -> float:
-    """What a checkpoint says its epoch is; 0 where it is too damaged to say."""
-    try:
-        return float(json.loads((path / MANIFEST).read_text())["epoch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
-def best_of(run: Path) -> Path | None:
-    """The checkpoint that `checkpoints/best` points to, or None."""
-    link = run / "checkpoints" / BEST
-    return link.with_name(os.readlink(link)) if link.is_symlink() else None
-
-
-def newest_valid(run: Path) -> Path | None:
-    """The newest checkpoint that verifies; each damaged one on the way is reported and passed over."""
-    for path in reversed(checkpoints_of(run)):
-        try:
-            verify(path)
-            return path
-        except DamagedCheckpoint as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
-    return None
 
 
 class Checkpoints:
@@ -289,7 +234,7 @@ class Checkpoints:
         paths = [path for path in checkpoints_of(self.run) if path.name <= step_name(step)]
         if self.keep_every:
             for path in paths:  # the first one of each period
-                kept_forever.setdefault(int(_epoch(path) / self.keep_every + 1e-9), path)
+                kept_forever.setdefault(int(epoch_of(path) / self.keep_every + 1e-9), path)
             kept_forever.pop(0, None)
         best = best_of(self.run)
         for path in paths[: -self.keep]:
@@ -314,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
             epoch, valid, digest = f"{manifest['epoch']:.2f}", "yes", weights_digest(read_weights(path))
         except DamagedCheckpoint as error:
             epoch, valid, digest = "?", "no", str(error)
-        rows.append(f"{int(path.name[5:]):>10} {epoch:>9} {size:>9.1f}  {valid:<5}  {digest}")
+        rows.append(f"{step_of(path):>10} {epoch:>9} {size:>9.1f}  {valid:<5}  {digest}")
     sys.stdout.write("\n".join(rows) + "\n")
     return 0
 

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mae import checkpoint, device, limits
+from mae import device, limits
 from mae.config.build import call
 from mae.config.saved import read_config
 from mae.data.workers import naming_killed_workers
@@ -26,6 +26,7 @@ from mae.perf.compile import no_recompilation
 from mae.perf.profiling import profiled
 from mae.report import run as report
 from mae.runs import attempt, environment
+from mae.runs.checkpoints import step_name
 from mae.runs.failure import write_failure
 from mae.runs.file_system import check_needs
 from mae.runs.files import write_text
@@ -213,7 +214,7 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> 
         "images_seen": seen,
         "seconds": round(seconds, 2),
         "images_per_second": round(seen / seconds, 1) if seconds else None,
-        "checkpoint": str(Path("checkpoints") / checkpoint.step_name(t.plan.steps)),
+        "checkpoint": str(Path("checkpoints") / step_name(t.plan.steps)),
     } | t.task.summary(metrics)
 
 

@@ -24,6 +24,7 @@ from mae.distributed.ranks import Ranks, assert_same
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
+from mae.runs.checkpoints import newest_valid
 from mae.tasks.base import Autocast, TrainedTask, build_task
 from mae.tasks.batches import bad_files_csv, both_sets, eval_loader
 from mae.tracking.base import Tracker
@@ -222,7 +223,7 @@ def set_up(
     dtype = device.number_format(precision, ranks.device)
     task = build_task(cfg, val_set)
     task.check_data(train_set, val_set)
-    restored = checkpoint.newest_valid(run)
+    restored = newest_valid(run)
     if restored is None:
         task.load_init()
     task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)

@@ -29,7 +29,7 @@ from mae.distributed.ranks import assert_same, start
 from mae.distributed.rendezvous import lost_peer
 from mae.launch import launch
 from mae.models.mae import MaskedAutoencoder
-from mae.runs import files
+from mae.runs import checkpoints, files
 from mae.tracking import jsonl
 from mae.tracking.base import Tracker
 
@@ -223,7 +223,7 @@ def test_torchrun_gives_the_same_run(tmp_path):
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_valid(run)
+    path = checkpoints.newest_valid(run)
     assert path is not None
     return checkpoint.read_weights(path)
 
@@ -242,7 +242,7 @@ def test_an_average_of_spread_weights_is_spread_too(tmp_path):
     overrides += ["data.fraction=0.2", "task.epochs=4", "task.log_every_steps=1"]
     overrides += ["task.drop_path=0", "task.mixup=0", "task.cutmix=0"]  # which one rank draws otherwise than two
     spread_and_whole(tmp_path, overrides)
-    path = checkpoint.newest_valid(tmp_path / "spread" / "run")
+    path = checkpoints.newest_valid(tmp_path / "spread" / "run")
     assert path is not None
     live, average = checkpoint.read_trainer(path)["task"]["live"], checkpoint.read_weights(path)
     assert {name: tensor.shape for name, tensor in live.items()} == {k: v.shape for k, v in average.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from mae import checkpoint, device, engine, plan
 from mae.distributed.ranks import Ranks
 from mae.launch import errors
-from mae.runs import files
+from mae.runs import checkpoints, files
 from mae.tracking import jsonl
 from mae.tracking.base import Tracker
 from mae.training import set_up
@@ -23,7 +23,7 @@ from mae.training import set_up
 
 def saved(run: Path) -> dict[str, Tensor]:
     """Weights of a run's newest checkpoint."""
-    path = checkpoint.newest_valid(run)
+    path = checkpoints.newest_valid(run)
     assert path is not None
     return checkpoint.read_weights(path)
 
@@ -165,7 +165,7 @@ def test_a_run_that_diverges_ends_with_a_checkpoint(tmp_path):
     t.model = Spoiled(t.task, set(range(3, 100)), float("nan"))
     with pytest.raises(engine.Diverged):
         engine.call(engine.train, t.cfg.task, t)
-    path = checkpoint.newest_valid(tmp_path)
+    path = checkpoints.newest_valid(tmp_path)
     assert path is not None and path.name == "step_00000005"
     assert all(w.isfinite().all() for w in checkpoint.read_weights(path).values())
 

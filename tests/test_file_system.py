@@ -237,9 +237,9 @@ def test_a_full_disk_is_not_the_fault_of_a_server_of_shards(tmp_path):
 
 
 def test_a_full_disk_while_a_config_is_written_is_said_in_the_same_words(tmp_path, monkeypatch):
-    def full(self, text):
+    def full(self, data):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(self))
 
-    monkeypatch.setattr(engine.Path, "write_text", full)
+    monkeypatch.setattr(engine.Path, "write_bytes", full)
     with pytest.raises(ValueError, match="The disk quota is used up"):
         launch.prepare(composed(*TINY_PRETRAIN, f"output_dir={tmp_path}"), [])

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TINY_PRETRAIN, run_cli
 
 from mae import checkpoint
-from mae.runs import files
+from mae.runs import checkpoints, files
 from mae.runs.failure import write_failure
 
 OFTEN = [*TINY_PRETRAIN, "checkpoint.every_epochs=0.2", "task.epochs=6", "data.fraction=0.3"]
@@ -43,7 +43,7 @@ def wait_for_step(run: Path, process: subprocess.Popen, step: int, seconds: floa
 
 
 def digest(run: Path) -> str:
-    path = checkpoint.newest_valid(run)
+    path = checkpoints.newest_valid(run)
     assert path is not None
     return checkpoint.weights_digest(checkpoint.read_weights(path))
 
@@ -167,7 +167,7 @@ def test_sigterm_to_a_run_of_two_saves_once(tmp_path, victim):
     os.kill(ranks[0] if victim == "one" else process.pid, signal.SIGTERM)
     told, _ = process.communicate(timeout=100)
     assert process.returncode not in (0, 1), told
-    assert len(checkpoint.checkpoints_of(run)) == 1 and checkpoint.newest_valid(run) is not None
+    assert len(checkpoint.checkpoints_of(run)) == 1 and checkpoints.newest_valid(run) is not None
     assert living(run) == []
 
 
@@ -208,7 +208,7 @@ def test_ranks_end_where_their_launcher_alone_is_killed(tmp_path):
     end = time.monotonic() + 60
     while living(run) and time.monotonic() < end:
         time.sleep(0.2)
-    assert living(run) == [] and checkpoint.newest_valid(run) is not None
+    assert living(run) == [] and checkpoints.newest_valid(run) is not None
 
 
 def test_a_user_s_error_in_several_processes_is_one_sentence(tmp_path):

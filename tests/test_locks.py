@@ -17,7 +17,7 @@ from mae import checkpoint
 from mae.launch.slurm import status
 from mae.report import run as report
 from mae.runs import attempt as fence
-from mae.runs import locks
+from mae.runs import checkpoints, locks
 
 LONG = [*TINY_PRETRAIN, "task.epochs=2000", "checkpoint.every_minutes=60", "checkpoint.every_epochs=1000"]
 
@@ -102,7 +102,7 @@ def test_several_processes_of_one_run_share_it_and_keep_others_out(tmp_path):
     end = time.monotonic() + 60
     while not locks.is_free(tmp_path / locks.RUN) and time.monotonic() < end:
         time.sleep(0.1)
-    assert locks.is_free(tmp_path / locks.RUN) and checkpoint.newest_valid(tmp_path) is not None  # it saved first
+    assert locks.is_free(tmp_path / locks.RUN) and checkpoints.newest_valid(tmp_path) is not None  # it saved first
 
 
 def test_a_process_may_enter_its_own_run_again(tmp_path):

@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, missing, wait_for
 
 from mae import checkpoint
 from mae.config.saved import read_config
-from mae.runs import files
+from mae.runs import checkpoints, files
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -129,7 +129,7 @@ def job(cluster, tmp_path):
 
 
 def digest(run: Path) -> str:
-    path = checkpoint.newest_valid(run)
+    path = checkpoints.newest_valid(run)
     assert path is not None
     return checkpoint.weights_digest(checkpoint.read_weights(path))
 

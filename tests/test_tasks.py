@@ -25,7 +25,7 @@ from mae.launch.pipeline import stage_config
 from mae.models import masking
 from mae.models.vit import classifier
 from mae.plan import make_plan
-from mae.runs import files
+from mae.runs import checkpoints, files
 from mae.tasks.base import build_task
 from mae.tasks.batches import both_sets
 from mae.tasks.finetune import Finetune, freeze, unfrozen
@@ -62,7 +62,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_valid(run)
+    path = checkpoints.newest_valid(run)
     assert path is not None
     return checkpoint.read_weights(path)
 
@@ -693,7 +693,7 @@ def test_a_checkpoint_of_another_size_truncated_or_with_code_is_refused(pretrain
     big = said(*TINY_FINETUNE, f"init={pretrained}", "model.embed_dim=64", directory=tmp_path / "a")
     assert "with embed_dim 32, but the model has embed_dim 64. Set model.embed_dim=32" in big
 
-    newest = checkpoint.newest_valid(pretrained)
+    newest = checkpoints.newest_valid(pretrained)
     assert newest is not None
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((newest / "model.safetensors").read_bytes()[:-100])

@@ -3,7 +3,6 @@
 So `python run.py task=evaluate init=RUN` evaluates the run's network on the run's data. Imports no torch.
 """
 
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from mae.config.identity import NEUTRAL
 from mae.config.paths import data_root
 from mae.config.rules import reads_data
 from mae.config.saved import stored_config, stored_overrides
+from mae.runs.checkpoints import newest_complete
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
@@ -47,18 +47,8 @@ def stands_for(init: str) -> Path | None:
     """The checkpoint that a run's directory or a link, which name others as the run goes on, stand for now."""
     place = Path(init).expanduser()
     if run_of(init) == place.absolute():
-        found = sorted((place / "checkpoints").glob("step_*"), reverse=True)
-        return next((step for step in found if _complete(step)), None)
+        return newest_complete(place)
     return place.resolve() if place.is_symlink() else None
-
-
-def _complete(step: Path) -> bool:
-    """Whether a checkpoint's files are there; what their bytes are is not looked at."""
-    try:
-        files = json.loads((step / "manifest.json").read_text())["files"]
-        return all((step / name).stat().st_size == stored["bytes"] for name, stored in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def with_groups(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from mae.config.rules import reads_data
 from mae.config.saved import read_config, stored_overrides, write_config
 from mae.errors import UserError
 from mae.launch.slurm.state import live_jobs
+from mae.runs.checkpoints import checkpoints_of
 from mae.runs.file_system import full_disk
 from mae.runs.files import read_json_lines, write_text
 
@@ -70,7 +71,7 @@ def failed_early(run: Path) -> bool:
     """Whether a run failed before it left a checkpoint or a result, and nothing works on it."""
     stages = [path.parent for path in run.glob("*/config.yaml")]
     failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
-    if not failed or (run / "summary.json").exists() or any(run.glob("checkpoints/step_*")):
+    if not failed or (run / "summary.json").exists() or checkpoints_of(run):
         return False
     if any("loss" in row for row in read_json_lines(run / "metrics.jsonl")):
         return False

@@ -2,3 +2,16 @@
 
 FORMAT = 1  # of config.yaml and of a checkpoint's manifest: see `mae.config.versions`
 FORMAT_KEY = "format"  # absent in what earlier versions wrote, which counts as 0
+
+CONFIG = "config.yaml"  # checked and resolved, with absolute paths
+OVERRIDES = "overrides.yaml"  # the command line
+TYPED_PATHS = "paths.yaml"  # paths that were typed relative
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+ENVIRONMENT = "environment.jsonl"  # a line each time the run was started
+SUMMARY = "summary.json"  # there once the run is finished
+FAILURE = "failure.json"  # the first error of the last start
+LOG = "log.txt"
+REPORT = "report.html"
+CHECKPOINTS = "checkpoints"
+SLURM = "slurm"  # jobs, attempts and their verdicts

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from mae.runs.checkpoints import BEST, checkpoints_of
 from mae.runs.files import write_text
+from mae.runs.layout import CHECKPOINTS
 from mae.tasks.registry import METRICS
 from mae.tracking.base import NonFatal, Tracker, step_of
 
@@ -79,10 +81,9 @@ class WandB(Tracker):
         """The newest checkpoint as an artifact, with the alias `best` where it is that; else the best one too."""
         import wandb
 
-        folder = self.run / "checkpoints"
-        steps = sorted(path for path in folder.glob("step_*") if path.is_dir())
-        best = folder / "best"
-        chosen = {path.resolve(): ["latest"] + (["final"] if summary else []) for path in steps[-1:]}
+        best = self.run / CHECKPOINTS / BEST
+        newest = checkpoints_of(self.run)[-1:]
+        chosen = {path.resolve(): ["latest"] + (["final"] if summary else []) for path in newest}
         if best.exists():
             chosen[best.resolve()] = [*chosen.get(best.resolve(), []), "best"]
         for path, aliases in chosen.items():

@@ -16,13 +16,14 @@ import yaml
 from torch import nn
 
 from mae.errors import UserError
-from mae.runs.files import digest, read_json
+from mae.runs.checkpoints import MANIFEST, WEIGHTS, checkpoints_of, damage
+from mae.runs.files import read_json
 from mae.weights import unpickle
 from mae.weights.names import CONTAINERS, Content, State, WeightSet, select, state_dicts, without_wrappers
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = (
+WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
     "model.safetensors.index.json",
@@ -77,42 +78,31 @@ def open_checkpoint(path: str) -> Opened:
 def _open_folder(folder: Path) -> Opened:
     if (folder / "checkpoints").is_dir():
         return _open_run(folder)
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return _open_file(folder / name)
     raise UserError(
-        f"init={folder} holds no checkpoint: a run has checkpoints/, other folders have one of {', '.join(WEIGHTS)}."
+        f"init={folder} holds no checkpoint: a run has checkpoints/, "
+        f"other folders have one of {', '.join(WEIGHT_FILES)}."
     )
 
 
 def _open_run(run: Path) -> Opened:
     notes = []
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
-        if reason := _damage(folder):
+    for folder in reversed(checkpoints_of(run)):
+        if reason := damage(folder, [WEIGHTS]):
             notes.append(f"{folder.name} was passed over: {reason}.")
             log.warning("init=%s: passing over %s: %s", run, folder.name, reason)
             continue
-        opened = _open_file(folder / "model.safetensors")
+        opened = _open_file(folder / WEIGHTS)
         opened.notes[:0] = notes
         return opened
     raise UserError(" ".join([f"init={run} is a run without a whole checkpoint.", *notes]))
 
 
-def _damage(folder: Path) -> str:
-    """Why the weights of one of our checkpoints are not what was written, or ""."""
-    weights = folder / "model.safetensors"
-    try:
-        stored = json.loads((folder / "manifest.json").read_text())["files"][weights.name]
-        if weights.stat().st_size != stored["bytes"]:
-            return "its weights are truncated"
-        return "" if digest(weights) == stored["sha256"] else "the checksum of its weights differs"
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        return f"it is not whole ({type(error).__name__})"
-
-
 def _open_file(path: Path) -> Opened:
-    ours = path.parent.name.startswith(("step_", "best")) and (path.parent / "manifest.json").is_file()
-    if ours and (reason := _damage(path.parent)):
+    ours = path.parent.name.startswith(("step_", "best")) and (path.parent / MANIFEST).is_file()
+    if ours and (reason := damage(path.parent, [WEIGHTS])):
         raise UserError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
     if path.name.endswith(".index.json"):
         opened = _open_shards(path)
@@ -123,7 +113,7 @@ def _open_file(path: Path) -> Opened:
         opened = _select(_load_torch(path), path, "torch")
     if ours:
         opened.origin = "ours"
-        opened.meta.step = read_json(path.parent / "manifest.json").get("step")
+        opened.meta.step = read_json(path.parent / MANIFEST).get("step")
         opened.meta.config = _read_config(path.parent.parent.parent / "config.yaml")
     else:
         opened.meta.config = _read_config(path.parent / "config.json")

@@ -21,7 +21,9 @@ def patch(engine):
     rank = os.environ.get("RANK", "0")
     if said("absent") == rank:  # a rank that never comes
         time.sleep(600)
-    step, write = engine.take_step, engine.checkpoint.write
+    from mae import checkpoint
+
+    step, write = engine.take_step, checkpoint.write
 
     def take_step(t, *rest, **more):
         time.sleep(float(said("pace") or 0))
@@ -37,7 +39,7 @@ def patch(engine):
         write(path, *rest)
         path.with_name(f".{path.name}.begun").rmdir()
 
-    engine.take_step, engine.checkpoint.write = take_step, slow_write
+    engine.take_step, checkpoint.write = take_step, slow_write
 
 
 class Hook(importlib.abc.MetaPathFinder):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae.runs.checkpoints import MANIFEST, checkpoints_of, step_of
 from mae.runs.failure import Failure
 from mae.runs.files import write_text
 
@@ -73,8 +74,7 @@ def was_interrupted(end: Ending) -> bool:
 
 def newest_step(run: Path) -> int:
     """Step of the newest whole checkpoint; -1 where there is none."""
-    manifests = (run / "checkpoints").glob("step_*/manifest.json")
-    return max((int(path.parent.name.removeprefix("step_")) for path in manifests), default=-1)
+    return max((step_of(path) for path in checkpoints_of(run) if (path / MANIFEST).exists()), default=-1)
 
 
 def read_object(path: Path) -> dict | None:
