@@ -252,7 +252,7 @@ def test_a_sample_whose_branch_is_left_out_is_not_sent_through_it(rate, checkpoi
 
     skipping, whole = results(lambda: block(x)), results(lambda: in_full(block, x))
     torch.manual_seed(3)
-    kept = int(block.drop_path1.draw(x).sum())
+    kept = int(block.drop_path1.random_samples(x).sum())
     assert seen == [kept] * (1 + (checkpointing == "blocks")) + [8]
     assert {0.01: kept == 8, 0.5: 0 < kept < 8, 0.99: kept == 0}[rate]
     for ours, expected in zip(skipping, whole, strict=True):

@@ -1,1 +1,1 @@
-"""Masked autoencoders and classifiers."""
+"""Networks: the masked autoencoder (`mae`, of `vit.Encoder`, `decoders` and `masking`) and classifiers (`vit`)."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae.errors import UserError
 from mae.models.layers import LayerNorm, check_heads, transformer_block
 from mae.models.recompute import norm_linear
 
@@ -58,7 +59,7 @@ class SelfAttentionDecoder(Decoder):
         super().__init__()
         check_heads("decoder_", decoder_embed_dim, decoder_num_heads)
         if decoder_depth < 1:
-            raise ValueError(f"model.decoder_depth must be at least 1, got {decoder_depth}.")
+            raise UserError(f"model.decoder_depth must be at least 1, got {decoder_depth}.")
         hidden = int(decoder_embed_dim * mlp_ratio)
         self.sizes = DecoderSizes(decoder_embed_dim, decoder_depth, decoder_num_heads, hidden)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)

@@ -1,4 +1,4 @@
-"""What every model shares: the transformer block, the choice of its attention kernel, position embeddings."""
+"""Layers that every model shares: the transformer block, attention, DropPath, position embeddings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mae.errors import UserError
 from mae.models.recompute import gelu_linear, norm_linear, plain_attention
 
 Kernel = Literal["plain", "fused"]
@@ -20,7 +21,7 @@ LayerNorm: type[nn.LayerNorm] = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)  # typ
 
 
 def attention_kernel(q: Tensor) -> Kernel:
-    """The faster kernel for queries like `q`: the one place where device and dtype decide.
+    """The faster kernel for queries of this device and dtype.
 
     Off the CPU it is PyTorch's fused attention (flash on CUDA). On the CPU the fused kernel has no fast
     path for half precision, where plain batched products win by 2 to 5 times forward and backward.
@@ -43,8 +44,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> 
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training a sample's branch is left out with probability `rate`, else
-    scaled up. As timm's, but the rate is a tensor: compiled blocks of all rates are then one graph."""
+    """Stochastic depth (Huang et al. 2016): in training a sample's branch is dropped with probability `rate`, else
+    scaled up. The rate is a tensor, which timm's is not: compiled blocks of all rates are then one graph."""
 
     keep: Tensor
 
@@ -53,33 +54,33 @@ class DropPath(nn.Module):
         self.drop_prob = rate
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
-    def draw(self, x: Tensor) -> Tensor:
-        """Which samples of `x` (B, ...) are kept, as ones and zeros (B, 1, ...)."""
+    def random_samples(self, x: Tensor) -> Tensor:
+        """Ones for the samples of `x` (B, ...) whose branch is computed, zeros for the others: (B, 1, ...)."""
         return torch.bernoulli(self.keep.expand(x.shape[0], *[1] * (x.ndim - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * (self.draw(x) / self.keep).to(x.dtype)
+        return x * (self.random_samples(x) / self.keep).to(x.dtype)
 
 
 def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, first: int = 0) -> Tensor:
-    """`x[:, first:] + drop(branch(x))`; on a CPU a sample whose branch is left out is not sent through it either.
+    """`x[:, first:] + drop(branch(x))`; on a CPU a dropped branch is not computed.
 
-    Elsewhere the host would have to wait to know which those are, a compiler would meet ever new shapes, and a fake
-    tensor has no numbers to look at.
+    Elsewhere the host would wait for the device to learn which samples those are. A compiler would meet new shapes in
+    each step, and fake tensors have no values.
     """
     host = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
     if not (host and isinstance(drop, DropPath) and drop.training):
         return x[:, first:] + drop(branch(x))
-    samples, scale = drop.draw(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
+    samples, scale = drop.random_samples(x).flatten().nonzero().squeeze(1), 1 / float(drop.keep)
     if len(samples) == len(x):
         return torch.add(x[:, first:], branch(x), alpha=scale)
     return x[:, first:].index_add(0, samples, branch(x.index_select(0, samples)).to(x.dtype), alpha=scale)
 
 
 class Block(TimmBlock):
-    """timm's transformer block (same arguments and state dict) with our attention and fewer queries."""
+    """timm's transformer block (same arguments and state dict) with our attention, and queries of some tokens only."""
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
@@ -93,7 +94,7 @@ class Block(TimmBlock):
             self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
-        """Tokens (B, N, D) to (B, N - first, D): all are attended to, those from `first` on go ahead."""
+        """Tokens (B, N, D) to (B, N - first, D): all are keys and values, those from `first` on are queries."""
         if self.checkpointing == "blocks" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, first, use_reentrant=False)
         return self._forward(x, first)
@@ -139,36 +140,36 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 def set_layer_norm_eps(model: nn.Module, eps: float) -> None:
-    """Gives every LayerNorm of `model` this eps."""
+    """Sets the eps of every LayerNorm of `model`."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
 
 
 def set_attention_kernel(model: nn.Module, kernel: Kernel | Literal["auto"]) -> None:
-    """Make every block of `model` use `kernel`, whatever its inputs; `auto` gives the choice back."""
+    """Makes every block of `model` use `kernel`, whatever its inputs; `auto`: `attention_kernel` chooses again."""
     for block in blocks_of(model):
         block.kernel = None if kernel == "auto" else kernel
 
 
-def set_checkpointing(model: nn.Module, what: Checkpointing) -> None:
-    """What the backward pass of every block computes again instead of keeping it from the forward pass.
+def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
+    """Sets what the backward pass of every block computes again, rather than keep it from the forward pass.
 
     `none`: nothing, as PyTorch does by itself; `light`: LayerNorms and GELUs, which cost next to nothing (see
     `mae.models.recompute`); `blocks`: all but a block's input: a third more computation, a fraction of the memory.
     """
     for block in blocks_of(model):
-        block.checkpointing = what
+        block.checkpointing = checkpointing
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
     """Fixed position embedding (1 + h * w, dim) in float64 of a grid of (h, w) patches, row by row.
 
     A row is [sin(col) | cos(col) | sin(row) | cos(row)]: the first half encodes the column (released weights
-    depend on it). Row 0 is the class token's and zero. Raises ValueError unless dim is a multiple of 4.
+    depend on it). Row 0 is the class token's and zero. Raises UserError unless dim is a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"A 2-D sine-cosine position embedding needs a width that 4 divides, got {dim}.")
+        raise UserError(f"A 2-D sine-cosine position embedding needs a width that 4 divides, got {dim}.")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid_size)  # (h | w, dim / 4)
     row, col = torch.broadcast_tensors(row[:, None], col[None])  # (h, w, dim / 4)
@@ -204,10 +205,10 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
 def patch_grid(
     img_size: int | list[int], patch_size: int | list[int]
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """(height, width) of an image, of a patch, and of the grid of patches. Raises ValueError where none results."""
+    """(height, width) of an image, of a patch, and of the grid of patches. Raises UserError where none results."""
     img, patch = (_pair(size, key) for size, key in ((img_size, "img_size"), (patch_size, "patch_size")))
     if img[0] % patch[0] or img[1] % patch[1]:
-        raise ValueError(
+        raise UserError(
             f"model.patch_size {patch[0]} x {patch[1]} does not divide model.img_size {img[0]} x {img[1]}. "
             "Choose a patch size that does."
         )
@@ -218,11 +219,11 @@ def _pair(value: int | list[int], key: str) -> tuple[int, int]:
     """(height, width) from one number for both or [height, width]."""
     sizes = (value, value) if isinstance(value, int) else tuple(value)
     if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"model.{key} must be a positive whole number or [height, width], got {value}.")
+        raise UserError(f"model.{key} must be a positive whole number or [height, width], got {value}.")
     return sizes[0], sizes[1]
 
 
 def check_heads(prefix: str, width: int, num_heads: int) -> None:
-    """Raises ValueError where the heads of an encoder (`prefix` "") or decoder ("decoder_") do not divide its width."""
+    """Raises UserError where the heads of an encoder (`prefix` "") or decoder ("decoder_") do not divide its width."""
     if num_heads < 1 or width % num_heads:
-        raise ValueError(f"model.{prefix}num_heads {num_heads} does not divide model.{prefix}embed_dim {width}.")
+        raise UserError(f"model.{prefix}num_heads {num_heads} does not divide model.{prefix}embed_dim {width}.")

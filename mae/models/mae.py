@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mae.errors import UserError
 from mae.models.decoders import DECODERS, Decoder
 from mae.models.layers import fixed_position
 from mae.models.masking import count_visible, order_by_noise
@@ -35,7 +36,7 @@ class MaskedAutoencoder(Encoder):
     Two savings change neither loss nor gradients. Only visible patches are embedded. The decoder takes its tokens as
     [class, visible, masked] with their own positions, so that no token has to be put back in the image's order.
 
-    Images are (B, C, H, W) floats, already normalised. Raises ValueError where sizes contradict each other.
+    Images are (B, C, H, W) floats, already normalised. Raises UserError where sizes contradict each other.
     """
 
     decoder: Decoder
@@ -57,7 +58,7 @@ class MaskedAutoencoder(Encoder):
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         if norm_pix_loss and self.patch_values < 2:
-            raise ValueError("task.norm_pix_loss needs patches of more than one value: raise model.patch_size.")
+            raise UserError("task.norm_pix_loss needs patches of more than one value: raise model.patch_size.")
         self.norm_pix_loss = norm_pix_loss
         decoder = DECODERS["self"](
             embed_dim,
@@ -97,11 +98,11 @@ class MaskedAutoencoder(Encoder):
         """Mean squared error over the masked patches of each image.
 
         `noise` is (B, L), new and uniform where None; the `int(L * (1 - mask_ratio))` smallest are visible.
-        Raises ValueError where that is none or all, or where images have another size than the model.
+        Raises UserError where that is none or all, or where images have another size than the model.
         """
         num_visible = count_visible(self.num_patches, mask_ratio)
         if num_visible == self.num_patches:
-            raise ValueError(f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it.")
+            raise UserError(f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it.")
         patches = self.patchify(images)
         order, mask = order_by_noise(self._noise(images, noise), num_visible)
         masked = order[:, num_visible:]

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae.errors import UserError
+
 MaskName = Literal["random", "block", "grid"]
 SMALLEST_BLOCK = 4  # patches; aspect ratios from 0.3 to 1 / 0.3: BEiT (arXiv 2106.08254, algorithm 1)
 ASPECT = 0.3
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """Visible patches of an image. Raises ValueError where no patch would be visible."""
+    """Visible patches of an image. Raises UserError where no patch would be visible."""
     visible = int(num_patches * (1 - mask_ratio))
     if not 1 <= visible <= num_patches:
-        raise ValueError(
+        raise UserError(
             f"task.mask_ratio {mask_ratio} keeps {visible} of {num_patches} patches, but at least one "
             "must be kept: choose a ratio in [0, 1) that does."
         )

@@ -1,4 +1,4 @@
-"""The block's parts as autograd functions that keep less for backward than PyTorch's own, and copy less.
+"""Layers of a block as autograd functions that keep less for backward than PyTorch's own, and copy less.
 
 PyTorch keeps the outputs of LayerNorm and GELU because the next matrix product needs them: 5 of 16 values a token and
 channel. Here they are computed again from their inputs, which are kept anyway, at next to no cost.
@@ -12,14 +12,14 @@ from torch.autograd.function import once_differentiable
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:
-    """`linear(norm(x))` that keeps `x` (..., D) alone, or without `recompute` what PyTorch keeps."""
+    """`linear(norm(x))` that keeps only `x` (..., D) for backward; without `recompute` as PyTorch does it."""
     if not (recompute and _recomputes()):
         return F.linear(norm(x), weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps, product_dtype(x))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:
-    """`linear(gelu(x))` that keeps `x` (..., D) alone; exact GELU, as in the paper's code."""
+    """`linear(gelu(x))` that keeps only `x` (..., D) for backward; exact GELU, as in the paper's code."""
     if not (recompute and _recomputes()):
         return F.linear(F.gelu(x), weight, bias)
     return _GeluLinear.apply(x, weight, bias, product_dtype(x))
@@ -35,12 +35,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _recomputes() -> bool:
-    """Whether there will be a backward pass, and no compiler that decides itself what is computed again in it."""
+    """Whether there is a backward pass whose recomputation no compiler plans."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast, where it is on, has matrix products of `x` computed in."""
+    """The dtype that matrix products of `x` are computed in under the current autocast."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return x.dtype
@@ -90,7 +90,7 @@ class _GeluLinear(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(grad @ weight, x), grad_weight, grad_bias, None
 
 
-TILES = torch.cpu._is_amx_tile_supported()  # Intel's AMX: products so fast that a pass of its own for a bias shows
+TILES = torch.cpu._is_amx_tile_supported()  # Intel's AMX: products so fast that adding a bias separately costs
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

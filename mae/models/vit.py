@@ -8,6 +8,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mae.errors import UserError
 from mae.models.layers import (
     Block,
     LayerNorm,
@@ -36,7 +37,7 @@ class EncoderSizes(NamedTuple):
 class Encoder(nn.Module):
     """A vision transformer without a head, over all patches of an image or some; its state dict is timm's.
 
-    Images are (B, C, H, W) floats, already normalised. Raises ValueError where sizes contradict each other.
+    Images are (B, C, H, W) floats, already normalised. Raises UserError where sizes contradict each other.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to patches (B, L, p * p * C), values in the order row, column, channel."""
         if images.shape[1:] != (self.in_chans, *self.img_size):
-            raise ValueError(
+            raise UserError(
                 f"Images are {' x '.join(map(str, images.shape[1:]))} (channels, height, width), but "
                 f"the model takes {self.in_chans} x {self.img_size[0]} x {self.img_size[1]}: "
                 "check model.in_chans and model.img_size."
@@ -112,7 +113,7 @@ def classifier(
 
     `global_pool="avg"`: mean of the patch tokens, `fc_norm`, head; no `norm` (reference, fine-tuning).
     `"token"`: `norm`, then the class token. `drop_path` rises linearly over the blocks from 0 to its value.
-    Raises ValueError where sizes contradict each other.
+    Raises UserError where sizes contradict each other.
     """
     img, patch, _ = patch_grid(img_size, patch_size)
     check_heads("", embed_dim, num_heads)
