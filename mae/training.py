@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae import checkpoint, device, optim
@@ -280,6 +281,7 @@ def restore_weights(path: Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint, into a model that may have begun without a class token."""
     weights = checkpoint.read_weights(path)
     if "cls_token" not in weights:
+        assert isinstance(model, VisionTransformer)
         drop_class_token(model)
     model.load_state_dict(weights)
 
