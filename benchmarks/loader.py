@@ -34,7 +34,10 @@ from mae.data.decode import Decoder
 from mae.data.loader import Loader
 from mae.data.pack import Form, pack
 from mae.data.prepare import Prepare
+from mae.data.sampler import Batches
+from mae.data.settings import LoaderSettings, StoreSettings
 from mae.data.shards.source import tar_shards
+from mae.data.shards.tar import Layout
 from mae.data.source import Source
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import scan
@@ -65,22 +68,9 @@ def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
 def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1) -> Iterator[int]:
     """Images in each batch of our way of loading."""
     transform = RandomResizedCrop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
-    loader = Loader(
-        Subset(source, np.tile(np.arange(len(source)), -(-images // len(source)))),  # so that a round is long enough
-        transform,
-        batch,
-        batch,
-        seed=0,
-        num_patches=196,
-        num_workers=workers,
-        workers="auto",
-        prefetch=2,
-        timeout_s=120.0,
-        repeats=repeats,
-        fraction=1.0,
-        per_class=None,
-        max_bad_fraction=0.0,
-    )
+    settings = LoaderSettings(workers, "auto", 2, 120.0, 0.0, fraction=1.0, per_class=None, repeats=repeats)
+    tiled = Subset(source, np.tile(np.arange(len(source)), -(-images // len(source))))  # so that a round is long enough
+    loader = Loader(tiled, transform, Batches(batch, batch, seed=0, num_patches=196), settings)
     for step in itertools.islice(loader.steps(0), images // batch):
         for micro_batch in step:
             yield len(micro_batch["image"])
@@ -192,21 +182,13 @@ def main() -> None:
         (Path(scratch) / "shards" / "val").mkdir()
         small = tar_shards(
             "train",
-            root=f"{scratch}/shards",
-            in_chans=3,
+            store=StoreSettings(f"{scratch}/shards", False, f"{scratch}/cache", cache_gb=1.0, retry_s=1.0),
+            splits="auto",
             val_fraction=0.0,
-            exif_orientation=False,
-            max_pixels=MAX_PIXELS,
-            cache_dir=f"{scratch}/cache",
-            cache_gb=1.0,
-            retry_s=1.0,
+            layout=Layout(),
             lanes=8,
             window=4,
-            follow_links=False,
-            splits="auto",
-            image_key=None,
-            label_key=None,
-            sample_key="first_dot",
+            decoder=Decoder(3, False, MAX_PIXELS),
         )
         n, b, w = options.images, options.batch, options.workers
         makers: dict[str, Callable[[], Iterator[int]]] = {

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader, Loader
+from mae.data.sampler import Batches
+from mae.data.settings import LoaderSettings
 from mae.data.source import Source, fingerprint
 from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
@@ -189,21 +191,17 @@ def load_training(
 ) -> tuple[Loader, Plan]:
     """The training batches of at most `micro_batch_size` images, and the plan that follows from their number."""
     micro = micro_batch(cfg.task.batch_size, ranks.world, micro_batch_size)
-    loader = call(
-        Loader,
-        cfg.data,
-        source,
-        build(AUGMENTATIONS, cfg.augmentation),
+    batches = Batches(
         cfg.task.batch_size,
         micro,
         cfg.seed,
         ranks.rank,
         ranks.world,
-        num_patches,
-        cfg.task.drop_last,
-        ranks.device.type == "cuda",
-        bad_files_csv(run, ranks),
+        drop_last=cfg.task.drop_last,
+        num_patches=num_patches,
     )
+    transform, settings = build(AUGMENTATIONS, cfg.augmentation), call(LoaderSettings, cfg.data)
+    loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), ranks.device.type == "cuda")
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     check_batches(plan, cfg.task, cfg.data.repeats)
     return loader, plan

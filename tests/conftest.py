@@ -69,3 +69,23 @@ def _one_thread_and_a_clean_environment(monkeypatch):
         if type(handler) in (logging.StreamHandler, logging.FileHandler):
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+def make_loader(source, transform, size, micro, seed=0, rank=0, world=1, kind="train", bad_csv=None, **options):
+    """A loader, made of plain options: of `Batches` and of `LoaderSettings`, those of training alone with defaults."""
+    from mae.config.build import call
+    from mae.data.loader import EvalLoader, Loader
+    from mae.data.sampler import Batches
+    from mae.data.settings import LoaderSettings
+
+    batches = {key: options.pop(key) for key in ("drop_last", "num_patches") if key in options}
+    settings = call(LoaderSettings, {"fraction": 1.0, "per_class": None, "repeats": 1} | options)
+    make = Loader if kind == "train" else EvalLoader
+    return make(source, transform, Batches(size, micro, seed, rank, world, **batches), settings, bad_csv)
+
+
+def make_source(make, split, **options):
+    """A source, made of the keys of a `data` group as a run makes it."""
+    from mae.config.build import call
+
+    return call(make, options, split)

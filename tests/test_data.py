@@ -9,16 +9,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae import rng
 from mae.data import crops, transforms
 from mae.data.dataset import Reader
-from mae.data.loader import EvalLoader, Loader
 from mae.data.prepare import flipped
-from mae.data.sampler import Sampler, Ticket
+from mae.data.sampler import Batches, Sampler, Ticket
 from mae.data.source import Arrays
 from mae.data.sources.torchvision import digits
 from mae.data.subsets import reduced, split_indices
@@ -45,7 +44,7 @@ def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **cha
     runtime |= {k: changes.pop(k) for k in list(changes) if k in runtime}
     options = TRAINING | {"num_workers": num_workers} | changes
     transform = options.pop("transform", None) or crop()
-    return Loader(source, transform, batch_size, micro_batch_size, seed, **runtime, **options)
+    return make_loader(source, transform, batch_size, micro_batch_size, seed, **runtime, **options)
 
 
 def stream(loader, epochs=(0, 1), start=0):
@@ -84,7 +83,7 @@ SIZES = {
 @settings(max_examples=200, deadline=None)
 def test_each_image_once_and_weights_sum(count, micro, accumulation, world, epoch, seed):
     batch = micro * accumulation * world
-    ranks = [Sampler(count, batch, micro, seed, r, world) for r in range(world)]
+    ranks = [Sampler(count, Batches(batch, micro, seed, r, world)) for r in range(world)]
     seen = []
     for step in range(ranks[0].steps_per_epoch):
         tickets = [rank.micro_batches(epoch, step) for rank in ranks]
@@ -104,8 +103,8 @@ def test_each_image_once_and_weights_sum(count, micro, accumulation, world, epoc
 @settings(max_examples=50, deadline=None)
 def test_a_step_holds_the_same_images_on_any_number_of_ranks(count, micro, accumulation, world, epoch, seed):
     batch = micro * accumulation * world
-    one = Sampler(count, batch, micro, seed)
-    ranks = [Sampler(count, batch, micro, seed, r, world) for r in range(world)]
+    one = Sampler(count, Batches(batch, micro, seed))
+    ranks = [Sampler(count, Batches(batch, micro, seed, r, world)) for r in range(world)]
     for step in range(one.steps_per_epoch):
         alone = np.concatenate([t.indices for t in one.micro_batches(epoch, step) if t.weight])
         shared = [t.indices for r in ranks for t in r.micro_batches(epoch, step) if t.weight]
@@ -116,7 +115,7 @@ def test_a_step_holds_the_same_images_on_any_number_of_ranks(count, micro, accum
 @settings(max_examples=50, deadline=None)
 def test_repeats_go_through_all_images_in_as_many_epochs(seed, repeats, steps, rest):
     batch = 4 * repeats
-    sampler = Sampler(batch * steps + rest % batch, batch, batch, seed, repeats=repeats)
+    sampler = Sampler(batch * steps + rest % batch, Batches(batch, batch, seed, repeats=repeats))
     images = [sampler.step_indices(e, s) for e in range(repeats) for s in range(sampler.steps_per_epoch)]
     assert all(len(i) == 4 for i in images)
     images = np.concatenate(images)
@@ -124,12 +123,12 @@ def test_repeats_go_through_all_images_in_as_many_epochs(seed, repeats, steps, r
 
 
 def test_orders_differ_by_epoch_and_seed():
-    orders = [Sampler(100, 100, 100, seed).step_indices(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [Sampler(100, Batches(100, 100, seed)).step_indices(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(o) for o in orders}) == 4
 
 
 def test_tickets_go_on_where_they_are_told():
-    sampler = Sampler(20, 6, 2, 1)
+    sampler = Sampler(20, Batches(6, 2, 1))
     tickets = sampler.tickets(0, 0)
     whole = [next(tickets) for _ in range(25)]
     skipped = sum(sampler.micro_steps(s) for s in range(2))
@@ -142,13 +141,13 @@ def test_tickets_go_on_where_they_are_told():
 def test_repeats_must_divide(key):
     sizes = (9, 4) if key == "task.batch_size" else (12, 6)
     with pytest.raises(ValueError, match=f"{key}.*data.repeats"):
-        Sampler(100, *sizes, 0, repeats=4)
+        Sampler(100, Batches(*sizes, 0, repeats=4))
 
 
 def test_drop_last_refuses_a_batch_larger_than_the_data():
-    assert Sampler(10, 4, 4, 0, drop_last=True).steps_per_epoch == 2
+    assert Sampler(10, Batches(4, 4, 0, drop_last=True)).steps_per_epoch == 2
     with pytest.raises(ValueError, match="task.batch_size=20 is more than the 10 images"):
-        Sampler(10, 20, 20, 0, drop_last=True)
+        Sampler(10, Batches(20, 20, 0, drop_last=True))
 
 
 # ---------------------------------------------------------------- loader
@@ -278,7 +277,7 @@ def test_evaluation_sees_each_image_once_without_padding(source):
     for world in (1, 4, 100):
         seen = []
         for rank in range(world):
-            loader = EvalLoader(source, whole, 7, 0, rank, world, num_workers=0, **OPTIONS)
+            loader = make_loader(source, whole, 7, 7, 0, rank, world, kind="val", num_workers=0, **OPTIONS)
             batches = list(loader)
             assert len(batches) == len(loader)
             seen += [i for b in batches for i in b["index"].tolist()]
@@ -287,7 +286,7 @@ def test_evaluation_sees_each_image_once_without_padding(source):
 
 def test_evaluation_repeats_itself(source):
     whole = transforms.CenterCrop(img_size=16, crop_fraction=1.0)
-    loader = EvalLoader(source, whole, 32, 5, num_patches=9, num_workers=2, **OPTIONS)
+    loader = make_loader(source, whole, 32, 32, 5, kind="val", num_patches=9, num_workers=2, **OPTIONS)
     next(iter(loader))  # left midway
     same([list(loader)], [list(loader)])
     loader.close()
@@ -410,7 +409,9 @@ def test_every_way_of_loading_carries_targets(name, repeats, vectors):
         assert (images - maps)[..., 3:-3, 3:-3].abs().max() < 0.6
         assert torch.equal(maps[batch["flip"]], batch["label"][batch["flip"]].flip(-1))
     for workers in (0, 2):
-        loader = EvalLoader(source, augmentations()["center_crop"], 7, 0, num_workers=workers, **OPTIONS)
+        loader = make_loader(
+            source, augmentations()["center_crop"], 7, 7, 0, kind="val", num_workers=workers, **OPTIONS
+        )
         batches = list(loader)
         loader.close()
         assert [len(b["label"]) for b in batches] == [7, 7, 7, 7, 2]
@@ -425,11 +426,11 @@ def test_a_map_of_another_size_makes_its_image_bad_and_one_of_another_type_ends_
             return image, target[:, 1:] if index == 3 else target.int() if index == 4 and self.vectors else target
 
     transform = augmentations()["center_crop"]
-    reader = Reader(Odd((40, 30)), transform, 0, None)
+    reader = Reader(Odd((40, 30)), transform, Batches(1, 1, 0))
     loaded = reader.load(Ticket(0, np.arange(4), 1.0))
     assert [bad.reason for bad in loaded.bad] == ["its target is a map of 39 x 30 pixels, and the image has 40 x 30"]
     with pytest.raises(ValueError, match="mapped/0 holds float32 and mapped/4 int32: all files must be of one type"):
-        Reader(Odd((40, 30), vectors=True), transform, 0, None).load(Ticket(0, np.array([0, 4]), 1.0))
+        Reader(Odd((40, 30), vectors=True), transform, Batches(1, 1, 0)).load(Ticket(0, np.array([0, 4]), 1.0))
 
 
 def test_an_augmentation_that_turns_images_refuses_maps():

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from conftest import make_loader, make_source
 from PIL import Image
 
 from mae.data import decode, jpeg, transforms
 from mae.data.crops import cut
 from mae.data.dataset import Bad, Loaded, Record
 from mae.data.decode import Decoder, oriented
-from mae.data.loader import Loader
 from mae.data.paths import given_root
 from mae.data.source import BadImage, Source
 from mae.data.sources import folder, listing
@@ -75,7 +75,9 @@ def tree(tmp_path):
 
 
 def opened(root, split="train", **changes):
-    return image_folder(split, root=str(root), cache_dir=str(Path(root).parent / "cache"), **(FOLDER | changes))
+    return make_source(
+        image_folder, split, root=str(root), cache_dir=str(Path(root).parent / "cache"), **(FOLDER | changes)
+    )
 
 
 # ---------------------------------------------------------------- decoding
@@ -151,7 +153,7 @@ def test_batches_are_the_same_where_parts_cannot_be_decoded_alone(tree, workers,
         source = opened(tree, exif_orientation=exif)
         options = {"num_workers": workers[1], "workers": workers[0], "repeats": 1, "max_bad_fraction": 0.0}
         options |= {"prefetch": 2, "timeout_s": 60.0, "fraction": 1.0, "per_class": None}
-        loader = Loader(source, transform, 4, 4, 0, **options)
+        loader = make_loader(source, transform, 4, 4, 0, **options)
         found = [batch["image"] for step in loader.steps(0) for batch in step]
         loader.close()
         return torch.cat(found)
@@ -426,7 +428,7 @@ def load(source, tmp_path, workers=0, max_bad_fraction=0.01):
         img_size=16, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True
     )
     options = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1, "fraction": 1.0, "per_class": None}
-    return Loader(
+    return make_loader(
         source,
         transform,
         8,
@@ -578,7 +580,7 @@ def unreadable(index):
 
 
 def troubled(deed, workers, timeout_s):
-    return Loader(
+    return make_loader(
         Troubled(deed),
         transforms.CenterCrop(img_size=16, crop_fraction=1.0),
         8,

@@ -9,9 +9,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import make_loader
 
 from mae.data import pack, store
-from mae.data.loader import Loader
 from mae.data.source import Arrays
 from mae.data.sources.torchvision import digits
 from tests.test_data_shards import KEEP, LOADING, loaded, opened, same, transform
@@ -54,7 +54,7 @@ def packed_digits(folder):
 def read_over_a_restart(source, server, workers, kind, gone):
     """The batches of two epochs, the server being away for `gone` seconds after a few of them."""
     options = LOADING | {"workers": kind, "num_workers": workers, "max_bad_fraction": 0.0}
-    loader = Loader(source, transform(), 16, 8, 0, **options)
+    loader = make_loader(source, transform(), 16, 8, 0, **options)
     taken = []
     with ThreadPoolExecutor(1) as pool:
         for epoch in (0, 1):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_here
+from conftest import TINY, make_loader, make_source, run_here
 from PIL import Image
 
 from mae.data import flat, pack, store
@@ -71,7 +71,7 @@ OPTIONS = {
 
 
 def opened(root, split="train", **changes):
-    return hf(split, root=str(root), **(OPTIONS | {"cache_dir": str(root.parent / "cache")} | changes))
+    return make_source(hf, split, root=str(root), **(OPTIONS | {"cache_dir": str(root.parent / "cache")} | changes))
 
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
@@ -119,7 +119,7 @@ def test_files_of_a_set_on_the_hub_lie_in_the_caches_alone(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(fetched))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(other if given else own))
     cache = str(own) if given else None
-    source = hf("train", root="hf://some/set", **(OPTIONS | {"cache_dir": cache, "label_column": None}))
+    source = make_source(hf, "train", root="hf://some/set", **(OPTIONS | {"cache_dir": cache, "label_column": None}))
     assert all(torch.equal(source[k][0], torch.from_numpy(PICTURES[1]).permute(2, 0, 1)) for k in (0, 1))
     with pytest.raises(BadImage, match="names .*other/x.png, which leads out of .*datasets"):
         source[2]
@@ -264,7 +264,7 @@ def stream(tmp_path_factory):
 
 
 def streamed(root, cache, split="train", **changes):
-    return hf(split, root=str(root), **(OPTIONS | {"cache_dir": str(cache), "streaming": True} | changes))
+    return make_source(hf, split, root=str(root), **(OPTIONS | {"cache_dir": str(cache), "streaming": True} | changes))
 
 
 def test_a_stream_holds_the_rows_of_the_data_set(stream, tmp_path):
@@ -357,14 +357,13 @@ def test_a_stream_gives_the_same_batches_with_any_workers_and_after_a_stop(strea
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_a_stream_without_a_duplicate(stream, tmp_path, world):
-    from mae.data.loader import Loader
     from tests.test_data_shards import LOADING, transform
 
     seen, files = [], []
     for rank in range(world):
         rows = streamed(stream, tmp_path)
         options = LOADING | {"workers": "thread", "num_workers": 2, "max_bad_fraction": 0.0}
-        loader = Loader(rows, transform(), 16, 8 // world, 0, rank, world, **options)
+        loader = make_loader(rows, transform(), 16, 8 // world, 0, rank, world, **options)
         own = [i for step in loader.steps(0) for batch in step if batch["weight"] for i in batch["index"].tolist()]
         loader.close()
         seen += own
@@ -511,7 +510,7 @@ def test_folders_of_images_that_datasets_would_part_otherwise_are_refused(folder
     split = "test" if "test/x" in folders else None
     options = OPTIONS | {"root": str(tmp_path / "set"), "val_split": split, "cache_dir": str(tmp_path / "cache")}
     if says is None:
-        assert len(hf("train", **options).classes) == 2
+        assert len(make_source(hf, "train", **options).classes) == 2
         return
     with pytest.raises(ValueError, match=says):
-        hf("train", **options)
+        make_source(hf, "train", **options)

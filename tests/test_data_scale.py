@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_loader, make_source
 from PIL import Image
 
 from mae.data import transforms
-from mae.data.loader import Loader
 from mae.data.sources import folder, listing
 from mae.data.sources.folder import image_folder
 
@@ -44,10 +44,10 @@ def root(tmp_path, monkeypatch):
 
 
 def loader(root, **changes):
-    source = image_folder("train", root=str(root), cache_dir=str(root.parent / "cache"), **OPTIONS)
+    source = make_source(image_folder, "train", root=str(root), cache_dir=str(root.parent / "cache"), **OPTIONS)
     transform = transforms.CenterCrop(img_size=8, crop_fraction=1.0)
     options = {"workers": "process", "prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
-    return Loader(source, transform, 1800, 1800, 0, max_bad_fraction=0.0, **(options | changes))
+    return make_loader(source, transform, 1800, 1800, 0, max_bad_fraction=0.0, **(options | changes))
 
 
 def resident(pid: int) -> float:

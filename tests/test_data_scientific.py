@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import make_loader, make_source
 
 from mae.data import stats, transforms
 from mae.data.crops import resize
-from mae.data.loader import Loader
 from mae.data.prepare import Prepare
 from mae.data.source import Arrays, BadImage
 from mae.data.sources.scientific import Bands, scientific_folder
@@ -47,7 +47,7 @@ def root(tmp_path):
 def opened(root, split="train", **changes):
     options = {"in_chans": 5, "val_fraction": 0.25, "layout": "chw", "max_pixels": 10**6, "follow_links": False}
     options |= {"cache_dir": str(root.parent / "cache"), "splits": "auto"} | changes
-    return scientific_folder(split, root=str(root), **options)
+    return make_source(scientific_folder, split, root=str(root), **options)
 
 
 @pytest.mark.parametrize("make", [npy, tiff])
@@ -90,7 +90,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
     source = opened(root)
     assert source.classes == ["field", "town"] and len(source) == 12 and len(opened(root, "val")) == 4
     measured = stats.statistics(source, np.arange(len(source)))
-    loader = Loader(
+    loader = make_loader(
         source,
         transforms.RandomResizedCrop(img_size=[8, 16], scale=[0.8, 1.0], ratio=[1.6, 1.7], min_crop=0.0, hflip=True),
         12,
@@ -124,7 +124,7 @@ def test_files_of_two_types_are_named(root, workers):
     transform = transforms.RandomResizedCrop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 1.33], min_crop=0.0, hflip=True)
     options = {"prefetch": 2, "timeout_s": 60.0, "repeats": 1, "fraction": 1.0, "per_class": None}
     source = opened(root, val_fraction=0.01)
-    loader = Loader(source, transform, 14, 14, 0, num_workers=1, workers=workers, max_bad_fraction=0.0, **options)
+    loader = make_loader(source, transform, 14, 14, 0, num_workers=1, workers=workers, max_bad_fraction=0.0, **options)
     name = r"(field|town)/\d\.(npy|tif)"
     with pytest.raises(
         ValueError, match=rf"^{name} holds uint(8|16) and {name} uint(16|8): all files must be of one type\.$"
@@ -189,7 +189,7 @@ def test_class_counts_speed_and_contact_sheet(root):
     assert stats.class_counts(Arrays(torch.zeros(2, 1, 2, 2), None, [], "x")) == {}
 
     def make(count):
-        return Loader(
+        return make_loader(
             source,
             transforms.CenterCrop(img_size=8, crop_fraction=1.0),
             6,

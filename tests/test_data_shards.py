@@ -14,14 +14,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import make_loader, make_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mae.data import flat, pack, store, transforms
 from mae.data.decode import Decoder
-from mae.data.loader import Loader
-from mae.data.sampler import Sampler
+from mae.data.sampler import Batches, Sampler
 from mae.data.shards import source as shards
 from mae.data.shards.source import Index, Shards
 from mae.data.shards.tar import Members, members
@@ -65,7 +65,9 @@ def packed(source, tmp_path_factory):
 
 
 def opened(root, tmp_path, split="train", **changes):
-    return shards.tar_shards(split, root=str(root), cache_dir=str(tmp_path / "cache"), **(OPTIONS | changes))
+    return make_source(
+        shards.tar_shards, split, root=str(root), cache_dir=str(tmp_path / "cache"), **(OPTIONS | changes)
+    )
 
 
 def made_up(counts):
@@ -91,7 +93,7 @@ def test_each_image_once_over_ranks(counts, lanes, window, world, seed):
     source = made_up(counts)(lanes, window)
     seen = []
     for rank in range(world):
-        sampler = Sampler(len(source), 4 * world, 2, seed, rank, world, order=source.order)
+        sampler = Sampler(len(source), Batches(4 * world, 2, seed, rank, world), source.order)
         for step in range(sampler.steps_per_epoch):
             seen += [i for t in sampler.micro_batches(1, step) if t.weight for i in t.indices.tolist()]
     assert sorted(seen) == list(range(sum(counts)))
@@ -148,7 +150,7 @@ def transform():
 
 
 def loaded(source, count, epochs=(0, 1), start=0, **changes):
-    loader = Loader(source, transform(), 16, 8, 0, num_workers=count, max_bad_fraction=0.3, **(LOADING | changes))
+    loader = make_loader(source, transform(), 16, 8, 0, num_workers=count, max_bad_fraction=0.3, **(LOADING | changes))
     found = []
     for epoch in epochs:
         for step in loader.steps(epoch, start if epoch == epochs[0] else 0):
@@ -511,7 +513,7 @@ def test_a_shard_without_images_among_others(tmp_path):
     assert [source.name(i) for i in range(2)] == ["b.tar/0", "b.tar/1"] and sorted(source.order(0, 0)) == [0, 1]
 
 
-def test_members_that_are_no_images_are_refused(tmp_path):
+def test_members_that_are_no_images_are_refused(tmp_path, monkeypatch):
     def shard(label, size):
         (tmp_path / "set").mkdir(exist_ok=True)
         with tarfile.open(tmp_path / "set" / "x.tar", "w") as archive:
@@ -533,7 +535,7 @@ def test_members_that_are_no_images_are_refused(tmp_path):
         assert members(file, "x.tar").text.tobytes() == b"b"
     shard(b"1", 1000)
     source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0).source
-    source.decoder.most_bytes = 999
+    monkeypatch.setattr(Decoder, "most_bytes", 999)
     with pytest.raises(BadImage, match="1000 bytes are more than an image of data.max_pixels takes"):
         source[0]
 
@@ -553,7 +555,7 @@ def test_twenty_thousand_images_over_ranks_and_workers(tmp_path):
         found = []
         for rank in range(world):
             options = LOADING | {"workers": kind, "num_workers": workers, "max_bad_fraction": 0.0}
-            loader = Loader(source, transform(), 256, 64, 0, rank, world, **options)
+            loader = make_loader(source, transform(), 256, 64, 0, rank, world, **options)
             batches = [b["index"] for step in loader.steps(0, start) for b in step if b["weight"] > 0]
             loader.close()
             found.append(torch.cat(batches).tolist())
@@ -769,7 +771,7 @@ def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
     (root / "bad.jpg").write_bytes(b"nothing")
     options = {k: OPTIONS[k] for k in ("in_chans", "exif_orientation", "max_pixels")}
     options |= {"val_fraction": 0.2, "follow_links": False, "cache_dir": str(tmp_path / "cache"), "splits": "auto"}
-    source = image_folder("train", root=str(root), **options)
+    source = make_source(image_folder, "train", root=str(root), **options)
     made = pack.pack(source, tmp_path / "kept", KEEP, 9, workers=1)
     assert made["images"] + made["bad"] == len(source)
     kept = opened(tmp_path / "kept", tmp_path, val_fraction=0.3).source

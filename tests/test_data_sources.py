@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets
-from conftest import ROOT
+from conftest import ROOT, make_source
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -86,7 +86,7 @@ def test_stl10_may_be_unlabelled(tmp_path, monkeypatch):
 
 def classes(root, split="train", **changes):
     options = FILES | {"parts": ["train", "val"], "classes": None, "cache_dir": str(root.parent / "cache")}
-    return classes_of(split, root=str(root), **(options | changes))
+    return make_source(classes_of, split, root=str(root), **(options | changes))
 
 
 def test_class_folders(root):
@@ -134,7 +134,7 @@ def written(frame, root, kind):
 
 def listed(root, file, split="train", **changes):
     given = FILES | {"val_fraction": 0.5, "cache_dir": str(root.parent / "cache")} | changes
-    return table(split, root=str(root), file=file, **given)
+    return make_source(table, split, root=str(root), file=file, **given)
 
 
 FRAME = pd.DataFrame(

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from conftest import make_source
 from PIL import Image
 
 from mae.config.identity import identity
@@ -44,7 +45,7 @@ def grown(root, *folders):
 
 
 def opened(root, split="train", **changes):
-    return image_folder(split, root=str(root), cache_dir=str(root.parent / "cache"), **(FOLDER | changes))
+    return make_source(image_folder, split, root=str(root), cache_dir=str(root.parent / "cache"), **(FOLDER | changes))
 
 
 def names(source):
@@ -157,7 +158,7 @@ def test_scientific_folders_are_read_alike(tmp_path):
     options = {"in_chans": 2, "val_fraction": 0.25, "layout": "chw", "max_pixels": 99, "follow_links": False}
     options |= {"cache_dir": str(tmp_path / "cache"), "splits": "auto"}
     for root, classes, count in (("set", ["bus", "car", "train"], 9), ("parted", ["a", "b"], 8)):
-        source = scientific_folder("train", root=str(tmp_path / root), **options)
+        source = make_source(scientific_folder, "train", root=str(tmp_path / root), **options)
         assert (source.classes, len(source)) == (classes, count)
 
 
@@ -165,11 +166,13 @@ def test_published_sets_are_found_in_other_letters(tmp_path):
     root = grown(tmp_path / "set", "Train/x", "Train/y", "Validation/x", "Validation/y", "test")
     options = {key: FOLDER[key] for key in ("in_chans", "exif_orientation", "max_pixels", "follow_links")}
     options |= {"cache_dir": str(tmp_path / "cache"), "parts": ["train", "val"], "classes": None}
-    assert len(classes_of("train", root=str(root), **options)) == 8
-    assert names(classes_of("val", root=str(root), **options)) == {f"{c}/{k}.png" for c in "xy" for k in range(4)}
+    assert len(make_source(classes_of, "train", root=str(root), **options)) == 8
+    assert names(make_source(classes_of, "val", root=str(root), **options)) == {
+        f"{c}/{k}.png" for c in "xy" for k in range(4)
+    }
     images(root / "TRAIN" / "x")
     with pytest.raises(ValueError, match="name the folders to take in data.parts"):
-        classes_of("train", root=str(root), **(options | {"parts": ["train", "val"]}))
+        make_source(classes_of, "train", root=str(root), **(options | {"parts": ["train", "val"]}))
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path, capsys):

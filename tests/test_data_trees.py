@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_source
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +21,7 @@ from mae.data.source import BadImage
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.robustness import robustness
 from mae.data.sources.table import table
+from mae.errors import UserError
 from tests.test_data_splits import FOLDER, PIXELS, grown, images, names, opened
 
 PNG = io.BytesIO()
@@ -82,12 +84,12 @@ def test_any_tree_is_listed_or_refused_in_a_sentence(things, choice):
             try:
                 if choice == "parts":
                     options = FILES | {"cache_dir": options["cache_dir"], "parts": ["train", "val"], "classes": None}
-                    source = classes_of(split, root=root, **options)
+                    source = make_source(classes_of, split, root=root, **options)
                 else:
-                    source = image_folder(split, root=root, **options)
+                    source = make_source(image_folder, split, root=root, **options)
             except ValueError as error:
                 said = str(error)
-                assert type(error) is ValueError and "data." in said and "\n" not in said and said.encode()
+                assert type(error) is UserError and "data." in said and "\n" not in said and said.encode()
                 assert "two ways" not in said or said.count("data.splits=") == 2
                 continue
             holder = getattr(source, "source", source)
@@ -125,7 +127,7 @@ def test_what_archives_of_macos_leave_is_skipped(tmp_path):
     assert source.classes == ["cat", "dog"]
     assert names(source) | names(opened(root, "val")) == {f"{c}/{k}.png" for c in ("cat", "dog") for k in range(4)}
     options = FILES | {"cache_dir": str(tmp_path / "cache"), "parts": ["set", "set"], "classes": None}
-    assert classes_of("train", root=str(tmp_path), **options).classes == ["cat", "dog"]
+    assert make_source(classes_of, "train", root=str(tmp_path), **options).classes == ["cat", "dog"]
 
 
 # ---------------------------------------------------------------- links, pipes, folders that cannot be read
@@ -165,7 +167,7 @@ def test_corruptions_are_not_looked_for_in_what_macos_leaves(tmp_path):
         images(tmp_path / "set" / "imagenet-c" / "snow" / severity / "n01440764", 1)
     (tmp_path / "set" / "__MACOSX" / "snow" / "1").mkdir(parents=True)
     options = FILES | {"cache_dir": str(tmp_path / "cache"), "variant": "c"}
-    assert len(robustness("val", root=str(tmp_path / "set"), **options)) == 8
+    assert len(make_source(robustness, "val", root=str(tmp_path / "set"), **options)) == 8
 
 
 def test_the_cache_of_the_hub_is_taken_with_follow_links(tmp_path):
@@ -191,14 +193,14 @@ def test_splits_that_are_links_out_of_the_root_need_follow_links(tmp_path):
     assert len(opened(root, follow_links=True)) == 8
     options = FILES | {"cache_dir": str(tmp_path / "cache"), "parts": ["train", "val"], "classes": None}
     with pytest.raises(ValueError, match="folder train is a link that leads out of it. Type data.follow_links=true"):
-        classes_of("train", root=str(root), **options)
-    assert len(classes_of("train", root=str(root), **(options | {"follow_links": True}))) == 8
+        make_source(classes_of, "train", root=str(root), **options)
+    assert len(make_source(classes_of, "train", root=str(root), **(options | {"follow_links": True}))) == 8
     images(tmp_path / "sketches" / "n01440764")
     (root / "sketch").symlink_to(tmp_path / "sketches")
     options = FILES | {"cache_dir": str(tmp_path / "cache"), "variant": "sketch"}
     with pytest.raises(ValueError, match="folder sketch is a link that leads out of it. Type data.follow_links=true"):
-        robustness("val", root=str(root), **options)
-    assert len(robustness("val", root=str(root), **(options | {"follow_links": True}))) == 4
+        make_source(robustness, "val", root=str(root), **options)
+    assert len(make_source(robustness, "val", root=str(root), **(options | {"follow_links": True}))) == 4
 
 
 def test_pipes_and_sockets_are_bad_files_and_no_folders(tmp_path):
@@ -214,10 +216,10 @@ def test_pipes_and_sockets_are_bad_files_and_no_folders(tmp_path):
     with pytest.raises(ValueError, match="data.root=.*pipe is a file, not a directory"):
         given_root(str(root / "pipe"))
     with pytest.raises(ValueError, match="data.file=.*pipe is not a regular file"):
-        table("train", root=str(root), file=str(root / "pipe"), val_fraction=0.1, cache_dir=None, **FILES)
+        make_source(table, "train", root=str(root), file=str(root / "pipe"), val_fraction=0.1, cache_dir=None, **FILES)
     options = FILES | {"cache_dir": None, "parts": ["set", "set"], "classes": str(root / "pipe")}
     with pytest.raises(ValueError, match="data.classes=.*pipe is not a regular file"):
-        classes_of("train", root=str(tmp_path), **options)
+        make_source(classes_of, "train", root=str(tmp_path), **options)
 
 
 @pytest.mark.parametrize("refused", ["", "cat", "cat/deep", "train"])
@@ -267,7 +269,7 @@ def listed(root, text, split="train", name="list.csv", **changes):
     file = root.parent / name
     file.write_text(text, encoding="utf-8")
     options = FILES | {"val_fraction": 0.25, "cache_dir": str(root.parent / "cache")} | changes
-    return table(split, root=str(root), file=str(file), **options)
+    return make_source(table, split, root=str(root), file=str(file), **options)
 
 
 ROWS = [("cat/0.png", "a"), ("cat/1.png", "b"), ("dog/0.png", "a"), ("dog/1.png", "b")]

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_loader
 
 from mae.data import jpeg, transforms, workers
 from mae.data.batch_buffer import Stack
 from mae.data.crops import resize
 from mae.data.dataset import Reader
-from mae.data.loader import EvalLoader, Loader
-from mae.data.sampler import Ticket
+from mae.data.sampler import Batches, Ticket
 from mae.data.source import Arrays, BadImage
 
 LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "thread", "num_workers": 0}
@@ -40,7 +40,7 @@ def whole():
 
 def training(source, rank=0, world=1, batch_size=40, max_bad_fraction=0.01, repeats=1, **changes):
     options = TRAINING | {"repeats": repeats, "max_bad_fraction": max_bad_fraction} | changes
-    return Loader(source, whole(), batch_size, batch_size // world, 0, rank, world, **options)
+    return make_loader(source, whole(), batch_size, batch_size // world, 0, rank, world, **options)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -69,7 +69,10 @@ def test_an_image_counts_once_however_often_it_is_read(world, repeats, epochs):
 
 def test_a_rank_that_evaluates_judges_its_part_of_the_images():
     source = Spoilt(400, range(0, 400, 20))  # all of them rank 0's: 10 % of its part
-    loaders = [EvalLoader(source, whole(), 10, 0, rank, 2, max_bad_fraction=0.06, **LOADING) for rank in (0, 1)]
+    loaders = [
+        make_loader(source, whole(), 10, 10, 0, rank, 2, kind="val", max_bad_fraction=0.06, **LOADING)
+        for rank in (0, 1)
+    ]
     with pytest.raises(ValueError, match="images read so far cannot be used, more than data.max_bad_fraction=0.06"):
         list(loaders[0])
     assert len(list(loaders[1])) == 20
@@ -116,14 +119,14 @@ def test_an_image_whose_transform_fails_is_a_bad_file(kind, error, says, repeats
     options = LOADING | {"workers": kind, "num_workers": 1, "repeats": repeats, "fraction": 1.0, "per_class": None}
     path = tmp_path / "bad_files.csv"
     source = Arrays(images, None, [], "images")
-    loader = Loader(source, FailsOnBlack(error), 40, 40, 0, bad_csv=path, max_bad_fraction=0.1, **options)
+    loader = make_loader(source, FailsOnBlack(error), 40, 40, 0, bad_csv=path, max_bad_fraction=0.1, **options)
     batches = [batch for epoch in range(repeats) for step in loader.steps(epoch) for batch in step]
     loader.close()
     assert len(batches) == repeats
     assert all(3 not in batch["index"] and batch["image"].unique().tolist() == [9] for batch in batches)
     assert f"3,images/3,{says},train" in path.read_text()
     with pytest.raises(ValueError, match="100 images in a row cannot be used, the first of them images/"):
-        Reader(source, Failing(RuntimeError("a bug")), 0, None)[Ticket(0, np.arange(4), 1.0)]
+        Reader(source, Failing(RuntimeError("a bug")), Batches(1, 1, 0))[Ticket(0, np.arange(4), 1.0)]
 
 
 def test_a_batch_that_does_not_come_is_told_on_every_python(monkeypatch):
@@ -217,9 +220,9 @@ def test_a_batch_made_in_place_is_the_one_made_image_by_image(kind):
     source = Arrays(pixels, None, [], "noise")
     crop = transforms.RandomResizedCrop(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
     options = {"num_workers": 1, "workers": kind, "repeats": 2, "max_bad_fraction": 0.0}
-    loader = Loader(source, crop, 8, 8, 0, **(TRAINING | options))
+    loader = make_loader(source, crop, 8, 8, 0, **(TRAINING | options))
     (batch,) = next(loader.steps(0))
     loader.close()
     alone = Alone(img_size=8, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=False)
-    plain = Reader(source, alone, 0, None, repeats=2).load(Ticket(0, batch["index"][:4].numpy(), 1.0)).batch
+    plain = Reader(source, alone, Batches(1, 1, 0, repeats=2)).load(Ticket(0, batch["index"][:4].numpy(), 1.0)).batch
     assert torch.equal(batch["image"], plain["image"]) and len(batch["image"]) == 8

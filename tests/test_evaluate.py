@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.multiprocessing as mp
-from conftest import composed, run_here
+from conftest import composed, make_source, run_here
 from PIL import Image
 from test_tasks import TINY_OTHER, folder_of, summary, tiny_classifier
 
@@ -280,7 +280,9 @@ def image(path: Path) -> None:
 
 
 def source(root: Path, variant: str):
-    return robustness("val", root=str(root), variant=variant, cache_dir=str(root.parent / "cache"), **SOURCE)  # type: ignore[arg-type]
+    return make_source(
+        robustness, "val", root=str(root), variant=variant, cache_dir=str(root.parent / "cache"), **SOURCE
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("variant", "folder"), [("a", "imagenet-a"), ("r", "imagenet-r"), ("sketch", "sketch")])
@@ -369,7 +371,7 @@ def test_a_missing_severity_and_training_on_a_robustness_set_are_named(tmp_path)
     with pytest.raises(ValueError, match="fog lacks the folder 2: all five severities are needed"):
         source(tmp_path / "data", "c")
     with pytest.raises(ValueError, match="ImageNet-A has no training images: use it with task=evaluate."):
-        robustness("train", root=str(tmp_path), variant="a", cache_dir=None, **SOURCE)
+        make_source(robustness, "train", root=str(tmp_path), variant="a", cache_dir=None, **SOURCE)
 
 
 def test_a_classifier_of_other_classes_is_not_evaluated_on_imagenet_s_sets(tmp_path):

@@ -16,6 +16,8 @@ from PIL import Image
 from mae import limits
 from mae.data import workers
 from mae.data.dataset import Reader
+from mae.data.sampler import Batches, Ticket
+from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.transforms import Transform
 from mae.data.workers import naming_killed_workers
@@ -148,8 +150,8 @@ class NoSharedMemory(NoFiles):
     ],
 )
 def test_an_image_that_a_limit_keeps_from_being_read_is_not_replaced(source, sentence):
-    reader = Reader(source, Whole(), 0, None)
-    ticket = workers.Ticket(0, np.zeros(1, np.int64), 1.0)
+    reader = Reader(source, Whole(), Batches(1, 1, 0))
+    ticket = Ticket(0, np.zeros(1, np.int64), 1.0)
     with pytest.raises(ValueError, match=sentence):
         reader.load(ticket)
     error = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/x")
@@ -186,13 +188,14 @@ def test_batches_of_an_augmentation_for_processes_alone_are_made_by_the_run_itse
 
     transform = Whole()
     transform.draws_itself = True
-    reader = Reader(Empty(), transform, 0, None)
+    reader = Reader(Empty(), transform, Batches(1, 1, 0))
+    settings = LoaderSettings(2, "auto", 2, 10.0, 0.0, 1.0, None, 1)
     monkeypatch.setattr(limits, "shared_memory", lambda: 1000)
-    made = workers.makers(reader, workers.Tickets(lambda: iter(())), 2, "auto", 2, 10.0, False, 8)
+    made = workers.makers(reader, workers.Tickets(lambda: iter(())), settings, 8, False)
     assert isinstance(made, torch.utils.data.DataLoader) and made.num_workers == 0
     assert "this process itself makes them" in caplog.text
     monkeypatch.setattr(limits, "shared_memory", lambda: 10**6)
-    made = workers.makers(reader, workers.Tickets(lambda: iter(())), 2, "auto", 2, 10.0, False, 8)
+    made = workers.makers(reader, workers.Tickets(lambda: iter(())), settings, 8, False)
     assert isinstance(made, torch.utils.data.DataLoader) and made.num_workers == 2
 
 

@@ -18,7 +18,7 @@ from mae import checkpoint
 from mae.config import rules
 from mae.config.compose import composed as compose
 from mae.data import pack
-from mae.data.sampler import Sampler
+from mae.data.sampler import Batches, Sampler
 from mae.data.source import Arrays
 from mae.errors import UserError
 from mae.launch.pipeline import stage_config
@@ -621,7 +621,7 @@ def test_where_nothing_is_ever_mixed_odd_batches_train_as_without_mixing(tmp_pat
 def test_the_sizes_of_batches_are_those_that_the_sampler_makes(images, devices, batch, micro, repeats, drop_last):
     if drop_last and batch > images:
         return
-    samplers = [Sampler(images, batch, micro, 0, r, devices, drop_last, repeats) for r in range(devices)]
+    samplers = [Sampler(images, Batches(batch, micro, 0, r, devices, drop_last, repeats)) for r in range(devices)]
     steps = samplers[0].steps_per_epoch
     for max_steps in (1, None):
         made = make_plan(images, steps, devices, epochs=3, max_steps=max_steps, batch_size=batch,

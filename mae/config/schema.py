@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # [name] stands for the entry that the group's `name` chooses from a table.
 SCHEMA = {
     "model": ["models.mae:MaskedAutoencoder"],
-    "data": ["data:SOURCES[name]", "data.loader:Loader", "data:describe"],
+    "data": ["data:SOURCES[name]", "data.settings:LoaderSettings", "data.settings:DataInfo"],
     "augmentation": ["data.transforms:AUGMENTATIONS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
     "task": ["tasks.registry:TASKS[name]"],

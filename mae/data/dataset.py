@@ -15,9 +15,10 @@ from torch.utils.data import Dataset, get_worker_info
 from mae import limits, rng
 from mae.data.batch_buffer import Stack
 from mae.data.crops import inside
-from mae.data.sampler import Ticket
+from mae.data.sampler import Batches, Ticket
 from mae.data.source import FAILURES, BadImage, Source, crop_target, is_map, reason
 from mae.data.transforms import DRAWS, Draw, Transform
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ class Samples:
 class Reader(Dataset):
     """A ticket to a batch: runs in the workers and makes every random choice."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int, num_patches: int | None, repeats: int = 1):
-        self.source, self.transform, self.seed = source, transform, seed
-        self.num_patches, self.repeats = num_patches, repeats
+    def __init__(self, source: Source, transform: Transform, batches: Batches):
+        self.source, self.transform = source, transform
+        self.seed, self.num_patches, self.repeats = batches.seed, batches.num_patches, batches.repeats
 
     def __getitem__(self, ticket: Ticket) -> Loaded | Failure:
         try:
             return self.load(ticket)
-        except ValueError as error:
+        except UserError as error:
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
@@ -107,19 +108,19 @@ class Reader(Dataset):
 
     def _add(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:
         """Puts the crops of an image into their rows. An image that cannot be used is replaced by the first usable one
-        of a sequence that is a function of its index alone. Raises ValueError where there is none."""
+        of a sequence that is a function of its index alone. Raises UserError where there is none."""
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 self._put_crops(index, draws, rows, samples)
                 return
             except FAILURES as error:
                 if limit := limits.limit_reached(error):  # no fault of the image
-                    raise ValueError(limit) from error
+                    raise UserError(limit) from error
                 samples.bad.append(Bad(index, self.source.name(index), reason(error)))
             key = rng.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
         first = samples.bad[0]
-        raise ValueError(
+        raise UserError(
             f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {first.name}: {first.reason}."
         )
 
@@ -148,16 +149,16 @@ class Reader(Dataset):
         self._check_type(result, targets, index, samples)
         if targets is not None and result.shape != targets.shape[1:]:
             shapes = [" x ".join(map(str, shape)) for shape in (targets.shape[1:], result.shape)]
-            raise ValueError(f"the target of {self.source.name(index)} is {shapes[1]}, and others are {shapes[0]}.")
+            raise UserError(f"the target of {self.source.name(index)} is {shapes[1]}, and others are {shapes[0]}.")
         samples.targets.put(row, result)
 
     def _check_type(self, sample: Tensor, others: Tensor | None, index: int, samples: Samples) -> None:
-        """Raises ValueError where a sample is of another type than those before it: its numbers would be cut."""
+        """Raises UserError where a sample is of another type than those before it: its numbers would be cut."""
         if others is None or sample.dtype == others.dtype:
             return
         types = [str(dtype).removeprefix("torch.") for dtype in (others.dtype, sample.dtype)]
         first, second = (self.source.name(k) for k in (samples.indices[0] if samples.indices else index, index))
-        raise ValueError(f"{first} holds {types[0]} and {second} {types[1]}: all files must be of one type.")
+        raise UserError(f"{first} holds {types[0]} and {second} {types[1]}: all files must be of one type.")
 
 
 class Record:
@@ -181,9 +182,9 @@ class Record:
         self.listed = listed(path, split)  # by earlier attempts of the run
 
     def receive(self, loaded: Loaded | Failure) -> Batch:
-        """The batch, once its bad images are recorded. Raises ValueError."""
+        """The batch, once its bad images are recorded. Raises UserError."""
         if isinstance(loaded, Failure):
-            raise ValueError(loaded.message)
+            raise UserError(loaded.message)
         batch, bad = loaded
         for image in bad:
             if image.index not in self.bad:
@@ -198,7 +199,7 @@ class Record:
         share = len(self.bad) / max(1, self.seen)
         if share > self.limit and len(self.bad) > self.limit * self.judged:
             names = ", ".join(f"{b.name} ({b.reason})" for b in list(self.bad.values())[:3])
-            raise ValueError(
+            raise UserError(
                 f"{len(self.bad)} of the {self.seen} images read so far cannot be used, more than "
                 f"data.max_bad_fraction={self.limit:g} allows; the first: {names}."
             )

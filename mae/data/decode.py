@@ -5,6 +5,8 @@ decode, or would decode without noticing that it is damaged, goes through Pillow
 """
 
 import io
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,24 +17,33 @@ from mae.data import jpeg
 from mae.data.crops import Boxed, inside
 from mae.data.formats import KINDS
 from mae.data.source import BadImage
+from mae.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 BITS, SAMPLE_FORMAT = 258, 339  # tags of TIFF 6.0
 UNSIGNED = {1, 4}  # sample formats: whole numbers without a sign; not defined
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
 ELSEWHERE = "use data=scientific, or convert the file"
 BYTES_A_PIXEL, SLACK = 8, 64 << 20  # no image file takes more than 16 bits of four channels, and what goes with them
 
 
+@dataclass(frozen=True)
 class Decoder:
     """Decodes to `in_chans` channels; refuses images of more than `max_pixels`. Raises BadImage."""
 
-    def __init__(self, in_chans: int, exif_orientation: bool, max_pixels: int):
-        self.in_chans, self.exif_orientation, self.max_pixels = in_chans, exif_orientation, max_pixels
-        self.most_bytes = BYTES_A_PIXEL * max_pixels + SLACK  # of a file
-        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans)
-        if self.mode is None:
-            raise ValueError(f"data.in_chans={in_chans}: image files have 1, 3 or 4 channels.")
+    in_chans: Annotated[int, "[1, inf)"]
+    exif_orientation: bool  # whether photos are turned as their camera says
+    max_pixels: Annotated[int, "[1, inf)"]
+
+    def __post_init__(self) -> None:
+        if self.in_chans not in MODES:
+            raise UserError(f"data.in_chans={self.in_chans}: image files have 1, 3 or 4 channels.")
+
+    @property
+    def most_bytes(self) -> int:
+        """The size of the largest file that is read."""
+        return BYTES_A_PIXEL * self.max_pixels + SLACK
 
     def __call__(self, data: bytearray, box: Boxed | None = None) -> Tensor:
         """(C, H, W) uint8: the image, or what lies inside `box` of its height and width."""
@@ -70,7 +81,7 @@ class Decoder:
                 self._check_size(*image.size)
                 image.load()
                 turned = orientation(image) if self.exif_orientation else 1
-                pixels = np.array(eight_bits(image).convert(self.mode))
+                pixels = np.array(eight_bits(image).convert(MODES[self.in_chans]))
         except BadImage:
             raise
         except UnidentifiedImageError as error:

@@ -2,13 +2,14 @@
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 
-from mae.data.dataset import Batch, Reader, Record
-from mae.data.sampler import Sampler, Ticket
+from mae.data.dataset import Batch, Failure, Loaded, Reader, Record
+from mae.data.sampler import Batches, Sampler, Ticket
+from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.subsets import reduced
 from mae.data.transforms import Transform
@@ -42,45 +43,23 @@ class Loader:
         self,
         source: Source,
         transform: Transform,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        num_patches: int | None = None,
-        drop_last: bool = False,
-        pin_memory: bool = False,
+        batches: Batches,
+        settings: LoaderSettings,
         bad_csv: str | Path | None = None,
-        *,
-        num_workers: Annotated[int, "[0, inf)"] | None,
-        workers: Literal["auto", "thread", "process"],
-        prefetch: Annotated[int, "[1, inf)"],
-        timeout_s: Annotated[float, "(0, inf)"],
-        repeats: Annotated[int, "[1, inf)"],
-        fraction: Annotated[float, "(0, 1]"],
-        per_class: Annotated[int, "[1, inf)"] | None,
-        max_bad_fraction: Annotated[float, "[0, 1]"],
+        pin_memory: bool = False,
     ):
-        self.source = reduced(source, fraction, per_class, seed)
-        self.timeout_s = timeout_s
-        self.sampler = Sampler(
-            len(self.source),
-            batch_size,
-            micro_batch_size,
-            seed,
-            rank,
-            world,
-            drop_last,
-            repeats,
-            self.source.order,
-        )
+        batches = replace(batches, repeats=settings.repeats)
+        self.source = reduced(source, settings.fraction, settings.per_class, batches.seed)
+        self.timeout_s = settings.timeout_s
+        self.sampler = Sampler(len(self.source), batches, self.source.order)
         self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.record = Record(len(self.source), max_bad_fraction, bad_csv, world=world, repeats=repeats)
+        self.record = Record(
+            len(self.source), settings.max_bad_fraction, bad_csv, world=batches.world, repeats=batches.repeats
+        )
         self._start = (0, 0)
-        self._running: Iterator | None = None  # going on from `_start`
-        reader = Reader(self.source, transform, seed, num_patches, repeats)
-        tickets = Tickets(self._tickets)
-        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory, micro_batch_size)
+        self._running: Iterator[Loaded | Failure] | None = None  # going on from `_start`
+        reader = Reader(self.source, transform, batches)
+        self._loader = makers(reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:
@@ -88,9 +67,8 @@ class Loader:
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
         """The steps of an epoch from `start_step` on. Workers run ahead into the next epoch."""
-        place = (epoch, start_step)
-        if self._running is None or self._start != place:
-            self._start = place
+        if self._running is None or self._start != (epoch, start_step):
+            self._start = (epoch, start_step)
             self._running = iter(self._loader)
         running = self._running
         for number in range(start_step, self.steps_per_epoch):
@@ -113,34 +91,24 @@ class Loader:
 class EvalLoader:
     """Each image once over all ranks, rank r having r, r + world, ...: no padding, so that sums are exact.
 
-    Batches as in `Loader`, with weight 1. Chance, if the transform uses any, and noise are those of epoch 0.
-    A rank may have no batch at all.
+    Batches of `batches.micro` images, as in `Loader`, with weight 1. The random numbers are those of epoch 0. A rank
+    may have no batch at all.
     """
 
     def __init__(
         self,
         source: Source,
         transform: Transform,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        num_patches: int | None = None,
-        pin_memory: bool = False,
+        batches: Batches,
+        settings: LoaderSettings,
         bad_csv: str | Path | None = None,
-        *,
-        num_workers: int | None,
-        workers: Literal["auto", "thread", "process"],
-        prefetch: int,
-        timeout_s: float,
-        max_bad_fraction: float,
+        pin_memory: bool = False,
     ):
-        self.source, self.batch_size, self.timeout_s = source, batch_size, timeout_s
-        self.indices = np.arange(rank, len(source), world)
-        self.record = Record(len(source), max_bad_fraction, bad_csv, "val", world)
-        reader = Reader(source, transform, seed, num_patches)
-        tickets = Tickets(self._tickets)
-        self._loader = makers(reader, tickets, num_workers, workers, prefetch, timeout_s, pin_memory, batch_size)
+        self.source, self.batch_size, self.timeout_s = source, batches.micro, settings.timeout_s
+        self.indices = np.arange(batches.rank, len(source), batches.world)
+        self.record = Record(len(source), settings.max_bad_fraction, bad_csv, "val", batches.world)
+        reader = Reader(source, transform, replace(batches, repeats=1))
+        self._loader = makers(reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:

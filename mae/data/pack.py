@@ -10,7 +10,6 @@ are missing. The index comes last, and only then is the packing complete.
 import argparse
 import csv
 import hashlib
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -22,12 +21,14 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from mae import limits
+from mae.config.build import build
 from mae.data import SOURCES, flat
 from mae.data.dataset import Failure
 from mae.data.shards.source import INDEX, Index
 from mae.data.shards.tar import Members, joined
 from mae.data.shards.write import WRITERS, Form, write
 from mae.data.source import Source, reason
+from mae.errors import UserError
 
 NOTES = "packing"  # folder of the shards' notes until the index is written
 PLAN = "plan.json"
@@ -35,7 +36,7 @@ BAD = "bad_files.csv"
 PARQUET = "mae-parquet-1"  # what the index of Parquet files says it is
 
 
-class Complete(ValueError):
+class Complete(UserError):
     """A folder that this very packing has filled."""
 
 
@@ -87,13 +88,13 @@ def pack(
 ) -> dict[str, Any]:
     """Packs a source into `out`. Returns counts.
 
-    Raises ValueError where `out` holds something else or cannot be written to, or too many images cannot be used.
+    Raises UserError where `out` holds something else or cannot be written to, or too many images cannot be used.
     """
     if kind == "parquet":
         try:
             import pyarrow  # noqa: F401  # an extra
         except ImportError as error:
-            raise ValueError("--format parquet needs pyarrow: pip install pyarrow.") from error
+            raise UserError("--format parquet needs pyarrow: pip install pyarrow.") from error
     plan = {"images": len(source), "first": source.name(0), "per_shard": per_shard, "seed": seed}
     plan |= form._asdict() | {"classes": source.classes, "format": kind}
     prepare(out, plan)
@@ -110,29 +111,29 @@ def pack(
         try:
             for images in written:
                 if isinstance(images, Failure):
-                    raise ValueError(images.message)
+                    raise UserError(images.message)
                 progress.advance(bar, images)
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
-            raise ValueError(
+            raise UserError(
                 "a packing process was killed, most likely for lack of memory: try fewer --workers."
             ) from error
     return finish(source, out, paths, max_bad_fraction)
 
 
 def prepare(out: Path, plan: dict[str, Any]) -> None:
-    """An empty folder, or one that the same packing has begun to fill. Raises Complete where it is full, ValueError."""
+    """An empty folder, or one that the same packing has begun to fill. Raises Complete where it is full, UserError."""
     if (out / INDEX).exists():
-        kind = Complete if filled(out, plan) else ValueError
+        kind = Complete if filled(out, plan) else UserError
         raise kind(f"{out} is packed already: choose another folder, or remove this one first.")
     begun = out / NOTES / PLAN
     if begun.exists():
         if json.loads(begun.read_text()) != plan:
-            raise ValueError(f"{out} was begun with another source or other options: choose another folder.")
+            raise UserError(f"{out} was begun with another source or other options: choose another folder.")
         return
     if out.exists() and any(path.name != f".{NOTES}" for path in out.iterdir()):
-        raise ValueError(f"{out} is not empty, and nothing is overwritten: choose another folder.")
+        raise UserError(f"{out} is not empty, and nothing is overwritten: choose another folder.")
     aside = out / f".{NOTES}"  # so that the folder is there with its plan, or not
     aside.mkdir(parents=True, exist_ok=True)
     (aside / PLAN).write_text(json.dumps(plan))
@@ -152,14 +153,14 @@ def finish(source: Source, out: Path, paths: list[Path], max_bad_fraction: float
     """Verifies the shards by their checksums, writes the index and the list of bad files.
 
     Where more files than allowed were bad, their shards are removed, so that a start makes them anew: a place that
-    could not be reached for a time has lost nothing. Raises ValueError.
+    could not be reached for a time has lost nothing. Raises UserError.
     """
     parts, heads, bad = [], [], []
     for path in paths:
         head, arrays = flat.read(path.parent / NOTES / f"{path.name}.note")
         if checksum(path) != head["sha256"]:
             path.unlink()
-            raise ValueError(f"{path} is not what was written, and was removed: start again to write it anew.")
+            raise UserError(f"{path} is not what was written, and was removed: start again to write it anew.")
         parts.append(arrays)
         heads.append(head)
         bad += head["bad"]
@@ -169,7 +170,7 @@ def finish(source: Source, out: Path, paths: list[Path], max_bad_fraction: float
                 path.unlink()
                 (path.parent / NOTES / f"{path.name}.note").unlink()
         names = ", ".join(f"{name} ({reason})" for _, name, reason in bad[:3])
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of {len(source)} images cannot be used, more than data.max_bad_fraction={max_bad_fraction:g} "
             f"allows; the first: {names}. Start again to try them anew."
         )
@@ -212,16 +213,9 @@ def data_group(overrides: list[str]) -> dict[str, Any]:
     try:
         data = OmegaConf.to_container(composed(overrides).data, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error).split("\n")[0]) from error
+        raise UserError(str(error).split("\n")[0]) from error
     assert isinstance(data, dict)
     return {str(k): v for k, v in data.items()}
-
-
-def opened(data: dict[str, Any], split: str) -> Source:
-    """The source that a composed `data` group names."""
-    make = SOURCES[data["name"]]
-    wanted = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return make(split, **{name: data[name] for name in wanted})
 
 
 def positive(text: str) -> int:
@@ -252,12 +246,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         data = data_group(options.overrides)
         if data["name"] == "scientific":
-            raise ValueError("data=scientific cannot be packed: shards hold images of 1, 3 or 4 channels of 8 bits.")
+            raise UserError("data=scientific cannot be packed: shards hold images of 1, 3 or 4 channels of 8 bits.")
         for split in ("train", "val"):
             form = Form(options.size, options.quality)
             given = (form, options.per_shard, options.workers)
             limit = data.get("max_bad_fraction", 1.0)
-            source, out = opened(data, split), options.out / split
+            source, out = build(SOURCES, data, split), options.out / split
             try:
                 made = pack(source, out, *given, kind=options.format, max_bad_fraction=limit)
             except Complete:
@@ -268,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{out}: {made['images']} images in {made['shards']} shards, "
                 f"{made['bytes'] / 1e6:.1f} MB, {made['bad']} bad files left out\n"
             )
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -3,26 +3,28 @@
 import os
 from pathlib import Path
 
+from mae.errors import UserError
+
 # Folders and files that programs and file systems leave for themselves
 NOTES = ("__MACOSX", "__meta__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db")
 
 
 def given_root(root: str | None, must_exist: bool = True) -> Path:
-    """`data.root` as a directory that is there; raises ValueError."""
+    """`data.root` as a directory that is there; raises UserError."""
     if root is None:
-        raise ValueError("data.root is not set: give the directory of the images, as data.root=DIR.")
+        raise UserError("data.root is not set: give the directory of the images, as data.root=DIR.")
     try:
         path = Path(root).expanduser()
         if path.exists() and not path.is_dir():
-            raise ValueError(f"data.root={root} is a file, not a directory.")
+            raise UserError(f"data.root={root} is a file, not a directory.")
         if must_exist and not path.is_dir():
             what = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
-            raise ValueError(f"data.root={root} {what}: give the directory of the images.")
+            raise UserError(f"data.root={root} {what}: give the directory of the images.")
         if path.is_dir():
             os.scandir(path).close()
             os.stat(os.path.join(path, "."))  # needs the right to go in, beside that to list
     except (OSError, RuntimeError) as error:  # the latter of a home that is not there
-        raise ValueError(f"data.root={root} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise UserError(f"data.root={root} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return path
 
 
@@ -47,19 +49,19 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def status_of(path: str | Path) -> os.stat_result:
-    """What a folder is. Raises ValueError where that cannot be read."""
+    """What a folder is. Raises UserError where that cannot be read."""
     try:
         return os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: str | Path, error: OSError) -> ValueError:
-    return ValueError(f"data.root: the folder {printable(str(path))} cannot be read: {error.strerror}.")
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"data.root: the folder {printable(str(path))} cannot be read: {error.strerror}.")
 
 
 def entries_of(path: str | Path) -> list[os.DirEntry]:
-    """What a folder holds, sorted, without what is hidden. Raises ValueError where it cannot be read."""
+    """What a folder holds, sorted, without what is hidden. Raises UserError where it cannot be read."""
     try:
         with os.scandir(path) as entries:
             return sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)

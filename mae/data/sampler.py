@@ -7,9 +7,12 @@ any number of ranks, and a run goes on in the middle of an epoch by starting at 
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from mae.errors import UserError
 
 Order = Callable[[int, int], np.ndarray | None]  # (seed, epoch) -> a permutation of all indices, or None: shuffled
 
@@ -22,55 +25,59 @@ class Ticket(NamedTuple):
     weight: float  # of this micro-batch's mean in the step's; see `Sampler`
 
 
-class Sampler:
-    """Batches of an epoch of `count` images.
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a rank: how many images, chosen how."""
 
-    A micro-batch's `weight` is its images x world / images in the step (over all ranks), so that the mean
-    over ranks of the sum of weight x mean loss is the mean over the step's images, however they divide. A
-    short last step is kept unless `drop_last`; a rank that has none of its images gets one with weight 0,
-    for all ranks must take the same number of micro-steps.
+    size: int  # images of a step, over all ranks
+    micro: int  # images of a micro-batch
+    seed: int
+    rank: int = 0
+    world: int = 1
+    drop_last: bool = False  # whether the short last step of an epoch is left out
+    repeats: int = 1  # samples made of an image each time it is decoded
+    num_patches: int | None = None  # random numbers for masking that each sample comes with
+
+
+class Sampler:
+    """Which images the batches of an epoch of `count` images hold.
+
+    A micro-batch's `weight` is its images x world / images in the step (over all ranks). So the mean over ranks of the
+    sum of weight x mean loss is the mean over the step's images, however they divide. All ranks take the same number
+    of micro-steps: a rank that has none of the images of a short step gets one with weight 0.
 
     With `repeats` an image is decoded once and stands `repeats` times in its batch, each time cropped and
     masked anew (He et al. 2205.09113, section 3). An epoch then goes through 1 / repeats of the images, so
-    that it still is `count` samples; a pass over all images takes `repeats` epochs and drops its short step.
-    Raises ValueError where batch sizes and counts do not fit.
+    that it still is `count` samples. A pass over all images takes `repeats` epochs and drops its short step.
+    Raises UserError where batch sizes and counts contradict each other.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = False,
-        repeats: int = 1,
-        order: Order | None = None,
-    ):
-        for key, value in (("task.batch_size", batch_size), ("task.micro_batch_size", micro_batch_size)):
+    def __init__(self, count: int, batches: Batches, order: Order | None = None):
+        repeats, batch_size = batches.repeats, batches.size
+        for key, value in (("task.batch_size", batch_size), ("task.micro_batch_size", batches.micro)):
             if value % repeats:
-                raise ValueError(f"{key}={value} is not a multiple of data.repeats={repeats}.")
-        self.count, self.seed, self.rank, self.world, self.repeats = count, seed, rank, world, repeats
-        self.batch, self.micro = batch_size // repeats, micro_batch_size // repeats  # in different images
+                raise UserError(f"{key}={value} is not a multiple of data.repeats={repeats}.")
+        self.count, self.repeats = count, repeats
+        self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
+        self.batch, self.micro = batch_size // repeats, batches.micro // repeats  # in different images
         self.order = order
         self._cached: tuple[int, np.ndarray] | None = None
-        if repeats > 1 or drop_last:
+        if repeats > 1 or batches.drop_last:
             self.steps_per_epoch = count // batch_size
             if not self.steps_per_epoch:
-                raise ValueError(f"task.batch_size={batch_size} is more than the {count} images of the data set.")
+                raise UserError(f"task.batch_size={batch_size} is more than the {count} images of the data set.")
         else:
             self.steps_per_epoch = -(-count // batch_size)
 
     def step_indices(self, epoch: int, step: int) -> np.ndarray:
         """The images of a step over all ranks, in global order."""
         assert 0 <= step < self.steps_per_epoch
-        turn, part = divmod(epoch, self.repeats)
+        turn, fraction = divmod(epoch, self.repeats)  # a pass over all images, and which fraction of it
         if self._cached is None or self._cached[0] != turn:
             order = self.order(self.seed, turn) if self.order else None
             shuffled = np.random.default_rng([self.seed, turn]).permutation(self.count) if order is None else order
             self._cached = turn, shuffled
-        start = (part * self.steps_per_epoch + step) * self.batch
+        start = (fraction * self.steps_per_epoch + step) * self.batch
         return self._cached[1][start : start + self.batch]
 
     def micro_batches(self, epoch: int, step: int) -> list[Ticket]:
@@ -79,15 +86,15 @@ class Sampler:
         own = images[self.rank :: self.world]
         tickets = []
         for start in range(0, -(-len(images) // self.world), self.micro):
-            part = own[start : start + self.micro]
-            weight = len(part) * self.world / len(images)
-            tickets.append(Ticket(epoch, part if len(part) else images[:1], weight))
+            micro = own[start : start + self.micro]
+            weight = len(micro) * self.world / len(images)
+            tickets.append(Ticket(epoch, micro if len(micro) else images[:1], weight))
         return tickets
 
     def micro_steps(self, step: int) -> int:
         """Micro-batches of a step: the same in all epochs, and on all ranks."""
         left = self.count - step * self.batch if self.repeats == 1 else self.batch
-        largest = math.ceil(min(self.batch, left) / self.world)  # rank 0's part
+        largest = math.ceil(min(self.batch, left) / self.world)  # rank 0's share
         return math.ceil(largest / self.micro)
 
     def tickets(self, epoch: int, step: int) -> Iterator[Ticket]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mae.data.crops import Boxed, inside
+from mae.errors import UserError
 
 UNLABELLED = -1
+Decode = Callable[[bytearray, Boxed | None], Tensor]  # an image file to an image, or to what lies inside a box of it
 Target = int | Tensor  # see `Source`
 
 
@@ -97,7 +99,7 @@ class Encoded(Source):
 
     `decoder(data, box)` gives an image, or with a box only what lies inside it. Raises BadImage."""
 
-    decoder: Callable[[bytearray, Boxed | None], Tensor]
+    decoder: Decode
 
     def raw(self, index: int) -> bytearray:
         raise NotImplementedError
@@ -137,9 +139,9 @@ def fingerprint(source: Source) -> str:
 
 
 def replicate(images: Tensor, in_chans: int, name: str) -> Tensor:
-    """Grey images (..., 1, H, W) on `in_chans` equal channels, RGB as it is; else raises ValueError."""
+    """Grey images (..., 1, H, W) on `in_chans` equal channels, RGB as it is; else raises UserError."""
     if images.shape[-3] == in_chans:
         return images
     if images.shape[-3] == 1:
         return torch.repeat_interleave(images, in_chans, dim=-3)
-    raise ValueError(f"data.in_chans={in_chans}, but the images of {name} have {images.shape[-3]} channels.")
+    raise UserError(f"data.in_chans={in_chans}, but the images of {name} have {images.shape[-3]} channels.")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mae.data.paths import folders_and_files, holds, inside, printable
+from mae.data.settings import Choice
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
-
-Choice = Literal["auto", "off"] | list[str]  # data.splits
 
 TRAINING = ("train", "training")
 VALIDATION = ("val", "validation", "valid", "dev", "eval", "evaluation", "test", "testing")  # the first that is there
@@ -69,16 +69,16 @@ def by_name(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
 
 
 def chosen(choice: list[str], names: Iterable[str], where: str) -> Splits:
-    """The splits that `data.splits` names. Raises ValueError where a folder is not there."""
+    """The splits that `data.splits` names. Raises UserError where a folder is not there."""
     if not 1 <= len(choice) <= 2 or not all(choice) or len(set(choice)) < len(choice):
-        raise ValueError(
+        raise UserError(
             f"data.splits={list(choice)} must be auto, off, or the folders of training and validation, as "
             "data.splits=[train,val]; of training alone, as data.splits=[train]."
         )
     known = sorted(names)
     for name in choice:
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"data.splits names {printable(name)}, and {where} holds no such folder, only {in_words(known)}."
             )
     return Splits(choice[0], choice[1] if len(choice) > 1 else None)
@@ -95,7 +95,7 @@ def recognised(
     """The splits among the folders `names` of `where`.
 
     `files` says whether data lie beside them, and `look(name)` what a folder holds. `wholes` is what the folders are
-    where they are no splits. Raises ValueError for what can be read in two ways, with what to type for each.
+    where they are no splits. Raises UserError for what can be read in two ways, with what to type for each.
     """
     if not isinstance(choice, str):
         return chosen(choice, names, where)
@@ -103,12 +103,12 @@ def recognised(
     doubt = Doubt(where, sorted(names), wholes)
     training = [rest for rest, group in groups.items() if group["train"]]
     if len(training) > 1 and "" not in training:
-        raise ValueError(doubt.between([groups[rest] for rest in training]))
+        raise UserError(doubt.between([groups[rest] for rest in training]))
     if not training:
         return without_training(groups.get("", {"val": []})["val"], names, files, look, doubt)
     group = groups["" if "" in training else training[0]]
     if len(group["train"]) > 1 or len({name.lower() for name in group["val"]}) < len(group["val"]):
-        raise ValueError(doubt.between([group]))
+        raise UserError(doubt.between([group]))
     train, vals = group["train"][0], group["val"]
     found = Splits(train, vals[0] if vals else None, tuple(vals[1:]))
     others = [name for name in names if name not in (train, *vals)]
@@ -124,7 +124,7 @@ def recognised(
     if not vals and len(others) > 1 and not files and alike([inner, *map(look, others)]):
         log.info("%s: the folder %s is a class, as %s are", where, printable(train), in_words(others))
         return Splits()
-    raise ValueError(doubt.splits(found, others))
+    raise UserError(doubt.splits(found, others))
 
 
 def alike(contents: Sequence[Contents]) -> bool:
@@ -138,10 +138,10 @@ def without_training(
     """No splits, where none is of training; refused where the folders could be splits all the same."""
     others = {name for name in names if name not in vals and any(look(name))} if vals else set()
     if len(vals) > 1 and not others and not files:
-        raise ValueError(doubt.splits(Splits(vals[0]), []))
+        raise UserError(doubt.splits(Splits(vals[0]), []))
     for name in vals if others else ():
         if look(name).folders & others:
-            raise ValueError(
+            raise UserError(
                 f"{doubt.where}: the folder {printable(name)} holds folders of the same names as those beside it. "
                 f"Type data.splits=off where it is one of the {doubt.wholes}, or move the others into a folder train."
             )
@@ -217,7 +217,7 @@ def splits_of(
     follow_links: bool,
     wholes: str = "classes",
 ) -> Splits:
-    """The splits of the folder `top`, whose data are files of `suffixes`. Raises ValueError, as `recognised` does, and
+    """The splits of the folder `top`, whose data are files of `suffixes`. Raises UserError, as `recognised` does, and
     where a split is a link that leads out of `top`."""
     real_root = os.path.realpath(top)
 
@@ -238,9 +238,9 @@ def splits_of(
 
 
 def stays(top: Path, folder: Path, follow_links: bool) -> None:
-    """Raises ValueError where a folder of `top` is a link that leads out of it, unless links are to be followed."""
+    """Raises UserError where a folder of `top` is a link that leads out of it, unless links are to be followed."""
     if not follow_links and not inside(os.path.realpath(top), str(folder)):
-        raise ValueError(
+        raise UserError(
             f"data.root={top}: the folder {printable(str(folder.relative_to(top)))} is a link that leads out of it. "
             "Type data.follow_links=true to take what it leads to."
         )

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 from filelock import BaseFileLock
 
-from mae.data.paths import hidden, inside
+from mae.data.paths import cache_folder, given_root, hidden, inside
+from mae.data.settings import StoreSettings
 from mae.data.source import BadImage
+from mae.errors import UserError
 from mae.runs.file_system import full_disk
 from mae.runs.locks import file_lock
 
@@ -36,9 +38,9 @@ def is_remote(root: str) -> bool:
 
 
 def contained(name: str, root: Any) -> str:
-    """The name of a shard, which an index or a server tells. Raises ValueError where it leads out of the root."""
+    """The name of a shard, which an index or a server tells. Raises UserError where it leads out of the root."""
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"the shards in {root} name {name!r}, which leads out of data.root.")
+        raise UserError(f"the shards in {root} name {name!r}, which leads out of data.root.")
     return name
 
 
@@ -56,10 +58,10 @@ class Local:
         self.root, self.follow_links = root, follow_links
 
     def check(self, name: str) -> None:
-        """Raises ValueError for a shard outside the folder, or a link to one."""
+        """Raises UserError for a shard outside the folder, or a link to one."""
         path = os.path.join(self.root, contained(name, self.root))
         if not (self.follow_links or inside(os.path.realpath(self.root), path) or is_hub_blob(path)):
-            raise ValueError(
+            raise UserError(
                 f"data.follow_links=true is needed: the shard {name} in {self.root} is a link that leads out of "
                 "data.root."
             )
@@ -113,21 +115,21 @@ class Remote:
         return vars(self) | {"_coming": {}, "_fs": None}
 
     def check(self, name: str) -> None:
-        """Raises ValueError for a name that would lead out of the cache."""
+        """Raises UserError for a name that would lead out of the cache."""
         contained(name, self.url)
 
     @property
     def fs(self) -> Any:
-        """fsspec's file system; each process needs one of its own. Raises ValueError."""
+        """fsspec's file system; each process needs one of its own. Raises UserError."""
         if self._fs is None or self._fs_owner != os.getpid():
             try:
                 import fsspec  # an extra
             except ImportError as error:
-                raise ValueError(f"data.root={self.url} is remote, which needs fsspec: pip install fsspec.") from error
+                raise UserError(f"data.root={self.url} is remote, which needs fsspec: pip install fsspec.") from error
             try:
                 self._fs = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)[0]
             except (ImportError, ValueError) as error:
-                raise ValueError(f"data.root={self.url} cannot be opened: {error}.") from error
+                raise UserError(f"data.root={self.url} cannot be opened: {error}.") from error
             self._fs_owner = os.getpid()
         return self._fs
 
@@ -230,7 +232,7 @@ class Remote:
                 raise
             except Exception as error:  # each protocol of fsspec has errors of its own
                 if full := full_disk(error):  # that of the cache here, which no later try finds emptier
-                    raise ValueError(f"data.cache_dir: {full} Or lower data.cache_gb.") from error
+                    raise UserError(f"data.cache_dir: {full} Or lower data.cache_gb.") from error
                 if isinstance(error, FileNotFoundError) and not known:
                     raise
                 refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
@@ -263,3 +265,10 @@ def _failure(path: Path) -> Path:
 def locked(path: Path) -> BaseFileLock:
     """One process or thread at a time fetches a file."""
     return file_lock(path.with_name(f"{path.name}.lock"))
+
+
+def open_store(root: str, settings: StoreSettings) -> Local | Remote:
+    """The large files at a root. Raises UserError where it is no folder and no URL, OSError where it is not reached."""
+    if is_remote(root):
+        return Remote(root, cache_folder(settings.cache_dir), settings.cache_gb, settings.retry_s)
+    return Local(given_root(root), settings.follow_links)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mae.data.crops import Boxed
 from mae.data.source import UNLABELLED, Source, Target
+from mae.errors import UserError
 
 
 class Subset(Source):
@@ -81,7 +82,7 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
     if fraction == 1 and split == "val":
         return np.arange(count)
     if not 0 < fraction < 1:
-        raise ValueError(
+        raise UserError(
             f"data.val_fraction={fraction:g} leaves nothing to {'train on' if fraction else 'validate'}: it must lie "
             "in (0, 1) where there is no val/ folder. (With task=evaluate, 1 takes every image.)"
         )
@@ -103,21 +104,21 @@ def split_indices(labels: np.ndarray | None, count: int, fraction: float, split:
 
 
 def held_out(source: Source, fraction: float, split: str) -> Source:
-    """The training or validation images of a source that is not split. Raises ValueError where they are too few."""
+    """The training or validation images of a source that is not split. Raises UserError where they are too few."""
     if len(source) < 2 and fraction < 1:
-        raise ValueError("data.root holds one image only: two are needed, to train and to validate.")
+        raise UserError("data.root holds one image only: two are needed, to train and to validate.")
     return Subset(source, split_indices(source.labels, len(source), fraction, split))
 
 
 def reduced(source: Source, fraction: float, per_class: int | None, seed: int) -> Source:
     """Some training images, chosen by seed: `fraction` of them, then at most `per_class` of each class.
 
-    A larger fraction or count of the same seed contains the smaller one. Raises ValueError where labels are missing."""
+    A larger fraction or count of the same seed contains the smaller one. Raises UserError where labels are missing."""
     count = len(source)
     if fraction >= 1 and per_class is None:
         return source
     if per_class is not None and source.labels is None:
-        raise ValueError("data.per_class needs labels, and these images have none: use data.fraction.")
+        raise UserError("data.per_class needs labels, and these images have none: use data.fraction.")
     order = np.random.default_rng([seed, 0x5B5E7]).permutation(count)
     order = order[: max(1, round(count * fraction))]
     if per_class is not None:

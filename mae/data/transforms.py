@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mae.data.crops import Box, Boxed, covering, covering_crop, crop_box, nearest, pair, resize
+from mae.errors import UserError
 from mae.rng import seeded
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class Transform:
 
     def target(self, target: Tensor, draw: Draw) -> Tensor:
         """A map (..., H, W) of the same image or box, resized and cropped as `__call__` does it to the image, but by
-        nearest neighbour. Raises ValueError where pixels are moved otherwise."""
+        nearest neighbour. Raises UserError where pixels are moved otherwise."""
         del target, draw
-        raise ValueError(
+        raise UserError(
             "this augmentation moves pixels in a way that the maps of these images cannot follow: choose "
             "augmentation=linprobe, which crops and flips alone."
         )
@@ -228,7 +229,7 @@ def _posterize(image: "Image.Image", bits: int, **unused: object) -> "Image.Imag
 
 def _need_rgb(image: Tensor, name: str) -> None:
     if image.shape[0] != 3 or image.dtype != torch.uint8:
-        raise ValueError(
+        raise UserError(
             f"augmentation.name={name} works on 8-bit images of 3 channels, and these have {image.shape[0]} "
             f"of {image.dtype}: choose augmentation=linprobe, which crops and flips alone."
         )

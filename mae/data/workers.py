@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # before Python 3.11 not the builtin
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader
 from mae import limits
 from mae.data.dataset import Batch, Reader, Record
 from mae.data.sampler import Ticket
+from mae.data.settings import LoaderSettings
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["auto", "thread", "process"]
 MAX_THREADS = 8  # above so many, `auto` takes processes
 SMALL = 1 << 30  # bytes of shared memory: below so many, it is reckoned whether batches fit
 FILES = 16  # that a batch on its way from a worker process may keep open
@@ -51,9 +52,9 @@ class Threads:
     """Batches in the order of their tickets, made by daemon threads up to `prefetch` batches each ahead.
     Daemons, because a thread that hangs on dead storage must not keep the program from ending."""
 
-    def __init__(self, reader: Reader, tickets: Tickets, count: int, prefetch: int, timeout_s: float, pin_memory: bool):
+    def __init__(self, reader: Reader, tickets: Tickets, count: int, settings: LoaderSettings, pin_memory: bool):
         self.reader, self.tickets, self.count = reader, tickets, count
-        self.ahead, self.timeout_s = count * prefetch, timeout_s
+        self.ahead, self.timeout_s = count * settings.prefetch, settings.timeout_s
         self.device = torch.cuda.current_device() if pin_memory else None
         self.orders: queue.SimpleQueue = queue.SimpleQueue()  # of the pass that is going on
         self.over = threading.Event()
@@ -115,38 +116,31 @@ def worker_count(num_workers: int | None) -> int:
 
 
 def makers(
-    reader: Reader,
-    tickets: Tickets,
-    num_workers: int | None,
-    workers: Kind,
-    prefetch: int,
-    timeout_s: float,
-    pin_memory: bool,
-    images: int,
+    reader: Reader, tickets: Tickets, settings: LoaderSettings, images: int, pin_memory: bool
 ) -> DataLoader | Threads:
-    """What gives a batch of up to `images` for each ticket when gone through. Raises ValueError for threads that cannot
+    """What gives a batch of up to `images` for each ticket when gone through. Raises UserError for threads that cannot
     be, and for processes whose batches do not fit into shared memory.
 
     For processes it is torch's loader, used for its workers alone; its own seeds come from a generator of
     its own, so that the main process' generators are left as they are.
     """
-    count = worker_count(num_workers)
+    count, workers, prefetch = worker_count(settings.num_workers), settings.workers, settings.prefetch
     draws = reader.transform.draws_itself
     if workers == "thread" and draws:
-        raise ValueError(
+        raise UserError(
             "data.workers=thread: this augmentation draws from the process' own generators, which threads share. "
             "Use data.workers=process."
         )
     if count and not draws and (workers == "thread" or workers == "auto" and count <= MAX_THREADS):
-        return Threads(reader, tickets, count, prefetch, timeout_s, pin_memory)
+        return Threads(reader, tickets, count, settings, pin_memory)
     need, room = shared_memory(reader, count * prefetch + 2, images) if count else (0, 1)
     if need > room and workers == "process":
-        raise ValueError(limits.little_shared_memory(need))
+        raise UserError(limits.little_shared_memory(need))
     if need > room // 2 and workers == "auto":  # the other half is the validation's
         instead = "this process itself makes them" if draws else f"{MAX_THREADS} threads make them"
         log.warning("%s has too little room for batches of worker processes: %s", limits.SHARED_MEMORY, instead)
         if not draws:
-            return Threads(reader, tickets, MAX_THREADS, prefetch, timeout_s, pin_memory)
+            return Threads(reader, tickets, MAX_THREADS, settings, pin_memory)
         count = 0
     if count and limits.open_files() < 128 + FILES * count * prefetch:
         torch.multiprocessing.set_sharing_strategy("file_system")  # which keeps no file open for each tensor
@@ -157,7 +151,7 @@ def makers(
         num_workers=count,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        timeout=timeout_s if count else 0,
+        timeout=settings.timeout_s if count else 0,
         generator=torch.Generator(),
         persistent_workers=count > 0,
         prefetch_factor=prefetch if count else None,
@@ -197,9 +191,9 @@ def naming_killed_workers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if limit := limits.limit_reached(error):
-            raise ValueError(limit) from error
+            raise UserError(limit) from error
         if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "is killed by" in str(error)):
-            raise ValueError(
+            raise UserError(
                 "a data worker was killed, most likely for lack of memory: try a smaller data.num_workers."
             ) from error
         raise
@@ -211,10 +205,10 @@ def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
         with naming_killed_workers():
             batch = next(iterator)
     except (EOFError, ConnectionError) as error:  # a worker process could open no file to hand a batch over
-        raise ValueError(limits.too_many_open_files()) from error
+        raise UserError(limits.too_many_open_files()) from error
     except (RuntimeError, TimeoutError, FutureTimeoutError) as error:
         if isinstance(error, TimeoutError | FutureTimeoutError) or "timed out" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
             ) from error
         raise

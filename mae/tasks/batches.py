@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 from mae import data, device
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader
+from mae.data.sampler import Batches
+from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.subsets import matched
 from mae.data.transforms import CenterCrop
@@ -30,20 +32,9 @@ def eval_loader(
 ) -> EvalLoader:
     """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
     transform = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
-    pin = ranks.device.type == "cuda"
-    return call(
-        EvalLoader,
-        cfg.data,
-        source,
-        transform,
-        batch_size,
-        cfg.seed,
-        ranks.rank,
-        ranks.world,
-        num_patches,
-        pin,
-        bad_csv,
-    )
+    batches = Batches(batch_size, batch_size, cfg.seed, ranks.rank, ranks.world, num_patches=num_patches)
+    settings = call(LoaderSettings, cfg.data)
+    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda")
 
 
 def bad_files_csv(run: Path, ranks: Ranks) -> Path:

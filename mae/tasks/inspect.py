@@ -20,6 +20,8 @@ from mae.data.crops import pair
 from mae.data.loader import Loader
 from mae.data.paths import printable
 from mae.data.prepare import Prepare
+from mae.data.sampler import Batches
+from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
 from mae.data.transforms import AUGMENTATIONS
@@ -89,18 +91,9 @@ def loader(cfg: DictConfig, source: Source, batch_size: int, workers: int) -> Lo
     """Training batches as a run would get them, made by so many workers, however many images are bad."""
     (height, width), (down, across) = pair(cfg.model.img_size), pair(cfg.model.patch_size)
     transform = build(AUGMENTATIONS, cfg.augmentation)
-    return call(
-        Loader,
-        cfg.data,
-        source,
-        transform,
-        batch_size,
-        batch_size,
-        cfg.seed,
-        num_patches=(height // down) * (width // across),
-        num_workers=workers,
-        max_bad_fraction=1.0,
-    )
+    batches = Batches(batch_size, batch_size, cfg.seed, num_patches=(height // down) * (width // across))
+    settings = call(LoaderSettings, cfg.data, num_workers=workers, max_bad_fraction=1.0)
+    return Loader(source, transform, batches, settings)
 
 
 def first_batches(cfg: DictConfig, source: Source, batch_size: int, count: int) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ import logging
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,11 +26,13 @@ from mae.data.decode import Decoder
 from mae.data.formats import SUFFIXES
 from mae.data.paths import cache_folder
 from mae.data.sampler import laned
+from mae.data.settings import Choice, Count, Split, StoreSettings
 from mae.data.shards.splits import INDEX, opened
 from mae.data.shards.tar import DEFAULT, Layout, Members, Notes, joined, members
 from mae.data.source import BadImage, Encoded, Source
 from mae.data.store import Local, Remote
 from mae.data.subsets import held_out
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -164,44 +167,31 @@ class Shards(Encoded):
 
 
 def tar_shards(
-    split: Literal["train", "val"],
+    split: Split,
     *,
-    root: str | None,
-    in_chans: Annotated[int, "[1, inf)"],
+    store: StoreSettings,
+    splits: Choice,
     val_fraction: Annotated[float, "[0, 1]"],
-    exif_orientation: bool,
-    max_pixels: Annotated[int, "[1, inf)"],
-    cache_dir: str | None,
-    cache_gb: Annotated[float, "(0, inf)"],
-    retry_s: Annotated[float, "[0, inf)"],
-    lanes: Annotated[int, "[1, inf)"],
-    window: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    image_key: str | None,
-    label_key: str | None,
-    sample_key: Literal["first_dot", "last_dot"],
-    splits: Literal["auto", "off"] | list[str],
+    layout: Layout,
+    lanes: Count,
+    window: Count,
+    decoder: Decoder,
 ) -> Source:
     """Tar shards under `root`, a folder or a URL of fsspec (s3://, gs://, https://).
 
     `root/train` and `root/val`, or shards called `train-*` and `val-*`, are the splits where they are there (see
     `mae.data.shards.splits`), else `val_fraction` of the images is held out. Shards without an index are read through
     once, and the index is kept in the cache folder. `image_key` and `label_key` are the suffixes of a sample's files
-    (null: its image and `cls`), and `sample_key` says at which dot its name ends. Raises ValueError where there is no
+    (null: its image and `cls`), and `sample_key` says at which dot its name ends. Raises UserError where there is no
     shard, or no image in it, a sample has several images, or the root cannot be reached.
     """
-    cache = cache_folder(cache_dir)
-    shards = opened(root, split, cache, cache_gb, retry_s, follow_links, splits)
-    image_suffix, label_suffix = (key and key.lower().lstrip(".") for key in (image_key, label_key))
-    layout = Layout(image_suffix, label_suffix, sample_key)
-    index = indexed(shards.store, cache, layout, shards.names)
-    source = Shards(index, shards.store, Decoder(in_chans, exif_orientation, max_pixels), lanes, window)
+    shards = opened(store, split, splits)
+    index = indexed(shards.store, cache_folder(store.cache_dir), layout.plain(), shards.names)
+    source = Shards(index, shards.store, decoder, lanes, window)
     if shards.name is not None:
         role = ("validation" if split == "val" else "training") if shards.parted else "both, data.val_fraction held out"
-        log.info("data.root=%s: %s is for %s: %d images", root, shards.name, role, len(source))
-    if shards.parted:
-        return source
-    return held_out(source, val_fraction, split)
+        log.info("data.root=%s: %s is for %s: %d images", store.root, shards.name, role, len(source))
+    return source if shards.parted else held_out(source, val_fraction, split)
 
 
 def indexed(store: Local | Remote, cache: Path, layout: Layout = DEFAULT, names: list[str] | None = None) -> Index:
@@ -211,13 +201,13 @@ def indexed(store: Local | Remote, cache: Path, layout: Layout = DEFAULT, names:
     except FileNotFoundError:
         return _made(store, cache, layout, store.names() if names is None else names)
     except OSError as error:
-        raise ValueError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
+        raise UserError(f"the index of the shards in data.root={store.root} cannot be read: {error}.") from error
     try:
         index = Index.load(data)
     except ValueError as error:
-        raise ValueError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
+        raise UserError(f"{store.root}/{INDEX} is damaged ({error}): pack the shards anew.") from error
     if layout != DEFAULT:
-        raise ValueError(
+        raise UserError(
             f"{store.root}/{INDEX} says which files are the images and labels: leave out data.image_key, "
             "data.label_key and data.sample_key, or remove the index."
         )
@@ -235,7 +225,7 @@ def _listed(store: Local | Remote, name: str, layout: Layout) -> tuple[Members, 
 def _made(store: Local | Remote, cache: Path, layout: Layout, names: list[str]) -> Index:
     """The index that the shards give, from the cache where they have not changed since."""
     if not names:
-        raise ValueError(f"data.root={store.root} holds no shard (*.tar).")
+        raise UserError(f"data.root={store.root} holds no shard (*.tar).")
     stamps = []
     for name in names:
         store.check(name)
@@ -243,7 +233,7 @@ def _made(store: Local | Remote, cache: Path, layout: Layout, names: list[str]) 
             stamps.append([name, store.stamp(name)])
         except OSError as error:
             raise _unreadable(store, name, error) from error
-    reading = json.dumps([READING, str(store.root), stamps, layout, SUFFIXES])
+    reading = json.dumps([READING, str(store.root), stamps, astuple(layout), SUFFIXES])
     path = cache / "indices" / f"{hashlib.sha256(reading.encode()).hexdigest()[:20]}.bin"
     try:
         index = Index.load(path)
@@ -260,7 +250,7 @@ def _made(store: Local | Remote, cache: Path, layout: Layout, names: list[str]) 
 
 
 def _read_through(store: Local | Remote, names: list[str], layout: Layout) -> Index:
-    """Raises ValueError where a shard cannot be read, or none holds an image."""
+    """Raises UserError where a shard cannot be read, or none holds an image."""
     shards, sizes, notes = [], [], Notes()
     for name in names:
         try:
@@ -273,14 +263,14 @@ def _read_through(store: Local | Remote, names: list[str], layout: Layout) -> In
     images = joined(shards)
     if not len(images.offsets):
         looked_for = f"KEY.{layout.image_key} (data.image_key)" if layout.image_key else " ".join(SUFFIXES)
-        raise ValueError(f"data.root={store.root}: no shard (*.tar) holds an image (looked for {looked_for}).")
+        raise UserError(f"data.root={store.root}: no shard (*.tar) holds an image (looked for {looked_for}).")
     if layout.label_key and images.labels.max() < 0:
-        raise ValueError(f"data.label_key={layout.label_key}: no image in data.root={store.root} has such a file.")
+        raise UserError(f"data.label_key={layout.label_key}: no image in data.root={store.root} has such a file.")
     classes = [str(k) for k in range(images.labels.max() + 1)]
     index = Index(names, sizes, [len(shard.offsets) for shard in shards], images, classes)
     index.notes = notes.sentences()
     return index
 
 
-def _unreadable(store: Local | Remote, name: str, error: OSError) -> ValueError:
-    return ValueError(f"the shard {name} in data.root={store.root} cannot be read: {error}.")
+def _unreadable(store: Local | Remote, name: str, error: OSError) -> UserError:
+    return UserError(f"the shard {name} in data.root={store.root} cannot be read: {error}.")

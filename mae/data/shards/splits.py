@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from mae.data.paths import given_root
+from mae.data.paths import cache_folder, given_root
+from mae.data.settings import Choice, StoreSettings
 from mae.data.splits import (
     WORDS,
-    Choice,
     Contents,
     Splits,
     by_name,
@@ -19,6 +19,7 @@ from mae.data.splits import (
     typed,
 )
 from mae.data.store import Local, Remote, is_remote
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +37,20 @@ class Opened(NamedTuple):
     name: str | None = None  # of the folder or the kind of shards that is the split; None where there is none
 
 
-def opened(
-    root: str | None,
-    split: str,
-    cache: Path,
-    cache_gb: float,
-    retry_s: float,
-    follow_links: bool = False,
-    choice: Choice = "auto",
-) -> Opened:
-    """The shards of a split. Raises ValueError where the root cannot be reached or can be read in two ways."""
+def opened(settings: StoreSettings, split: str, choice: Choice = "auto") -> Opened:
+    """The shards of a split. Raises UserError where the root cannot be reached or can be read in two ways."""
+    root = settings.root
     if root is None or not is_remote(root):
         top = given_root(root)
-        folders = _folders(top, choice, follow_links)
+        folders = _folders(top, choice, settings.follow_links)
         if folders.train is not None:
             name = _named(folders, split)
-            return Opened(Local(top / name, follow_links), None, folders.val is not None, name)
-        return _by_own_names(Local(top, follow_links), split, choice)
+            return Opened(Local(top / name, settings.follow_links), None, folders.val is not None, name)
+        return _by_own_names(Local(top, settings.follow_links), split, choice)
     try:
-        return _remote(root, split, choice, cache, cache_gb, retry_s)
+        return _remote(root, settings, split, choice)
     except OSError as error:
-        raise ValueError(f"data.root={root} cannot be reached: {error}.") from error
+        raise UserError(f"data.root={root} cannot be reached: {error}.") from error
 
 
 def _folders(top: Path, choice: Choice, follow_links: bool) -> Splits:
@@ -70,9 +64,10 @@ def _named(splits: Splits, split: str) -> str:
     return str(splits.val if split == "val" and splits.val is not None else splits.train)
 
 
-def _remote(root: str, split: str, choice: Choice, cache: Path, cache_gb: float, retry_s: float) -> Opened:
+def _remote(root: str, settings: StoreSettings, split: str, choice: Choice) -> Opened:
     def store(name: str = "") -> Remote:
-        return Remote(f"{root.rstrip('/')}/{name}" if name else root, cache, cache_gb, retry_s)
+        url = f"{root.rstrip('/')}/{name}" if name else root
+        return Remote(url, cache_folder(settings.cache_dir), settings.cache_gb, settings.retry_s)
 
     def there(name: str) -> bool:
         try:
@@ -112,7 +107,7 @@ def _words(choice: Choice, names: list[str]) -> bool:
 
 
 def _by_own_names(store: Local | Remote, split: str, choice: Choice) -> Opened:
-    """The shards of one folder, parted where their names say so. Raises ValueError where only some do."""
+    """The shards of one folder, parted where their names say so. Raises UserError where only some do."""
     where = f"data.root={store.root}"
     whole = Opened(store, None, False)
     if choice == "off":
@@ -133,7 +128,7 @@ def _by_own_names(store: Local | Remote, split: str, choice: Choice) -> Opened:
         splits = Splits(trains[0], vals[0], tuple(dict.fromkeys(word for word in vals if word != vals[0])))
         others = [name for name in names if words.get(stems[name]) not in (*trains, *vals)]
         if others or len(set(trains)) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{where} holds shards of {in_words(splits.names)} beside {in_words(others or trains[1:])}, which can "
                 f"be read in two ways. Type {typed(splits.names)} to leave the others out, or data.splits=off to read "
                 "all shards as one set of images."

@@ -16,6 +16,7 @@ import numpy as np
 
 from mae.data.formats import SUFFIXES
 from mae.data.paths import hidden
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,18 @@ MOST_CLASSES = 1_000_000
 LABEL = "cls"  # suffix of the file that holds a sample's label
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """How the files of a shard form samples."""
 
     image_key: str | None = None  # suffix of each sample's image; None: its only image file
     label_key: str | None = None  # suffix of each sample's label; None: cls
     sample_key: Literal["first_dot", "last_dot"] = "first_dot"  # where the name of a sample ends
+
+    def plain(self) -> "Layout":
+        """The suffixes as members of shards are compared with them: in lower case, without a dot before them."""
+        image, label = (key and key.lower().lstrip(".") for key in (self.image_key, self.label_key))
+        return Layout(image, label, self.sample_key)
 
     def split(self, base: str) -> tuple[str, str]:
         """A file's name as the name of its sample and its suffix, in lower case and without a dot."""
@@ -37,7 +44,7 @@ class Layout(NamedTuple):
         return (stem, suffix.lower()) if stem else (base, "")
 
     def image(self, suffixes: list[str], key: str, shard: str) -> str | None:
-        """The one of a sample's images that is taken; None where it has none. Raises ValueError for several."""
+        """The one of a sample's images that is taken; None where it has none. Raises UserError for several."""
         if self.image_key is not None:
             return self.image_key if self.image_key in suffixes else None
         exact = [suffix for suffix in suffixes if f".{suffix}" in SUFFIXES]
@@ -46,7 +53,7 @@ class Layout(NamedTuple):
             files = ", ".join(f"{key}.{suffix}" for suffix in candidates[:3])
             more = f" and {len(candidates) - 3} more" if len(candidates) > 3 else ""
             other_reading = "" if exact else self.other_reading("each image")
-            raise ValueError(
+            raise UserError(
                 f"the sample {key} of the shard {shard} has several images ({files}{more}): choose by "
                 f"data.image_key={candidates[0]}{other_reading}."
             )
@@ -136,9 +143,9 @@ def _number(text: bytes, name: str) -> int:
     try:
         number = int(text)
     except ValueError as error:
-        raise ValueError(f"{name} holds no whole number: labels in shards are numbers.") from error
+        raise UserError(f"{name} holds no whole number: labels in shards are numbers.") from error
     if not 0 <= number < MOST_CLASSES:
-        raise ValueError(f"{name} holds the label {number}: it must be from 0 to {MOST_CLASSES - 1}.")
+        raise UserError(f"{name} holds the label {number}: it must be from 0 to {MOST_CLASSES - 1}.")
     return number
 
 
@@ -151,21 +158,21 @@ class Sample:
         self.labels: dict[str, int] = {}
 
     def fresh(self, suffix: str) -> str:
-        """A suffix that the sample does not have yet. Raises ValueError."""
+        """A suffix that the sample does not have yet. Raises UserError."""
         if suffix in self.images or suffix in self.labels:
-            raise ValueError(f"the shard {self.shard} holds {self.key}.{suffix} twice: pack it anew.")
+            raise UserError(f"the shard {self.shard} holds {self.key}.{suffix} twice: pack it anew.")
         return suffix
 
     def image(self) -> str | None:
-        """The suffix of the image; None where there is none. Raises ValueError where there are several."""
+        """The suffix of the image; None where there is none. Raises UserError where there are several."""
         return self.layout.image(list(self.images), self.key, self.shard)
 
     def label(self) -> str | None:
-        """The suffix of the label; None where there is none. Raises ValueError for KEY.fine.cls without KEY.cls."""
+        """The suffix of the label; None where there is none. Raises UserError for KEY.fine.cls without KEY.cls."""
         wanted = self.layout.label_key or LABEL
         if wanted not in self.labels and self.labels:
             suffix, other_reading = next(iter(self.labels)), self.layout.other_reading("the image")
-            raise ValueError(
+            raise UserError(
                 f"the sample {self.key} of the shard {self.shard} has the label {self.key}.{suffix} and no "
                 f"{self.key}.{LABEL}: set data.label_key={suffix}{other_reading}."
             )
@@ -185,7 +192,7 @@ class Scan:
         self.sample: Sample | None = None
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Takes a member in. Raises ValueError for samples that can be read in several ways."""
+        """Takes a member in. Raises UserError for samples that can be read in several ways."""
         folder, _, base = member.name.rpartition("/")
         stem, suffix = self.layout.split(base)
         key = f"{folder}/{stem}" if folder else stem
@@ -216,7 +223,7 @@ class Scan:
             self.rows.add(sample.key, offset, size, -1 if label is None else sample.labels[label])
 
     def members(self) -> Members:
-        """The images, each with the label of its sample. Raises ValueError for a sample that has several images."""
+        """The images, each with the label of its sample. Raises UserError for a sample that has several images."""
         rows = self.rows.members()
         if len(np.unique(np.array(self.hashes, "i8"))) < len(rows.offsets):  # files of a sample stand apart
             self._gather(rows)
@@ -264,7 +271,7 @@ def taken(rows: Members, chosen: np.ndarray) -> Members:
 def members(file: BinaryIO, name: str, layout: Layout = DEFAULT, notes: Notes | None = None) -> Members:
     """Reads the headers of a shard, from its start on and without seeking backwards; adds to `notes`.
 
-    A shard that is cut short gives what is whole. Raises ValueError for what is no tar at all, and for a sample
+    A shard that is cut short gives what is whole. Raises UserError for what is no tar at all, and for a sample
     that has several images.
     """
     scan = Scan(name, layout)
@@ -276,7 +283,7 @@ def members(file: BinaryIO, name: str, layout: Layout = DEFAULT, notes: Notes | 
         scan.flush()
     except tarfile.TarError as error:  # the last image met may lack its end, and is not counted
         if not scan.rows.ends:
-            raise ValueError(f"the shard {name} is not a tar file of images ({error}).") from error
+            raise UserError(f"the shard {name} is not a tar file of images ({error}).") from error
         log.warning("the shard %s is cut short (%s): %d images are left", name, error, len(scan.rows.ends))
     images = scan.members()
     if notes is not None:

@@ -3,20 +3,19 @@
 import logging
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from torch import Tensor
 
 from mae.data.decode import Decoder
 from mae.data.formats import COMMON, SUFFIXES
 from mae.data.paths import folders_and_files, given_root, printable
-from mae.data.source import BadImage, Encoded, Source
+from mae.data.settings import FileSettings, Split, TreeSettings
+from mae.data.source import BadImage, Decode, Encoded, Source
 from mae.data.sources.listing import Listing, cached_scan
-from mae.data.splits import TRAINING, Choice, Splits, in_words, splits_of, stays
+from mae.data.splits import TRAINING, Splits, in_words, splits_of, stays
 from mae.data.subsets import Subset, held_out
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ SPELLINGS = {"train": TRAINING, "val": ("validation", "valid")}  # of data.parts
 class Files(Encoded):
     """The image files of a listing."""
 
-    def __init__(self, listing: Listing, decoder: Callable[..., Tensor]):
+    def __init__(self, listing: Listing, decoder: Decode):
         self.listing, self.decoder = listing, decoder
         self.classes = [os.fsencode(name).decode(errors="backslashreplace") for name in listing.classes]
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
@@ -65,161 +64,121 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe would be waited for
 
 
-def image_folder(
-    split: Literal["train", "val"],
-    *,
-    root: str | None,
-    in_chans: Annotated[int, "[1, inf)"],
-    val_fraction: Annotated[float, "[0, 1]"],
-    exif_orientation: bool,
-    max_pixels: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    cache_dir: str | None,
-    splits: Literal["auto", "off"] | list[str],
-) -> Source:
+def image_folder(split: Split, *, files: TreeSettings, decoder: Decoder) -> Source:
     """Images under `root`, at any depth.
 
-    `root/train` and `root/val` are the splits where they are there (see `mae.data.splits`); else `val_fraction`
-    of the images is held out, always the same ones. The first-level folders are the classes where no image lies beside
-    them.
-    Raises ValueError, naming `data.root`, for a folder that is missing, empty, unreadable or too small, or that can be
+    `root/train` and `root/val` are the splits where they are there (see `mae.data.splits`). Else `val_fraction` of the
+    images is held out, always the same ones. The first-level folders are the classes where no image lies beside them.
+    Raises UserError, naming `data.root`, for a folder that is missing, empty, unreadable or too small, or that can be
     read in two ways.
     """
-    return tree(
-        split,
-        root,
-        Decoder(in_chans, exif_orientation, max_pixels),
-        val_fraction,
-        follow_links,
-        cache_dir,
-        SUFFIXES,
-        splits,
-    )
+    return tree(split, files, decoder, SUFFIXES)
 
 
-def tree(
-    split: str,
-    root: str | None,
-    decoder: Callable[..., Tensor],
-    val_fraction: float,
-    follow_links: bool,
-    cache_dir: str | None,
-    suffixes: tuple[str, ...],
-    splits: Choice,
-) -> Source:
+def tree(split: Split, settings: TreeSettings, decoder: Decode, suffixes: tuple[str, ...]) -> Source:
     """`image_folder` for files of any kind, by their suffixes and what decodes them."""
-    top = given_root(root)
-    parts = splits_of(top, suffixes, splits, follow_links)
-    train = top if parts.train is None else top / parts.train
+    top = given_root(settings.root)
+    splits = splits_of(top, suffixes, settings.splits, settings.follow_links)
+    train = top if splits.train is None else top / splits.train
     classes = first_level(train, suffixes)
-    place = top / parts.val if parts.val is not None and split == "val" else train
-    otherwise = f" Type data.splits=off where {in_words(parts.names)} are classes."
-    listing = listed(place, classes, follow_links, cache_dir, suffixes, otherwise=otherwise)
-    files = Files(listing, decoder)
-    if parts.train is not None:
-        log_split(top, "train" if place == train else "val", parts, files)
-    return files if parts.val is not None else held_out(files, val_fraction, split)
+    folder = top / splits.val if splits.val is not None and split == "val" else train
+    otherwise = f" Type data.splits=off where {in_words(splits.names)} are classes."
+    if classes is not None:
+        refuse_unknown(folder, classes, suffixes, otherwise)
+    files = Files(listed(folder, classes, settings, suffixes), decoder)
+    if splits.train is not None:
+        log_split(top, "train" if folder == train else "val", splits, files)
+    return files if splits.val is not None else held_out(files, settings.val_fraction, split)
 
 
-def log_split(top: Path, split: str, parts: Splits, files: Files) -> None:
-    """Says which folder was recognised as a split, and what it holds."""
+def log_split(top: Path, split: str, splits: Splits, files: Files) -> None:
+    """Logs which folder was recognised as a split, and what it holds."""
     role = "training" if split == "train" else "validation"
-    if parts.val is None:
+    if splits.val is None:
         role += " images, of which data.val_fraction is held out"
-    unused = f", {in_words(parts.unused)} left out" if parts.unused and split == "val" else ""
-    name = printable(str(parts.train if split == "train" else parts.val))
+    unused = f", {in_words(splits.unused)} left out" if splits.unused and split == "val" else ""
+    name = printable(str(splits.train if split == "train" else splits.val))
     count = len(np.unique(files.labels[files.labels >= 0])) if files.labels is not None else 0
     log.info("data.root=%s: %s is for %s: %d images, %d classes%s", top, name, role, len(files), count, unused)
 
 
-def classes_of(
-    split: Literal["train", "val"],
-    *,
-    root: str | None,
-    in_chans: Annotated[int, "[1, inf)"],
-    exif_orientation: bool,
-    max_pixels: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    cache_dir: str | None,
-    parts: list[str],
-    classes: str | None,
-) -> Source:
+def classes_of(split: Split, *, files: FileSettings, parts: list[str], classes: str | None, decoder: Decoder) -> Source:
     """A published data set in folders of classes: `parts` are those of training and validation under `root`.
 
     `classes` is a text file that names, one a line, the classes to take (as ImageNet-100 does), or null for
-    all. Where the validation images are there alone, their folders are the classes. Raises ValueError where a part or
+    all. Where the validation images are there alone, their folders are the classes. Raises UserError where a part or
     a class is missing.
     """
-    top = given_root(root)
-    first, val = (top / spelt(top, name) for name in parts[:2])
-    place = val if split == "val" else first
-    if place.is_dir() and not first.is_dir():  # there to evaluate on
-        first = place
-    for part in (first, place):
-        if not part.is_dir():
-            raise ValueError(
-                f"data.root={root} has no folder {part.name}: it must hold {' and '.join(parts)} (data.parts)."
+    top = given_root(files.root)
+    train, val = (top / spelt(top, name) for name in parts[:2])
+    folder = val if split == "val" else train
+    if folder.is_dir() and not train.is_dir():  # there to evaluate on
+        train = folder
+    for path in (train, folder):
+        if not path.is_dir():
+            raise UserError(
+                f"data.root={files.root} has no folder {path.name}: it must hold {' and '.join(parts)} (data.parts)."
             )
-        stays(top, part, follow_links)
-    names = first_level(first)
+        stays(top, path, files.follow_links)
+    names = first_level(train)
     if names is None:
-        raise ValueError(f"{first} holds no folders of classes: is data.root={root} the right one?")
-    if classes is not None:
-        try:
-            if Path(classes).expanduser().exists() and not Path(classes).expanduser().is_file():
-                raise ValueError(f"data.classes={classes} is not a regular file.")
-            wanted = Path(classes).expanduser().read_text().split()
-        except OSError as error:
-            raise ValueError(f"data.classes={classes} cannot be read: {error.strerror}.") from error
-        missing = sorted(set(wanted) - set(names))
-        if missing or not wanted:
-            what = f"names {missing[0]}, which is no class of {first}" if missing else "is empty"
-            raise ValueError(f"data.classes={classes} {what}.")
-        names = sorted(set(wanted))
-    listing = listed(place, names, follow_links, cache_dir, SUFFIXES, strangers=classes is not None)
-    files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
-    return files if classes is None else Subset(files, np.flatnonzero(listing.labels >= 0))
+        raise UserError(f"{train} holds no folders of classes: is data.root={files.root} the right one?")
+    if classes is None:
+        refuse_unknown(folder, names, SUFFIXES)
+        return Files(listed(folder, names, files, SUFFIXES), decoder)
+    wanted = listed_classes(classes)
+    if missing := sorted(set(wanted) - set(names)):
+        raise UserError(f"data.classes={classes} names {missing[0]}, which is no class of {train}.")
+    listing = listed(folder, wanted, files, SUFFIXES)
+    return Subset(Files(listing, decoder), np.flatnonzero(listing.labels >= 0))
+
+
+def listed_classes(path: str) -> list[str]:
+    """The classes that the text file `data.classes` names, sorted. Raises UserError."""
+    file = Path(path).expanduser()
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError(f"data.classes={path} is not a regular file.")
+        names = sorted(set(file.read_text().split()))
+    except OSError as error:
+        raise UserError(f"data.classes={path} cannot be read: {error.strerror}.") from error
+    if not names:
+        raise UserError(f"data.classes={path} is empty.")
+    return names
 
 
 def spelt(top: Path, name: str) -> str:
     """The folder of `top` that `data.parts` calls `name`, perhaps in other letters: `Train` or `training` for `train`.
 
-    Raises ValueError where there are several."""
+    Raises UserError where there are several."""
     if (top / name).is_dir():
         return name
     folders = folders_and_files(top, ())[0]
-    found = [folder for folder in folders if folder.lower() == name.lower()]
-    if not found and name in SPELLINGS:
-        found = [folder for folder in folders if folder.lower() in SPELLINGS[name]]
-    if len(found) > 1:
-        raise ValueError(f"data.root={top} holds {in_words(found)}: name the folders to take in data.parts.")
-    if found:
-        log.info("data.root=%s: the folder %s is taken for %s (data.parts)", top, printable(found[0]), name)
-    return found[0] if found else name
+    same = [folder for folder in folders if folder.lower() == name.lower()]
+    if not same and name in SPELLINGS:
+        same = [folder for folder in folders if folder.lower() in SPELLINGS[name]]
+    if len(same) > 1:
+        raise UserError(f"data.root={top} holds {in_words(same)}: name the folders to take in data.parts.")
+    if same:
+        log.info("data.root=%s: the folder %s is taken for %s (data.parts)", top, printable(same[0]), name)
+    return same[0] if same else name
 
 
-def listed(
-    path: Path,
-    classes: list[str] | None,
-    follow_links: bool,
-    cache_dir: str | None,
-    suffixes: tuple[str, ...],
-    strangers: bool = False,
-    otherwise: str = "",
-) -> Listing:
-    """The images under `path`. Raises ValueError where there are none or, unless `strangers` may be there,
-    where a class is not one of those to train on, with what to do `otherwise`."""
-    if classes is not None and not strangers:
-        unknown = set(first_level(path, suffixes) or []) - set(classes)
-        if unknown:
-            name = printable(min(unknown))
-            raise ValueError(f"{path} has a class that the training images lack: {name} (data.root).{otherwise}")
-    listing = cached_scan(path, classes, follow_links, cache_dir, suffixes)
+def refuse_unknown(path: Path, classes: list[str], suffixes: tuple[str, ...], otherwise: str = "") -> None:
+    """Raises UserError where a folder has a class that is not one of `classes`, with what to do `otherwise`."""
+    if unknown := set(first_level(path, suffixes) or []) - set(classes):
+        name = printable(min(unknown))
+        raise UserError(f"{path} has a class that the training images lack: {name} (data.root).{otherwise}")
+
+
+def listed(path: Path, classes: list[str] | None, settings: FileSettings, suffixes: tuple[str, ...]) -> Listing:
+    """The images under `path`. Raises UserError where there are none."""
+    listing = cached_scan(path, classes, settings.follow_links, settings.cache_dir, suffixes)
     if not len(listing):
         hint = f" {listing.outside} links lead out of it: data.follow_links=true takes them." if listing.outside else ""
         others = f" and {len(set(suffixes) - {*COMMON})} others" if len(suffixes) > len(COMMON) else ""
-        shown = " ".join(COMMON if others else suffixes)
-        raise ValueError(f"data.root: no image lies under {printable(str(path))} (looked for {shown}{others}).{hint}")
+        names = " ".join(COMMON if others else suffixes)
+        raise UserError(f"data.root: no image lies under {printable(str(path))} (looked for {names}{others}).{hint}")
     return listing
 
 

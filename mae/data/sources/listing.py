@@ -81,7 +81,7 @@ def scan(
 
     classes: names of the first-level folders that are labels, or None for no labels. Links that lead out of
     `root` are passed over unless `follow_links`, and those that lead to folders that are listed themselves.
-    Raises ValueError for a folder that cannot be read.
+    Raises UserError for a folder that cannot be read.
     """
     found, stamps, outside, broken, twice = Builder(), {}, 0, 0, 0
     real_root, seen = os.path.realpath(root), set()

@@ -1,24 +1,26 @@
 """ImageNet's robustness sets in the layouts their authors ship, labelled by ImageNet-1k's 1000 classes.
 
-ImageNet-A and -R (Hendrycks et al., 1907.07174, 2006.16241) are of 200 classes each, and a classifier of 1000
-is asked among these alone. ImageNet-C (Hendrycks and Dietterich, 1903.12261) is 15 corruptions of 5 severities.
+ImageNet-A and -R (Hendrycks et al., 1907.07174, 2006.16241) are of 200 classes each, among which alone a classifier of
+1000 decides. ImageNet-C (Hendrycks and Dietterich, 1903.12261) is 15 corruptions of 5 severities.
 """
 
 import functools
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from mae.data.decode import Decoder
 from mae.data.paths import given_root, hidden
+from mae.data.settings import FileSettings, Split
 from mae.data.source import Source, Target
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import cached_scan
 from mae.data.splits import stays
+from mae.errors import UserError
 
 # Error of AlexNet in percent, mean over the five severities: 1903.12261, table 1, to the digits of its code
 ALEXNET_ERRORS = {
@@ -45,8 +47,8 @@ UNPACKED = {"a": "imagenet-a", "r": "imagenet-r", "sketch": "sketch", "v2": "ima
 @functools.cache
 def synsets(which: Literal["", "_a", "_r"] = "") -> tuple[str, ...]:
     """WordNet ids of ImageNet-1k's classes in the order of a classifier's logits, or of a part of them."""
-    place = importlib.resources.files("timm.data") / "_info" / f"imagenet{which}_synsets.txt"
-    return tuple(place.read_text().split())
+    path = importlib.resources.files("timm.data") / "_info" / f"imagenet{which}_synsets.txt"
+    return tuple(path.read_text().split())
 
 
 class Robustness(Source):
@@ -55,97 +57,87 @@ class Robustness(Source):
     `groups` are the names of the trees where there are several, and `group` (N,) the number of each image's tree.
     """
 
-    def __init__(self, parts: Sequence[Files], groups: list[str], subset: list[int] | None):
-        self.parts, self.groups, self.subset = parts, groups, subset
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.group = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        self.labels: np.ndarray | None = np.concatenate([np.asarray(part.listing.labels, np.int64) for part in parts])
+    def __init__(self, trees: Sequence[Files], groups: list[str], subset: list[int] | None):
+        self.trees, self.groups, self.subset = trees, groups, subset
+        self.ends = np.cumsum([len(tree) for tree in trees])
+        self.group = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
+        self.labels = np.concatenate([np.asarray(tree.listing.labels, np.int64) for tree in trees])
         self.classes = list(synsets())
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def _find(self, index: int) -> tuple[Files, int]:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part], index - int(self.ends[part] - len(self.parts[part]))
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return self.trees[number], index - int(self.ends[number] - len(self.trees[number]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        part, inside = self._find(index)
-        return part[inside]
+        tree, inside = self._find(index)
+        return tree[inside]
 
     def name(self, index: int) -> str:
-        part, inside = self._find(index)
+        tree, inside = self._find(index)
         prefix = self.groups[int(self.group[index])] if self.groups else ""
-        return f"{prefix}/{part.name(inside)}" if prefix else part.name(inside)
+        return f"{prefix}/{tree.name(inside)}" if prefix else tree.name(inside)
 
 
 def robustness(
-    split: Literal["train", "val"],
-    *,
-    root: str | None,
-    variant: Literal["a", "r", "sketch", "v2", "c"],
-    in_chans: Annotated[int, "[1, inf)"],
-    exif_orientation: bool,
-    max_pixels: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    cache_dir: str | None,
+    split: Split, *, files: FileSettings, variant: Literal["a", "r", "sketch", "v2", "c"], decoder: Decoder
 ) -> Source:
-    """A robustness set, to evaluate on. Raises ValueError where it is asked for training images, or the
+    """A robustness set, to evaluate on. Raises UserError where it is asked for training images, or the
     folders of its layout are missing."""
     if split == "train":
-        raise ValueError(f"ImageNet-{variant.upper()} has no training images: use it with task=evaluate.")
-    decoder = Decoder(in_chans, exif_orientation, max_pixels)
-    top = given_root(root)
+        raise UserError(f"ImageNet-{variant.upper()} has no training images: use it with task=evaluate.")
+    top = given_root(files.root)
     names = [str(k) for k in range(1000)] if variant == "v2" else list(synsets())
 
-    def files(place: Path) -> Files:
-        stays(top, place, follow_links)
-        found = Files(cached_scan(place, names, follow_links, cache_dir), decoder)
-        if not len(found) or int(found.listing.labels.min()) < 0:
-            what = "images outside of these folders" if len(found) else "no image"
-            raise ValueError(
-                f"data.root={root}: {place} should hold folders such as {names[0]}, each with the images of one class "
-                f"of ImageNet, and has {what}."
+    def images(folder: Path) -> Files:
+        stays(top, folder, files.follow_links)
+        tree = Files(cached_scan(folder, names, files.follow_links, files.cache_dir), decoder)
+        if not len(tree) or int(tree.listing.labels.min()) < 0:
+            what = "images outside of these folders" if len(tree) else "no image"
+            raise UserError(
+                f"data.root={files.root}: {folder} should hold folders such as {names[0]}, each with the images of one "
+                f"class of ImageNet, and has {what}."
             )
-        return found
+        return tree
 
     if variant == "c":
-        places = corruptions(top, root)
-        return Robustness([files(place) for place in places.values()], list(places), None)
-    part = {"a": synsets("_a"), "r": synsets("_r")}.get(variant)
-    place = (
-        top if any((top / name).is_dir() for name in names) else next(iter(sorted(top.glob(UNPACKED[variant]))), top)
-    )
-    found = files(place)
-    if part is None:
-        return Robustness([found], [], None)
-    subset = [names.index(name) for name in part]
-    if strange := sorted(set(np.unique(found.listing.labels).tolist()) - set(subset)):
-        raise ValueError(
-            f"data.root={root}: {place} holds images of {names[strange[0]]}, which is not among the 200 classes of "
-            f"ImageNet-{variant.upper()}: is it another set?"
+        folders = corruptions(top, files.root)
+        return Robustness([images(folder) for folder in folders.values()], list(folders), None)
+    classes = {"a": synsets("_a"), "r": synsets("_r")}.get(variant)
+    unpacked = any((top / name).is_dir() for name in names)
+    folder = top if unpacked else next(iter(sorted(top.glob(UNPACKED[variant]))), top)
+    tree = images(folder)
+    if classes is None:
+        return Robustness([tree], [], None)
+    subset = [names.index(name) for name in classes]
+    if strange := sorted(set(np.unique(tree.listing.labels).tolist()) - set(subset)):
+        raise UserError(
+            f"data.root={files.root}: {folder} holds images of {names[strange[0]]}, which is not among the 200 classes "
+            f"of ImageNet-{variant.upper()}: is it another set?"
         )
-    return Robustness([found], [], subset)
+    return Robustness([tree], [], subset)
 
 
 def corruptions(top: Path, root: str | None) -> dict[str, Path]:
     """`corruption/severity` -> folder, for those under `top` or, as the archives unpack, one level deeper."""
-    found = {}
+    folders = {}
     for name in ALEXNET_ERRORS:
-        places = (p for p in (top / name, *sorted(top.glob(f"*/{name}"))) if not hidden(str(p.relative_to(top))))
-        place = next((p for p in places if p.is_dir()), None)
-        for severity in SEVERITIES if place is not None else ():
-            assert place is not None
-            if not (place / severity).is_dir():
-                raise ValueError(
-                    f"data.root={root}: {place} lacks the folder {severity}: all five severities are needed."
+        paths = (p for p in (top / name, *sorted(top.glob(f"*/{name}"))) if not hidden(str(p.relative_to(top))))
+        if (folder := next((p for p in paths if p.is_dir()), None)) is None:
+            continue
+        for severity in SEVERITIES:
+            if not (folder / severity).is_dir():
+                raise UserError(
+                    f"data.root={root}: {folder} lacks the folder {severity}: all five severities are needed."
                 )
-            found[f"{name}/{severity}"] = place / severity
-    if not found:
-        raise ValueError(
+            folders[f"{name}/{severity}"] = folder / severity
+    if not folders:
+        raise UserError(
             f"data.root={root} holds no corruption of ImageNet-C: folders such as gaussian_noise/1/n01440764."
         )
-    return found
+    return folders
 
 
 def corruption_errors(groups: list[str], group: np.ndarray, hit: np.ndarray) -> tuple[dict[str, float], float | None]:

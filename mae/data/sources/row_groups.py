@@ -12,10 +12,11 @@ import logging
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,12 @@ from mae.data import flat
 from mae.data.decode import Decoder
 from mae.data.sampler import laned
 from mae.data.source import BadImage, Encoded
-from mae.data.sources.columns import agree, checked, class_names, numbered
+from mae.data.sources.columns import Columns, agree, class_names, numbered
 from mae.data.store import Local, Remote
+from mae.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import ChunkedArray
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +44,14 @@ class Groups(NamedTuple):
     count: np.ndarray  # (G,) int64, rows
 
 
-class Kept:
-    """The row groups in use, each read once by all threads of a process together."""
+class OpenGroups:
+    """The row groups in use, each read once for all threads of a process."""
 
     def __init__(self, most: int):
         self.most, self.lock, self.owner = most, threading.Lock(), os.getpid()
-        self.futures: OrderedDict[int, Future] = OrderedDict()
+        self.futures: OrderedDict[int, Future[ChunkedArray]] = OrderedDict()
 
-    def get(self, number: int, read: Any) -> Any:
+    def get(self, number: int, read: Callable[[int], "ChunkedArray"]) -> "ChunkedArray":
         """What `read(number)` gave, or gives now."""
         with self.lock:
             future = self.futures.get(number)
@@ -70,26 +75,22 @@ class RowGroups(Encoded):
     """The rows of Parquet files, whose column `image` holds encoded images."""
 
     def __init__(
-        self,
-        names: list[str],
-        sizes: list[int],
-        groups: Groups,
-        labels: np.ndarray | None,
-        classes: list[str],
-        store: Local | Remote,
-        decoder: Decoder,
-        image: str,
-        lanes: int,
-        window: int,
+        self, index: "RowIndex", store: Local | Remote, decoder: Decoder, image_column: str, lanes: int, window: int
     ):
-        self.names, self.sizes, self.groups, self.labels, self.classes = names, sizes, groups, labels, classes
-        self.store, self.decoder, self.image, self.lanes, self.window = store, decoder, image, lanes, window
-        self.starts = np.cumsum(groups.count) - groups.count  # number of each group's first row
-        self._kept = Kept((window + 1) * lanes)
+        self.names, self.sizes, self.groups, self.labels, self.classes = index
+        self.store, self.decoder, self.image_column, self.lanes, self.window = (
+            store,
+            decoder,
+            image_column,
+            lanes,
+            window,
+        )
+        self.starts = np.cumsum(self.groups.count) - self.groups.count  # number of each group's first row
+        self._open_groups = OpenGroups((window + 1) * lanes)
         self._files: tuple[tuple[int, int], np.ndarray] | None = None  # an epoch's order of the files
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_kept": None}
+    def __getstate__(self) -> Mapping[str, object]:
+        return vars(self) | {"_open_groups": None}
 
     def __len__(self) -> int:
         return int(self.groups.count.sum())
@@ -101,21 +102,21 @@ class RowGroups(Encoded):
 
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
-        if self._kept is None or self._kept.owner != os.getpid():
-            self._kept = Kept((self.window + 1) * self.lanes)
+        if self._open_groups is None or self._open_groups.owner != os.getpid():
+            self._open_groups = OpenGroups((self.window + 1) * self.lanes)
         group = self._group(index)
-        value = self._kept.get(group, self._read)[index - int(self.starts[group])].as_py()
+        value = self._open_groups.get(group, self._read)[index - int(self.starts[group])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes) and isinstance(value, dict) and value.get("path") is not None:
-            raise BadImage(f"its column {self.image} names a file, which data.streaming=false reads")
+            raise BadImage(f"its column {self.image_column} names a file, which data.streaming=false reads")
         if not isinstance(data, bytes):
-            raise BadImage(f"no image in its column {self.image}")
+            raise BadImage(f"no image in its column {self.image_column}")
         return bytearray(data)
 
     def _group(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
-    def _read(self, group: int) -> Any:
+    def _read(self, group: int) -> "ChunkedArray":
         from pyarrow import ArrowException
 
         try:
@@ -126,13 +127,15 @@ class RowGroups(Encoded):
         except (OSError, ArrowException) as error:
             raise BadImage(f"cannot be read: {str(error).splitlines()[0]}") from error
 
-    def _column(self, group: int) -> Any:
+    def _column(self, group: int) -> "ChunkedArray":
         from pyarrow import parquet
 
         file = int(self.groups.file[group])
         path = self.store.path(self.names[file], self.sizes[file])
         with parquet.ParquetFile(path, memory_map=True) as opened:
-            return opened.read_row_group(int(self.groups.number[group]), [self.image], use_threads=False).column(0)
+            return opened.read_row_group(int(self.groups.number[group]), [self.image_column], use_threads=False).column(
+                0
+            )
 
     def order(self, seed: int, epoch: int, mask: np.ndarray | None = None) -> np.ndarray:
         """Files are shuffled, the row groups of a file too, and rows over `window` groups of a lane."""
@@ -162,22 +165,33 @@ class RowGroups(Encoded):
 # ---------------------------------------------------------------- the index
 
 
-def indexed(
-    store: Local | Remote, names: list[str], image: str, label: str | None, cache: Path
-) -> tuple[list[int], Groups, np.ndarray | None, list[str]]:
-    """Sizes of the files, their row groups, labels and class names: from the cache, or read through once.
+class RowIndex(NamedTuple):
+    """The rows of all files."""
 
-    Raises ValueError where a column is missing or a file is no Parquet file, OSError where one cannot be read.
+    names: list[str]  # of the files
+    sizes: list[int]  # bytes
+    groups: Groups
+    labels: np.ndarray | None
+    classes: list[str]
+
+
+def indexed(store: Local | Remote, names: list[str], columns: Columns, cache: Path) -> RowIndex:
+    """The rows of these files: from the cache, or their footers and labels read once.
+
+    Raises UserError where a column is missing or a file is no Parquet file, OSError where one cannot be read.
     """
-    stamps = json.dumps([FORMAT, str(store.root), image, label, [[name, store.stamp(name)] for name in names]])
+    label = columns.label_column
+    stamps = json.dumps(
+        [FORMAT, str(store.root), columns.image_column, label, [[name, store.stamp(name)] for name in names]]
+    )
     path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     try:
         head, arrays = flat.read(path)
         labels = arrays.pop("labels") if "labels" in arrays else None
-        return head["sizes"], Groups(**arrays), labels, head["classes"]
+        return RowIndex(names, head["sizes"], Groups(**arrays), labels, head["classes"])
     except (OSError, ValueError, KeyError):
         log.info("the footers and labels of %d Parquet files are read once", len(names))
-    footers = [store.tried(name, partial(_footer, store, name, image, label)) for name in names]
+    footers = [store.tried(name, partial(_footer, store, name, columns)) for name in names]
     sizes, parts = [footer.size for footer in footers], []
     for number, footer in enumerate(footers):
         parts.append((np.full(len(footer.counts), number), np.arange(len(footer.counts)), np.array(footer.counts)))
@@ -185,13 +199,15 @@ def indexed(
     labels, classes = None, []
     if label is not None:
         known = agree(names, [footer.kind for footer in footers], [footer.classes for footer in footers], label)
-        labels, classes = numbered(np.concatenate([footer.labels for footer in footers]), known)
+        labels, classes = numbered(
+            np.concatenate([footer.labels for footer in footers if footer.labels is not None]), known
+        )
     arrays = groups._asdict() | ({} if labels is None else {"labels": labels})
     try:
         flat.write(path, {"format": FORMAT, "sizes": sizes, "classes": classes}, arrays)
     except OSError as error:
         log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
-    return sizes, groups, labels, classes
+    return RowIndex(names, sizes, groups, labels, classes)
 
 
 class Footer(NamedTuple):
@@ -199,28 +215,28 @@ class Footer(NamedTuple):
 
     size: int  # bytes of the file
     counts: list[int]  # rows of each row group
-    labels: Any  # (rows,), or None where they are not asked for
+    labels: np.ndarray | None  # (rows,), or None where they are not read
     kind: str | None  # of the labels: text, numbers, or None where all are null
     classes: list[str] | None  # names, where the file has them
 
 
-def _footer(store: Local | Remote, name: str, image: str, label: str | None) -> Footer:
+def _footer(store: Local | Remote, name: str, columns: Columns) -> Footer:
     with store.open(name) as file:
-        return read_footer(file, name, image, label)
+        return read_footer(file, name, columns)
 
 
-def read_footer(file: Any, name: str, image: str, label: str | None) -> Footer:
-    """Of an open file. Raises ValueError where it is no Parquet file, or its columns are not images and labels."""
+def read_footer(file: IO[bytes], name: str, columns: Columns) -> Footer:
+    """Of an open file. Raises UserError where it is no Parquet file, or its columns are not images and labels."""
     from pyarrow import ArrowException, parquet
 
     try:
         opened = parquet.ParquetFile(file)
         schema, about = opened.schema_arrow, opened.metadata
-        kind = checked(schema, image, label, name)
+        kind, label = columns.check(schema, name), columns.label_column
         labels = None if label is None else opened.read([label], use_threads=False).column(0).to_numpy()
     except ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{name} under data.root is not a Parquet file: {reason}.") from error
+        raise UserError(f"{name} under data.root is not a Parquet file: {reason}.") from error
     if kind is None and labels is not None:
         labels = np.full(len(labels), None, object)  # of the null type, which numpy makes numbers of
     counts = [about.row_group(k).num_rows for k in range(about.num_row_groups)]

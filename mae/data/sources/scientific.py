@@ -1,6 +1,7 @@
 """Images of any number of channels and more than 8 bits: N-band TIFF and `.npy`."""
 
 import io
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -8,18 +9,22 @@ import torch
 from torch import Tensor
 
 from mae.data.crops import Boxed, inside
+from mae.data.settings import Split, TreeSettings
 from mae.data.source import BadImage, Source
 from mae.data.sources.folder import tree
+from mae.errors import UserError
 
 SUFFIXES = (".npy", ".tif", ".tiff")
-KEPT = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32
+DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32
 
 
+@dataclass(frozen=True)
 class Bands:
     """Decodes to (C, H, W) uint8, uint16 or float32. Raises BadImage."""
 
-    def __init__(self, in_chans: int, layout: str, max_pixels: int):
-        self.in_chans, self.layout, self.max_pixels = in_chans, layout, max_pixels
+    in_chans: Annotated[int, "[1, inf)"]
+    layout: Literal["chw", "hwc"]
+    max_pixels: Annotated[int, "[1, inf)"]
 
     def __call__(self, data: bytearray, box: Boxed | None = None) -> Tensor:
         if not data:
@@ -57,7 +62,7 @@ class Bands:
                 f"its shape is {values.shape}, not (data.in_chans={self.in_chans}, height, width): see data.layout"
             )
         self._check_size(values.shape)
-        kind = KEPT.get(values.dtype.name, np.float32)
+        kind = DTYPES.get(values.dtype.name, np.float32)
         if values.dtype.kind not in "biuf":
             raise BadImage(f"its values are {values.dtype}, not numbers")
         values = np.ascontiguousarray(values.astype(kind, copy=False).astype(np.dtype(kind).newbyteorder("=")))
@@ -66,18 +71,7 @@ class Bands:
         return torch.from_numpy(values)
 
 
-def scientific_folder(
-    split: Literal["train", "val"],
-    *,
-    root: str | None,
-    in_chans: Annotated[int, "[1, inf)"],
-    val_fraction: Annotated[float, "[0, 1]"],
-    layout: Literal["chw", "hwc"],
-    max_pixels: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    cache_dir: str | None,
-    splits: Literal["auto", "off"] | list[str],
-) -> Source:
+def scientific_folder(split: Split, *, files: TreeSettings, decoder: Bands) -> Source:
     """A tree of `.npy` and TIFF files of `in_chans` channels, laid out as `image_folder` has it.
 
     8 and 16 bit unsigned values stay as they are, and `data.mean` and `data.std` are theirs divided by 255
@@ -86,6 +80,5 @@ def scientific_folder(
     try:
         import tifffile  # noqa: F401  # asked for here, so that it is not missed in the middle of a run
     except ImportError as error:
-        raise ValueError("data.name=scientific needs tifffile: pip install tifffile.") from error
-    decoder = Bands(in_chans, layout, max_pixels)
-    return tree(split, root, decoder, val_fraction, follow_links, cache_dir, SUFFIXES, splits)
+        raise UserError("data.name=scientific needs tifffile: pip install tifffile.") from error
+    return tree(split, files, decoder, SUFFIXES)

@@ -10,17 +10,19 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, TextIO
 
 import numpy as np
 
 from mae.data.decode import Decoder
 from mae.data.paths import given_root, inside, printable
+from mae.data.settings import FileSettings, Split
 from mae.data.source import Source
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import MAGIC, Builder, Listing, cached
 from mae.data.splits import TRAINING, VALIDATION, split_of
 from mae.data.subsets import Subset, held_out
+from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,64 +31,60 @@ SIMILAR = {"path": ("file", "filename", "filepath", "image", "img"), "label": ("
 
 
 def table(
-    split: Literal["train", "val"],
+    split: Split,
     *,
-    root: str | None,
+    files: FileSettings,
     file: str | None,
-    in_chans: Annotated[int, "[1, inf)"],
     val_fraction: Annotated[float, "[0, 1]"],
-    exif_orientation: bool,
-    max_pixels: Annotated[int, "[1, inf)"],
-    follow_links: bool,
-    cache_dir: str | None,
+    decoder: Decoder,
 ) -> Source:
     """Images that the table `file` names, relative to `root`.
 
     Labels are words, sorted into classes. Rows of split `val` (or valid, validation, test) are held out, or
-    `val_fraction` of all where there is no such column. Raises ValueError for a table without a `path`
+    `val_fraction` of all where there is no such column. Raises UserError for a table without a `path`
     column, without rows, and for a path that leads out of `root`. What was read is kept in the cache folder.
     """
-    top = given_root(root)
+    top = given_root(files.root)
     if file is None:
-        raise ValueError("data.file is not set: give a CSV or Parquet file with a column path.")
-    place = Path(file).expanduser()
+        raise UserError("data.file is not set: give a CSV or Parquet file with a column path.")
+    path = Path(file).expanduser()
     try:
-        status = place.stat()
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"data.file={place} is not a regular file.")
-        stamp = [os.path.realpath(place), status.st_size, status.st_mtime_ns]
+            raise UserError(f"data.file={path} is not a regular file.")
+        stamp = [os.path.realpath(path), status.st_size, status.st_mtime_ns]
     except OSError as error:
-        raise ValueError(f"data.file={place} cannot be read: {error.strerror or error}.") from error
-    wanted = json.dumps([MAGIC, "table", os.path.realpath(top), *stamp, follow_links])
-    listing = cached(top, wanted, cache_dir, lambda: read_through(place, top, follow_links))
-    files = Files(listing, Decoder(in_chans, exif_orientation, max_pixels))
+        raise UserError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
+    wanted = json.dumps([MAGIC, "table", os.path.realpath(top), *stamp, files.follow_links])
+    listing = cached(top, wanted, files.cache_dir, lambda: read_through(path, top, files.follow_links))
+    images = Files(listing, decoder)
     if listing.held is not None and listing.held.any():
-        return Subset(files, np.flatnonzero((listing.held == 1) == (split == "val")))
-    return held_out(files, val_fraction, split)
+        return Subset(images, np.flatnonzero((listing.held == 1) == (split == "val")))
+    return held_out(images, val_fraction, split)
 
 
 def read_through(file: Path, top: Path, follow_links: bool) -> tuple[Listing, dict[str, int]]:
     """The listing that a table makes, and the time stamps of the folders (and of the table) that it hangs on.
 
-    Raises ValueError for a row that will not do."""
+    Raises UserError for a row that will not do."""
     found, held = Builder(), bytearray()
     root = Root(top, follow_links)
     number: dict[str, int] = {}
     for path, label, split in rows(file):
         row = len(held) + 1
         if not path or "\0" in path:
-            raise ValueError(f"data.file={file} names no path in row {row}.")
+            raise UserError(f"data.file={file} names no path in row {row}.")
         relative = root.relative(path)
         if relative is None:
-            raise ValueError(f"data.file={file} names {printable(path)}, which leads out of data.root={top}.")
+            raise UserError(f"data.file={file} names {printable(path)}, which leads out of data.root={top}.")
         kind = None if split is None else split_of(split)
         if split is not None and kind is None:
             words = ", ".join(dict.fromkeys(("train", "val", *TRAINING, *VALIDATION)))
-            raise ValueError(f"data.file={file} has split={split}: it must be one of {words}.")
+            raise UserError(f"data.file={file} has split={split}: it must be one of {words}.")
         found.add(relative, -1 if label in (None, "") else number.setdefault(label, len(number)))
         held.append(kind == "val")
     if not held:
-        raise ValueError(f"data.file={file} has no rows.")
+        raise UserError(f"data.file={file} has no rows.")
     listing = found.listing(str(top), sorted(number))
     if number:
         rank = np.argsort(np.argsort([*number]))  # numbers as met -> numbers in sorted order
@@ -142,11 +140,11 @@ def rows(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
         with open(path, newline="", encoding="utf-8-sig") as text:  # Excel's begins with a mark
             yield from _csv(path, text)
     except OSError as error:
-        raise ValueError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.file={path} is not UTF-8 ({error.reason}): save it as such.") from error
+        raise UserError(f"data.file={path} is not UTF-8 ({error.reason}): save it as such.") from error
     except csv.Error as error:
-        raise ValueError(f"data.file={path} is no CSV that can be read: {error}.") from error
+        raise UserError(f"data.file={path} is no CSV that can be read: {error}.") from error
 
 
 def _csv(path: Path, text: TextIO) -> Iterator[tuple[str, str | None, str | None]]:
@@ -156,7 +154,7 @@ def _csv(path: Path, text: TextIO) -> Iterator[tuple[str, str | None, str | None
     loose = any(column != column.strip() for column in header)  # blanks around its values mean nothing either
     for row in table:
         if any(one.strip() for one in row[len(header) :]):
-            raise ValueError(
+            raise UserError(
                 f"data.file={path} has {len(row)} values in line {table.line_num} for {len(header)} columns: put a "
                 "value that holds a comma in quotes."
             )
@@ -168,12 +166,12 @@ def _csv(path: Path, text: TextIO) -> Iterator[tuple[str, str | None, str | None
 def columns(file: Path, header: list[str]) -> dict[str, str]:
     """The columns of a table that are read: what they are -> their names, but for blanks and capitals.
 
-    Raises ValueError where there is no path, or two columns are the same. Says which is not read and nearly matches."""
+    Raises UserError where there is no path, or two columns are the same. Says which is not read and nearly matches."""
     found: dict[str, str] = {}
     for wanted in COLUMNS:
         same = [name for name in header if name.strip().lower() == wanted]
         if len(same) > 1 and same.count(wanted) != 1:
-            raise ValueError(f"data.file={file} has {len(same)} columns {wanted}: {same}. Leave one.")
+            raise UserError(f"data.file={file} has {len(same)} columns {wanted}: {same}. Leave one.")
         if same:
             found[wanted] = wanted if wanted in same else same[0]
             continue
@@ -183,7 +181,7 @@ def columns(file: Path, header: list[str]) -> dict[str, str]:
             hint = f" Is {close} the one? Rename it." if close else ""
             apart = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
             hint = f" Its columns are parted by {apart!r}: save it with commas." if apart else hint
-            raise ValueError(f"data.file={file} has no column path, only {shown}.{hint}")
+            raise UserError(f"data.file={file} has no column path, only {shown}.{hint}")
         if close:
             log.warning("data.file=%s: the column %s is not read: rename it where it is the %s", file, close, wanted)
     return found
@@ -201,11 +199,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
-        raise ValueError("data.file is a Parquet file, which needs pyarrow: pip install pyarrow.") from error
+        raise UserError("data.file is a Parquet file, which needs pyarrow: pip install pyarrow.") from error
     try:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
-        raise ValueError(f"data.file={path} is not a Parquet file.") from error
+        raise UserError(f"data.file={path} is not a Parquet file.") from error
     names = columns(path, file.schema_arrow.names)
     for batch in file.iter_batches(columns=list(names.values())):
         for row in batch.to_pylist():

@@ -1,19 +1,19 @@
 """Data sets that fit in memory and are known by name: embedded ones and torchvision's."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from mae.data.paths import given_root
+from mae.data.settings import Count, Split
 from mae.data.source import Arrays, Source, replicate
 from mae.data.subsets import split_indices
+from mae.errors import UserError
 
-Split = Literal["train", "val"]
 
-
-def digits(split: Split, *, in_chans: Annotated[int, "[1, inf)"], val_fraction: Annotated[float, "[0, 1]"]) -> Source:
+def digits(split: Split, *, in_chans: Count, val_fraction: Annotated[float, "[0, 1]"]) -> Source:
     """scikit-learn's 1797 handwritten digits (8 x 8, ten classes; UCI "optdigits"), which need no network."""
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
@@ -24,7 +24,7 @@ def digits(split: Split, *, in_chans: Annotated[int, "[1, inf)"], val_fraction: 
     return Arrays(replicate(pixels[kept], in_chans, "digits"), labels[kept], classes, f"digits/{split}")
 
 
-def cifar10(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
+def cifar10(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """CIFAR-10 through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR10
 
@@ -32,7 +32,7 @@ def cifar10(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf
     return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar10/{split}")
 
 
-def cifar100(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
+def cifar100(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """CIFAR-100 (fine labels) through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR100
 
@@ -40,9 +40,7 @@ def cifar100(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, in
     return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar100/{split}")
 
 
-def stl10(
-    split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool, unlabelled: bool
-) -> Source:
+def stl10(split: Split, *, root: str | None, in_chans: Count, download: bool, unlabelled: bool) -> Source:
     """STL-10: 5000 labelled images of 96 x 96 to train on or, with `unlabelled`, 100000 more without labels."""
     from torchvision.datasets import STL10
 
@@ -52,7 +50,7 @@ def stl10(
     return arrays(found.data, labels, found.classes, in_chans, f"stl10/{split}")
 
 
-def fashion_mnist(split: Split, *, root: str | None, in_chans: Annotated[int, "[1, inf)"], download: bool) -> Source:
+def fashion_mnist(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """Fashion-MNIST: 60000 + 10000 grey images of 28 x 28."""
     from torchvision.datasets import FashionMNIST
 
@@ -61,11 +59,11 @@ def fashion_mnist(split: Split, *, root: str | None, in_chans: Annotated[int, "[
 
 
 def fetched(kind: Callable, title: str, root: str | None, download: bool, **options: Any) -> Any:
-    """A data set of torchvision. Raises ValueError where it is not in `data.root`."""
+    """A data set of torchvision. Raises UserError where it is not in `data.root`."""
     try:
         return kind(str(given_root(root, must_exist=not download)), download=download, **options)
     except (RuntimeError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{title} was not found in data.root={root} ({str(error).splitlines()[0]}): "
             "set data.download=true or another data.root."
         ) from error
