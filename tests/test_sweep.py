@@ -152,10 +152,9 @@ def test_one_checkpoint_is_made_once_for_all_members(tmp_path):
 
 
 def test_the_automatic_parent_is_what_a_plain_run_leaves():
-    from mae.config.compose import composed as plain
     from mae.config.identity import run_directory
 
-    parent = pretraining(composed("task=finetune", "init=auto", "seed=3"), plain)
+    parent = pretraining(composed("task=finetune", "init=auto", "seed=3"))
     assert parent.output_dir == str(run_directory(composed()))
 
 

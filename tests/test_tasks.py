@@ -16,7 +16,6 @@ from PIL import Image
 
 from mae import checkpoint
 from mae.config import rules
-from mae.config.compose import composed as compose
 from mae.data import pack
 from mae.data.sampler import Batches, Sampler
 from mae.data.source import Arrays
@@ -529,7 +528,7 @@ def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):
 def test_another_image_size_of_a_stage_reaches_its_model(tmp_path):
     cfg = composed("task=pipeline", "task.stages=[pretrain,finetune]")
     for given, size in ((["data.img_size=16"], 16), (["data.img_size=16", "model.img_size=24"], 24), ([], 32)):
-        assert stage_config(tmp_path, cfg, compose, "finetune", ["pretrain", "finetune"], given).model.img_size == size
+        assert stage_config(tmp_path, cfg, "finetune", ["pretrain", "finetune"], given).model.img_size == size
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -1,4 +1,4 @@
-"""A run in this process, or in several of this machine that torch's elastic launcher starts."""
+"""The launchers on this machine: a run in this process, or in several that torch's elastic launcher starts."""
 
 import logging
 import multiprocessing
@@ -10,36 +10,36 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 
 def work(run: str) -> int:
-    """What every process of a run does: the engine is imported here and not before."""
+    """Runs one process of a run; the engine, and with it torch, is imported here and not before."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from mae import engine
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return engine.work(Path(run))
-    with outliving():
+    with ends_with_launcher():
         code = record(engine.work)(Path(run))
     assert isinstance(code, int)
     return code
 
 
 def rank_work(run: str) -> int:
-    """`work` as torch's launcher calls it, which would wait for ever for the result of a process that Ctrl-C ended."""
+    """`work` for torch's launcher, which would wait forever for the result of a process that Ctrl-C ended."""
     try:
         return work(run)
-    except KeyboardInterrupt:  # before the run takes signals itself
+    except KeyboardInterrupt:  # before the run handles signals itself
         return 128 + signal.SIGINT
 
 
 @contextmanager
-def outliving() -> Iterator[None]:
-    """Within, a rank whose launcher is gone is asked to stop; after it, it ends.
+def ends_with_launcher() -> Iterator[None]:
+    """Within, a rank whose launcher is gone is asked to stop, and ends when it has.
 
-    torch's launcher, killed alone, leaves ranks behind which would wait for ever for it to take their results.
+    torch's launcher, killed alone, leaves ranks behind that would wait forever for it to take their results.
     """
     launcher, finished = os.getppid(), threading.Event()
 
@@ -59,12 +59,12 @@ def outliving() -> Iterator[None]:
 
 
 def inline(run: Path) -> int:
-    """In this very process."""
+    """Runs in this very process."""
     return work(str(run))
 
 
 def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
-    """In `processes` processes of this machine; where torchrun started us, as one of its."""
+    """Runs in `processes` processes of this machine; where torchrun started us, as one of its processes."""
     if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return work(str(run))
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -74,13 +74,10 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
     from mae import limits
     from mae.distributed.signals import Interruption
     from mae.launch.errors import RankFailed
-    from mae.runs.files import read_json
+    from mae.runs.failure import read_failure
 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` says it in one sentence
-    ours: dict[str, Any] = (
-        {"signals_to_handle": "SIGHUP,SIGQUIT"} if "signals_to_handle" in LaunchConfig.__annotations__ else {}
-    )
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `RankFailed` reports it in one sentence
     settings = LaunchConfig(
         run_id=uuid.uuid4().hex,
         min_nodes=1,
@@ -90,19 +87,20 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
-        **ours,
     )
+    if hasattr(settings, "signals_to_handle"):  # we forward the others ourselves
+        settings.signals_to_handle = "SIGHUP,SIGQUIT"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, limits.cpus() // processes)))
     with forwarded(Interruption.SIGNALS) as received:
         try:
             return max(elastic_launch(settings, rank_work)(str(run)).values())
         except ChildFailedError as error:
-            if received:  # before the ranks were so far as to note it, or a second Ctrl-C
+            if received:  # before the ranks could handle it, or a second Ctrl-C
                 return 128 + received[0]
             rank, failure = error.get_first_failure()
-            told = read_json(run / "failure.json")  # a rank whose peer is gone may be heard of first
-            if told.get("rank") in error.failures and not told["lost_peer"]:
-                rank, failure = told["rank"], error.failures[told["rank"]]
+            first = read_failure(run)  # the launcher may report a rank whose peer is gone before the peer
+            if first is not None and first["rank"] in error.failures and not first["lost_peer"]:
+                rank, failure = first["rank"], error.failures[first["rank"]]
             raise RankFailed(rank, failure) from error
         except SignalException as error:
             return 128 + error.sigval
@@ -110,13 +108,13 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
 
 @contextmanager
 def forwarded(signals: tuple[int, ...]) -> Iterator[list[int]]:
-    """Within, signals that ask a run to stop go on to its ranks, and are listed.
+    """Within, signals that ask a run to stop are forwarded to its ranks, and listed.
 
-    They save and return. torch's launcher would no longer take their results, and kill them after a time.
+    The ranks save and return. torch's launcher would ignore their results, and kill them after a time.
     """
     received: list[int] = []
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int, frame: object) -> None:
         received.append(number)
         ranks = multiprocessing.active_children()
         for process in ranks:

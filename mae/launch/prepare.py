@@ -1,4 +1,4 @@
-"""A run's directory as a command enters it: new, gone on with, or after a failure. Imports no torch."""
+"""Prepares a run's directory for a command: new, resumed, or after a failed start. Imports no torch."""
 
 import os
 import sys
@@ -20,9 +20,10 @@ from mae.launch.slurm.state import live_jobs
 from mae.runs.checkpoints import checkpoints_of
 from mae.runs.file_system import full_disk
 from mae.runs.files import read_json_lines, write_text
+from mae.runs.summary import is_finished
 
-FAILED = "failed"  # folder of a run: what starts left that failed before the first checkpoint
-LEFT = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
+FAILED = "failed"  # folder of a run for the files of starts that failed before the first checkpoint
+FILES_OF_START = ("config.yaml", "overrides.yaml", "paths.yaml", "failure.json", "*.jsonl", "log*.txt", "report.html")
 
 
 def make_directory(cfg: DictConfig) -> Path:
@@ -38,7 +39,7 @@ def make_directory(cfg: DictConfig) -> Path:
 
 
 def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
-    """Makes or re-enters the run's directory and leaves `config.yaml` and `overrides.yaml` there.
+    """Makes the run's directory, or enters it again, and writes `config.yaml` and `overrides.yaml` there.
 
     Raises UserError where it cannot be written to, or holds a run of another config.
     """
@@ -46,7 +47,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
     stored = run / "config.yaml"
     if stored.exists():
         changes = difference(comparable(read_config(run)), comparable(cfg))
-        if not (run / "summary.json").exists():
+        if not is_finished(run):
             changes = [line for line in changes if line.partition(":")[0] not in CHANGEABLE]
         if changes and failed_early(run):
             set_aside(run)
@@ -56,22 +57,22 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
                 f"{run} holds a run of another config, which differs in:{listed}\n"
                 "Choose another output_dir (for a sweep hydra.sweep.dir), or take these overrides back."
             )
-    if (run / "summary.json").exists():  # a finished run stays as it is
+    if is_finished(run):  # a finished run stays as it is
         return run
     cfg, typed = with_absolute_paths(cfg)
     write_typed(run, cfg, typed)
     write_config(run, cfg)
     write_text(run / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
-    if cfg.launcher.name != "slurm":  # where an attempt does so as it begins
+    if cfg.launcher.name != "slurm":  # where each attempt does so when it starts
         (run / "failure.json").unlink(missing_ok=True)
     return run
 
 
 def failed_early(run: Path) -> bool:
-    """Whether a run failed before it left a checkpoint or a result, and nothing works on it."""
+    """Whether a run failed before its first checkpoint or result, and no job works on it."""
     stages = [path.parent for path in run.glob("*/config.yaml")]
     failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
-    if not failed or (run / "summary.json").exists() or checkpoints_of(run):
+    if not failed or is_finished(run) or checkpoints_of(run):
         return False
     if any("loss" in row for row in read_json_lines(run / "metrics.jsonl")):
         return False
@@ -79,13 +80,13 @@ def failed_early(run: Path) -> bool:
 
 
 def set_aside(run: Path) -> None:
-    """Moves what a failed start left into a folder of the run, so that the corrected command begins anew."""
+    """Moves the files of a failed start into a folder of the run, so that the corrected command starts afresh."""
     if os.environ.get("RANK", "0") != "0":  # torchrun's other ranks: the main one does it
         return
     number = 1 + sum(1 for _ in run.glob(f"{FAILED}/*"))
     folder = run / FAILED / str(number)
     folder.mkdir(parents=True)
-    for pattern in LEFT:
+    for pattern in FILES_OF_START:
         for path in run.glob(pattern):
             path.rename(folder / path.name)
     sys.stderr.write(f"{run} holds a start that failed before its first checkpoint: it is now in {folder}.\n")
@@ -95,8 +96,10 @@ def set_aside(run: Path) -> None:
 
 
 def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """The saved config of `resume=RUN`, with what may change between two starts taken from the command line; and the
-    run's command line with these."""
+    """The saved config of `resume=RUN` and its command line, with the changes of this command line.
+
+    Raises UserError for a key that may not change between two starts.
+    """
     run = Path(cfg.resume)
     stored = read_config(run)
     typed = {key_of(override): override for override in overrides}
@@ -105,28 +108,27 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise UserError(
-                f"{key} cannot be changed together with resume={cfg.resume}: a run goes on with its own config. "
+                f"{key} cannot be changed together with resume={cfg.resume}: a run keeps its own config. "
                 "Leave it out, or start a new run with init=RUN."
             )
     if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
         raise UserError(
-            f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run goes on in its own "
+            f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run stays in its own "
             "directory. Leave it out; for a copy, copy the directory first and resume the copy."
         )
     merged = OmegaConf.create(OmegaConf.to_container(stored))
     assert isinstance(merged, DictConfig)
     typed.pop("output_dir", None)
     for key in typed:
-        OmegaConf.update(
-            merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True
-        )  # another launcher has other keys
+        # another launcher has other keys
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     merged.output_dir, merged.resume = str(run), None
     if "data.root" not in typed and merged.data.root is not None:
         merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
-    return check_config(merged), _together(stored_overrides(run), typed)
+    return check_config(merged), _replaced(stored_overrides(run), typed)
 
 
-def _together(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
+def _replaced(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
     """A run's command line with some of its values replaced."""
     groups = tuple(f"{key}." for key in typed if is_group(key))
     same = [

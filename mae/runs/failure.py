@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from mae.runs import attempt
+from mae.runs.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,8 @@ class Failure(TypedDict):
 
 def read_failure(run: Path) -> Failure | None:
     """The first error, or None where there is none or its file is cut short."""
-    try:
-        return Failure(**json.loads((run / FAILURE).read_text()))
-    except (OSError, json.JSONDecodeError):
-        return None
+    values = read_json(run / FAILURE)
+    return Failure(**values) if values else None
 
 
 def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:

@@ -158,7 +158,7 @@ def first_values(searched: dict[str, Override]) -> Iterator[str]:
 
 def parent_of(cfg: Any, choices: dict[str, str]) -> str:
     """The pretrained run that all trials start from with init=auto, made where it is missing."""
-    parent = pretraining(cfg, composed, choices)
+    parent = pretraining(cfg, choices)
     with file_lock(Path(f"{parent.output_dir}.lock")):
         if not Path(parent.output_dir, "summary.json").exists() and launch(
             parent, ["task=pretrain", *own_names(cfg, choices)]

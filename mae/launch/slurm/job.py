@@ -33,7 +33,8 @@ from mae.launch.slurm.verdict import (
     write_verdict,
 )
 from mae.runs import attempt
-from mae.runs.failure import read_failure
+from mae.runs.failure import FAILURE, read_failure
+from mae.runs.summary import is_finished
 
 TASK = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; job.task({run!r})"
 SUPERVISE = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; "
@@ -57,7 +58,7 @@ def supervise(submission: str) -> int:
     if not (run / "config.yaml").exists():  # removed while the job waited
         (run / "config.yaml").write_text(config)
     write_line(f"attempt {number} of job {job} on {os.environ['SLURM_JOB_NODELIST']}: {run}")
-    if (run / "summary.json").exists():
+    if is_finished(run):
         verdict = Verdict("finished")
     elif left < 0:
         verdict = Verdict("failed", "it was started again more often than launcher.max_requeues allows")
@@ -85,7 +86,7 @@ def start_attempt(run: Path, name: str) -> None:
     """Takes the run over, and removes what earlier attempts left about their end."""
     attempt.claim(run, name)
     os.environ[attempt.NAME] = name
-    (run / "failure.json").unlink(missing_ok=True)
+    (run / FAILURE).unlink(missing_ok=True)
     (run / "slurm" / "verdict.json").unlink(missing_ok=True)
     shutil.rmtree(run / "slurm" / "stopped", ignore_errors=True)
     (run / "slurm" / "stopped").mkdir(exist_ok=True)
@@ -96,9 +97,9 @@ def run_tasks(run: Path, code: str, settings: SlurmSettings) -> Ending:
     """Starts the tasks and waits for all; returns how the attempt ended."""
     step = newest_step(run)
     causes, exit_code = start_tasks(run, code, settings)
-    failure, finished = read_failure(run), (run / "summary.json").exists()
+    failure, finished = read_failure(run), is_finished(run)
     stops = [path.stat().st_mtime for path in (run / "slurm" / "stopped").glob("*")]
-    first = bool(stops and failure) and min(stops) <= (run / "failure.json").stat().st_mtime  # one server's clock
+    first = bool(stops and failure) and min(stops) <= (run / FAILURE).stat().st_mtime  # one server's clock
     explained = finished or exit_code == 0 or (failure is not None and not failure["lost_peer"])
     return Ending(
         finished=finished,

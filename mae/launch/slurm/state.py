@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mae.launch.slurm import queue
 from mae.launch.slurm.queue import Job
-from mae.launch.slurm.verdict import read_object
 from mae.runs.failure import read_failure
+from mae.runs.files import read_json, read_json_lines
+from mae.runs.summary import is_finished
 from mae.tasks.registry import METRICS
 
 SETTLE_S = 30  # a state that SLURM may still turn into a requeue counts after this time
@@ -25,16 +26,10 @@ def typed_path(path: Path) -> str:
 
 def last_metric(run: Path) -> str:
     """The main result of a finished run, or the last loss or main metric of another."""
-    summary = read_object(run / "summary.json")
-    if summary is not None:
+    if summary := read_json(run / "summary.json"):
         name = next((name for name in RESULTS if name in summary), None)
         return f"{name} {_rounded(summary[name])}" if name else ""
-    path = run / "metrics.jsonl"
-    for line in reversed(path.read_text(errors="replace").splitlines() if path.exists() else []):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut short
-            continue
+    for row in reversed(read_json_lines(run / "metrics.jsonl")):
         name = next((k for k in row if k in ("loss", *(f"val/{m}" for m in RESULTS))), None)
         if name:
             return f"{name} {_rounded(row[name])} at step {row['step']}"
@@ -47,17 +42,17 @@ def _rounded(value: object) -> str:
 
 def failure_reason(run: Path) -> str:
     """Why a run failed, in a line, or empty."""
-    verdict, failure = read_object(run / "slurm" / "verdict.json"), read_failure(run)
+    verdict, failure = read_json(run / "slurm" / "verdict.json"), read_failure(run)
     if failure is not None and not failure["lost_peer"]:
         return f"rank {failure['rank']}: {failure['error']}"
-    if verdict is not None and verdict["action"] in ("failed", "stopped"):
+    if verdict and verdict["action"] in ("failed", "stopped"):
         return verdict["reason"]
     return failure["error"] if failure is not None else ""
 
 
 def run_state(run: Path, job: Job | None) -> str:
     """A run's state in one word: SLURM's while it knows the job, else by the run's files."""
-    if (run / "summary.json").exists():
+    if is_finished(run):
         return "FINISHED"
     if job is not None and (job.alive or job.state in queue.PASSING):
         return job.state
@@ -68,9 +63,14 @@ def run_state(run: Path, job: Job | None) -> str:
     return "ENDED" if (run / "slurm" / "job.json").exists() else "UNFINISHED"
 
 
+def job_id(run: Path) -> str:
+    """The id of a run's job; empty where it was never submitted."""
+    return read_json(run / "slurm" / "job.json").get("job", "")
+
+
 def jobs_of(runs: Iterable[Path]) -> dict[Path, tuple[str, Job | None]]:
-    """(job id, its state on SLURM) of each run; an empty id where it was never submitted."""
-    ids = {run: (read_object(run / "slurm" / "job.json") or {}).get("job", "") for run in runs}
+    """(job id, its state on SLURM) of each run."""
+    ids = {run: job_id(run) for run in runs}
     known = queue.jobs(name for name in ids.values() if name)
     return {run: (name, known.get(name)) for run, name in ids.items()}
 

@@ -14,8 +14,9 @@ from mae.errors import UserError
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jobs, run_state, typed_path
-from mae.launch.slurm.verdict import read_object
 from mae.runs.failure import read_failure
+from mae.runs.files import read_json
+from mae.runs.summary import is_finished
 
 VERBS = ("status", "cancel", "retry_failed")
 
@@ -66,7 +67,7 @@ def status_table(folder: Path) -> str:
     """A line a run: state, restarts, last metric, reason of a failure. Tracebacks of the first failures follow."""
     rows, tracebacks = [("run", "job", "state", "restarts", "last metric", "reason")], ""
     for run, (name, job) in jobs_of(runs_under(folder)).items():
-        verdict = read_object(run / "slurm" / "verdict.json") or {}
+        verdict = read_json(run / "slurm" / "verdict.json")
         restarts = max(job.restarts if job else 0, verdict.get("attempt", 0))
         state = run_state(run, job)
         reason = failure_reason(run) if state not in ("FINISHED", "RUNNING") else ""
@@ -103,7 +104,7 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
         raise UserError(f"{(unread + refused)[0]} cannot be changed with retry_failed={folder}: only launcher.* can.")
     runs = runs_under(folder)
     alive = live_jobs(runs)
-    failed = [run for run in runs if run not in alive and not (run / "summary.json").exists()]
+    failed = [run for run in runs if run not in alive and not is_finished(run)]
     if not failed:
         sys.stdout.write(f"Nothing under {folder} has failed.\n")
         return 0

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import secrets
 import shlex
@@ -20,7 +19,10 @@ from mae.launch.slurm.environment import outside_of_jobs
 from mae.launch.slurm.job import SUPERVISE
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import follow, live_jobs, typed_path
+from mae.runs.failure import FAILURE
+from mae.runs.files import write_json
 from mae.runs.locks import held_run
+from mae.runs.summary import is_finished
 
 ROOT = Path(__file__).parents[3]
 AFTER = "import sys; sys.path[0] = {code!r}; "
@@ -44,7 +46,7 @@ def submit(submissions: Sequence[Submission], folder: Path) -> int:
 
     The jobs' own files lie under `folder/slurm`.
     """
-    waiting = [run for run, _ in submissions if not (run / "summary.json").exists()]
+    waiting = [run for run, _ in submissions if not is_finished(run)]
     with contextlib.ExitStack() as lock:
         if len(live_jobs(waiting)) < len(waiting):  # two commands at once would queue the rest twice
             lock.enter_context(held_run(folder))
@@ -96,11 +98,11 @@ def enqueue(runs: list[Path], folder: Path, settings: SlurmSettings) -> str:
     submission = folder / "slurm" / f"submission_{secrets.token_hex(4)}.json"
     configs = {str(run): (run / "config.yaml").read_text() for run in runs}
     values = {"members": configs, "launcher": dataclasses.asdict(settings), "code": str(code)}
-    submission.write_text(json.dumps(values))
+    write_json(submission, values)
     script = SUPERVISE.format(code=str(code), submission=str(submission))
     for run in runs:
         (run / "slurm").mkdir(exist_ok=True)
-        for name in ("failure.json", "slurm/verdict.json"):  # of an earlier job
+        for name in (FAILURE, "slurm/verdict.json"):  # of an earlier job
             (run / name).unlink(missing_ok=True)
     options = {"job_name": folder.name, "setup": settings.setup, "signal_delay_s": settings.signal_delay_s}
     if array:
@@ -109,7 +111,7 @@ def enqueue(runs: list[Path], folder: Path, settings: SlurmSettings) -> str:
     job = sbatch(command, folder / "slurm", settings.flags(), options)
     for index, run in enumerate(runs):
         entry = {"job": f"{job}_{index}" if array else job, "submitted": time.time(), "submission": str(submission)}
-        (run / "slurm" / "job.json").write_text(json.dumps(entry))
+        write_json(run / "slurm" / "job.json", entry)
     return job
 
 

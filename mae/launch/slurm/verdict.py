@@ -1,6 +1,5 @@
 """How an attempt of a job ended, and what becomes of the job."""
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from mae.runs.checkpoints import MANIFEST, checkpoints_of, step_of
 from mae.runs.failure import Failure
-from mae.runs.files import write_text
+from mae.runs.files import write_json
 
 INTERRUPTED = 130  # exit code of a process that was asked to stop
 STOP_CAUSES = ("Terminated", "User defined signal 2", f"Exited with exit code {INTERRUPTED}")  # in srun's words
@@ -77,14 +76,6 @@ def newest_step(run: Path) -> int:
     return max((step_of(path) for path in checkpoints_of(run) if (path / MANIFEST).exists()), default=-1)
 
 
-def read_object(path: Path) -> dict | None:
-    """A file of JSON, or None where there is none or it is cut short."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
 def cause_in(line: str) -> str:
     """How a task ended, from a line of srun; 'CANCELLED' where the whole step was; empty where it says neither."""
     if ended := re.search(r"\btasks? [\d,-]+: (.+?)(?: \(core dumped\))?\s*$", line):
@@ -96,4 +87,4 @@ def cause_in(line: str) -> str:
 def write_verdict(run: Path, job: str, number: int, verdict: Verdict) -> None:
     """Leaves the verdict on attempt `number` of a job in the run's directory."""
     row = {"job": job, "attempt": number, "action": verdict.action, "reason": verdict.reason, "time": time.time()}
-    write_text(run / "slurm" / "verdict.json", json.dumps(row))
+    write_json(run / "slurm" / "verdict.json", row)
