@@ -125,7 +125,7 @@ def end_sweeps() -> None:
     for directory in sorted(SWEEPS):
         from mae.report import sweep
 
-        sys.stdout.write(sweep.finish(Path(directory)))
+        sys.stdout.write(sweep.finish_sweep(Path(directory)))
 
 
 if __name__ == "__main__":

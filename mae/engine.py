@@ -24,7 +24,7 @@ from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
 from mae.perf.compile import no_recompilation
 from mae.perf.profiling import profiled
-from mae.report import run as report
+from mae.report.run import write_report
 from mae.runs import attempt, environment
 from mae.runs.checkpoints import step_name
 from mae.runs.failure import write_failure
@@ -277,7 +277,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
     finally:
         tracker.finish(summary, failed=code != 0)
         if rank == 0:
-            report.write(run)
+            write_report(run)
         if ranks is not None:
             ranks.close()
     return code

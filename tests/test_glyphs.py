@@ -74,7 +74,7 @@ def test_a_sweep_over_words_of_any_script_is_drawn_without_a_warning(tmp_path):
     curves = [Curve("top1", "finetune", "data.root", f"seed {name} $", {n: [1.0] for n in NAMES}) for name in NAMES[:2]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sweep_figure.draw(curves, cfg, tmp_path / "a.png", tmp_path / "a.svg")  # type: ignore[arg-type]
+        assert sweep_figure.draw_figure(curves, cfg, tmp_path / "a.png", tmp_path / "a.svg")  # type: ignore[arg-type]
     assert (tmp_path / "a.svg").read_text()
 
 

@@ -68,7 +68,7 @@ def test_who_runs_is_named_and_readers_need_no_lock(running):
     assert re.search(said, refused.stderr), refused.stderr
     assert "another output_dir= starts a second run" in refused.stderr
     assert process.poll() is None and not (run / "failure.json").exists()
-    report.write(run)
+    report.write_report(run)
     assert (run / "report.html").exists() and checkpoint.main([str(run)]) == 0
     assert "UNFINISHED" in status.status_table(run)
     before = (run / "config.yaml").read_text()

@@ -58,7 +58,7 @@ def test_a_run_goes_on_from_its_checkpoint(old, name, last):
 
 def test_a_run_is_reported_and_its_checkpoints_are_whole(old):
     for name in ("pretrain", "finetune"):
-        report.write(old / name)
+        report.write_report(old / name)
         assert (old / name / "report.html").read_text().startswith("<!doctype html>")
         steps = [checkpoint.verify(path)["step"] for path in checkpoint.checkpoints_of(old / name)]
         assert steps == ([5, 10] if name == "pretrain" else [4, 8])

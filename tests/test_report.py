@@ -31,7 +31,7 @@ def place(tmp_path_factory) -> Path:
         assert run_here(place / "sweep" / f"mask_ratio_{ratio}", *given) == 0
     small = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
     assert run_here(place / "finetune", *small, f"init={place / 'sweep' / 'mask_ratio_0.5'}") == 0
-    sweep.make(place / "sweep")
+    sweep.write_sweep(place / "sweep")
     return place
 
 
@@ -86,7 +86,7 @@ def test_what_goes_wrong_with_a_page_is_a_warning(pretrained, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(pretrained, run)
     (run / "images" / "broken.png").mkdir()
-    report.write(run)
+    report.write_report(run)
     assert "report.html could not be made" in caplog.text
 
 

@@ -162,7 +162,7 @@ def test_a_run_whose_data_moved_is_reported_and_goes_on(images, tmp_path, capsys
     assert run_here(run, *FOLDER, f"data.root={tmp_path / 'old'}") == 0
     (tmp_path / "old").rename(new)
     assert report.main([str(run)]) == 0
-    assert "Best member" in sweep.finish(run.parent)
+    assert "Best member" in sweep.finish_sweep(run.parent)
     assert status.status_table(run).splitlines()[1].split()[2] == "FINISHED"
     (run / "summary.json").unlink()
     assert run_here(run, *FOLDER, f"data.root={new}") == 0
@@ -261,7 +261,7 @@ def test_a_sweep_over_any_kind_of_value_ends(swept, values, shown, tmp_path):
             {"hydra": {"sweeper": {"params": None}, "overrides": {"task": [f"{swept}={','.join(values)}"]}}}
         )
     )
-    made = sweep.make(tmp_path)
+    made = sweep.write_sweep(tmp_path)
     assert [str(m.values[swept]) for m in made.members] == shown
     assert made.best is not None and made.best.name == "0" and (tmp_path / "sweep.png").exists()
     assert sweep.main([str(tmp_path)]) == 0

@@ -17,6 +17,7 @@ from mae.config import sweep_names
 from mae.errors import UserError
 from mae.launch.pipeline import pretraining
 from mae.report import sweep
+from mae.report.members import Member, Sweep, read_sweep
 from mae.report.record import Record
 
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
@@ -96,7 +97,7 @@ def test_a_sweep_ends_in_a_table_a_figure_and_a_page(ratios):
 
 
 def test_the_best_member_s_command_composes_to_its_config(ratios):
-    found = sweep.read_sweep(ratios)
+    found = read_sweep(ratios)
     assert found.best is not None and found.metric == "finetune top1"
     again = composed(*found.best.record.overrides)
     kept = found.best.cfg
@@ -146,7 +147,7 @@ def test_one_checkpoint_is_made_once_for_all_members(tmp_path):
     assert told.returncode == 0, told.stderr
     assert told.stderr.count("init=auto: pre-training comes first") == 1
     (parent,) = (tmp_path / "runs").glob("pretrain-*")
-    members = sweep.read_sweep(tmp_path / "runs" / "sweep_layer_decay").members
+    members = read_sweep(tmp_path / "runs" / "sweep_layer_decay").members
     assert [str(m.cfg.init) for m in members] == [str(parent)] * 2
     assert [m.values["optimizer.layer_decay"] for m in members] == [0.5, 1.0]
 
@@ -195,15 +196,15 @@ def test_a_sweep_that_is_asked_to_stop_stops_as_a_whole(tmp_path):
 # ---------------------------------------------------------------- parts of the end
 
 
-def member(name: str, task: str = "task=pretrain", **results: float) -> sweep.Member:
+def member(name: str, task: str = "task=pretrain", **results: float) -> Member:
     record = Record("finished", {}, [], [], [])
-    return sweep.Member(Path(name), composed(task), record, results=dict(results))
+    return Member(Path(name), composed(task), record, results=dict(results))
 
 
 def test_the_best_is_the_lowest_loss_or_the_highest_accuracy():
-    losses = sweep.Sweep(Path(), "s", [], [member("a", val_loss=0.3), member("b", val_loss=0.2)])
+    losses = Sweep(Path(), "s", [], [member("a", val_loss=0.3), member("b", val_loss=0.2)])
     assert losses.best is not None and losses.best.name == "b"
-    hits = sweep.Sweep(Path(), "s", [], [member("a", top1=3.0), member("b", top1=2.0)])
+    hits = Sweep(Path(), "s", [], [member("a", top1=3.0), member("b", top1=2.0)])
     assert hits.best is not None and hits.best.name == "a"
 
 
@@ -214,7 +215,7 @@ def test_a_figure_shows_mean_and_deviation_over_seeds():
             one = member(f"{ratio}{seed}", "task=linprobe", top1=top1)
             one.values = {"task.mask_ratio": ratio, "seed": seed}
             members.append(one)
-    (curve,) = sweep.curves(sweep.Sweep(Path(), "s", ["task.mask_ratio", "seed"], members))
+    (curve,) = sweep.figure_curves(Sweep(Path(), "s", ["task.mask_ratio", "seed"], members))
     assert curve.points == {0.5: [80.0, 84.0], 0.75: [80.0, 84.0]} and curve.stage == "linprobe"
 
 
@@ -238,7 +239,7 @@ def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
 
 def test_members_that_have_not_begun_make_no_report(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        sweep.read_sweep(tmp_path)
+        read_sweep(tmp_path)
 
 
 # ---------------------------------------------------------------- the same under `wandb agent`

@@ -67,9 +67,9 @@ def run_prepared(run: Path, cfg: DictConfig, overrides: list[str], main: bool) -
         if not code and not is_finished(run):  # its stages are queued
             submit_last(run, [run / name for name in cfg.task.stages], call(SlurmSettings, cfg.launcher))
         if main:
-            from mae.report import run as report
+            from mae.report.run import write_report
 
-            report.write(run)
+            write_report(run)
         if code:
             return code
     elif code := build(LAUNCHERS, cfg.launcher, run):

@@ -1,5 +1,7 @@
-"""Words in matplotlib's figures, whatever script they are in: drawn with a font of this machine that has their letters,
-or escaped where none has."""
+"""Text of any script in matplotlib's figures.
+
+It is drawn with a font of this machine that has its letters, or escaped where no font has them.
+"""
 
 import functools
 import unicodedata
@@ -14,29 +16,29 @@ from matplotlib.text import Text
 PLACEHOLDERS = ("Last Resort", "Emoji")  # fonts with boxes for all letters, and of pictures that are not drawn
 
 
-def drawable(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words as they can be drawn, and the properties of the text that draws them."""
+def drawable(texts: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The texts as they can be drawn, and the properties of matplotlib's text that draws them."""
     families, standard = [], font_manager.findfont(FontProperties())
-    missing = {letter for word in words for letter in word if _visible(letter)} - _letters(standard)
+    missing = {letter for text in texts for letter in text if _visible(letter)} - _letters(standard)
     for family, path in _families().items() if missing else ():
-        if more := missing & _letters(path):
+        if known := missing & _letters(path):
             families.append(family)
-            missing -= more
+            missing -= known
     properties: dict[str, Any] = {"parse_math": False}  # a dollar sign begins no formula
     if families:
         properties["fontfamily"] = [*FontProperties().get_family(), *families]
-    return ["".join(_escaped(letter, missing) for letter in word) for word in words], properties
+    return ["".join(_escaped(letter, missing) for letter in text) for text in texts], properties
 
 
 def make_drawable(text: Text) -> None:
-    """Words that stand in a figure already, as they can be drawn."""
-    (words,), properties = drawable([text.get_text()])
-    text.set_text(words)
+    """Changes text in a figure to what can be drawn."""
+    (letters,), properties = drawable([text.get_text()])
+    text.set_text(letters)
     text.update(properties)
 
 
 def _visible(letter: str) -> bool:
-    """Whether a character is one that fonts have: no control character, nor a byte that is no text."""
+    """Whether fonts can have a character: it is no control character, nor a byte that is no text."""
     return unicodedata.category(letter) not in ("Cc", "Cs")
 
 
@@ -46,7 +48,7 @@ def _escaped(letter: str, missing: set[str]) -> str:
 
 @functools.cache
 def _families() -> dict[str, str]:
-    """The upright font families of this machine in their normal weight, and their files."""
+    """Upright font families of this machine in their normal weight -> their files."""
     fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname))
     normal = [font for font in fonts if font.style == "normal" and font.weight in (400, "normal", "regular")]
     return {font.name: font.fname for font in normal if not any(word in font.name for word in PLACEHOLDERS)}

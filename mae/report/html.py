@@ -1,4 +1,4 @@
-"""One HTML file that holds its data, scripts and pictures: opens anywhere, asks no network for anything."""
+"""An HTML file that holds its data, scripts and pictures: it opens anywhere and needs no network."""
 
 import base64
 import html
@@ -6,18 +6,17 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("chart.js", "sweep.js", "page.js")
 LARGE = 120_000  # bytes of a PNG above which a lossy picture is tried
-# Browsers hold the page to its promise: nothing but what stands in it is loaded
+# Browsers then load nothing from outside of the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page(title: str, data: Mapping[str, Any]) -> str:
+def page(title: str, data: Mapping[str, object]) -> str:
     """The page of `data`: `runs`, and `differences` or `sweep`, as `web/page.js` reads them."""
     text = json.dumps({"title": title, **data}, allow_nan=False).replace("<", "\\u003c")
     scripts = "\n".join((WEB / name).read_text().replace('"use strict";\n', "") for name in SCRIPTS)
@@ -33,11 +32,11 @@ def page(title: str, data: Mapping[str, Any]) -> str:
 
 def data_url(path: Path) -> str:
     """A picture as a URL that holds it; large photographs are made smaller."""
-    raw, kind = path.read_bytes(), path.suffix.lstrip(".").replace("svg", "svg+xml")
-    if kind == "png" and len(raw) > LARGE:
+    content, kind = path.read_bytes(), path.suffix.lstrip(".").replace("svg", "svg+xml")
+    if kind == "png" and len(content) > LARGE:
         packed = io.BytesIO()
-        with Image.open(io.BytesIO(raw)) as picture:
+        with Image.open(io.BytesIO(content)) as picture:
             picture.convert("RGB").save(packed, "WEBP", quality=80)
-        if packed.tell() < len(raw):
-            raw, kind = packed.getvalue(), "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+        if packed.tell() < len(content):
+            content, kind = packed.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

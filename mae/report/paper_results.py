@@ -1,12 +1,14 @@
-"""The paper's published results that sweeps are drawn beside (arXiv 2111.06377): ViT-L/16, ImageNet-1k, top-1 in
-percent. Only numbers that stand in its text and tables; other points of its figures were never published as numbers."""
+"""Results of the paper (arXiv 2111.06377) that sweeps are drawn beside: ViT-L/16, ImageNet-1k, top-1 in percent.
+
+Only numbers in its text and tables: other points of its figures were never published as numbers.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Published:
-    """Points of one curve, and where they stand."""
+    """Points of one curve, and their source in the paper."""
 
     points: dict[float, float]
     source: str

@@ -9,110 +9,124 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
 from mae.config.identity import leaves
 from mae.config.saved import read_config
 from mae.errors import UserError
-from mae.report import record as run_record
 from mae.report.html import data_url, page
+from mae.report.record import compared, read_record, starts
 from mae.runs.files import read_json_lines, write_text
 from mae.tasks.registry import METRICS
 
 log = logging.getLogger(__name__)
 
-NAME = "report.html"
+PAGE = "report.html"
 POINTS = 1500  # of a curve; more than its chart has pixels
 FRAMES = 24  # of a slider
-SPECIAL = ("step", "images_seen", "epoch")
+BAD_FILES = 20  # of a list
+AXES = ("step", "images_seen", "epoch")
+# Numbers of summary.json beside a task's own metric -> titles
+TITLES = {"val_loss": "validation loss", "top1": "top-1 %", "best_top1": "best top-1 %", "top5": "top-5 %"}
+TITLES |= {"loss": "loss", "ece": "calibration error", "images_per_second": "images a second", "steps": "steps"}
+TITLES |= {"epochs": "epochs", "seconds": "seconds"}
+TITLES = {key: metric.title for key, metric in METRICS.items() if key not in TITLES} | TITLES
 
 
-def write(run: Path) -> None:
-    """report.html of a run, finished or not. Never ends a run: what goes wrong is a warning."""
+class Series(TypedDict):
+    """The values of a metric, and where on each of AXES they stand."""
+
+    x: dict[str, list[float]]
+    y: list[float | None]
+
+
+def write_report(run: Path) -> None:
+    """Writes report.html of a run, finished or not. Never ends a run: an error is a warning."""
     try:
-        write_text(run / NAME, page(run.name, {"runs": [gather(run)]}))
+        write_text(run / PAGE, page(run.name, {"runs": [page_data(run)]}))
     except Exception as error:
-        log.warning("%s could not be made: %s", run / NAME, error)
+        log.warning("%s could not be made: %s", run / PAGE, error)
 
 
-def gather(run: Path) -> dict[str, Any]:
-    """All that a page shows of a run. Raises UserError where the directory is not one of a run."""
+def page_data(run: Path) -> dict[str, object]:
+    """Everything that a page shows of a run. Raises UserError where the directory is not one of a run."""
     cfg = read_config(run)
-    record = run_record.read_record(run)
-    parts = [run, *stages_of(run, cfg).values()]
-    about = f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name}"
+    record = read_record(run)
+    runs = [run, *stages_of(run, cfg).values()]
     return {
         "name": run.absolute().name,
-        "about": about,
+        "about": f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name}",
         "state": record.state,
-        "tiles": tiles(record.summary),
+        "tiles": main_figures(record.summary),
         "command": record.command,
         "series": curves(run, cfg),
-        "pictures": [one for part in parts for one in pictures(part)],
-        "classes": next((found for part in reversed(parts) if (found := classes(part))), None),
-        "config": run_record.compared(cfg, record.overrides),
+        "pictures": [slider for path in runs for slider in pictures(path)],
+        "classes": next((tables for path in reversed(runs) if (tables := class_tables(path))), None),
+        "config": compared(cfg, record.overrides),
         "events": [[f"step {row.get('step')}", str(row.get("event"))] for row in record.events] + bad_files(run),
-        "environment": environment(run),
+        "environment": environment_rows(run),
     }
 
 
-def tiles(summary: dict[str, Any]) -> list[list[Any]]:
-    """The main figures, as (name, value)."""
-    names = {"val_loss": "validation loss", "top1": "top-1 %", "best_top1": "best top-1 %", "top5": "top-5 %"}
-    names |= {"loss": "loss", "ece": "calibration error", "images_per_second": "images a second", "steps": "steps"}
-    names |= {"epochs": "epochs", "seconds": "seconds"}
-    names = {key: metric.title for key, metric in METRICS.items() if key not in names} | names
-    found: list[list[Any]] = [[names[key], summary[key]] for key in names if isinstance(summary.get(key), int | float)]
-    if isinstance(summary.get("stages"), dict):
-        parts = [(stage, key) for stage in summary["stages"] for key in METRICS]
-        results = [[f"{stage} {names[key]}", summary["stages"][stage].get(key)] for stage, key in parts]
-        return [row for row in results if isinstance(row[1], int | float)] + [["seconds", summary.get("seconds")]]
-    knn = summary.get("knn")
-    return [[f"k-NN top-1 %, k = {k}", v] for k, v in knn.items()] + found if isinstance(knn, dict) else found
+def main_figures(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(title, number) of a summary's results; of a pipeline, the main ones of its stages."""
+    stages, knn = summary.get("stages"), summary.get("knn")
+    if isinstance(stages, dict):
+        figures = [(f"{stage} {TITLES[key]}", row.get(key)) for stage, row in stages.items() for key in METRICS]
+        figures.append(("seconds", summary.get("seconds")))
+    else:
+        figures = [(title, summary.get(key)) for key, title in TITLES.items()]
+        if isinstance(knn, dict):
+            figures = [(f"k-NN top-1 %, k = {k}", value) for k, value in knn.items()] + figures
+    return [(title, value) for title, value in figures if isinstance(value, int | float)]
 
 
 def stages_of(run: Path, cfg: DictConfig) -> dict[str, Path]:
-    """The runs that a pipeline's run consists of, as far as they have begun; none of any other run."""
+    """The stages of a pipeline's run that have started, by name; none of any other run."""
     return {name: run / name for name in cfg.task.get("stages", []) if (run / name / "config.yaml").exists()}
 
 
-def curves(run: Path, cfg: DictConfig) -> dict[str, Any]:
-    """A run's metrics over its steps; of a pipeline, those of its stages, each named by its own."""
+def curves(run: Path, cfg: DictConfig) -> dict[str, Series]:
+    """A run's metrics over its steps; of a pipeline, those of its stages too, each with the stage's name."""
     return series(read_json_lines(run / "metrics.jsonl")) | {
-        f"{name}: {key}": column
+        f"{name}: {key}": values
         for name, path in stages_of(run, cfg).items()
-        for key, column in series(read_json_lines(path / "metrics.jsonl")).items()
+        for key, values in series(read_json_lines(path / "metrics.jsonl")).items()
         if "/" not in key or key.startswith("val/")
     }
 
 
-def series(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each metric as columns: `x` of step, images seen and epoch, and `y`."""
-    found: dict[str, dict[str, Any]] = {}
+def series(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """Each metric of the lines of metrics.jsonl, thinned to POINTS values."""
+    columns: dict[str, Series] = {}
     for row in metrics:
         for key, value in row.items():
-            if key in SPECIAL or key.startswith("derived/") or isinstance(value, bool):
+            if key in AXES or key.startswith("derived/") or isinstance(value, bool):
                 continue
             if isinstance(value, int | float) or value is None:
-                column = found.setdefault(key, {"x": {name: [] for name in SPECIAL}, "y": []})
+                column = columns.setdefault(key, Series(x={axis: [] for axis in AXES}, y=[]))
                 column["y"].append(value)
-                for name in SPECIAL:
-                    column["x"][name].append(row.get(name, 0))
-    for column in found.values():
-        stride = -(-len(column["y"]) // POINTS)
-        if stride > 1:
-            last = len(column["y"]) - 1
-            chosen = [k for k in range(last + 1) if k % stride == 0 or k == last]
-            column["y"] = [column["y"][k] for k in chosen]
-            column["x"] = {name: [values[k] for k in chosen] for name, values in column["x"].items()}
-    return found
+                for axis in AXES:
+                    column["x"][axis].append(row.get(axis, 0))
+    return {key: thinned(column) for key, column in columns.items()}
 
 
-def pictures(run: Path) -> list[dict[str, Any]]:
+def thinned(column: Series) -> Series:
+    """Evenly spaced values of a series, with the last one."""
+    last = len(column["y"]) - 1
+    stride = -(-len(column["y"]) // POINTS)
+    chosen = [k for k in range(last + 1) if k % stride == 0 or k == last]
+    return Series(
+        x={axis: [values[k] for k in chosen] for axis, values in column["x"].items()},
+        y=[column["y"][k] for k in chosen],
+    )
+
+
+def pictures(run: Path) -> list[dict[str, object]]:
     """The pictures in images/, those of one name together in the order of their steps."""
     epochs = {row["step"]: row.get("epoch") for row in read_json_lines(run / "metrics.jsonl") if "step" in row}
     groups: dict[str, list[tuple[int, Path]]] = {}
@@ -121,17 +135,17 @@ def pictures(run: Path) -> list[dict[str, Any]]:
             groups.setdefault(match[1], []).append((int(match[2]), path))
         elif not path.stem.endswith(".tmp") and path.stem != "confusion":  # which is a table of the page
             groups[path.stem.replace("_", " ")] = [(-1, path)]
-    found = []
+    sliders: list[dict[str, object]] = []
     for name, frames in groups.items():
         count = min(FRAMES, len(frames))
-        chosen = [frames[round(k * (len(frames) - 1) / max(1, count - 1))] for k in range(count)]
         items = []
-        for step, path in chosen:
+        for k in range(count):
+            step, path = frames[round(k * (len(frames) - 1) / max(1, count - 1))]
             epoch = epochs.get(step)
             caption = "" if step < 0 else f"step {step}" + (f", epoch {epoch:g}" if epoch is not None else "")
             items.append({"src": data_url(path), "caption": caption})
-        found.append({"name": name, "items": items})
-    return found
+        sliders.append({"name": name, "items": items})
+    return sliders
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -142,7 +156,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def classes(run: Path) -> dict[str, Any] | None:
+def class_tables(run: Path) -> dict[str, object] | None:
     """Accuracy of each class, and the cells of the confusion matrix that are not 0."""
     per_class = [
         {"name": row["class"], "images": int(row["images"]), "accuracy": float(row["accuracy"])}
@@ -153,38 +167,36 @@ def classes(run: Path) -> dict[str, Any] | None:
 
 
 def bad_files(run: Path) -> list[list[str]]:
-    """What the data could not be read from."""
+    """Files of the data that could not be read."""
     lines = [line for path in sorted(run.glob("bad_files*.csv")) for line in path.read_text().splitlines()[1:]]
-    more = [["", f"and {len(lines) - 20} more bad files"]] if len(lines) > 20 else []
-    return [["bad file", line] for line in lines[:20]] + more
+    rest = [["", f"and {len(lines) - BAD_FILES} more bad files"]] if len(lines) > BAD_FILES else []
+    return [["bad file", line] for line in lines[:BAD_FILES]] + rest
 
 
-def environment(run: Path) -> list[list[str]]:
-    """Where the last start ran, and when the earlier ones were."""
-    starts = run_record.starts(run)
-    if not starts:
-        return []
-    rows = [[key, str(value)] for key, value in starts[-1].items() if value is not None]
-    return rows + [["started before", str(start.get("started"))] for start in starts[:-1]]
+def environment_rows(run: Path) -> list[list[str]]:
+    """The machine and versions of the last start, and when the run was started before."""
+    *earlier, last = starts(run) or [{}]
+    rows = [[key, str(value)] for key, value in last.items() if value is not None]
+    return rows + [["started before", str(start.get("started"))] for start in earlier]
 
 
 def differences(runs: list[Path]) -> Iterator[list[str]]:
     """Each key whose value is not the same in all runs, with the values."""
-    found = [leaves(read_config(run)) for run in runs]
-    for key in sorted(set().union(*found)):
-        values = [json.dumps(one[key]) if key in one else "–" for one in found]
+    configs = [leaves(read_config(run)) for run in runs]
+    for key in sorted(set().union(*configs)):
+        values = [json.dumps(config[key]) if key in config else "–" for config in configs]
         if len(set(values)) > 1:
             yield [key, *values]
 
 
-def together(runs: list[Path]) -> str:
+def comparison(runs: list[Path]) -> str:
     """One page of several runs. Their names are their directories', longer where two end alike."""
-    gathered = [gather(run) for run in runs]
-    names = [one["name"] for one in gathered]
-    for one, run in zip(gathered, runs, strict=True):
-        if names.count(one["name"]) > 1:
-            one["name"] = "/".join(run.absolute().parts[-2:])
-    return page(f"{len(runs)} runs", {"runs": gathered, "differences": list(differences(runs))})
+    names = [run.absolute().name for run in runs]
+    data = [page_data(run) for run in runs]
+    for values, name, run in zip(data, names, runs, strict=True):
+        if names.count(name) > 1:
+            values["name"] = "/".join(run.absolute().parts[-2:])
+    return page(f"{len(runs)} runs", {"runs": data, "differences": list(differences(runs))})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,16 +204,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mae.report", description="report.html of one run, or of several.")
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     parser.add_argument("--out", type=Path, help="the file to write; for several runs compare.html by default")
-    given = parser.parse_args(arguments)
-    out = given.out or (given.runs[0] / NAME if len(given.runs) == 1 else Path("compare.html"))
+    args = parser.parse_args(arguments)
+    runs, first = args.runs, args.runs[0]
+    path = args.out or (first / PAGE if len(runs) == 1 else Path("compare.html"))
     try:
-        if len(given.runs) == 1:
-            text = page(given.runs[0].absolute().name, {"runs": [gather(given.runs[0])]})
-        else:
-            text = together(given.runs)
-        write_text(out, text)
+        single = len(runs) == 1
+        write_text(path, page(first.absolute().name, {"runs": [page_data(first)]}) if single else comparison(runs))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{out}\n")
+    sys.stdout.write(f"{path}\n")
     return 0

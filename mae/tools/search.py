@@ -30,7 +30,8 @@ from mae.errors import UserError
 from mae.launch.errors import explain
 from mae.launch.launch import AUTO, launch
 from mae.launch.pipeline import own_names, pretraining
-from mae.report import sweep
+from mae.report.members import SEARCHED, lower_is_better
+from mae.report.sweep import finish_sweep
 from mae.runs import files
 from mae.runs.locks import file_lock
 from mae.tools import search_trial
@@ -85,7 +86,7 @@ def open_study(directory: Path, metric: str) -> Any:
     except ImportError as error:
         raise UserError("A search needs the package optuna: pip install 'mae-experiments[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = "minimize" if sweep.lower_is_better(metric) else "maximize"
+    direction = "minimize" if lower_is_better(metric) else "maximize"
     with held(directory):  # two that create its tables at once fail
         return optuna.create_study(
             study_name="search",
@@ -133,7 +134,7 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
         parent = assignment("init", parent_of(first, chosen_groups(given)))
         fixed = [*(override for override in fixed if key_of(override) != "init"), parent]
     study = open_study(directory, metric)
-    files.write_text(directory / sweep.SEARCHED, "".join(f"- {key}\n" for key in searched))
+    files.write_text(directory / SEARCHED, "".join(f"- {key}\n" for key in searched))
     while (found := next_trial(study, directory, trials, seed)) is not None:
         trial, lock = found
         if trial is None:
@@ -143,7 +144,7 @@ def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, ov
             values = [f"{key}={suggested(trial, key, space)}" for key, space in searched.items()]
             search_trial.run(study, trial, directory, [*fixed, *values], metric, prune)
     with held(directory):
-        return sweep.finish(directory)
+        return finish_sweep(directory)
 
 
 def first_values(searched: dict[str, Override]) -> Iterator[str]:

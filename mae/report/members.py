@@ -1,0 +1,151 @@
+"""A sweep read back from its directory: its members, what was swept, and their results."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mae.config import paths
+from mae.config.identity import leaves
+from mae.config.overrides import by_key, values_of
+from mae.config.saved import read_config
+from mae.config.sweep_names import params, swept
+from mae.errors import UserError
+from mae.report.record import Record, read_record
+from mae.tasks.registry import METRICS, TASKS
+
+SEARCHED = "search.yaml"  # the keys of a search by Optuna
+NEUTRAL = ("output_dir", "init")  # keys that differ between members and are not swept
+
+Value = str | float | bool  # of a swept key, as tables and figures take it
+
+
+@dataclass
+class Member:
+    """One run of a sweep."""
+
+    path: Path
+    cfg: DictConfig
+    record: Record
+    values: dict[str, Value | None] = field(default_factory=dict)  # swept key -> value
+    results: dict[str, float] = field(default_factory=dict)  # e.g. `finetune top1`
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass
+class Sweep:
+    """A sweep's members, what was swept, and what is measured."""
+
+    directory: Path
+    name: str
+    keys: list[str]
+    members: list[Member]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All results that a member has, the main one first."""
+        return list(dict.fromkeys(name for member in self.members for name in member.results))
+
+    @property
+    def metric(self) -> str | None:
+        return self.metrics[0] if self.metrics else None
+
+    @property
+    def best(self) -> Member | None:
+        """The finished member with the best main result."""
+        metric = self.metric
+        finished = [m for m in self.members if metric in m.results and m.record.state == "finished"]
+        if metric is None or not finished:
+            return None
+        return (min if lower_is_better(metric) else max)(finished, key=lambda m: m.results[metric])
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a result such as `top1`, or `finetune top1` of a pipeline, is better where it is lower."""
+    key = metric.split(" ")[-1]
+    return METRICS[key].lower_is_better if key in METRICS else key.endswith("loss")
+
+
+def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The results of a run's summary by name; of a pipeline, each stage's."""
+    stages = summary.get("stages")
+    if not isinstance(stages, dict):
+        stages = {str(summary.get("task")): summary}
+    order = list(TASKS)
+    results = {}
+    for stage in sorted(stages, key=lambda name: order.index(name) if name in order else len(order)):
+        for key in METRICS:
+            value = stages[stage].get(key)
+            value = max(value.values()) if key == "knn" and isinstance(value, dict) else value
+            if isinstance(value, int | float) and math.isfinite(value):
+                results[f"{stage} {key}" if len(stages) > 1 else key] = float(value)
+    return results
+
+
+def members_of(directory: Path) -> list[Member]:
+    """The runs in a sweep's directory. Raises UserError where there is no directory."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not the directory of a sweep: it does not exist.")
+    members = []
+    for path in sorted(config.parent for config in directory.glob("*/config.yaml")):
+        record = read_record(path)
+        members.append(Member(path, read_config(path), record, results=results_of(record.summary)))
+    return members
+
+
+def read_sweep(directory: Path) -> Sweep:
+    """A sweep from its directory. The swept keys are those of Hydra's record, else those in which members differ.
+
+    Raises UserError where no member has started.
+    """
+    members = members_of(directory)
+    if not members:
+        raise UserError(f"{directory} holds no run: a sweep's members lie in folders of it, each with a config.yaml.")
+    configs = [leaves(member.cfg) for member in members]
+    keys = recorded_keys(directory) or differing_keys(configs)
+    for member, config in zip(members, configs, strict=True):
+        typed = by_key(member.record.overrides)
+        for key in keys:
+            if key in typed and (key not in config or key in paths.KEYS):  # a group; a path, as it was typed
+                member.values[key] = plain_value(values_of(typed[key])[0])
+            else:
+                member.values[key] = plain_value(config[key]) if key in config else None
+    members.sort(key=lambda member: [sort_key(value) for value in member.values.values()])
+    return Sweep(directory, directory.absolute().name, keys, members)
+
+
+def recorded_keys(directory: Path) -> list[str]:
+    """The swept keys in the record of a search, or of Hydra's sweep; empty where there is no record."""
+    if (directory / SEARCHED).exists():
+        return [str(key) for key in OmegaConf.load(directory / SEARCHED)]
+    path = directory / "multirun.yaml"
+    if not path.exists():
+        return []
+    record = OmegaConf.load(path)
+    assert isinstance(record, DictConfig)
+    return list(dict.fromkeys(params(record.hydra) + swept(str(task) for task in record.hydra.overrides.task)))
+
+
+def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
+    """The keys whose values differ between members."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in NEUTRAL)
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
+def plain_value(value: Any) -> Value:
+    """A value as tables and figures take it: numbers, text and true or false as they are, all else as JSON."""
+    return json.dumps(value) if value is None or isinstance(value, list | dict) else value
+
+
+def sort_key(value: Value | None) -> tuple[int, float, str]:
+    """Numbers by size, before text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (0, float(value), "")
+    return (1, 0.0, str(value))
