@@ -128,7 +128,7 @@ def test_dry_run_knows_what_ways_of_training_save_and_cost():
     assert of("memory a device", "task.ema_decay=0.999") == pytest.approx(memory * 5 / 4, rel=0.02)
     two = ("launcher.processes=2", "task.batch_size=512")
     assert of("memory a device", *two, "launcher.sharding=full") == pytest.approx(memory / 2, rel=0.02)
-    assert "(auto: the largest part that fits)" in planned("task.micro_batch_size=auto")["effective batch"]
+    assert "(auto: the largest that fits)" in planned("task.micro_batch_size=auto")["effective batch"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")

@@ -20,6 +20,7 @@ from mae.data import store
 from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search
+from mae.tools.search_trial import SearchSettings
 from mae.weights.files import open_checkpoint
 
 
@@ -167,7 +168,7 @@ def test_without_flock_a_file_is_still_fetched_by_one_at_a_time(tmp_path, lacks)
 def test_without_flock_a_search_finishes(pretrained, tmp_path, lacks):
     lacks("flock")
     words = ["task=knn", f"init={pretrained}", *TINY, "task.k=[5]", "task.temperature=interval(0.05,0.1)"]
-    search.search(tmp_path / "search", 1, "knn", 0, False, words)
+    search.search(tmp_path / "search", SearchSettings(1, "knn", seed=0, prune=False), words)
     assert json.loads((tmp_path / "search" / "trial_0000" / "summary.json").read_text())["knn"]
 
 

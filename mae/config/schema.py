@@ -27,7 +27,7 @@ SCHEMA = {
     "launcher": ["launch.launch:LAUNCHERS[name]", "distributed.ranks:start"],
     "wandb": ["tracking.wandb:wandb_tracker"],
     "checkpoint": ["checkpoint:Checkpoints"],
-    "estimate": ["tools.cost:forecast"],
+    "estimate": ["tools.cost:estimate_cost"],
 }
 TRAIN_SCHEMA = ["plan:make_plan", "training:set_up", "engine:train", "perf.compile:accelerate"]
 TOP = "config.schema:TopLevel"

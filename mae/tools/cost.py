@@ -1,8 +1,8 @@
-"""How long a run would take and what it would cost, from its operations and a rate. Computed, not measured."""
+"""Estimates of a run's time and cost, from its operations and a rate. Computed, not measured."""
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -46,7 +46,7 @@ def _count(forward: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def forecast(
+def estimate_cost(
     plan: Plan,
     operations: int,
     machines: int,
@@ -60,19 +60,19 @@ def forecast(
 ) -> dict[str, str]:
     """Rows of a plan: time and cost, from the `operations` of a training image.
 
-    `tflops` is the rate of one device in matrix products, measured here where null, of which a step reaches the
-    part `utilisation`. A rate measured on a CPU is that of the whole machine, however many processes share it.
-    `loader_images_per_second` what the workers of one machine deliver.
+    `tflops` is the rate of one device in matrix products, measured here where null. A step reaches the share
+    `utilisation` of it. A rate measured on a CPU is that of the whole machine, however many processes share it.
+    `loader_images_per_second` is what the workers of one machine deliver.
     """
     rate, source = (tflops, "given") if tflops else (matrix_rate(device, dtype) / 1e12, f"measured on this {device}")
     images, count = plan.images_seen(plan.steps), machines if device.type == "cpu" and not tflops else plan.devices
     speed = rate * 1e12 * utilisation / operations * count  # images a second
-    why = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {count}: {speed:,.0f} images/s"
+    reason = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {count}: {speed:,.0f} images/s"
     if loader_images_per_second is not None and loader_images_per_second * machines < speed:
         speed = loader_images_per_second * machines
-        why = f"the loader's {speed:,.0f} images/s hold the devices back"
+        reason = f"the loader's {speed:,.0f} images/s hold the devices back"
     seconds = images / speed
-    rows = {"time": f"about {in_words(seconds)}, computed: {why}"}
+    rows = {"time": f"about {duration_text(seconds)}, computed: {reason}"}
     if cost_per_hour is not None:
         hours = seconds / 3600 * plan.devices
         rows["cost"] = f"about {hours * cost_per_hour:,.2f}: {hours:,.1f} device hours at {cost_per_hour:g}"
@@ -91,8 +91,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
     return 2 * side**3 / best
 
 
-def in_words(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A length of time in the unit that suits it."""
-    units: list[tuple[float, Any]] = [(86400 * 2, (86400, "days")), (5400, (3600, "hours")), (90, (60, "minutes"))]
-    size, name = next((unit for least, unit in units if seconds >= least), (1, "seconds"))
+    units = [(86400 * 2, 86400, "days"), (5400, 3600, "hours"), (90, 60, "minutes"), (0, 1, "seconds")]
+    size, name = next((size, name) for least, size, name in units if seconds >= least)
     return f"{seconds / size:.3g} {name}"

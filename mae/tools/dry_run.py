@@ -1,8 +1,6 @@
-"""`dry_run=true`: what a config would do, found without data, memory or a file on disk."""
+"""`dry_run=true`: the plan of a config, computed without data, memory or a file on disk."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -22,7 +20,7 @@ from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.base import build_task
 from mae.tasks.registry import TASKS
-from mae.tools.cost import Flops, forecast, forward_flops
+from mae.tools.cost import Flops, estimate_cost, forward_flops
 
 
 def count_images(cfg: DictConfig) -> int:
@@ -75,37 +73,39 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
     return forward, round(once * (1 + 2 * share + again))
 
 
-def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, images: int) -> int:
-    """Bytes that autograd keeps for the backward pass of `images` images, counted on tensors without memory.
+def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
+    """Bytes that autograd saves for the backward pass of `images` images, counted on tensors without memory.
 
-    Those of one image and another's, since autocast's copies of the weights are kept once for all.
+    Computed from one image and a second one, since autocast's copies of the weights are saved once.
     """
-    one, two = (kept_bytes(cfg, model, dtype, where, count) for count in (1, 2))
-    return one + (images - 1) * (two - one)
+    first, both = (saved_bytes(cfg, model, dtype, target, count) for count in (1, 2))
+    return first + (images - 1) * (both - first)
 
 
-def kept_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, where: torch.device, count: int) -> int:
-    """Bytes that autograd keeps for `count` images, as the model would compute on the device `where`."""
+def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, count: int) -> int:
+    """Bytes that autograd saves for `count` images, as the model would compute on the device `target`."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import; autocast does nothing on `meta`
 
     model = copy.deepcopy(model)
     set_checkpointing(model, cfg.task.checkpointing)
-    elsewhere = cfg.task.attention_kernel == "auto" and where.type != "cpu"
-    set_attention_kernel(model, "fused" if elsewhere else cfg.task.attention_kernel)
+    fused = cfg.task.attention_kernel == "auto" and target.type != "cpu"
+    set_attention_kernel(model, "fused" if fused else cfg.task.attention_kernel)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
         images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
-        with saved_for_backward(model.parameters()) as kept, torch.autocast("cpu", dtype, dtype.itemsize == 2):
+        with saved_for_backward(model.parameters()) as saved, torch.autocast("cpu", dtype, dtype.itemsize == 2):
             if isinstance(model, MaskedAutoencoder):
                 model(images, cfg.task.mask_ratio, torch.empty(count, model.num_patches))
             else:
                 model(images)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and its number format; where a login node has none such, as it would be, given its rate. Raises
-    ValueError."""
+    """The device and its number format; those of a device that is not here need `estimate.tflops`.
+
+    Raises ValueError.
+    """
     try:
         here = device.pick(cfg.device)
         return here, device.number_format(cfg.task.precision, here)
@@ -117,7 +117,7 @@ def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def plan_of(cfg: DictConfig) -> Plan:
-    """Steps and accumulation, as the run itself would find them."""
+    """Steps and accumulation, as the run itself would compute them."""
     images, world = count_images(cfg), rules.devices(cfg)
     repeats = cfg.data.repeats
     per_epoch = steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last or repeats > 1)
@@ -127,7 +127,7 @@ def plan_of(cfg: DictConfig) -> Plan:
 
 
 def report(cfg: DictConfig) -> str:
-    """The plan as text, a line a fact."""
+    """The plan as text, a line for each fact."""
     if cfg.task.name == "pipeline":
         stages = ", ".join(cfg.task.stages)
         return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
@@ -155,36 +155,36 @@ def report(cfg: DictConfig) -> str:
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
         f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
-        f"{plan.accumulation} x devices {plan.devices}" + " (auto: the largest part that fits)" * auto,
+        f"{plan.accumulation} x devices {plan.devices}" + " (auto: the largest that fits)" * auto,
         "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
-        **call(forecast, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype),
+        **call(estimate_cost, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
-        "runs on": where(cfg),
+        "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
     }
     width = max(map(len, rows))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
 
 
-def where(cfg: DictConfig) -> str:
-    """The launcher, and what it starts."""
+def launcher_text(cfg: DictConfig) -> str:
+    """The launcher, and the processes that it starts."""
     count, nodes = rules.devices(cfg), cfg.launcher.get("nodes")
     if nodes is not None:
         return f"{cfg.launcher.name}: {nodes} node{'s' * (nodes > 1)} x {count // nodes} of its devices"
     return f"{cfg.launcher.name}: {count} process{'es' * (count > 1)} of this machine"
 
 
-def states_per_weight(cfg: Mapping[str, Any]) -> int:
-    """Numbers that the optimizer keeps beside each weight."""
-    return 2 if cfg["optimizer"]["name"] == "adamw" else 1
+def states_per_weight(cfg: DictConfig) -> int:
+    """Numbers that the optimizer stores for each weight."""
+    return 2 if cfg.optimizer.name == "adamw" else 1
 
 
 def kept_checkpoints(cfg: DictConfig, plan: Plan) -> int:
     """Checkpoints on disk at the end of the run."""
     epochs = plan.steps / plan.steps_per_epoch
-    for_ever = int(epochs / cfg.checkpoint.keep_every_epochs) if cfg.checkpoint.keep_every_epochs else 0
+    permanent = int(epochs / cfg.checkpoint.keep_every_epochs) if cfg.checkpoint.keep_every_epochs else 0
     written = max(1, int(epochs / cfg.checkpoint.every_epochs) + (epochs % cfg.checkpoint.every_epochs > 0))
-    return min(written, cfg.checkpoint.keep + for_ever)
+    return min(written, cfg.checkpoint.keep + permanent)

@@ -3,9 +3,9 @@
 python -m mae.search runs/search --trials 12 task=finetune init=auto 'optimizer.base_lr=tag(log,interval(1e-3,1e-1))' \\
     'optimizer.layer_decay=interval(0.5,1.0)'
 
-What is searched is written as Hydra writes sweeps: choice(a,b), range(1,9), interval(0.5,1), tag(log,interval(1,9)).
-Each trial is a run in a folder of the search's directory. The same command goes on after a kill, and started several
-times (`srun -n 4 python -m mae.search ...`) it works in parallel on the same trials. Needs the extra `search`.
+Searched ranges are written as Hydra writes sweeps: choice(a,b), range(1,9), interval(0.5,1), tag(log,interval(1,9)).
+Each trial is a run in a folder of the search's directory. The same command resumes it after a kill. Started several
+times (`srun -n 4 python -m mae.search ...`), it works in parallel on the same trials. Needs the extra `search`.
 """
 
 import argparse
@@ -13,14 +13,14 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from filelock import BaseFileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from mae.config.check import check_config, resolve
 from mae.config.compose import chosen_groups, composed
@@ -32,14 +32,20 @@ from mae.launch.launch import AUTO, launch
 from mae.launch.pipeline import own_names, pretraining
 from mae.report.members import SEARCHED, lower_is_better
 from mae.report.sweep import finish_sweep
-from mae.runs import files
+from mae.runs.files import write_text
 from mae.runs.locks import file_lock
+from mae.runs.summary import is_finished
 from mae.tools import search_trial
+from mae.tools.search_trial import SearchSettings
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import Trial
 
 log = logging.getLogger(__name__)
 
 STORAGE = "search.db"
-WAIT_S = 1.0  # between two looks at whether other workers, or what a killed one left running, are done
+WAIT_S = 1.0  # between two checks whether the trials of other workers are finished
 
 
 def spaces(overrides: list[str]) -> tuple[dict[str, Override], list[str]]:
@@ -58,19 +64,20 @@ def spaces(overrides: list[str]) -> tuple[dict[str, Override], list[str]]:
             "Nothing is searched: give a key a range, as in 'optimizer.base_lr=tag(log, interval(1e-4, 1e-1))' or "
             "optimizer.layer_decay=0.65,0.75."
         )
-    return searched, [one for one in fixed if one is not None]
+    return searched, [line for line in fixed if line is not None]
 
 
-def suggested(trial: Any, key: str, override: Override) -> str:
+def suggested(trial: "Trial", key: str, override: Override) -> str:
     """The trial's value of a key, as it is written on a command line."""
     space = override.value()
     if isinstance(space, IntervalSweep):
-        assert space.start is not None and space.end is not None
-        if "log" in space.tags and space.start <= 0:
-            raise UserError(f"{key} is searched on a logarithmic scale, which begins above 0, got {space.start}.")
-        integer = isinstance(space.start, int) and isinstance(space.end, int)
-        suggest = trial.suggest_int if integer else trial.suggest_float
-        return f"{suggest(key, space.start, space.end, log='log' in space.tags):.6g}"
+        low, high, logarithmic = space.start, space.end, "log" in space.tags
+        assert low is not None and high is not None
+        if logarithmic and low <= 0:
+            raise UserError(f"{key} is searched on a logarithmic scale, which starts above 0, got {low}.")
+        if isinstance(low, int) and isinstance(high, int):
+            return f"{trial.suggest_int(key, low, high, log=logarithmic):.6g}"
+        return f"{trial.suggest_float(key, low, high, log=logarithmic):.6g}"
     if isinstance(space, RangeSweep):
         whole = isinstance(space.start, int) and isinstance(space.step, int)
         values = [v for v in space.range()]
@@ -79,15 +86,15 @@ def suggested(trial: Any, key: str, override: Override) -> str:
     return str(trial.suggest_categorical(key, [text for text in override.sweep_string_iterator()]))
 
 
-def open_study(directory: Path, metric: str) -> Any:
-    """The study of a directory, new or gone on with. Raises UserError without optuna."""
+def open_study(directory: Path, metric: str) -> "Study":
+    """The study of a directory, new or resumed. Raises UserError without optuna."""
     try:
         import optuna
     except ImportError as error:
         raise UserError("A search needs the package optuna: pip install 'mae-experiments[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = "minimize" if lower_is_better(metric) else "maximize"
-    with held(directory):  # two that create its tables at once fail
+    with search_lock(directory):  # two that create its tables at once fail
         return optuna.create_study(
             study_name="search",
             storage=f"sqlite:///{(directory / STORAGE).absolute()}",
@@ -97,53 +104,57 @@ def open_study(directory: Path, metric: str) -> Any:
         )
 
 
-def held(directory: Path) -> BaseFileLock:
-    """What all workers of a search share is touched by one at a time."""
+def search_lock(directory: Path) -> BaseFileLock:
+    """The lock on what all workers of a search share."""
     return file_lock(directory / ".lock")
 
 
-def next_trial(study: Any, directory: Path, trials: int, seed: int) -> tuple[Any, Any] | None:
-    """The next trial and the lock that says who works on it: first one whose worker died, else a new one.
+def next_trial(study: "Study", directory: Path, settings: SearchSettings) -> tuple["Trial", BaseFileLock] | None:
+    """The next trial and its acquired lock: one whose worker died, else a new one.
 
-    None where all are finished; (None, None) where others still work on the last ones.
+    None where `settings.trials` exist, and others work on those that are not finished.
     """
     import optuna
 
-    with held(directory):
+    with search_lock(directory):
         known = study.get_trials(deepcopy=False)
-        for one in known:
-            if one.state == optuna.trial.TrialState.RUNNING:
-                lock = search_trial.try_lock(search_trial.folder(directory, one.number))
+        for trial in known:
+            if trial.state == optuna.trial.TrialState.RUNNING:
+                lock = search_trial.try_lock(search_trial.folder(directory, trial.number))
                 if lock is not None:
-                    log.info("trial %d was left unfinished: it goes on", one.number)
-                    return optuna.trial.Trial(study, one._trial_id), lock
-        if len(known) >= trials:
-            return None if all(one.state.is_finished() for one in known) else (None, None)
-        # seeded by how many there are, so that a search that goes on does not draw the same again
-        study.sampler = optuna.samplers.TPESampler(seed=seed + len(known), n_startup_trials=5)
+                    log.info("trial %d was left unfinished: it resumes", trial.number)
+                    return optuna.trial.Trial(study, trial._trial_id), lock
+        if len(known) >= settings.trials:
+            return None
+        # seeded by the number of trials, so that a search that is resumed does not suggest the same again
+        study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(known), n_startup_trials=5)
         trial = study.ask()
-        return trial, search_trial.try_lock(search_trial.folder(directory, trial.number))
+        lock = search_trial.try_lock(search_trial.folder(directory, trial.number))
+        assert lock is not None
+        return trial, lock
 
 
-def search(directory: Path, trials: int, metric: str, seed: int, prune: bool, overrides: list[str]) -> str:
-    """Runs trials until there are `trials` of them; returns what is to be said at the end."""
+def search(directory: Path, settings: SearchSettings, overrides: list[str]) -> str:
+    """Runs trials until there are as many as the settings say; returns the result as text."""
     searched, fixed = spaces(overrides)
-    given = with_groups([*fixed, *first_values(searched)])
-    first = check_config(resolve(inherited(composed(given), given)))
-    if first.init == AUTO:
-        parent = assignment("init", parent_of(first, chosen_groups(given)))
+    first = with_groups([*fixed, *first_values(searched)])
+    cfg = check_config(resolve(inherited(composed(first), first)))
+    if cfg.init == AUTO:
+        parent = assignment("init", pretrained_parent(cfg, chosen_groups(first)))
         fixed = [*(override for override in fixed if key_of(override) != "init"), parent]
-    study = open_study(directory, metric)
-    files.write_text(directory / SEARCHED, "".join(f"- {key}\n" for key in searched))
-    while (found := next_trial(study, directory, trials, seed)) is not None:
-        trial, lock = found
-        if trial is None:
+    study = open_study(directory, settings.metric)
+    write_text(directory / SEARCHED, "".join(f"- {key}\n" for key in searched))
+    while True:
+        if following := next_trial(study, directory, settings):
+            trial, lock = following
+            with lock:
+                values = [f"{key}={suggested(trial, key, space)}" for key, space in searched.items()]
+                search_trial.run_trial(study, trial, directory, [*fixed, *values], settings)
+        elif all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+            break
+        else:
             time.sleep(WAIT_S)
-            continue
-        with lock:
-            values = [f"{key}={suggested(trial, key, space)}" for key, space in searched.items()]
-            search_trial.run(study, trial, directory, [*fixed, *values], metric, prune)
-    with held(directory):
+    with search_lock(directory):
         return finish_sweep(directory)
 
 
@@ -157,42 +168,33 @@ def first_values(searched: dict[str, Override]) -> Iterator[str]:
             yield f"{key}={next(iter(override.sweep_string_iterator()))}"
 
 
-def parent_of(cfg: Any, choices: dict[str, str]) -> str:
-    """The pretrained run that all trials start from with init=auto, made where it is missing."""
+def pretrained_parent(cfg: DictConfig, choices: dict[str, str]) -> str:
+    """The pre-trained run that all trials start from with init=auto; it is run where it is not finished."""
     parent = pretraining(cfg, choices)
-    with file_lock(Path(f"{parent.output_dir}.lock")):
-        if not Path(parent.output_dir, "summary.json").exists() and launch(
-            parent, ["task=pretrain", *own_names(cfg, choices)]
-        ):
-            raise UserError(f"init=auto: pre-training in {parent.output_dir} was not finished.")
+    run = Path(parent.output_dir)
+    with file_lock(Path(f"{run}.lock")):
+        if not is_finished(run) and launch(parent, ["task=pretrain", *own_names(cfg, choices)]):
+            raise UserError(f"init=auto: pre-training in {run} was not finished.")
     return parent.output_dir
-
-
-@contextmanager
-def plain_errors() -> Iterator[list[int]]:
-    """Says a user's error in a sentence; the exit code is left in the list."""
-    code = [0]
-    try:
-        yield code
-    except (ValueError, HydraException) as error:
-        sys.stderr.write(f"{explain(error)}\n")
-        code[0] = 1
-    except KeyboardInterrupt:
-        code[0] = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m mae.search`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mae.search", description="A search by Optuna (TPE, pruning).")
-    parser.add_argument("directory", type=Path, help="where the search lies; the same one goes on")
+    parser.add_argument("directory", type=Path, help="the search's directory; the same one resumes it")
     parser.add_argument("overrides", nargs="+", help="as for run.py; ranges are searched")
-    parser.add_argument("--trials", type=int, default=20, help="how many there are at the end, over all starts")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials at the end, over all starts")
     parser.add_argument("--metric", default="top1", help="of summary.json: top1, val_loss (default: top1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler")
-    parser.add_argument("--no-prune", action="store_true", help="let every trial come to its end")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--no-prune", action="store_true", help="run every trial to its end")
+    args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
-    with plain_errors() as code:
-        prune = not given.no_prune
-        sys.stdout.write(search(given.directory, given.trials, given.metric, given.seed, prune, given.overrides))
-    return code[0]
+    settings = SearchSettings(args.trials, args.metric, args.seed, prune=not args.no_prune)
+    try:
+        sys.stdout.write(search(args.directory, settings, args.overrides))
+    except (ValueError, HydraException) as error:
+        sys.stderr.write(f"{explain(error)}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,14 +1,17 @@
 """Lays out a W&B project as a saved workspace: `python -m mae.dashboard ENTITY PROJECT`; needs extra `workspace`."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mae.errors import UserError
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
 
 RATIOS = "task.mask_ratio"
 
 
-def workspace(entity: str, project: str) -> Any:
+def workspace(entity: str, project: str) -> "Workspace":
     """The dashboard, not saved yet. Raises UserError without the package."""
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -18,10 +21,8 @@ def workspace(entity: str, project: str) -> Any:
             "The dashboard needs the package wandb-workspaces: pip install 'mae-experiments[workspace]'."
         ) from error
 
-    column: Any = panels.__dict__["ParallelCoordinatesPlotColumn"]  # public by its documentation alone
-
-    def line(title: str, *metrics: str, regex: str | None = None, **more: Any) -> Any:
-        return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **more)
+    def line(title: str, *metrics: str, regex: str | None = None, **options: Any) -> "panels.LinePlot":
+        return panels.LinePlot(title=title, x="images_seen", y=list(metrics), metric_regex=regex, **options)
 
     ratio, column = panels.Config(RATIOS), vars(panels)["ParallelCoordinatesPlotColumn"]  # public, but not in __all__
     sections = {
@@ -57,18 +58,18 @@ def workspace(entity: str, project: str) -> Any:
             ),
         ],
     }
-    made = [workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in sections.items()]
-    return workspaces.Workspace(entity=entity, project=project, name="Masked autoencoders", sections=made)
+    layout = [workspaces.Section(name=name, panels=[*row], is_open=True) for name, row in sections.items()]
+    return workspaces.Workspace(entity=entity, project=project, name="Masked autoencoders", sections=layout)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Saves the dashboard and says where it is; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 2:
+    """Saves the dashboard and prints its address; returns the exit code."""
+    names = sys.argv[1:] if arguments is None else arguments
+    if len(names) != 2:
         sys.stderr.write("python -m mae.dashboard ENTITY PROJECT saves a dashboard in a W&B project.\n")
         return 2
     try:
-        saved = workspace(*given).save()
+        saved = workspace(*names).save()
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
