@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 FAILURE = "failure.json"
 
 
-class Failure(TypedDict):
+class RunFailure(TypedDict):
     """What the file holds."""
 
     rank: int
@@ -28,10 +28,10 @@ class Failure(TypedDict):
     traceback: str
 
 
-def read_failure(run: Path) -> Failure | None:
+def read_failure(run: Path) -> RunFailure | None:
     """The first error, or None where there is none or its file is cut short."""
     values = read_json(run / FAILURE)
-    return Failure(**values) if values else None
+    return RunFailure(**values) if values else None
 
 
 def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = False) -> None:
@@ -41,7 +41,7 @@ def write_failure(run: Path, rank: int, error: BaseException, lost_peer: bool = 
     """
     if not attempt.holds(run):
         return
-    failure = Failure(
+    failure = RunFailure(
         rank=rank,
         error=f"{type(error).__name__}: {error}",
         lost_peer=lost_peer,

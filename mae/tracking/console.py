@@ -14,7 +14,7 @@ from mae.tracking.base import Tracker, step_of
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
 
-FORMATS = {"loss": ".4f", "lr": ".2e", "images_per_second": ".1f"}
+METRIC_FORMATS = {"loss": ".4f", "lr": ".2e", "images_per_second": ".1f"}
 
 
 class Terminal(Tracker):
@@ -50,8 +50,8 @@ class Terminal(Tracker):
 
 def main_metrics(metrics: Mapping[str, object]) -> str:
     """The figures of a line that a person reads."""
-    names = [name for name in FORMATS if name in metrics]
-    figures = [f"{name.replace('_per_second', '/s')} {metrics[name]:{FORMATS[name]}}" for name in names]
+    names = [name for name in METRIC_FORMATS if name in metrics]
+    figures = [f"{name.replace('_per_second', '/s')} {metrics[name]:{METRIC_FORMATS[name]}}" for name in names]
     return "  ".join(figures + [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("val/")])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae.runs.checkpoints import MANIFEST, checkpoints_of, step_of
-from mae.runs.failure import Failure
+from mae.runs.failure import RunFailure
 from mae.runs.files import write_json
 
 INTERRUPTED = 130  # exit code of a process that was asked to stop
@@ -27,7 +27,7 @@ class Ending:
     """What is known when all tasks of an attempt have ended."""
 
     finished: bool  # there is a summary
-    failure: Failure | None
+    failure: RunFailure | None
     stopped: bool  # a rank was asked to stop and has saved
     causes: Sequence[str]  # how tasks ended, in srun's words and order; 'CANCELLED' for the whole step
     left_first: bool  # a rank was asked to stop, and left, before the first error of another
