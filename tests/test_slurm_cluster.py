@@ -43,6 +43,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        self.lost_node = ""
 
     def say(self, **files: object) -> None:
         for name, text in files.items():
@@ -136,7 +137,7 @@ def digest(run: Path) -> str:
 
 def losses(run: Path) -> list[float]:
     rows = files.read_json_lines(run / "metrics.jsonl")
-    return [row.get("loss", row.get("val/loss")) for row in rows if "loss" in row or "val/loss" in row]
+    return [row[key] for row in rows for key in ("loss", "val/loss") if key in row]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def power_off(job: Job) -> None:
     """The second node of the job: rank 0 survives, and finds its peer gone."""
     hosts = job.cluster.run("scontrol", "show", "hostnames", job.cluster.field(job.id, "NodeList")).split()
     job.cluster.kill_node(hosts[-1])
-    job.lost = hosts[-1]
+    job.lost_node = hosts[-1]
 
 
 def usr2_twice(job: Job) -> None:
@@ -260,7 +261,7 @@ def test_disturbed_in_every_way_in_a_random_order_a_job_ends_with_the_same_bits(
         print(f"{way.__name__} at step {step}: {time.monotonic() - begin:.1f} s")  # noqa: T201
         job.say(pace=0.2, slow_save=0)
         if way is power_off:
-            job.cluster.start_node(job.lost)
+            job.cluster.start_node(job.lost_node)
     job.say(pace=0)
     code = process.wait(120)
     text = (job.folder / "told.txt").read_text()

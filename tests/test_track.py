@@ -21,6 +21,7 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, run_cli, run_here
 from wandb_files import OfflineRun
 from wandb_server import Service, serving
 
+from mae.config.build import call
 from mae.runs import files
 from mae.tracking import norms
 from mae.tracking import wandb as track_wandb
@@ -314,8 +315,9 @@ def test_a_run_whose_id_is_an_empty_file_is_recorded(tmp_path):
 
 
 def online(run: Path, timeout_s: float) -> Tracker:
-    given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False)
-    return wandb_tracker(run, {}, mode="online", alerts=True, timeout_s=timeout_s, **given)
+    labels = {"project": "mae", "entity": None, "group": None, "job_type": None, "notes": None, "tags": []}
+    settings = {"mode": "online", **labels, "artifacts": False, "alerts": True, "timeout_s": timeout_s}
+    return call(wandb_tracker, settings, run, {})
 
 
 def test_an_error_inside_the_client_is_a_warning(tmp_path, monkeypatch, caplog):
