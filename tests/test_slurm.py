@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -403,6 +404,24 @@ def test_every_option_reaches_sbatch(monkeypatch, tmp_path):
     expected += "gpus-per-node=4 cpus-per-task=3 time=77 signal=USR2@33 mail-type=FAIL partition=main open-mode=append"
     assert set(expected.split()) <= set(lines) and "module load cuda" in lines
     assert not any(line.startswith("array") for line in lines)
+
+
+def test_a_new_flag_of_sbatch_is_a_field_and_a_line_of_yaml(tmp_path):
+    for name in ("mae", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    settings_file, yaml = tmp_path / "mae/launch/slurm/settings.py", tmp_path / "conf/launcher/slurm.yaml"
+    field, line = '    nice: Annotated[int, "[0, inf)"] | None\n', "nice: null\n"
+    settings_file.write_text(settings_file.read_text().replace("    qos: str", f"{field}    qos: str"))
+    yaml.write_text(yaml.read_text() + line)
+    code = (
+        "from mae.config.build import call; from mae.config.check import check_config, resolve\n"
+        "from mae.config.compose import composed; from mae.launch.slurm.settings import SlurmSettings\n"
+        "cfg = check_config(resolve(composed(['launcher=slurm', 'launcher.nice=5', 'data=digits'])))\n"
+        "print(call(SlurmSettings, cfg.launcher).flags()['nice'])"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "5", done.stderr
 
 
 def test_a_container_s_python_is_used(monkeypatch, tmp_path):

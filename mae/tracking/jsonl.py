@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mae.runs import attempt
+from mae.runs.files import read_json_lines, write_text
 from mae.tracking.base import Tracker, step_of
 
 log = logging.getLogger(__name__)
@@ -24,10 +25,10 @@ class JsonLines(Tracker):
         for name in ("metrics.jsonl", "events.jsonl"):
             path = self.run / name
             if path.exists():
-                lines = [line for line in path.read_text(errors="replace").splitlines() if _is_until(line, step)]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(f"{line}\n" for line in lines))
-                temporary.replace(path)
+                rows = [
+                    row for row in read_json_lines(path) if isinstance(row.get("step"), int) and row["step"] <= step
+                ]
+                write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def log(self, metrics: Mapping[str, object]) -> None:
         self._append("metrics.jsonl", metrics)
@@ -49,10 +50,3 @@ class JsonLines(Tracker):
 def _finite(value: object) -> object:
     """null for a number that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
