@@ -34,7 +34,7 @@ SWEEPS: set[str] = set()  # directories of those that this command runs: at thei
 
 
 class Failed(Exception):
-    """A member of a sweep ended with an exit code that is not 0; what was wrong has been said."""
+    """A member of a sweep ended with an exit code other than 0; its error has been printed."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     if code == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise KeyboardInterrupt  # the whole sweep was asked to stop, not this member alone
     if code and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise Failed(code)  # so that Hydra goes on with the other members
+        raise Failed(code)  # so that Hydra runs the other members
     if code:
         sys.exit(code)
 

@@ -24,7 +24,7 @@ from mae.tools.cost import Flops, estimate_cost, forward_flops
 
 
 def count_images(cfg: DictConfig) -> int:
-    """Training images: of the source where it is there, else as many as its YAML says it has."""
+    """The number of training images: of the source, or of its YAML where the data are absent."""
     try:
         source = build(data.SOURCES, cfg.data, "train")
     except (ValueError, OSError):

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 AGENT = "WANDB_SWEEP_ID"  # set by `wandb agent`, which then gives the run its id
 ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-START_S = 30.0  # that a run's start waits for the service; after that it goes on offline
+START_S = 30.0  # seconds that a run's start waits for the service, before it is recorded offline
 CALL_S = 10.0  # that a single call, such as an alert, may take
 
 
@@ -103,7 +103,7 @@ def run_id(run: Path) -> str:
     known = [folder.name.rpartition("-")[2] for folder in folders if folder.name.startswith(("run-", "offline-run-"))]
     name = known[-1] if known else secrets.token_hex(4)
     if stored is not None:
-        log.warning("%s holds no id of a W&B run (%r): the run goes on as %s", path, stored[:40], name)
+        log.warning("%s holds no id of a W&B run (%r): the run is recorded as %s", path, stored[:40], name)
     write_text(path, name)
     return name
 
@@ -118,7 +118,7 @@ def start_run(run: Path, config: Mapping[str, object], settings: Mapping[str, An
     if options["mode"] == "online":
         try:
             return wandb.init(**options)
-        except Exception as error:  # never fatal, whatever the client meets
+        except Exception as error:  # never fatal
             trouble = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             wandb.teardown()  # the client holds on to the id otherwise
         log.warning(
