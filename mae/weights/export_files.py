@@ -1,4 +1,4 @@
-"""Files of an export: written aside, compared with what is there, and put in place whole."""
+"""Files of an export: written to a temporary folder, compared with existing ones, and moved all together."""
 
 import filecmp
 import json
@@ -14,7 +14,7 @@ from mae.errors import UserError
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write into; what it holds in the end is moved into `folder`, or nothing is.
+    """A temporary folder to write into, whose files are moved into `folder` at the end, all or none.
 
     Raises UserError if `folder` holds one of the files already and it differs: nothing is overwritten.
     """

@@ -1,4 +1,4 @@
-"""Opening checkpoints of any origin without running code: files, folders, and timm's hub."""
+"""Checkpoints of any origin, opened without running code: files, folders, and timm's hub."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ class Metadata:
 
 @dataclass
 class Opened:
-    """Tensors under the names of whoever wrote them, and what else lay beside them."""
+    """Tensors under their original names, and what the files beside them hold."""
 
     tensors: State
     origin: str  # "ours", "timm", "torch" or "safetensors"
@@ -94,15 +94,15 @@ def _open_run(run: Path) -> Opened:
             notes.append(f"{folder.name} was passed over: {reason}.")
             log.warning("init=%s: passing over %s: %s", run, folder.name, reason)
             continue
-        opened = _open_file(folder / WEIGHTS)
+        opened = _open_file(folder / WEIGHTS, verified=True)
         opened.notes[:0] = notes
         return opened
     raise UserError(" ".join([f"init={run} is a run without a whole checkpoint.", *notes]))
 
 
-def _open_file(path: Path) -> Opened:
+def _open_file(path: Path, verified: bool = False) -> Opened:
     ours = path.parent.name.startswith(("step_", "best")) and (path.parent / MANIFEST).is_file()
-    if ours and (reason := damage(path.parent, [WEIGHTS])):
+    if ours and not verified and (reason := damage(path.parent, [WEIGHTS])):
         raise UserError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
     if path.name.endswith(".index.json"):
         opened = _open_shards(path)
@@ -136,7 +136,7 @@ def _read_config(path: Path) -> Settings:
 
 
 def _open_shards(index: Path) -> Opened:
-    """A Hugging Face folder whose weights are cut into several files."""
+    """A Hugging Face folder whose weights are split over several files."""
     content: dict[object, object] = {}
     for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
         shard = index.parent / Path(name).name

@@ -1,4 +1,4 @@
-"""State dicts of other libraries, told apart by their names and brought to the reference's."""
+"""State dicts of other libraries: recognised by their names, and converted to the reference's."""
 
 import math
 import re

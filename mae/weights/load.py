@@ -1,4 +1,4 @@
-"""Putting a checkpoint that was read into a model, and reporting what was loaded and what was not."""
+"""Loads pretrained weights into a model, and reports what was loaded and what was not."""
 
 import logging
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio
 
 @dataclass
 class LoadReport:
-    """Names of tensors by what became of them, and sentences for what a user should know."""
+    """Names of loaded and other tensors, and sentences that a user should read."""
 
     kind: str
     loaded: list[str] = field(default_factory=list)
@@ -124,7 +124,7 @@ def _check_names(report: LoadReport, pretrained: PretrainedWeights, decoder: set
     """Raises UserError where the encoder, or a decoder that was loaded, would be incomplete or other."""
     known = (*CLASSIFIER, *DECODER, "pos_embed", "cls_token")
     if strange := [name for name in report.unused if not name.startswith(known)]:
-        raise UserError(f"{pretrained} is another kind of network: the model has no place for {_some(strange)}.")
+        raise UserError(f"{pretrained} is another kind of network: the model has no layer for {_some(strange)}.")
     optional = CLASSIFIER if pretrained.has_class_token else (*CLASSIFIER, "cls_token")
     missing = [name for name in report.fresh if not name.startswith(optional)]
     if not decoder & set(report.loaded):

@@ -86,7 +86,7 @@ def select(content: Content, path: str | Path) -> tuple[WeightSet | None, list[s
 
 
 def state_dicts(content: Content) -> Iterator[tuple[tuple[str, ...], State]]:
-    """(keys, tensors by name) of every dict of tensors in a file, each once."""
+    """(keys that lead to it, tensors by name) of every dict of tensors in a file, each once."""
     seen: set[int] = set()
 
     def walk(value: Content, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], State]]:
@@ -133,7 +133,7 @@ def _sets(keys: tuple[str, ...], state: State) -> tuple[list[WeightSet], list[st
 
 
 def _root(prefix: str, projection: str, state: State) -> str:
-    """Where a model's names begin; `prefix` may end in a segment that belongs to them."""
+    """The prefix of a model's names: `prefix`, less its last segment where that is part of the names."""
     head, _, last = prefix.rstrip(".").rpartition(".")
     outer = f"{head}." if head else ""
     hugging_face = projection.startswith("embeddings.") and last in HUGGING_FACE
@@ -145,7 +145,7 @@ def _root(prefix: str, projection: str, state: State) -> str:
 
 
 def _family(name: str, prefix: str) -> str:
-    """A name that was left out, as the segment at which it parts from `prefix`."""
+    """A name that was left out, up to the first segment that differs from `prefix`."""
     segments, own = name.split("."), prefix.split(".")
     shared = next((i for i, (a, b) in enumerate(zip(segments, own, strict=False)) if a != b), 0)
     return ".".join(segments[: shared + 1]) + (".*" if len(segments) > shared + 1 else "")

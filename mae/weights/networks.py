@@ -1,6 +1,6 @@
-"""Which network a checkpoint belongs to: by its config, and by the names and shapes of its tensors.
+"""Whether a checkpoint's network computes the same function as ours, by its config and its tensors' names and shapes.
 
-What computes another function than this project's networks is refused by name.
+Any other network is refused by name.
 """
 
 import re
@@ -46,7 +46,7 @@ NETWORKS = (
 
 
 def unsupported_network(tensors: State) -> str:
-    """What network these tensors belong to if it is one that is not computed here, with a telling tensor, or ""."""
+    """The network that these tensors belong to, with the tensor that shows it, if it is not computed here; else ""."""
     for pattern, network in NETWORKS:
         name = next((name for name in tensors if re.search(pattern, name)), None)
         if name:
@@ -55,7 +55,7 @@ def unsupported_network(tensors: State) -> str:
 
 
 def _by_shape(tensors: State) -> str:
-    """As `unsupported_network`, by what names alone do not tell."""
+    """As `unsupported_network`, by shapes and by combinations of names."""
     for name, tensor in tensors.items():
         if name.endswith(("patch_embed.proj.weight", "patch_embeddings.projection.weight")) and tensor.ndim == 5:
             sides = " x ".join(map(str, tensor.shape[2:]))

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that may differ from the model's: decoder, classifier, class token, positions.
+"""What may differ between a checkpoint and the model: decoder, classifier, class token, positions.
 
 Each function edits `Loading.state`, the tensors about to be loaded, and notes what it did.
 """

@@ -1,4 +1,4 @@
-"""How the images were prepared that a checkpoint was trained on, as the files beside it say."""
+"""How a checkpoint's training images were prepared, as the files beside it say."""
 
 from dataclasses import dataclass
 

@@ -150,7 +150,7 @@ def read_pretrained(path: str) -> PretrainedWeights:
 
 
 def _family(opened: Opened, layout: Layout) -> str:
-    """Who wrote it. Names tell most; ours, the reference's and timm's are told by what holds them."""
+    """The library that wrote it; ours, the reference and timm share their names, and differ in what holds tensors."""
     if layout.family != "timm":
         return layout.family
     if opened.origin in ("ours", "timm"):

@@ -1,6 +1,7 @@
-"""What a timm model computes, compared with what this project's networks compute.
+"""Whether a timm model computes the same function as ours.
 
-The model object says what no tensor does: activation, norms, pooling, order of the layers. Only an allow-list passes.
+Activation, norms, pooling and the order of layers are in no tensor, so the model object is read. Only layers of a list
+of known ones pass.
 """
 
 import re
@@ -115,7 +116,7 @@ def _attention_difference(attn: Attention) -> str:
 
 
 def _model_difference(model: VisionTransformer) -> str:
-    """What the attributes of a model say that its modules do not."""
+    """Differences that show in a model's attributes, not in its modules."""
     if model.pos_embed is None:
         return "it has no position embedding"
     if getattr(model, "reg_token", None) is not None:
@@ -148,5 +149,5 @@ def image_size_and_heads(model: nn.Module) -> Settings:
 
 
 def has_tensors(model: nn.Module, tensors: State) -> bool:
-    """Whether the model has exactly these tensors, so that its config.json left nothing out."""
+    """Whether the model has exactly these tensors, so that its config.json is complete."""
     return {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in tensors.items()}

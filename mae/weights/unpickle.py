@@ -1,9 +1,9 @@
 """Reading what `torch.save` wrote without running code that the file names.
 
 A pickle names functions and classes by their module and calls them. Here a name is looked up in one table, `_harmless`,
-whose entries make tensors, arrays and plain containers; nothing is ever imported for a file. A name that is not in the
-table becomes an inert class: it can be created and filled, holds nothing and calls nothing. A function of Python's
-own library is what an attack needs, and no checkpoint does: it is refused by name.
+whose entries make tensors, arrays and plain containers; nothing is ever imported for a file. Any other name becomes an
+inert class, whose objects can be created and filled, but hold nothing and call nothing. An attack needs functions of
+Python's own library, which no checkpoint does: a file that names one is refused.
 """
 
 import argparse
@@ -40,7 +40,7 @@ IN_PYTHON: Any = vars(pickle)["_Unpickler"]  # not the one in C: methods of its 
 
 
 class Inert:
-    """An object of a class that is not known here: whatever is put into it is dropped."""
+    """An object of a class that is not in the table; it drops whatever is put into it."""
 
     def __new__(cls, *args: object, **options: object) -> "Inert":
         return object.__new__(cls)
@@ -95,7 +95,7 @@ class _Refused(Exception):
 
 
 def _reader() -> types.SimpleNamespace:
-    """What stands for the module `pickle` in `torch.load`; `unread` collects the names of classes not known here."""
+    """A stand-in for the module `pickle` in `torch.load`; `unread` collects the names of classes not in the table."""
     unread: set[str] = set()
 
     class Unpickler(IN_PYTHON):
