@@ -1,14 +1,13 @@
 """The train loop. Everything it calls is one import away; a line belongs here only if it says what a step is."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import torch
 from omegaconf import DictConfig
@@ -26,12 +25,12 @@ from mae.perf.compile import no_recompilation
 from mae.perf.profiling import profiled
 from mae.report.run import write_report
 from mae.runs import attempt, environment
-from mae.runs.checkpoints import step_name
 from mae.runs.failure import write_failure
 from mae.runs.file_system import check_needs
-from mae.runs.files import write_text
 from mae.runs.locks import held_run
+from mae.runs.summary import Summary
 from mae.tasks import registry
+from mae.tasks.base import training_summary
 from mae.tasks.linprobe_cached import probe_features
 from mae.tracking import norms
 from mae.tracking.base import Tracker
@@ -40,6 +39,7 @@ from mae.tracking.console import set_up_logging
 from mae.training import Training, set_up
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -70,7 +70,7 @@ class Clock:
         lap, self.begun = now - self.begun, now
         return lap
 
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, with the waiting for each counted."""
         while True:
             begun = time.perf_counter()
@@ -197,7 +197,7 @@ def measure(t: Training, clock: Clock) -> dict[str, float]:
     }
 
 
-def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> dict[str, Any]:
+def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """A trained task from start to summary."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
     tracker.log(t.position() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
@@ -206,19 +206,10 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> 
     t.loader.close()
     if ranks.main:
         t.task.on_train_end(run, t.progress.step, tracker)
-    seen, seconds = t.plan.images_seen(t.plan.steps), t.progress.seconds
-    return {
-        "task": cfg.task.name,
-        "steps": t.plan.steps,
-        "epochs": t.plan.steps / t.plan.steps_per_epoch,
-        "images_seen": seen,
-        "seconds": round(seconds, 2),
-        "images_per_second": round(seen / seconds, 1) if seconds else None,
-        "checkpoint": str(Path("checkpoints") / step_name(t.plan.steps)),
-    } | t.task.summary(metrics)
+    return training_summary(cfg.task.name, t.plan, t.progress.seconds, t.task.summary(metrics))
 
 
-def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> dict[str, Any]:
+def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """Any task from start to summary."""
     with naming_killed_workers():
         if cfg.task.get("cached_features"):
@@ -246,7 +237,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
     """One process of a run that no other process writes into."""
     set_up_logging(run, rank)
     tracker, ranks = Tracker(), None
-    code, summary = 1, {}
+    code, summary = 1, None
     try:
         ranks = call(start, cfg.launcher, cfg.device)
         if ranks.main:
@@ -257,7 +248,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         summary = run_task(run, cfg, ranks, tracker)
         if ranks.main:
             attempt.check(run)
-            write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+            summary.write(run)
         ranks.barrier()  # where torchrun started us, each rank looks for the summary itself
         code = 0
     except Interrupted as stopped:
@@ -275,7 +266,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         ranks = None  # the others may be anywhere: closing the group could block
         raise
     finally:
-        tracker.finish(summary, failed=code != 0)
+        tracker.finish(summary.to_json() if summary is not None else {}, failed=code != 0)
         if rank == 0:
             write_report(run)
         if ranks is not None:

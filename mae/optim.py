@@ -15,6 +15,8 @@ from mae.device import has_bf16
 
 log = logging.getLogger(__name__)
 
+ParameterGroup = dict[str, Any]  # as torch's optimizers have them, with `lr_scale` and `layer`
+
 
 def layer_id(name: str, depth: int) -> int:
     """Layer of a parameter for layer decay (arXiv 2111.06377, A.1, after BEiT).
@@ -33,7 +35,7 @@ def param_groups(
     weight_decay: Annotated[float, "[0, inf)"],
     layer_decay: Annotated[float, "(0, 1]"] | None,
     no_decay: list[str],
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     """Trained parameters as optimizer groups of one learning-rate scale and one weight decay each.
 
     Tensors of one dimension or none (biases, norms) are never decayed, nor are those that `no_decay` names.
@@ -41,7 +43,7 @@ def param_groups(
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     depth = len({n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("blocks.")})
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool], ParameterGroup] = {}
     for name, parameter in named:
         layer = depth + 1 if layer_decay is None else layer_id(name, depth)
         decayed = parameter.ndim > 1 and name not in no_decay
@@ -112,7 +114,7 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update(p, group)
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, group: ParameterGroup) -> None:
         update = p.grad
         assert update is not None
         if p.ndim > 1:
@@ -129,43 +131,50 @@ class LARS(torch.optim.Optimizer):
 
 
 def adamw(
-    groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]], eps: Annotated[float, "(0, inf)"], fused: bool
+    groups: list[ParameterGroup],
+    *,
+    betas: list[Annotated[float, "[0, 1)"]],
+    eps: Annotated[float, "(0, inf)"],
+    fused: bool,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019); `fused` makes one pass over each tensor."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
-def sgd(groups: list[dict], *, momentum: Annotated[float, "[0, 1)"], nesterov: bool) -> torch.optim.Optimizer:
+def sgd(groups: list[ParameterGroup], *, momentum: Annotated[float, "[0, 1)"], nesterov: bool) -> torch.optim.Optimizer:
     """SGD with momentum, fused where torch can, since a fused step can be skipped without the host's knowing."""
     weights = [p for group in groups for p in group["params"]]
     fused = not any(hasattr(p, "placements") for p in weights)  # torch 2.14 has no fused SGD of spread weights
-    made = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=fused)
     for p in weights if momentum else []:
         # torch's own first step allocates them, and leaves in them what memory held where that step is skipped
-        made.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def as_here(loaded: torch.optim.Optimizer) -> None:
+    def restore_fused(loaded: torch.optim.Optimizer) -> None:
         for group in loaded.param_groups:  # saved where weights were spread otherwise
             group["fused"] = fused
 
-    made.register_load_state_dict_post_hook(as_here)
-    return made
+    optimizer.register_load_state_dict_post_hook(restore_fused)
+    return optimizer
 
 
 def lars(
-    groups: list[dict], *, momentum: Annotated[float, "[0, 1)"], trust_coefficient: Annotated[float, "(0, inf)"]
+    groups: list[ParameterGroup],
+    *,
+    momentum: Annotated[float, "[0, 1)"],
+    trust_coefficient: Annotated[float, "(0, inf)"],
 ) -> torch.optim.Optimizer:
     """LARS, the linear probe's optimizer."""
     return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust_coefficient)
 
 
-def lion(groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]]) -> torch.optim.Optimizer:
+def lion(groups: list[ParameterGroup], *, betas: list[Annotated[float, "[0, 1)"]]) -> torch.optim.Optimizer:
     """Lion (Chen et al., 2023), timm's."""
     return Lion(groups, lr=1e-4, betas=(betas[0], betas[1]))
 
 
 def muon(
-    groups: list[dict], *, betas: list[Annotated[float, "[0, 1)"]], momentum: Annotated[float, "[0, 1)"]
+    groups: list[ParameterGroup], *, betas: list[Annotated[float, "[0, 1)"]], momentum: Annotated[float, "[0, 1)"]
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al., 2024) for matrices and AdamW for the rest, timm's, which orthogonalises in bfloat16."""
     device = groups[0]["params"][0].device

@@ -80,7 +80,7 @@ class Training:
     ranks: Ranks
     tracker: Tracker
     plan: Plan
-    task: TrainedTask[Any]
+    task: TrainedTask[nn.Module]
     model: nn.Module  # the task, wrapped for several ranks
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
@@ -267,7 +267,9 @@ def set_up(
     return t
 
 
-def prepare_model(run: Path, cfg: DictConfig, ranks: Ranks, task: TrainedTask[Any], autocast: Autocast) -> int | None:
+def prepare_model(
+    run: Path, cfg: DictConfig, ranks: Ranks, task: TrainedTask[nn.Module], autocast: Autocast
+) -> int | None:
     """Compiles the model, and returns how many images a device holds at a time; None: its whole share."""
     trial = Trial(cfg, task, task.num_patches, ranks.device, autocast)
     micro = call(accelerate, cfg.task, run, ranks, trial, task.trained)

@@ -8,11 +8,14 @@ from typing import Any, Generic, TypeVar
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from mae.checkpoint import step_name
 from mae.config.build import call
 from mae.data.prepare import Prepare
 from mae.data.source import Source
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
+from mae.plan import Plan
+from mae.runs.summary import Summary, rate
 from mae.tasks.labels import check_classes
 from mae.tasks.registry import TASKS, load_task
 from mae.tracking.base import Tracker
@@ -99,7 +102,7 @@ class TrainedTask(nn.Module, Generic[Network]):
 
     # ------------------------------------------------------------ checkpoints and the end
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, object]:
         """What a checkpoint holds of the task beside `model.state_dict()`."""
         return {}
 
@@ -114,6 +117,21 @@ class TrainedTask(nn.Module, Generic[Network]):
         return {name.removeprefix("val/"): value for name, value in metrics.items()}
 
 
-def build_task(cfg: DictConfig, val_set: Source) -> TrainedTask[Any]:
+def training_summary(task: str, plan: Plan, seconds: float, results: Mapping[str, object]) -> Summary:
+    """The summary of a run that has trained to the end of its plan."""
+    seen = plan.images_seen(plan.steps)
+    return Summary(
+        task,
+        seconds,
+        steps=plan.steps,
+        epochs=plan.steps / plan.steps_per_epoch,
+        images_seen=seen,
+        images_per_second=rate(seen, seconds),
+        checkpoint=f"checkpoints/{step_name(plan.steps)}",
+        results=results,
+    )
+
+
+def build_task(cfg: DictConfig, val_set: Source) -> TrainedTask[nn.Module]:
     """The trained task that a config names, with initial weights."""
     return call(load_task(cfg.task.name), cfg.task, cfg, val_set)

@@ -19,8 +19,10 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
-    """Confusion matrix (C, C) as a picture: each row in parts of the images of its class; classes that are
-    neither there nor predicted are left out."""
+    """Confusion matrix (C, C) as a picture: each row as shares of the images of its class.
+
+    Classes without images and predictions are left out.
+    """
     used = np.flatnonzero(counts.sum(0) + counts.sum(1))
     counts, names = counts[np.ix_(used, used)], [names[k] for k in used]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -36,7 +38,7 @@ def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
         for row, column in np.argwhere(counts > 0):
             shade = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade, fontsize=7)
-    figure.colorbar(image, label="part of the class", shrink=0.8)
+    figure.colorbar(image, label="share of the class", shrink=0.8)
     _save(figure, path)
 
 
@@ -52,12 +54,12 @@ def calibration(bins: np.ndarray, error: float, path: Path) -> None:
     _save(figure, path)
 
 
-def sizes(found: Counter, path: Path) -> None:
+def sizes(counts: Counter[tuple[int, int]], path: Path) -> None:
     """Histograms of heights and widths from (height, width) -> images."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    weights = np.array(list(found.values()))
+    weights = np.array(list(counts.values()))
     for axes, side, name in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("height", "width"), strict=True):
-        values = np.array([size[side] for size in found])
+        values = np.array([size[side] for size in counts])
         bins = min(50, max(1, int(values.max() - values.min()) + 1))
         axes.hist(values, bins=bins, weights=weights, color="#6baed6", edgecolor="white", linewidth=0.3)
         middle = np.median(np.repeat(values, weights))

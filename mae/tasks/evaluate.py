@@ -4,7 +4,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mae.data.sources.robustness import Robustness, corruption_errors, synsets
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector, Results
 from mae.models.vit import classifier
+from mae.runs.summary import Summary, rate
 from mae.tasks import charts
 from mae.tasks.base import Autocast
 from mae.tasks.batches import bad_files_csv, eval_loader, sent
@@ -44,7 +45,7 @@ def evaluate(
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
     predictions: Literal["csv", "parquet"],
     calibration_bins: Annotated[int, "[1, inf)"],
-) -> dict[str, Any]:
+) -> Summary:
     """top1, top5, loss, calibration, and per class; predictions with file names and pictures in the run."""
     begun = time.perf_counter()
     if predictions == "parquet":
@@ -65,8 +66,8 @@ def evaluate(
     loader.close()
     names = names or all_names(source, model.num_classes, classes)
 
-    metrics: dict[str, Any] = results.metrics()
-    metrics["ece"], bins = results.calibration(calibration_bins)
+    error, bins = results.calibration(calibration_bins)
+    metrics: dict[str, object] = {**results.metrics(), "ece": error}
     counts = results.per_class(model.num_classes)
     metrics["mean_per_class"] = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
     if isinstance(source, Robustness) and source.groups:
@@ -81,29 +82,25 @@ def evaluate(
         write_results(run, names, results)
         track_results(run, names, source, results, 0, tracker)
         path = run / "images" / "calibration.png"
-        charts.calibration(bins, metrics["ece"], path)
+        charts.calibration(bins, error, path)
         tracker.picture("calibration", path, 0, f"calibration on {cfg.data.name}")
     seconds = time.perf_counter() - begun
-    return {
-        "task": "evaluate",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": len(results),
-        "seconds": round(seconds, 2),
-        "images_per_second": round(len(results) / seconds, 1),
-        "checkpoint": read_from(cfg, pretrained),
-        **metrics,
-    }
+    return Summary(
+        "evaluate",
+        seconds,
+        images_seen=len(results),
+        images_per_second=rate(len(results), seconds),
+        checkpoint=read_from(cfg, pretrained),
+        results=metrics,
+    )
 
 
-def need_parquet() -> Any:
-    """The package that writes Parquet. Raises ValueError where it is not installed."""
+def need_parquet() -> None:
+    """Raises ValueError where the package that writes Parquet is not installed."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise ValueError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
-    return pyarrow
 
 
 def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> VisionTransformer:
@@ -193,7 +190,8 @@ def write_predictions(run: Path, source: Source, results: Results, names: list[s
         "loss": [round(v, 6) for v in results.loss.tolist()],
     }
     if file_format == "parquet":
-        pyarrow = need_parquet()
+        import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.table(columns), run / "predictions.parquet")
     else:
         write_csv(run / "predictions.csv", columns, zip(*columns.values(), strict=True))

@@ -3,7 +3,7 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from omegaconf import DictConfig
@@ -12,31 +12,34 @@ from torch import nn
 from mae.config.from_run import run_of
 from mae.data.crops import pair
 from mae.data.transforms import kept_fraction
+from mae.distributed.ranks import Ranks
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
+from mae.runs.summary import Summary
 from mae.tasks.evaluate import load_classifier
 from mae.tasks.init_weights import channels, image_top, need_init, read_from, warn_of_statistics
 from mae.tasks.labels import read_class_names
 from mae.tasks.visualize import load_autoencoder
+from mae.tracking.base import Tracker
 from mae.weights.export import export as write
 from mae.weights.export_card import Facts, run_facts
 from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
-PAPERS_MASK_RATIO = 0.75  # where nothing tells another
+PAPERS_MASK_RATIO = 0.75  # where the checkpoint does not say its own
 
 
 def export(
     run: Path,
     cfg: DictConfig,
-    ranks: Any,
-    tracker: Any,
+    ranks: Ranks,
+    tracker: Tracker,
     *,
     format: Literal["timm", "huggingface", "reference", "safetensors", "onnx", "torch_export"],
     path: str | None,
     norm_pix_loss: bool | None,
-) -> dict[str, Any]:
+) -> Summary:
     """Writes the model that `init` names, and a card about it, to `path`; null: `export/FORMAT` in the run."""
     begun = time.perf_counter()
     tracker.start(0, 0)
@@ -71,23 +74,17 @@ def export(
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
     ranks.barrier()
-    return {
-        "task": "export",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": 0,
-        "seconds": round(time.perf_counter() - begun, 2),
-        "images_per_second": None,
-        "checkpoint": checkpoint,
-        "files": [str(file) for file in written],
-    }
+    results = {"files": [str(file) for file in written]}
+    return Summary("export", time.perf_counter() - begun, checkpoint=checkpoint, results=results)
 
 
 def autoencoder(
     cfg: DictConfig, pretrained: PretrainedWeights, norm_pix_loss: bool | None, need_decoder: bool
 ) -> tuple[MaskedAutoencoder, bool]:
-    """The masked autoencoder in a checkpoint, and whether its decoder is not the checkpoint's. Raises ValueError where
-    something of the encoder would be what chance drew."""
+    """The masked autoencoder in a checkpoint, and whether its decoder has random weights.
+
+    Raises ValueError where weights of the encoder are missing.
+    """
     if need_decoder and not pretrained.has_decoder:
         raise ValueError(
             f"init={pretrained.path} ({pretrained.kind}) holds no decoder, which Hugging Face's ViTMAE has: choose "
@@ -120,9 +117,9 @@ def check_grid(pretrained: PretrainedWeights, grid: tuple[int, int], cfg: DictCo
     theirs = None if table is None else pretrained.grid(table.shape[1] - 1, grid)
     if theirs is not None and theirs != tuple(grid):
         size = [side * patch for side, patch in zip(theirs, pair(cfg.model.patch_size), strict=True)]
-        shown = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
+        typed = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
         raise ValueError(
             f"init={pretrained.path} ({pretrained.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
             f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose the data that it was trained on "
-            f"(data=NAME brings size, mean and std), and model.img_size={shown} where it is not theirs."
+            f"(data=NAME brings size, mean and std), and model.img_size={typed} where it is not theirs."
         )

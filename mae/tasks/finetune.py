@@ -112,7 +112,7 @@ class Finetune(Classify):
             for average, weight in zip(self.model.parameters(), self.live.parameters(), strict=True):
                 local_shard(average).lerp_(local_shard(weight), share.to(average.dtype))
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, object]:
         live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
         return super().extra_state() | live
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mae.models.mae import MaskedAutoencoder
 
-def reconstruction_rows(model: Any, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
+
+def reconstruction_rows(model: MaskedAutoencoder, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Normalised images (B, C, H, W) with predictions (B, L, p * p * C) and mask (B, L) as four rows.
 
     With norm_pix_loss a prediction has no brightness or contrast of its own: each patch gets those of the

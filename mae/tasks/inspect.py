@@ -1,11 +1,10 @@
 """What a training run will see, and how long it will wait for it: samples, classes, sizes, loading speed."""
 
-import csv
 import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,22 +25,26 @@ from mae.data.source import Source
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
 from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count
+from mae.distributed.ranks import Ranks
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
+from mae.runs.summary import Summary
 from mae.tasks import charts
 from mae.tasks.batches import both_sets
-from mae.tasks.stats import shown, write_bad
+from mae.tasks.results import write_csv
+from mae.tasks.stats import as_typed, write_bad
+from mae.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
 STEPS = 5  # timed, after two that are not
-FAR = 0.5  # of a deviation: this far from data.mean and data.std is worth a word; ImageNet itself is 0.25 from its own
+FAR = 0.5  # deviations from data.mean and data.std that are worth a warning; ImageNet is 0.25 from its own
 
 
 def inspect(
     run: Path,
     cfg: DictConfig,
-    ranks: Any,
-    tracker: Any,
+    ranks: Ranks,
+    tracker: Tracker,
     *,
     batch_size: Annotated[int, "[1, inf)"],
     num_images: Annotated[int, "[1, inf)"],
@@ -51,11 +54,11 @@ def inspect(
     step: Literal["pretrain", "finetune"] | None,
     mask_ratio: Annotated[float, "(0, 1)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
-) -> dict[str, Any]:
-    """`images/samples.png` and `sizes.png`, `classes.csv`, and figures in the summary. One rank looks."""
+) -> Summary:
+    """`images/samples.png` and `sizes.png`, `classes.csv`, and figures in the summary. Rank 0 does it all."""
     begun = time.perf_counter()
     tracker.start(0, 0)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if ranks.main:
         train_set, val_set = both_sets(cfg)
         sample = first_batches(cfg, train_set, batch_size, num_images)
@@ -63,32 +66,28 @@ def inspect(
         path.parent.mkdir(exist_ok=True)
         contact_sheet(sample["image"][:num_images], sample["flip"][:num_images]).save(path)
         tracker.picture("samples", path, 0, f"{cfg.data.name}, augmentation {cfg.augmentation.name}")
-        found |= classes(run, train_set, val_set)
-        found |= measured(run, cfg, train_set, measured_images)
-        most = max(1, worker_count(max_workers))
-        speeds = loading_speed(lambda n: loader(cfg, train_set, batch_size, n), list(worker_counts(most)), batches)
-        found |= {"loading": {str(n): round(speed, 1) for n, speed in speeds.items()}}
+        figures |= write_classes(run, train_set, val_set)
+        figures |= measure(run, cfg, train_set, measured_images)
+        counts = list(worker_counts(max(1, worker_count(max_workers))))
+        speeds = loading_speed(lambda workers: loader(cfg, train_set, batch_size, workers), counts, batches)
+        figures |= {"loading": {str(workers): round(speed, 1) for workers, speed in speeds.items()}}
         if step is not None:
-            model = trained(cfg, step, mask_ratio, len(train_set.classes)).to(ranks.device)
-            batch = {k: v[:batch_size] for k, v in sample.items()}
-            found |= waiting(speeds, step_speed(cfg, model, device.send(batch, ranks.device), precision))
-        told(found)
+            network = network_of(cfg, step, mask_ratio, len(train_set.classes)).to(ranks.device)
+            batch = {name: values[:batch_size] for name, values in sample.items()}
+            figures |= waiting(speeds, step_speed(cfg, network, device.send(batch, ranks.device), precision))
+        log_figures(figures)
     ranks.barrier()
-    return {
-        "task": "inspect",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": found.get("measured_images", 0),
-        "seconds": round(time.perf_counter() - begun, 2),
-        "images_per_second": max(found["loading"].values()) if found else None,
-        "checkpoint": None,
-        **found,
-        "files": ["images/samples.png", "images/sizes.png", "classes.csv"],
-    }
+    return Summary(
+        "inspect",
+        time.perf_counter() - begun,
+        images_seen=figures.get("measured_images", 0),
+        images_per_second=max(figures["loading"].values()) if figures else None,
+        results=figures | {"files": ["images/samples.png", "images/sizes.png", "classes.csv"]},
+    )
 
 
 def loader(cfg: DictConfig, source: Source, batch_size: int, workers: int) -> Loader:
-    """Training batches as a run would get them, made by so many workers, however many images are bad."""
+    """Training batches as a run would get them, from so many workers; any number of images may be bad."""
     (height, width), (down, across) = pair(cfg.model.img_size), pair(cfg.model.patch_size)
     transform = build(AUGMENTATIONS, cfg.augmentation)
     batches = Batches(batch_size, batch_size, cfg.seed, num_patches=(height // down) * (width // across))
@@ -99,26 +98,28 @@ def loader(cfg: DictConfig, source: Source, batch_size: int, workers: int) -> Lo
 def first_batches(cfg: DictConfig, source: Source, batch_size: int, count: int) -> dict[str, Tensor]:
     """The first samples of the first epoch, `count` of them or all and a whole batch at least."""
     feed = loader(cfg, source, batch_size, 0)
-    parts = [micro for step in itertools.islice(feed.steps(0), -(-count // batch_size)) for micro in step]
+    batches = [micro for step in itertools.islice(feed.steps(0), -(-count // batch_size)) for micro in step]
     feed.close()
-    return {k: torch.cat([part[k] for part in parts]) for k in ("image", "flip", "label", "noise")}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in ("image", "flip", "label", "noise")}
 
 
-def classes(run: Path, train_set: Source, val_set: Source) -> dict[str, Any]:
-    """Images by part and class; all classes in classes.csv."""
+def write_classes(run: Path, train_set: Source, val_set: Source) -> dict[str, object]:
+    """Images by split and class; all classes in classes.csv."""
     train, val = class_counts(train_set), class_counts(val_set)
-    with (run / "classes.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "train", "val"))
-        writer.writerows((name, train.get(name, 0), val.get(name, 0)) for name in [*train] + sorted({*val} - {*train}))
-    found: dict[str, Any] = {"train_images": len(train_set), "val_images": len(val_set), "classes": len(train)}
+    names = [*train, *sorted({*val} - {*train})]
+    rows = ((name, train.get(name, 0), val.get(name, 0)) for name in names)
+    write_csv(run / "classes.csv", ("class", "train", "val"), rows)
+    figures: dict[str, object] = {
+        "train_images": len(train_set), "val_images": len(val_set), "classes": len(train)
+    }  # fmt: skip
     if train:
         ordered = sorted(train, key=lambda name: (train[name], name))
-        found |= {"smallest_class": [ordered[0], train[ordered[0]]], "largest_class": [ordered[-1], train[ordered[-1]]]}
-    return found
+        figures["smallest_class"] = [ordered[0], train[ordered[0]]]
+        figures["largest_class"] = [ordered[-1], train[ordered[-1]]]
+    return figures
 
 
-def measured(run: Path, cfg: DictConfig, source: Source, count: int) -> dict[str, Any]:
+def measure(run: Path, cfg: DictConfig, source: Source, count: int) -> dict[str, object]:
     """Sizes, mean and deviation of `count` training images. Raises ValueError where none can be read."""
     indices = np.random.default_rng(cfg.seed).permutation(len(source))[:count]
     stats = statistics(source, indices, worker_count(cfg.data.num_workers))
@@ -144,14 +145,14 @@ def measured(run: Path, cfg: DictConfig, source: Source, count: int) -> dict[str
 
 
 def check_normalisation(cfg: DictConfig, stats: Statistics) -> None:
-    """Says where `data.mean` and `data.std` are far from what is found."""
+    """Warns where `data.mean` and `data.std` are far from those measured."""
     shift = np.abs(stats.moments.mean - np.array(cfg.data.mean)) / np.array(cfg.data.std)
     ratio = np.array(stats.std) / np.array(cfg.data.std)
     if shift.max() > FAR or ratio.max() > 1 + FAR or ratio.min() < 1 - FAR:
         log.warning(
             "data.mean and data.std are not those of these images: data.mean=%s data.std=%s (task=stats reads all)",
-            shown(stats.mean),
-            shown(stats.std),
+            as_typed(stats.mean),
+            as_typed(stats.std),
         )
 
 
@@ -164,7 +165,7 @@ def spread(sizes: Counter, side: int) -> list[int]:
 # ---------------------------------------------------------------- the step that waits
 
 
-class Step(nn.Module):
+class Network(nn.Module):
     """A network with its loss."""
 
     def __init__(self, cfg: DictConfig, model: nn.Module, loss: Callable[[dict[str, Tensor], Tensor], Tensor]):
@@ -175,25 +176,25 @@ class Step(nn.Module):
         return self.loss(batch, self.prepare(batch["image"], batch["flip"]))
 
 
-def trained(cfg: DictConfig, step: str, mask_ratio: float, classes: int) -> Step:
+def network_of(cfg: DictConfig, step: str, mask_ratio: float, classes: int) -> Network:
     """The network of `model=` as the task `step` trains it."""
     if step == "pretrain":
         mae = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
-        return Step(cfg, mae, lambda batch, images: mae(images, mask_ratio, batch["noise"]).loss)
+        return Network(cfg, mae, lambda batch, images: mae(images, mask_ratio, batch["noise"]).loss)
     vit = call(classifier, cfg.model, num_classes=max(2, classes), drop_path=0.0, global_pool="avg")
     label = "label"
-    return Step(cfg, vit, lambda batch, images: nn.functional.cross_entropy(vit(images), batch[label].clamp(min=0)))
+    return Network(cfg, vit, lambda batch, images: nn.functional.cross_entropy(vit(images), batch[label].clamp(min=0)))
 
 
-def step_speed(cfg: DictConfig, model: Step, batch: dict[str, Tensor], precision: str) -> float:
+def step_speed(cfg: DictConfig, model: Network, batch: dict[str, Tensor], precision: str) -> float:
     """Images a second that one device trains on, where it never waits."""
-    where = batch["image"].device
-    dtype = device.number_format(precision, where)
+    here = batch["image"].device
+    dtype = device.number_format(precision, here)
     optimizer = build(optim.OPTIMIZERS, cfg.optimizer, call(optim.param_groups, cfg.optimizer, model.model))
     seconds = []
     for _ in range(2 + STEPS):
         start = time.perf_counter()
-        with device.autocast(dtype, where):
+        with device.autocast(dtype, here):
             loss = model(batch)
         loss.backward()
         optimizer.step()
@@ -203,30 +204,30 @@ def step_speed(cfg: DictConfig, model: Step, batch: dict[str, Tensor], precision
     return len(batch["image"]) / float(np.median(seconds[2:]))
 
 
-def waiting(speeds: dict[int, float], step: float) -> dict[str, Any]:
+def waiting(speeds: dict[int, float], step: float) -> dict[str, object]:
     """The share of its time that one device's step would wait, with each number of workers."""
     shares = {str(n): round(max(0.0, 1 - speed / step), 4) for n, speed in speeds.items()}
     return {"step_images_per_second": round(step, 1), "data_wait": shares}
 
 
-def told(found: dict[str, Any]) -> None:
-    """The figures in the log, for people."""
-    log.info("%d training and %d validation images", found["train_images"], found["val_images"])
-    if found["classes"]:
-        (small, least), (large, most) = found["smallest_class"], found["largest_class"]
+def log_figures(figures: Mapping[str, Any]) -> None:
+    """The figures in words."""
+    log.info("%d training and %d validation images", figures["train_images"], figures["val_images"])
+    if figures["classes"]:
+        (small, least), (large, most) = figures["smallest_class"], figures["largest_class"]
         log.info(
             "%d classes, from %d images (%s) to %d (%s)",
-            found["classes"],
+            figures["classes"],
             least,
             printable(small),
             most,
             printable(large),
         )
     for side in ("height", "width"):
-        log.info("%s %d to %d pixels, median %d", side, found[side][0], found[side][2], found[side][1])
-    if "step_images_per_second" in found:
-        log.info("a training step goes through %.0f images/s where it never waits", found["step_images_per_second"])
-    for count, speed in found["loading"].items():
-        wait = found.get("data_wait", {}).get(count)
+        log.info("%s %d to %d pixels, median %d", side, figures[side][0], figures[side][2], figures[side][1])
+    if "step_images_per_second" in figures:
+        log.info("a training step goes through %.0f images/s where it never waits", figures["step_images_per_second"])
+    for count, speed in figures["loading"].items():
+        wait = figures.get("data_wait", {}).get(count)
         share = "" if wait is None else f", the step would wait {100 * wait:.0f} % of its time"
         log.info("%s worker%s load %.0f images/s%s", count, "s" * (count != "1"), speed, share)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
+from mae.runs.summary import Summary, rate
 from mae.tasks.base import Autocast
 from mae.tasks.batches import both_sets, eval_loader, sent
 from mae.tasks.features import Encode, Encoder, Features, extract
@@ -123,7 +124,7 @@ def knn(
     global_pool: Literal["avg", "token"],
     batch_size: Annotated[int, "[1, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
-) -> dict[str, Any]:
+) -> Summary:
     """Classifies the validation images by the training images' features."""
     begun = time.perf_counter()
     train_set, val_set = both_sets(cfg)
@@ -144,13 +145,11 @@ def knn(
     tracker.start(0, 0)
     metrics = {f"val/knn_{number}": value for number, value in percents.items()}
     tracker.log({"step": 0, "images_seen": images, "epoch": 0.0, **metrics})
-    return {
-        "task": "knn",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": images,
-        "seconds": round(seconds, 2),
-        "images_per_second": round(images / seconds, 1),
-        "checkpoint": encoder.read_from,
-        "knn": {str(number): value for number, value in percents.items()},
-    }
+    return Summary(
+        "knn",
+        seconds,
+        images_seen=images,
+        images_per_second=rate(images, seconds),
+        checkpoint=encoder.read_from,
+        results={"knn": {str(number): value for number, value in percents.items()}},
+    )

@@ -21,6 +21,8 @@ from mae.data.subsets import reduced
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector, Results
 from mae.plan import Plan, make_plan, steps_in_epoch
+from mae.runs.summary import Summary
+from mae.tasks.base import training_summary
 from mae.tasks.batches import both_sets, eval_loader, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.init_weights import same_weights
@@ -56,7 +58,7 @@ def probe_features(
     batch_size: int,
     learning_rates: list[float] | None,
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
-) -> dict[str, Any]:
+) -> Summary:
     """Features of centre-cropped images, then a head for each of `learning_rates` (x batch / 256).
 
     The head that validates best becomes the run's checkpoint. Every rank computes the same heads. Raises ValueError
@@ -92,18 +94,8 @@ def probe_features(
     seconds = time.perf_counter() - begun
     task.results = results[best]
     _write(run, ranks, tracker, task, plan, top1_by_rate)
-    return {
-        "task": "linprobe",
-        "steps": plan.steps,
-        "epochs": plan.steps / plan.steps_per_epoch,
-        "images_seen": plan.images_seen(plan.steps),
-        "seconds": round(seconds, 2),
-        "images_per_second": round(plan.images_seen(plan.steps) / seconds, 1),
-        "checkpoint": f"checkpoints/{checkpoint.step_name(plan.steps)}",
-        **results[best].metrics(),
-        "best_lr": rates[best],
-        "top1_by_lr": top1_by_rate,
-    }
+    extra = {"best_lr": rates[best], "top1_by_lr": top1_by_rate}
+    return training_summary("linprobe", plan, seconds, results[best].metrics() | extra)
 
 
 def _features(cfg: DictConfig, task: Linprobe, ranks: Ranks, source: Source, dtype: torch.dtype) -> Features:

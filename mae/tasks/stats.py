@@ -1,11 +1,10 @@
 """Mean and deviation of the training images, for `data.mean` and `data.std`: one pass, shared by all ranks."""
 
-import csv
+import functools
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -14,64 +13,60 @@ from mae import data
 from mae.config.build import build
 from mae.data.dataset import Bad
 from mae.data.source import Source
-from mae.data.stats import statistics
+from mae.data.stats import Statistics, statistics
 from mae.data.subsets import reduced
 from mae.data.workers import worker_count
+from mae.distributed.ranks import Ranks
+from mae.runs.summary import Summary, rate
+from mae.tasks.results import write_csv
+from mae.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
-PARTS = 10  # after each of which progress is told
+CHUNKS = 10  # after each of which progress is logged
 
 
-def stats(run: Path, cfg: DictConfig, ranks: Any, tracker: Any) -> dict[str, Any]:
-    """Writes what it finds to the summary, and `bad_files.csv` where images cannot be read.
+def stats(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
+    """Measures all training images, and lists those that cannot be read in `bad_files.csv`.
 
-    Raises ValueError where none can.
+    Raises ValueError where none can be read.
     """
     begun = time.perf_counter()
     tracker.start(0, 0)
     source: Source = reduced(build(data.SOURCES, cfg.data, "train"), cfg.data.fraction, cfg.data.per_class, cfg.seed)
     own = np.arange(ranks.rank, len(source), ranks.world)
-    found = None
-    for part in np.array_split(own, min(PARTS, max(1, len(own)))):
-        more = statistics(source, part, worker_count(cfg.data.num_workers))
-        found = more if found is None else found.merged(more)
+    measured: list[Statistics] = []
+    for chunk in np.array_split(own, min(CHUNKS, max(1, len(own)))):
+        measured.append(statistics(source, chunk, worker_count(cfg.data.num_workers)))
         if ranks.main:
-            done = (found.images + len(found.bad)) * ranks.world
+            done = sum(each.images + len(each.bad) for each in measured) * ranks.world
             log.info("%d of %d images measured", min(done, len(source)), len(source))
-    assert found is not None
-    first, *others = ranks.gather(found)
-    for other in others:
-        first = first.merged(other)
-    if not first.images:
+    of_rank = functools.reduce(Statistics.merged, measured)
+    total = functools.reduce(Statistics.merged, ranks.gather(of_rank))
+    if not total.images:
         raise ValueError(f"none of the {len(source)} images of data.name={cfg.data.name} can be read.")
-    if ranks.main and first.bad:
-        write_bad(run, first.bad)
-        log.warning("%d of %d images cannot be read: see bad_files.csv", len(first.bad), len(source))
-    for channel in np.flatnonzero(np.array(first.std) == 0).tolist():
+    if ranks.main and total.bad:
+        write_bad(run, total.bad)
+        log.warning("%d of %d images cannot be read: see bad_files.csv", len(total.bad), len(source))
+    for channel in np.flatnonzero(np.array(total.std) == 0).tolist():
         log.warning("channel %d has one value in all images, and data.std must be greater than 0", channel)
     seconds = time.perf_counter() - begun
-    return {
-        "task": "stats",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": len(source),
-        "seconds": round(seconds, 2),
-        "images_per_second": round(len(source) / seconds, 1),
-        "checkpoint": None,
-        "mean": first.mean,
-        "std": first.std,
-        "values": first.dtype,
-        "bad": len(first.bad),
-        "use": f"data.mean={shown(first.mean)} data.std={shown(first.std)}",
+    results = {
+        "mean": total.mean,
+        "std": total.std,
+        "values": total.dtype,
+        "bad": len(total.bad),
+        "use": f"data.mean={as_typed(total.mean)} data.std={as_typed(total.std)}",
     }
+    return Summary(
+        "stats", seconds, images_seen=len(source), images_per_second=rate(len(source), seconds), results=results
+    )
 
 
-def shown(values: Sequence[float]) -> str:
+def as_typed(values: Sequence[float]) -> str:
     """A list as it is typed on a command line: five figures, no spaces."""
     return f"[{','.join(f'{value:.5g}' for value in values)}]"
 
 
 def write_bad(run: Path, bad: list[Bad]) -> None:
     """bad_files.csv, as training runs leave it."""
-    with (run / "bad_files.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([(*Bad._fields, "part"), *((*one, "train") for one in sorted(bad))])
+    write_csv(run / "bad_files.csv", (*Bad._fields, "part"), ((*entry, "train") for entry in sorted(bad)))

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from mae import data, device
 from mae.config.build import build, call
@@ -22,28 +23,30 @@ from mae.data.prepare import Prepare
 from mae.data.source import BadImage, Source
 from mae.data.sources.folder import read as read_file
 from mae.data.subsets import Subset
+from mae.distributed.ranks import Ranks
+from mae.models.layers import Block
 from mae.models.mae import MaskedAutoencoder
-from mae.models.masking import mask_noise
+from mae.models.masking import MaskName, mask_noise
 from mae.runs.files import write_text
+from mae.runs.summary import Summary
 from mae.tasks import images as pictures
 from mae.tasks.evaluate import load_classifier
 from mae.tasks.init_weights import need_init, read_from, warn_of_statistics
+from mae.tracking.base import Tracker
 from mae.weights.load import LoadReport, load_pretrained
 from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
 
 
-class Given:
-    """Image files that were named one by one, as a source."""
-
-    labels, classes = None, ()
+class NamedFiles(Source):
+    """Image files that are named one by one."""
 
     def __init__(self, files: list[str], decoder: Decoder):
         for file in files:
             if not Path(file).expanduser().is_file():
                 raise ValueError(f"task.files names {file}, which does not exist.")
-        self.files, self.decoder = files, decoder
+        self.files, self.decoder, self.classes = files, decoder, []
 
     def __len__(self) -> int:
         return len(self.files)
@@ -61,22 +64,22 @@ class Given:
 def visualize(
     run: Path,
     cfg: DictConfig,
-    ranks: Any,
-    tracker: Any,
+    ranks: Ranks,
+    tracker: Tracker,
     *,
     files: list[str] | None,
     num_images: Annotated[int, "[1, inf)"],
     mask_ratios: list[Annotated[float, "(0, 1)"]],
-    masks: list[Literal["random", "block", "grid"]],
+    masks: list[MaskName],
     reconstruction: bool,
     attention: bool,
     norm_pix_loss: bool | None,
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
-) -> dict[str, Any]:
-    """PNGs in `images/` and all of them in one page, `visualize.html`. One rank draws."""
+) -> Summary:
+    """PNGs in `images/` and all of them in one page, `visualize.html`. Rank 0 makes them."""
     begun = time.perf_counter()
     tracker.start(0, 0)
-    drawn: dict[str, Path] = {}
+    written: dict[str, Path] = {}  # title -> file
     checkpoint = need_init(cfg)
     if ranks.main:
         pretrained = read_pretrained(checkpoint)
@@ -84,7 +87,7 @@ def visualize(
         warn_of_statistics(cfg, pretrained)
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
-        images, names = chosen(cfg, files, num_images)
+        images, names = chosen_images(cfg, files, num_images)
         images = prepare(images.to(ranks.device))
         with torch.no_grad(), device.autocast(dtype, ranks.device):
             if reconstruction:
@@ -94,38 +97,34 @@ def visualize(
                         rows = reconstruct(model, images, kind, ratio, cfg.seed)
                         path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
                         pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
-                        drawn[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
+                        written[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
-                model = attending(cfg, pretrained).to(ranks.device)
+                model = attention_network(cfg, pretrained).to(ranks.device)
                 maps = class_attention(model, images)
                 path = run / "images" / "attention.png"
                 pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
-                drawn["Attention of the class token in the last block: mean and single heads"] = path
-        for title, path in drawn.items():
+                written["Attention of the class token in the last block: mean and single heads"] = path
+        for title, path in written.items():
             tracker.picture(path.stem, path, 0, title)
-        write_text(run / "visualize.html", page(cfg, pretrained.kind, names, drawn))
+        write_text(run / "visualize.html", page(cfg, pretrained.kind, names, written))
     ranks.barrier()
-    return {
-        "task": "visualize",
-        "steps": 0,
-        "epochs": 0,
-        "images_seen": len(files) if files else num_images,
-        "seconds": round(time.perf_counter() - begun, 2),
-        "images_per_second": None,
-        "checkpoint": checkpoint,
-        "page": "visualize.html",
-        "pictures": sorted(str(path.relative_to(run)) for path in drawn.values()),
-    }
+    paths = sorted(str(path.relative_to(run)) for path in written.values())
+    return Summary(
+        "visualize",
+        time.perf_counter() - begun,
+        images_seen=len(files) if files else num_images,
+        checkpoint=checkpoint,
+        results={"page": "visualize.html", "pictures": paths},
+    )
 
 
-def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor, list[str]]:
-    """The images to draw (B, C, H, W) as the source has them, and their names: given files, or images spread
-    evenly over the validation set."""
+def chosen_images(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor, list[str]]:
+    """Images (B, C, H, W) as the source has them, and their names: of `files`, or spread over the validation set."""
     if files:
         decoder = Decoder(
             cfg.data.in_chans, cfg.data.get("exif_orientation", False), cfg.data.get("max_pixels", 1 << 28)
         )
-        source: Source = Given(files, decoder)  # type: ignore[assignment]
+        source: Source = NamedFiles(files, decoder)
     else:
         whole: Source = build(data.SOURCES, cfg.data, "val")
         source = Subset(whole, np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)))
@@ -137,20 +136,22 @@ def chosen(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor
 def load_autoencoder(
     cfg: DictConfig, pretrained: PretrainedWeights, norm_pix_loss: bool | None, need_decoder: bool
 ) -> tuple[MaskedAutoencoder, LoadReport]:
-    """The masked autoencoder in a checkpoint, and what of it was loaded. Raises ValueError where its decoder is needed
-    and is not there, does not fit, or does not say what it predicts."""
-    told = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    if told is None and pretrained.has_decoder and need_decoder:
+    """The masked autoencoder in a checkpoint, and what of it was loaded.
+
+    Raises ValueError where its decoder is needed and is absent, does not fit, or does not say what it predicts.
+    """
+    normalised = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
+    if normalised is None and pretrained.has_decoder and need_decoder:
         raise ValueError(
             f"init={pretrained.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true "
             "or false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
         )
-    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(told))
+    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(normalised))
     report = load_pretrained(model, pretrained, need_decoder=need_decoder, trained=False)
     return model.eval(), report
 
 
-def attending(cfg: DictConfig, pretrained: PretrainedWeights) -> Any:
+def attention_network(cfg: DictConfig, pretrained: PretrainedWeights) -> MaskedAutoencoder | VisionTransformer:
     """The network whose class token's attention is drawn. Raises ValueError where there is none."""
     if not pretrained.has_class_token:
         raise ValueError(
@@ -162,23 +163,24 @@ def attending(cfg: DictConfig, pretrained: PretrainedWeights) -> Any:
     return load_classifier(cfg, pretrained, 0)
 
 
-def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: Any, ratio: float, seed: int) -> dict[str, Tensor]:
+def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: MaskName, ratio: float, seed: int) -> dict[str, Tensor]:
     """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
     noise = mask_noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
     pred, mask = model.predict(images, ratio, noise)
     return pictures.reconstruction_rows(model, images, pred.float(), mask)
 
 
-def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+def class_attention(model: MaskedAutoencoder | VisionTransformer, images: Tensor) -> Tensor:
     """Attention (B, heads, L) of the class token to the patches in the last block, summing to at most 1."""
-    block: Any = model.blocks[-1]  # type: ignore[index]
-    seen: list[Tensor] = []
-    hook = block.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    block = list(model.blocks)[-1]
+    assert isinstance(block, Block)
+    inputs: list[Tensor] = []
+    hook = block.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     try:
-        model.forward_features(images)  # type: ignore[operator]
+        model.forward_features(images)
     finally:
         hook.remove()
-    projected = block.attn.qkv(block.norm1(seen[0])).chunk(3, -1)
+    projected = block.attn.qkv(block.norm1(inputs[0])).chunk(3, -1)
     q, k, _ = (t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in projected)
     weights = (q[:, :, :1].float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
     return weights.softmax(-1)[:, :, 0, 1:]
@@ -198,10 +200,10 @@ def attention_rows(images: Tensor, maps: Tensor, grid: tuple[int, int], most: in
     return {"image": rgb, "mean": overlay(maps.mean(1)), **heads}
 
 
-def page(cfg: DictConfig, kind: str, names: list[str], drawn: Mapping[str, Path]) -> str:
+def page(cfg: DictConfig, kind: str, names: list[str], files: Mapping[str, Path]) -> str:
     """One HTML page with the pictures in it, that needs no other file."""
     sections = []
-    for title, path in drawn.items():
+    for title, path in files.items():
         picture = base64.b64encode(path.read_bytes()).decode()
         sections.append(
             f"<h2>{html.escape(title)}</h2>\n<img alt='{html.escape(title)}' src='data:image/png;base64,{picture}'>"
