@@ -164,10 +164,11 @@ def test_everything_arrives_online_and_a_resumed_run_goes_on(service, tmp_path):
 TALK = """
 import sys, time
 from pathlib import Path
-from mae.tracking.wandb import wandb_tracker
-given = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[], artifacts=False, alerts=True)
+from mae.tracking.wandb import WandbSettings, wandb_tracker
+labels = dict(project="mae", entity=None, group=None, job_type=None, notes=None, tags=[])
+settings = WandbSettings(mode="online", timeout_s=float(sys.argv[2]), artifacts=False, alerts=True, **labels)
 begin = time.monotonic()
-tracker = wandb_tracker(Path(sys.argv[1]), {}, mode="online", timeout_s=float(sys.argv[2]), **given)
+tracker = wandb_tracker(Path(sys.argv[1]), {}, settings=settings)
 for step, loss in enumerate(range(int(sys.argv[3]))):
     tracker.log({"step": step, "images_seen": step, "epoch": 0.0, "loss": loss})
     if sys.argv[4:] and step == 1:

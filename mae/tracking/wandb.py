@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mae.runs.checkpoints import BEST, checkpoints_of
 from mae.runs.files import write_text
@@ -28,13 +29,27 @@ START_S = 30.0  # seconds that a run's start waits for the service, before it is
 CALL_S = 10.0  # that a single call, such as an alert, may take
 
 
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """The settings of W&B. conf/wandb/off.yaml explains each and holds its default."""
+
+    mode: Literal["online", "offline", "off"]
+    project: str
+    entity: str | None
+    group: str | None
+    job_type: str | None
+    notes: str | None
+    tags: list[str]
+    artifacts: bool
+    alerts: bool
+    timeout_s: Annotated[float, "(0, inf)"]
+
+
 class WandB(Tracker):
     """One W&B run of a run's directory, however often it is started again."""
 
-    def __init__(
-        self, run: Path, config: Mapping[str, object], settings: Mapping[str, Any], artifacts: bool, alerts: bool
-    ):
-        self.run, self.artifacts, self.alerts = run, artifacts, alerts
+    def __init__(self, run: Path, config: Mapping[str, object], settings: WandbSettings):
+        self.run, self.settings = run, settings
         self.agent = AGENT in os.environ
         self.wandb = start_run(run, config, settings)
         define = self.wandb.define_metric
@@ -63,15 +78,15 @@ class WandB(Tracker):
 
     def event(self, text: str, step: int | None) -> None:
         title = text.split(":", 1)[0]
-        if self.alerts and title in ("diverged", "failed"):
+        if self.settings.alerts and title in ("diverged", "failed"):
             self.wandb.alert(title, text)
 
     def finish(self, summary: Mapping[str, object], failed: bool) -> None:
         # `loss` is the training's
         self.wandb.summary.update({"final_loss" if key == "loss" else key: value for key, value in summary.items()})
-        if self.artifacts:
+        if self.settings.artifacts:
             self._keep_checkpoints(summary)
-        if self.alerts and not failed:
+        if self.settings.alerts and not failed:
             numbers = {key: summary[key] for key in METRICS if isinstance(summary.get(key), int | float)}
             result = next((f"{key} {value:.4g}" for key, value in numbers.items()), "")
             self.wandb.alert("finished", f"{self.run.name} {result}".strip())
@@ -108,55 +123,47 @@ def run_id(run: Path) -> str:
     return name
 
 
-def start_run(run: Path, config: Mapping[str, object], settings: Mapping[str, Any]) -> "Run":
+def start_run(run: Path, config: Mapping[str, object], settings: WandbSettings) -> "Run":
     """The W&B run of this directory; offline where the service does not answer or refuses."""
     import wandb
 
-    options: dict[str, Any] = {"dir": str(run), "config": dict(config), "name": run.name, "resume": "allow", **settings}
-    if AGENT not in os.environ:
-        options["id"] = run_id(run)
-    if options["mode"] == "online":
+    timeout_s = settings.timeout_s
+    limits = wandb.Settings(
+        init_timeout=min(START_S, timeout_s),
+        finish_timeout=timeout_s,
+        x_graphql_timeout_seconds=min(CALL_S, timeout_s),  # an alert that is not taken would hold up the end
+        x_graphql_retry_max=1,
+    )
+
+    def start(mode: Literal["online", "offline"]) -> "Run":
+        return wandb.init(
+            mode=mode,
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            job_type=settings.job_type,
+            notes=settings.notes,
+            tags=settings.tags,
+            id=None if AGENT in os.environ else run_id(run),
+            dir=str(run),
+            config=dict(config),
+            name=run.name,
+            resume="allow",
+            settings=limits,
+        )
+
+    if settings.mode == "online":
         try:
-            return wandb.init(**options)
+            return start("online")
         except Exception as error:  # never fatal
             trouble = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             wandb.teardown()  # the client holds on to the id otherwise
         log.warning(
             "W&B cannot be used (%s): the run is recorded offline; wandb sync %s/wandb/* sends it", trouble, run
         )
-        options["mode"] = "offline"
-    return wandb.init(**options)
+    return start("offline")
 
 
-def wandb_tracker(
-    run: Path,
-    config: Mapping[str, object],
-    *,
-    mode: Literal["online", "offline", "off"],
-    project: str,
-    entity: str | None,
-    group: str | None,
-    job_type: str | None,
-    notes: str | None,
-    tags: list[str],
-    artifacts: bool,
-    alerts: bool,
-    timeout_s: Annotated[float, "(0, inf)"],
-) -> Tracker:
+def wandb_tracker(run: Path, config: Mapping[str, object], *, settings: WandbSettings) -> Tracker:
     """The W&B tracker, or none for `mode: off`."""
-    if mode == "off":
-        return Tracker()
-
-    def build() -> Tracker:
-        import wandb
-
-        limits = wandb.Settings(
-            init_timeout=min(START_S, timeout_s),
-            finish_timeout=timeout_s,
-            x_graphql_timeout_seconds=min(CALL_S, timeout_s),  # an alert that is not taken would hold up the end
-            x_graphql_retry_max=1,
-        )
-        labels = {"project": project, "entity": entity, "group": group, "job_type": job_type, "notes": notes}
-        return WandB(run, config, {"mode": mode, "tags": tags, "settings": limits, **labels}, artifacts, alerts)
-
-    return NonFatal(build, "W&B")
+    return Tracker() if settings.mode == "off" else NonFatal(lambda: WandB(run, config, settings), "W&B")
