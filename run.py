@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
 if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP's threads spin for long while they wait, and starve others on shared
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # cores; not to spin at all halves the speed on idle ones
@@ -24,7 +23,7 @@ from mae.config import from_run, sweep_names  # noqa: E402
 from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import chosen_groups  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
-from mae.errors import UserError  # noqa: E402
+from mae.errors import DEBUG, UserError  # noqa: E402
 from mae.launch import errors, launch, pipeline, prepare  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
 
@@ -43,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     try:
         code = run(cfg)
     except Exception as error:
-        if TRACEBACK:
+        if DEBUG:
             raise
         sys.stderr.write(f"{errors.explain(error)}\n")
         code = 1
@@ -104,7 +103,7 @@ def start() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if TRACEBACK:
+        if DEBUG:
             raise
         sys.stderr.write(f"{errors.explain(error)}\n")
         return 1

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from mae.errors import UserError
 from mae.tasks.registry import TASKS
 
 
@@ -69,18 +70,18 @@ def micro_batch(batch_size: int, devices: int, micro_batch_size: int | Literal["
 
 
 def check_batches(plan: Plan, task: Mapping[str, Any], repeats: int) -> None:
-    """Raises ValueError where a batch of this run, most often an epoch's last one, is of a size that the task cannot
+    """Raises UserError where a batch of this run, most often an epoch's last one, is of a size that the task cannot
     train on."""
     held, keep = plan.held(repeats), "task.drop_last=true or another task.batch_size"
     of = f"({plan.images} images in steps of {plan.batch_size} on {plan.devices} device{'s' * (plan.devices > 1)})"
     odd = sorted(size for size in held if size % 2)
     if odd and mixes(task):
-        raise ValueError(
+        raise UserError(
             f"task.mixup and task.cutmix mix images in pairs, and a batch of {odd[0]} comes in each epoch {of}: choose "
             f"{keep}, or set task.mixup=0 task.cutmix=0."
         )
     if min(held) < TASKS[task["name"]].smallest_batch:
-        raise ValueError(
+        raise UserError(
             f"task={task['name']} normalises over a batch, and one of a single image comes in each epoch {of}: choose "
             f"{keep}."
         )
@@ -92,10 +93,10 @@ def mixes(task: Mapping[str, Any]) -> bool:
 
 
 def steps_in_epoch(images: int, batch_size: int, drop_last: bool) -> int:
-    """Optimizer steps of one pass. Raises ValueError where there would be none."""
+    """Optimizer steps of one pass. Raises UserError where there would be none."""
     steps = images // batch_size if drop_last else math.ceil(images / batch_size)
     if not steps:
-        raise ValueError(
+        raise UserError(
             f"task.batch_size={batch_size} is larger than the training set ({images} images) and task.drop_last "
             "is true: choose a smaller batch or task.drop_last=false."
         )

@@ -302,11 +302,13 @@ def test_the_traceback_of_a_failure_is_in_log_txt(tmp_path, monkeypatch):
         raise ZeroDivisionError("a bug of ours")
 
     monkeypatch.setattr(Pretrain, "forward", broken)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         run_here(tmp_path, *TINY_PRETRAIN)
     log = (tmp_path / "log.txt").read_text()
     assert "rank 0 failed" in log and "a bug of ours" in log and "Traceback" in log
-    assert "log.txt" in errors.explain(ZeroDivisionError("a bug of ours"))
+    told = errors.explain(caught.value)
+    assert told.startswith("This is a bug: ZeroDivisionError: a bug of ours (tests/test_engine.py:"), told
+    assert f", in broken). The traceback is in {tmp_path / 'log.txt'};" in told
 
 
 def test_the_micro_batch_may_change_between_two_starts(tmp_path):

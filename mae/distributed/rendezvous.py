@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mae.device import out_of_memory
+from mae.errors import UserError
 
 PEER = re.compile(r"connection (closed|reset|refused|was|broken)|broken pipe|timed out|socket|gloo|nccl", re.I)
 
 
-class Absent(RuntimeError):
+class Absent(UserError):
     """Some ranks did not come to the rendezvous in time."""
 
     def __init__(self, missing: list[int], address: str, seconds: float):

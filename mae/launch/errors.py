@@ -3,6 +3,7 @@
 import re
 import shlex
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
@@ -11,7 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mae import limits
 from mae.config.overrides import assignment, parsed
 from mae.config.values import near
+from mae.errors import DEBUG, UserError, bug_report, explain_bug, is_bug
 from mae.runs.file_system import full_disk
+from mae.runs.layout import LOG
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -20,24 +23,32 @@ if TYPE_CHECKING:
 class RankFailed(RuntimeError):
     """One of several processes of a run failed: which, and why."""
 
-    def __init__(self, rank: int, failure: "ProcessFailure"):
-        message = failure.message
-        reason = str(message.get("message", message) if isinstance(message, dict) else message).strip()
+    def __init__(self, rank: int, failure: "ProcessFailure", run: Path):
+        message, trace = failure.message, ""
+        if isinstance(message, dict):
+            trace = str(message.get("extraInfo", {}).get("py_callstack", ""))
+            message = message.get("message", "")
+        name = str(message).strip()  # as `TypeError: text`
+        mistakes = ("UserError", *(kind.__name__ for kind in UserError.__subclasses__()))
+        if name.startswith(tuple(f"{kind}: " for kind in mistakes)):
+            super().__init__(name.split(": ", 1)[1])
+            return
         if failure.exitcode < 0:
-            reason = f"it was killed by {signal.Signals(-failure.exitcode).name}"
-        elif reason.startswith("To enable traceback"):  # it left no error behind
-            reason = f"it exited with code {failure.exitcode}; its last output stands above or in its log"
-        user_error = reason.startswith(("ValueError: ", "UserError: "))
-        super().__init__(reason.split(": ", 1)[1] if user_error else f"Process {rank} of the run failed: {reason}")
+            name = f"it was killed by {signal.Signals(-failure.exitcode).name}"
+        elif not trace:  # it left no error behind
+            name = f"it exited with code {failure.exitcode}; its last output stands above or in its log"
+        elif is_bug(name):
+            name = trace if DEBUG else bug_report(name, trace, run / LOG)
+        super().__init__(f"Process {rank} of the run failed: {name}")
 
 
 def explain(error: BaseException) -> str:
-    """An error in a plain sentence or two. The traceback of one that is no user's mistake is in the run's log.txt."""
+    """An error in a plain sentence or two; that of a bug says where its traceback is."""
     text = str(error)
-    if not isinstance(error, ValueError) and (limit := limits.limit_reached(error)):
+    if not isinstance(error, UserError) and (limit := limits.limit_reached(error)):
         return limit
     if full := full_disk(error):
-        return text if isinstance(error, ValueError) else full
+        return text if isinstance(error, UserError) else full
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         known = [str(option) for option in error.options or []]
@@ -47,12 +58,13 @@ def explain(error: BaseException) -> str:
         return _unreadable(str(error.override))
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _composition(text, error)
-    if isinstance(error, ValueError | RankFailed):
+    if isinstance(error, UserError | RankFailed):
         return text
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
-    name = type(error).__name__
-    return f"{name}: {text or 'no message'}. The traceback is in the run's log.txt, or printed with HYDRA_FULL_ERROR=1."
+    if getattr(error, "lost_peer", False):
+        return f"Another process of the run is gone, or never came: {text.splitlines()[0]}"
+    return explain_bug(error)
 
 
 def _unreadable(override: str) -> str:

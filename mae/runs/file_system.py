@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from mae.errors import UserError
 from mae.runs.locks import flock_error
 
 T = TypeVar("T")
@@ -139,6 +140,6 @@ def _step(what: str, run: Path, deed: Callable[[], T]) -> T:
     try:
         return deed()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             full_disk(error) or f"output_dir: {what} in {run} ({error.strerror}). Choose another output_dir."
         ) from error

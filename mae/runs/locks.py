@@ -20,6 +20,8 @@ from typing import Any
 
 import filelock
 
+from mae.errors import UserError
+
 log = logging.getLogger(__name__)
 
 _WARNED: set[int] = set()  # disks
@@ -78,7 +80,7 @@ def is_free(path: Path) -> bool:
 def held_run(run: Path) -> Iterator[None]:
     """Within, this process alone writes into a run's directory; it may enter several times.
 
-    Raises ValueError that says which other process does. An attempt of a job waits for an older one to end, and goes
+    Raises UserError that says which other process does. An attempt of a job waits for an older one to end, and goes
     on beside one that does not: `mae.runs.attempt` keeps that one from writing.
     """
     lock = file_lock(run / RUN, 0, shared=True)
@@ -88,7 +90,7 @@ def held_run(run: Path) -> Iterator[None]:
     except filelock.Timeout:
         other = present_holder(run)
         if attempt is None or other.get("attempt") is None:
-            raise ValueError(in_use(run, other, lock)) from None
+            raise UserError(in_use(run, other, lock)) from None
         log.warning("an older attempt of this job (%s) is still alive on %s", other["attempt"], other.get("host"))
         yield
         return

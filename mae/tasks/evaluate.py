@@ -18,6 +18,7 @@ from mae.data.prepare import Prepare
 from mae.data.source import Source
 from mae.data.sources.robustness import Robustness, corruption_errors, synsets
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.metrics import Collector, Results
 from mae.models.vit import classifier
 from mae.runs.summary import Summary, rate
@@ -96,15 +97,15 @@ def evaluate(
 
 
 def need_parquet() -> None:
-    """Raises ValueError where the package that writes Parquet is not installed."""
+    """Raises UserError where the package that writes Parquet is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise ValueError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
+        raise UserError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
 
 
 def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> VisionTransformer:
-    """The classifier in a checkpoint, with as many classes as it has. Raises ValueError where there is none."""
+    """The classifier in a checkpoint, with as many classes as it has. Raises UserError where there is none."""
     head = pretrained.head
     count, pool = (head.classes, head.pool) if head else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
@@ -117,11 +118,11 @@ def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int
 def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str] | None) -> np.ndarray:
     """The model's class of each of the data's classes: by name where both are known, else by order.
 
-    Raises ValueError where labels are missing or the classes do not correspond.
+    Raises UserError where labels are missing or the classes do not correspond.
     """
     need_labels(cfg, source, "validation")
     if isinstance(source, Robustness) and classes != len(source.classes):
-        raise ValueError(
+        raise UserError(
             f"init={cfg.init} knows {classes} classes, but this data is labelled by ImageNet's 1000: evaluate a "
             "classifier of ImageNet-1k on it."
         )
@@ -130,7 +131,7 @@ def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str
         number = {name: k for k, name in enumerate(known)}
         return np.array([number[name] for name in source.classes], np.int64)
     if len(source.classes) != classes:
-        raise ValueError(
+        raise UserError(
             f"init={cfg.init} knows {classes} classes, but data.name={cfg.data.name} holds {len(source.classes)}: "
             "evaluate on data with the classes it was trained on."
         )

@@ -13,6 +13,7 @@ from mae.config.from_run import run_of
 from mae.data.crops import pair
 from mae.data.transforms import kept_fraction
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
 from mae.runs.summary import Summary
@@ -83,17 +84,17 @@ def autoencoder(
 ) -> tuple[MaskedAutoencoder, bool]:
     """The masked autoencoder in a checkpoint, and whether its decoder has random weights.
 
-    Raises ValueError where weights of the encoder are missing.
+    Raises UserError where weights of the encoder are missing.
     """
     if need_decoder and not pretrained.has_decoder:
-        raise ValueError(
+        raise UserError(
             f"init={pretrained.path} ({pretrained.kind}) holds no decoder, which Hugging Face's ViTMAE has: choose "
             "task.format=timm, which takes the encoder alone."
         )
     model, report = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder)
     decoder = model.decoder_keys()
     if lacking := [name for name in report.fresh if name not in decoder]:
-        raise ValueError(
+        raise UserError(
             f"init={pretrained.path} ({pretrained.kind}) lacks {', '.join(lacking)}, which the exported network would "
             "have: fine-tune it first, and export that run."
         )
@@ -112,13 +113,13 @@ def restore_eps(pretrained: PretrainedWeights, model: nn.Module) -> None:
 
 
 def check_grid(pretrained: PretrainedWeights, grid: tuple[int, int], cfg: DictConfig) -> None:
-    """Raises ValueError where the weights are of another image size: an export keeps their bits."""
+    """Raises UserError where the weights are of another image size: an export keeps their bits."""
     table = pretrained.position_table("pos_embed", grid) if "pos_embed" in pretrained.state else None
     theirs = None if table is None else pretrained.grid(table.shape[1] - 1, grid)
     if theirs is not None and theirs != tuple(grid):
         size = [side * patch for side, patch in zip(theirs, pair(cfg.model.patch_size), strict=True)]
         typed = size[0] if size[0] == size[1] else f"[{size[0]},{size[1]}]"
-        raise ValueError(
+        raise UserError(
             f"init={pretrained.path} ({pretrained.kind}) is for {theirs[0]} x {theirs[1]} patches, and the model for "
             f"{grid[0]} x {grid[1]} (model.img_size={cfg.model.img_size}): choose the data that it was trained on "
             f"(data=NAME brings size, mean and std), and model.img_size={typed} where it is not theirs."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mae.config.build import call
 from mae.data.source import Source
 from mae.distributed.fsdp import load_weights, local_shard
+from mae.errors import UserError
 from mae.models.vit import classifier
 from mae.tasks.classify import Classify
 from mae.tasks.init_weights import warn_of_statistics
@@ -73,7 +74,7 @@ class Finetune(Classify):
                 warn_of_statistics(cfg, pretrained)
             self.model.load_state_dict(self.live.state_dict())
         elif cfg.task.finetune_blocks is not None:
-            raise ValueError(
+            raise UserError(
                 f"task.finetune_blocks={cfg.task.finetune_blocks:g} trains the last blocks of a network that init= "
                 "gives: set init, or task.finetune_blocks=null to train from scratch."
             )
@@ -125,11 +126,11 @@ class Finetune(Classify):
 def freeze(model: VisionTransformer, blocks: float) -> None:
     """Leaves only the last `blocks` blocks, the final norm and the head to be trained (paper, figure 9).
 
-    Half a block is its MLP with its norm; 0 is the head alone. Raises ValueError for another fraction, or
+    Half a block is its MLP with its norm; 0 is the head alone. Raises UserError for another fraction, or
     more blocks than there are.
     """
     if blocks % 0.5 or blocks > len(model.blocks):
-        raise ValueError(
+        raise UserError(
             f"task.finetune_blocks must be a multiple of 0.5 and at most model.depth={len(model.blocks)}, "
             f"got {blocks:g}."
         )

@@ -18,15 +18,16 @@ from mae.data.prepare import top_of
 from mae.data.source import BadImage, Source
 from mae.data.transforms import kept_fraction
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.weights.read import PretrainedWeights
 
 log = logging.getLogger(__name__)
 
 
 def need_init(cfg: DictConfig) -> str:
-    """`init`. Raises ValueError where it is not given."""
+    """`init`. Raises UserError where it is not given."""
     if problem := missing_init(cfg.task.name, cfg.init):
-        raise ValueError(problem)
+        raise UserError(problem)
     return cfg.init
 
 
@@ -37,9 +38,9 @@ def read_from(cfg: DictConfig, pretrained: PretrainedWeights) -> str:
 
 
 def same_weights(ranks: Ranks, model: nn.Module) -> None:
-    """Raises ValueError where ranks have read different weights, of a run that was just going on."""
+    """Raises UserError where ranks have read different weights, of a run that was just going on."""
     if ranks.world > 1 and len(set(ranks.gather(weights_digest(model.state_dict())))) > 1:
-        raise ValueError(
+        raise UserError(
             "init= names a run that goes on meanwhile, and ranks have read different checkpoints: name one of them, as "
             "init=RUN/checkpoints/STEP."
         )

@@ -26,6 +26,7 @@ from mae.data.stats import Statistics, class_counts, contact_sheet, loading_spee
 from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import classifier
 from mae.runs.summary import Summary
@@ -120,11 +121,11 @@ def write_classes(run: Path, train_set: Source, val_set: Source) -> dict[str, ob
 
 
 def measure(run: Path, cfg: DictConfig, source: Source, count: int) -> dict[str, object]:
-    """Sizes, mean and deviation of `count` training images. Raises ValueError where none can be read."""
+    """Sizes, mean and deviation of `count` training images. Raises UserError where none can be read."""
     indices = np.random.default_rng(cfg.seed).permutation(len(source))[:count]
     stats = statistics(source, indices, worker_count(cfg.data.num_workers))
     if not stats.images:
-        raise ValueError(f"none of the {len(indices)} images of data.name={cfg.data.name} that were tried can be read.")
+        raise UserError(f"none of the {len(indices)} images of data.name={cfg.data.name} that were tried can be read.")
     if stats.bad:
         write_bad(run, stats.bad)
         share = len(stats.bad) / len(indices)

@@ -17,6 +17,7 @@ from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.runs.summary import Summary, rate
 from mae.tasks.base import Autocast
 from mae.tasks.batches import both_sets, eval_loader, sent
@@ -56,9 +57,9 @@ class Neighbours:
 
 
 def check_neighbours(key: str, k: int, images: int) -> None:
-    """Raises ValueError where there are fewer images than neighbours."""
+    """Raises UserError where there are fewer images than neighbours."""
     if k > images:
-        raise ValueError(f"{key}={k} asks for that many neighbours, and there are {images} training images.")
+        raise UserError(f"{key}={k} asks for that many neighbours, and there are {images} training images.")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from mae.config.from_run import run_of
 from mae.data.source import Source
 from mae.data.subsets import reduced
+from mae.errors import UserError
 from mae.runs.files import write_json
 
 log = logging.getLogger(__name__)
@@ -18,17 +19,17 @@ CLASSES = "classes.json"  # in a classifier's run: names in the order of its log
 
 
 def need_labels(cfg: DictConfig, source: Source, split: str) -> np.ndarray:
-    """The labels (N,) of a data set. Raises ValueError where any is missing."""
+    """The labels (N,) of a data set. Raises UserError where any is missing."""
     labels = source.labels
     if labels is None or not source.classes:
-        raise ValueError(
+        raise UserError(
             f"task={cfg.task.name} needs labels, and the {split} images of data.name={cfg.data.name} have none: "
             "put them in one sub-folder a class, or choose labelled data."
         )
     if len(labels) and int(labels.min()) < 0:
         missing = int((labels < 0).sum())
         example = source.name(int(np.flatnonzero(labels < 0)[0]))
-        raise ValueError(
+        raise UserError(
             f"task={cfg.task.name} needs labels, and {missing} of the {split} images of data.name={cfg.data.name} "
             f"have none, such as {example}."
         )
@@ -36,7 +37,7 @@ def need_labels(cfg: DictConfig, source: Source, split: str) -> np.ndarray:
 
 
 def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
-    """Raises ValueError where a classifier cannot learn from the images.
+    """Raises UserError where a classifier cannot learn from the images.
 
     Labels are missing, a class has no training image, the validation images have a class of their own, or the number
     of classes is not `data.num_classes`.
@@ -46,14 +47,14 @@ def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
     need_labels(cfg, val_set, "validation")
     expected = cfg.data.num_classes
     if expected is not None and expected != len(names):
-        raise ValueError(
+        raise UserError(
             f"data.num_classes={expected}, but data.name={cfg.data.name} holds {len(names)} classes "
             f"({', '.join(names[:3])}...): correct data.num_classes, or data.root."
         )
     if len(names) < 2:
-        raise ValueError(f"data.name={cfg.data.name} holds a single class: a classifier needs two or more.")
+        raise UserError(f"data.name={cfg.data.name} holds a single class: a classifier needs two or more.")
     if unknown := [name for name in val_set.classes if name not in set(names)]:
-        raise ValueError(
+        raise UserError(
             f"the validation images of data.name={cfg.data.name} are of classes that no training image is of: "
             f"{', '.join(unknown[:3])} ({len(unknown)} of {len(val_set.classes)}). Their names must be the same."
         )
@@ -62,7 +63,7 @@ def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
     empty = np.flatnonzero(np.bincount(used, minlength=len(names)) == 0)
     if len(empty):
         few = " that data.fraction and data.per_class leave" if len(used) < len(train_set) else ""
-        raise ValueError(
+        raise UserError(
             f"the class {names[empty[0]]} has no image among the {len(used)} training images{few}"
             + (f" ({len(empty)} classes have none)" if len(empty) > 1 else "")
             + ": add images, remove the class, or raise data.fraction."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mae.config.build import call
 from mae.data.source import Source
+from mae.errors import UserError
 from mae.models.vit import classifier
 from mae.tasks.base import Autocast
 from mae.tasks.classify import Classify
@@ -67,7 +68,7 @@ class Linprobe(Classify):
         """Cross-entropy."""
         features = self.features(batch)
         if len(features) < 2:
-            raise ValueError(
+            raise UserError(
                 "task=linprobe normalises over a batch, and one of a single image came: raise task.batch_size or "
                 "task.micro_batch_size, and keep task.drop_last=true."
             )

@@ -19,6 +19,7 @@ from mae.config.build import build, call
 from mae.data.source import Source
 from mae.data.subsets import reduced
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.metrics import Collector, Results
 from mae.plan import Plan, make_plan, steps_in_epoch
 from mae.runs.summary import Summary
@@ -61,7 +62,7 @@ def probe_features(
 ) -> Summary:
     """Features of centre-cropped images, then a head for each of `learning_rates` (x batch / 256).
 
-    The head that validates best becomes the run's checkpoint. Every rank computes the same heads. Raises ValueError
+    The head that validates best becomes the run's checkpoint. Every rank computes the same heads. Raises UserError
     where the training set is smaller than a batch.
     """
     begun = time.perf_counter()
@@ -74,7 +75,7 @@ def probe_features(
     task.to(ranks.device).eval()
     train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
     if batch_size > len(train_set):
-        raise ValueError(
+        raise UserError(
             f"task.batch_size={batch_size} is larger than the training set ({len(train_set)} images), and the heads on "
             "cached features are trained on whole batches: choose a smaller one."
         )

@@ -17,6 +17,7 @@ from mae.data.stats import Statistics, statistics
 from mae.data.subsets import reduced
 from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.runs.summary import Summary, rate
 from mae.tasks.results import write_csv
 from mae.tracking.base import Tracker
@@ -28,7 +29,7 @@ CHUNKS = 10  # after each of which progress is logged
 def stats(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """Measures all training images, and lists those that cannot be read in `bad_files.csv`.
 
-    Raises ValueError where none can be read.
+    Raises UserError where none can be read.
     """
     begun = time.perf_counter()
     tracker.start(0, 0)
@@ -43,7 +44,7 @@ def stats(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary
     of_rank = functools.reduce(Statistics.merged, measured)
     total = functools.reduce(Statistics.merged, ranks.gather(of_rank))
     if not total.images:
-        raise ValueError(f"none of the {len(source)} images of data.name={cfg.data.name} can be read.")
+        raise UserError(f"none of the {len(source)} images of data.name={cfg.data.name} can be read.")
     if ranks.main and total.bad:
         write_bad(run, total.bad)
         log.warning("%d of %d images cannot be read: see bad_files.csv", len(total.bad), len(source))

@@ -24,6 +24,7 @@ from mae.data.source import BadImage, Source
 from mae.data.sources.folder import read as read_file
 from mae.data.subsets import Subset
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.models.layers import Block
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import MaskName, mask_noise
@@ -45,7 +46,7 @@ class NamedFiles(Source):
     def __init__(self, files: list[str], decoder: Decoder):
         for file in files:
             if not Path(file).expanduser().is_file():
-                raise ValueError(f"task.files names {file}, which does not exist.")
+                raise UserError(f"task.files names {file}, which does not exist.")
         self.files, self.decoder, self.classes = files, decoder, []
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class NamedFiles(Source):
         try:
             return self.decoder(read_file(str(Path(self.files[index]).expanduser()))), -1
         except (BadImage, OSError) as error:
-            raise ValueError(f"task.files: {self.files[index]} cannot be used: {error}.") from error
+            raise UserError(f"task.files: {self.files[index]} cannot be used: {error}.") from error
 
     def name(self, index: int) -> str:
         return Path(self.files[index]).name
@@ -138,11 +139,11 @@ def load_autoencoder(
 ) -> tuple[MaskedAutoencoder, LoadReport]:
     """The masked autoencoder in a checkpoint, and what of it was loaded.
 
-    Raises ValueError where its decoder is needed and is absent, does not fit, or does not say what it predicts.
+    Raises UserError where its decoder is needed and is absent, does not fit, or does not say what it predicts.
     """
     normalised = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
     if normalised is None and pretrained.has_decoder and need_decoder:
-        raise ValueError(
+        raise UserError(
             f"init={pretrained.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true "
             "or false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
         )
@@ -152,9 +153,9 @@ def load_autoencoder(
 
 
 def attention_network(cfg: DictConfig, pretrained: PretrainedWeights) -> MaskedAutoencoder | VisionTransformer:
-    """The network whose class token's attention is drawn. Raises ValueError where there is none."""
+    """The network whose class token's attention is drawn. Raises UserError where there is none."""
     if not pretrained.has_class_token:
-        raise ValueError(
+        raise UserError(
             f"init={pretrained.path} ({pretrained.kind}) has no class token whose attention could be drawn: set "
             "task.attention=false."
         )

@@ -14,6 +14,7 @@ from mae.config.check import with_values
 from mae.config.identity import run_directory
 from mae.data.source import Arrays
 from mae.data.subsets import reduced
+from mae.errors import UserError
 from mae.models.layers import set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward
@@ -111,7 +112,7 @@ def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
         return here, device.number_format(cfg.task.precision, here)
     except ValueError as error:
         if cfg.estimate.tflops is None:
-            raise ValueError(f"{error} To plan for one elsewhere, give its rate: estimate.tflops=300.") from error
+            raise UserError(f"{error} To plan for one elsewhere, give its rate: estimate.tflops=300.") from error
         format = "bf16" if cfg.task.precision == "auto" and cfg.device == "cuda" else cfg.task.precision
         return torch.device(cfg.device), device.FORMATS.get(format, torch.float32)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config.build import call
+from mae.errors import UserError
 from mae.tracking.base import NonFatal, Tracker, Trackers
 from mae.tracking.console import Terminal
 from mae.tracking.jsonl import JsonLines
@@ -14,11 +15,11 @@ from mae.tracking.wandb import wandb_tracker
 
 
 def build_trackers(run: Path, cfg: DictConfig) -> Tracker:
-    """All trackers as one. Raises ValueError where `tensorboard=true` and the package is not installed."""
+    """All trackers as one. Raises UserError where `tensorboard=true` and the package is not installed."""
     members = [JsonLines(run), Terminal(), call(wandb_tracker, cfg.wandb, run, OmegaConf.to_container(cfg))]
     if cfg.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(
+            raise UserError(
                 "tensorboard=true needs the package tensorboard: pip install 'mae-experiments[tensorboard]', or leave "
                 "it out."
             )

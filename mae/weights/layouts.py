@@ -90,7 +90,7 @@ def _fuse_qkv(state: State) -> State:
     for name in [n for n in state if re.search(r"attn\.q\.(weight|bias)$", n)]:
         names = [name.replace("attn.q.", f"attn.{letter}.") for letter in "qkv"]
         if missing := [other for other in names if other not in state]:
-            raise ValueError(f"it is incomplete, having {name} but not {', '.join(missing)}.")
+            raise UserError(f"it is incomplete, having {name} but not {', '.join(missing)}.")
         state[name.replace("attn.q.", "attn.qkv.")] = torch.cat([state.pop(other) for other in names])
     return state
 
@@ -122,7 +122,7 @@ def _native(state: State, args: Args) -> Layout:
         if chunk := re.match(CHUNKED_BLOCK, name):
             groups.setdefault(chunk[2], set()).add(chunk[1])
     if any(len(held) > 1 for held in groups.values()):
-        raise ValueError("its blocks stand in groups that number them anew, which is another kind of network.")
+        raise UserError("its blocks stand in groups that number them anew, which is another kind of network.")
     return Layout("timm", _rename(state, [(CHUNKED_BLOCK, r"blocks.\2.\3")]), [])
 
 
@@ -196,7 +196,7 @@ def _seed_patch(values: int, args: Args) -> tuple[int, int]:
             side = math.isqrt(values // chans)
             if side**2 == values // chans:
                 return side, chans
-    raise ValueError(f"its patches have {values} values, which no square of 1 to 4 channels has.")
+    raise UserError(f"its patches have {values} values, which no square of 1 to 4 channels has.")
 
 
 _PENG = (

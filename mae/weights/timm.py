@@ -22,6 +22,7 @@ from timm.models.vision_transformer import (  # whose layers moved to timm.layer
 )
 from torch import nn
 
+from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.weights.files import Settings
 from mae.weights.names import State
@@ -48,21 +49,19 @@ TRAINING = r"patch_drop|blocks\.\d+\.drop_path[12]"  # modules that act in train
 def network_of(config: Settings) -> nn.Module:
     """The timm model, without memory for its weights, that a hub folder's config.json describes.
 
-    Raises ValueError, a part of a sentence, where timm lacks it or it is no plain vision transformer.
+    Raises UserError, a part of a sentence, where timm lacks it or it is no plain vision transformer.
     """
     name, arguments = str(config["architecture"]).partition(".")[0], config.get("model_args") or {}
     if not timm.is_model(name):
-        raise ValueError(f"its config.json names the architecture {name}, which timm {timm.__version__} does not have")
+        raise UserError(f"its config.json names the architecture {name}, which timm {timm.__version__} does not have")
     if not is_model_in_modules(name, MODULES):
-        raise ValueError(
+        raise UserError(
             f"its config.json names timm's {name}, which is not timm's plain VisionTransformer: only that is computed"
         )
     if not isinstance(arguments, dict):
-        raise ValueError("the model_args of its config.json are not names with values")
+        raise UserError("the model_args of its config.json are not names with values")
     if unknown := arguments.keys() - signature(VisionTransformer).parameters:
-        raise ValueError(
-            f"the model_args of its config.json hold {', '.join(sorted(unknown))}, which is not known here"
-        )
+        raise UserError(f"the model_args of its config.json hold {', '.join(sorted(unknown))}, which is not known here")
     options: dict[str, Any] = {"num_classes": config.get("num_classes", 1000)}
     if isinstance(config.get("global_pool"), str):
         options["global_pool"] = config["global_pool"]
@@ -71,7 +70,7 @@ def network_of(config: Settings) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm {timm.__version__} cannot build {name} with the model_args of its config.json ({error})"
         ) from error
 

@@ -28,7 +28,7 @@ def patch(engine):
     def take_step(t, *rest, **more):
         time.sleep(float(said("pace") or 0))
         if said("raise") == f"{rank} {t.progress.step}":
-            raise RuntimeError("a deliberate mistake")
+            raise {"ValueError": ValueError}.get(said("kind"), RuntimeError)("a deliberate mistake")
         if said("exit") == f"{rank} {t.progress.step}":
             os._exit(3)
         return step(t, *rest, **more)

@@ -76,7 +76,7 @@ class Index:
         return index
 
     def _check(self) -> None:
-        """Raises ValueError where the parts do not belong together, TypeError for a name that is no text."""
+        """Raises UserError where the parts do not belong together, TypeError for a name that is no text."""
         found = self.members
         images = {len(column) for column in (found.offsets, found.sizes, found.labels, found.ends)}
         shards = {len(self.names), len(self.sizes), len(self.counts)}
