@@ -101,7 +101,7 @@ def local(run: Path, *, processes: Annotated[int, "[1, inf)"]) -> int:
             first = read_failure(run)  # the launcher may report a rank whose peer is gone before the peer
             if first is not None and first["rank"] in error.failures and not first["lost_peer"]:
                 rank, failure = first["rank"], error.failures[first["rank"]]
-            raise RankFailed(rank, failure) from error
+            raise RankFailed(rank, failure, run) from error
         except SignalException as error:
             return 128 + error.sigval
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mae.launch.slurm import queue
 from mae.launch.slurm.queue import Job
-from mae.runs.failure import read_failure
+from mae.runs.failure import failure_report, read_failure
 from mae.runs.files import read_json, read_json_lines
 from mae.runs.summary import is_finished
 from mae.tasks.registry import METRICS
@@ -44,7 +44,7 @@ def failure_reason(run: Path) -> str:
     """Why a run failed, in a line, or empty."""
     verdict, failure = read_json(run / "slurm" / "verdict.json"), read_failure(run)
     if failure is not None and not failure["lost_peer"]:
-        return f"rank {failure['rank']}: {failure['error']}"
+        return f"rank {failure['rank']}: {failure_report(run, failure)}"
     if verdict and verdict["action"] in ("failed", "stopped"):
         return verdict["reason"]
     return failure["error"] if failure is not None else ""
