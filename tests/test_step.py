@@ -17,6 +17,7 @@ from mae import device, engine, optim
 from mae.config.build import build, call
 from mae.data import SOURCES
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.models import layers
 from mae.models.layers import Block, attention, set_checkpointing
 from mae.perf import micro_batch
@@ -68,7 +69,7 @@ def test_checkpointing_of_a_run_changes_no_loss(tmp_path, what):
     assert losses(tmp_path / "light") == pytest.approx(losses(tmp_path / what), rel=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "fused"])
+@pytest.mark.parametrize("kernel", ["plain", "fused", "flash", "math"])
 def test_the_attention_kernel_can_be_chosen_and_changes_no_loss(tmp_path, monkeypatch, kernel):
     assert run_here(tmp_path / "auto", *TINY_PRETRAIN) == 0
     used: list[str] = []
@@ -80,7 +81,15 @@ def test_the_attention_kernel_can_be_chosen_and_changes_no_loss(tmp_path, monkey
     monkeypatch.setattr(layers, "attention", noted)
     assert run_here(tmp_path / "chosen", *TINY_PRETRAIN, f"task.attention_kernel={kernel}") == 0
     assert set(used) == {kernel}
+    serving = files.read_json_lines(tmp_path / "chosen" / "environment.jsonl")[-1]["attention"]
+    assert serving == ("flash" if kernel == "fused" else kernel)
+    assert f"attention is computed by: {serving}" in (tmp_path / "chosen" / "log.txt").read_text()
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "chosen"), rel=1e-6)
+
+
+def test_an_attention_backend_of_gpus_alone_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(UserError, match="task.attention_kernel=cudnn needs a GPU: use auto with device=cpu"):
+        run_here(tmp_path, *TINY_PRETRAIN, "task.attention_kernel=cudnn")
 
 
 @pytest.mark.slow

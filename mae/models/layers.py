@@ -1,6 +1,7 @@
 """Layers that every model shares: the transformer block, attention, DropPath, position embeddings."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -9,12 +10,20 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention  # pyright: ignore[reportPrivateImportUsage]
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mae.errors import UserError
-from mae.models.recompute import gelu_linear, norm_linear, plain_attention
+from mae.models.recompute import gelu_linear, norm_linear, plain_attention, product_dtype
 
-Kernel = Literal["plain", "fused"]
+Kernel = Literal["plain", "fused", "flash", "cudnn", "efficient", "math"]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+ON_GPU_ONLY = ("cudnn", "efficient")
 Checkpointing = Literal["none", "light", "blocks"]
 LAYER_NORM_EPS = 1e-6  # everywhere in the paper's models; PyTorch's own default is 1e-5
 LayerNorm: type[nn.LayerNorm] = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)  # type: ignore[assignment]
@@ -23,8 +32,8 @@ LayerNorm: type[nn.LayerNorm] = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)  # typ
 def attention_kernel(q: Tensor) -> Kernel:
     """The faster kernel for queries of this device and dtype.
 
-    Off the CPU it is PyTorch's fused attention (flash on CUDA). On the CPU the fused kernel has no fast
-    path for half precision, where plain batched products win by 2 to 5 times forward and backward.
+    Off the CPU it is PyTorch's fused attention, which chooses a backend itself: cuDNN's on Hopper, else flash. On the
+    CPU that has no fast path for half precision: plain batched products win by 2 to 5 times forward and backward.
     `task.attention_kernel` overrides it.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
@@ -35,12 +44,28 @@ def attention_kernel(q: Tensor) -> Kernel:
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
     """Softmax attention of queries (B, M, H, d) over keys and values (B, N, H, d), gives (B, M, H, d).
 
-    `kernel` overrides `attention_kernel`'s choice. Both kernels compute the same function.
+    `kernel` overrides `attention_kernel`'s choice. All kernels compute the same function.
     """
-    if (kernel or attention_kernel(q)) == "fused":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    kernel = kernel or attention_kernel(q)
+    if kernel == "plain":
+        return plain_attention(q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else nullcontext():
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return plain_attention(q, k, v)
+
+
+def attention_backend(model: nn.Module, device: torch.device, tokens: int) -> str:
+    """The name of what computes attention in `model` for `tokens` tokens, within autocast as in training."""
+    block = blocks_of(model)[0]
+    heads = block.attn.num_heads
+    dtype = product_dtype(torch.empty(0, device=device, dtype=block.norm1.weight.dtype))
+    q = torch.empty(1, tokens, heads, block.norm1.weight.numel() // heads, device=device, dtype=dtype)
+    kernel = block.kernel or attention_kernel(q)
+    if kernel != "fused":
+        return kernel
+    q = q.transpose(1, 2).requires_grad_()
+    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    return next((name for name, backend in BACKENDS.items() if backend == chosen), chosen.name)
 
 
 class DropPath(nn.Module):

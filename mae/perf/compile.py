@@ -15,8 +15,19 @@ from torch import nn
 
 from mae import device as devices
 from mae.distributed.ranks import Ranks
-from mae.models.layers import Block, Checkpointing, Kernel, blocks_of, set_attention_kernel, set_checkpointing
+from mae.errors import UserError
+from mae.models.layers import (
+    ON_GPU_ONLY,
+    Block,
+    Checkpointing,
+    Kernel,
+    attention_backend,
+    blocks_of,
+    set_attention_kernel,
+    set_checkpointing,
+)
 from mae.perf.micro_batch import Search, Trial
+from mae.runs import environment
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +53,14 @@ def accelerate(
     each graph is compiled at the size of the run.
     """
     set_checkpointing(model, checkpointing)
+    if attention_kernel in ON_GPU_ONLY and ranks.device.type != "cuda":
+        raise UserError(f"task.attention_kernel={attention_kernel} needs a GPU: use auto with device=cpu.")
     set_attention_kernel(model, attention_kernel)
+    with trial.autocast():
+        backend = attention_backend(model, ranks.device, 1 + (trial.num_patches or 196))
+    log.info("attention is computed by: %s", backend)
+    if ranks.main:
+        environment.add(run, attention=backend)
     search = Search(run, ranks, trial) if micro_batch_size == "auto" else None
     size = search.run() if search else micro_batch_size
     if compile != "off" and (compile != "auto" or ranks.device.type == "cuda"):

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mae.runs.files import write_text
+
 FILE = "environment.jsonl"  # a line each time the run was started
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
@@ -51,3 +53,11 @@ def keep(run: Path, device: str, cuda: str | None, world: int) -> None:
     """Adds this start to the run's record."""
     with (run / FILE).open("a") as file:
         file.write(json.dumps(environment(device, cuda, world)) + "\n")
+
+
+def add(run: Path, **facts: str) -> None:
+    """Adds facts to the record of this start, which are known once the model is built."""
+    path = run / FILE
+    if path.exists():
+        *earlier, last = path.read_text().splitlines()
+        write_text(path, "\n".join([*earlier, json.dumps(json.loads(last) | facts)]) + "\n")

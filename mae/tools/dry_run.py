@@ -15,7 +15,7 @@ from mae.config.identity import run_directory
 from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
-from mae.models.layers import set_attention_kernel, set_checkpointing
+from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
@@ -89,7 +89,8 @@ def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: t
 
     model = copy.deepcopy(model)
     set_checkpointing(model, cfg.task.checkpointing)
-    fused = cfg.task.attention_kernel == "auto" and target.type != "cpu"
+    elsewhere = cfg.task.attention_kernel == "auto" and target.type != "cpu"
+    fused = elsewhere or cfg.task.attention_kernel in ON_GPU_ONLY
     set_attention_kernel(model, "fused" if fused else cfg.task.attention_kernel)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
