@@ -231,7 +231,7 @@ def set_up(
         restore_weights(restored, task.model)
     if ranks.world > 1:  # a digest of large weights takes seconds
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
-    ranks.shard(task)
+    ranks.shard(task, dtype)
     micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load_training(run, cfg, ranks, train_set, task.num_patches, micro)
     images = fingerprint(loader.source)

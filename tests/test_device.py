@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mae import device
 from mae.distributed.ranks import check_own_gpu
@@ -112,7 +112,7 @@ def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one_it_sees(gpus):
 
 def test_two_processes_with_the_same_gpu_are_refused(gpus, monkeypatch):
     gpus((9, 0), count=1)
-    store, gpu = dist.HashStore(), torch.device("cuda", 0)
+    store, gpu = HashStore(), torch.device("cuda", 0)
     check_own_gpu(store, 0, gpu)
     with pytest.raises(UserError, match="processes 0 and 1 have the same GPU"):
         check_own_gpu(store, 1, gpu)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.distributed.rendezvous import lost_peer
 from mae.launch import launch
+from mae.models.layers import blocks_of
 from mae.models.mae import MaskedAutoencoder
 from mae.runs import checkpoints, files
 from mae.tracking import jsonl
@@ -45,8 +47,6 @@ def rank_main(rank: int, world: int, port: int, folder: str, work: Callable[[int
 
 def on_ranks(world: int, folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
     """What `work` returns on each of `world` real processes."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -325,7 +325,8 @@ def test_a_validation_leaves_no_order_of_gathering_behind():
     try:
         cfg = composed(*TINY_PRETRAIN)
         made = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
-        model, images = shard(made, torch.device("cpu")), torch.randn(2, 3, 16, 16)
+        model, images = made, torch.randn(2, 3, 16, 16)
+        shard(model, torch.device("cpu"), torch.float32, 1)
         model(images, 0.75).loss.backward()  # as the loop begins
         with whole(model), torch.no_grad():
             model(images, 0.75)
@@ -337,13 +338,54 @@ def test_a_validation_leaves_no_order_of_gathering_behind():
         dist.destroy_process_group()
 
 
+def test_blocks_gather_half_weights_and_reduce_in_float32():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cfg = composed(*TINY_PRETRAIN)
+        model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+        block = blocks_of(model)[0]
+        shard(model, torch.device("cpu"), torch.bfloat16, 1)
+        dtypes: list[torch.dtype] = []
+        block.attn.register_forward_hook(lambda *_: None)
+        block.norm1.register_forward_pre_hook(lambda *_: None)
+        forward = block._forward
+
+        def noted(x, first):
+            dtypes.extend([x.dtype, block.attn.qkv.weight.dtype, block.norm1.weight.dtype])
+            return forward(x, first)
+
+        block._forward = noted
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.randn(2, 3, 16, 16), 0.75).loss
+        loss.backward()
+        assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16] and loss.dtype == torch.float32
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    finally:
+        dist.destroy_process_group()
+
+
+def hybrid(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Trains with shards that two nodes of one rank hold copies of."""
+    socket.gethostname = lambda: f"node{rank}"  # in a process of its own
+    return trained(rank, folder, overrides)
+
+
+@pytest.mark.slow
+def test_shards_within_nodes_train_as_whole_weights(tmp_path):
+    overrides = [*BASE, "task.max_steps=3", "task.precision=fp64"]
+    on_ranks(2, tmp_path / "whole", functools.partial(trained, overrides=overrides))
+    more = [*overrides, "launcher.sharding=hybrid", "task.micro_batch_size=auto"]
+    told = on_ranks(2, tmp_path / "hybrid", functools.partial(hybrid, overrides=more))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "hybrid"), rel=1e-5)
+    assert told[0]["digest"] == told[1]["digest"]
+
+
 def order_of(model):
     return model._get_fsdp_state()._comm_ctx.post_forward_order
 
 
 def test_what_spread_weights_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="task.micro_batch_size=auto tries one device by itself"):
-        composed(*TINY_PRETRAIN, "task.micro_batch_size=auto", "launcher.sharding=full")
     with pytest.raises(ValueError, match="task.compile=graphs wants weights that stay where they are: use blocks"):
         composed(*TINY_PRETRAIN[:-1], "device=auto", "task.compile=graphs", "launcher.sharding=full")
 

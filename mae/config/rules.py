@@ -126,16 +126,12 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     launcher = cfg["launcher"]
     if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
         yield "device=mps is one device: launcher.processes must be 1."
-    if launcher["sharding"] == "full" and cfg["task"].get("micro_batch_size") == "auto":
-        yield (
-            "task.micro_batch_size=auto tries one device by itself: give a number with launcher.sharding=full, or set "
-            "launcher.sharding=none."
-        )
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
         yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
     yield from _graphs(cfg["task"], devices(cfg))
-    if cfg["task"].get("compile") == "graphs" and launcher["sharding"] == "full":
-        yield "task.compile=graphs wants weights that stay where they are: use blocks with launcher.sharding=full."
+    if cfg["task"].get("compile") == "graphs" and launcher["sharding"] != "none":
+        sharded = f"launcher.sharding={launcher['sharding']}"
+        yield f"task.compile=graphs wants weights that stay where they are: use blocks with {sharded}."
     if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
         yield (
             f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="

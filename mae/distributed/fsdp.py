@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from mae.models.layers import blocks_of
@@ -16,13 +17,25 @@ from mae.models.layers import blocks_of
 T = TypeVar("T")
 
 
-def shard(task: nn.Module, device: torch.device) -> nn.Module:
-    """Shards the weights over all ranks, block by block, in place: parameters become DTensors."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by itself torch takes a GPU where there is one
+def shard(task: nn.Module, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
+    """Shards the weights block by block over `ranks` neighbouring ranks, in place: parameters become DTensors.
+
+    Further ranks hold copies of the shards. With a half `dtype` blocks gather their weights in it and reduce gradients
+    in float32. What lies outside blocks is small, and images and losses want float32 there.
+    """
+    copies = dist.get_world_size() // ranks
+    shape, names = ((copies, ranks), ("copies", "shards")) if copies > 1 else ((ranks,), ("shards",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    half = dtype.itemsize == 2
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
     for block in blocks_of(task):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(task, mesh=mesh)
-    return task
+    for stack in task.modules():
+        blocks = stack if isinstance(stack, nn.ModuleList | nn.Sequential) else ()
+        for block, following in pairwise(blocks):
+            if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
+                block.set_modules_to_forward_prefetch([following])
 
 
 @contextmanager
@@ -39,6 +52,14 @@ def whole(module: nn.Module) -> Iterator[None]:
             child.reshard()
             child.set_reshard_after_forward(child is not module, recurse=False)  # fully_shard's default
         forget_order(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Returns to shards after a pass without gradients, which leaves the root's weights whole on every rank."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+    forget_order(module)
 
 
 def forget_order(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ import datetime
 import inspect
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous as environment_store
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,16 +48,31 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def shard(self, module: nn.Module) -> None:
-        """With `sharding="full"` leaves each rank a shard of the weights, gradients and optimizer states."""
-        if self.world > 1 and self.sharding == "full":
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a shard of the weights, gradients and optimizer states."""
+        return self.world > 1 and self.sharding != "none"
+
+    def shard(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Shards the module where asked: over all ranks, or with `hybrid` over those of a node; see `fsdp.shard`."""
+        if self.sharded:
             from mae.distributed.fsdp import shard  # seconds to import
 
-            shard(module, self.device)
+            shard(module, self.device, dtype, self.ranks_of_a_node() if self.sharding == "hybrid" else self.world)
+
+    def ranks_of_a_node(self) -> int:
+        """How many ranks a host has. Raises UserError where hosts differ in it."""
+        hosts = self.gather(socket.gethostname())
+        sizes = {len(list(group)) for _, group in itertools.groupby(hosts)}
+        if len(sizes) > 1:
+            raise UserError(
+                f"launcher.sharding=hybrid needs as many processes on each node, got {sorted(sizes)}: use full."
+            )
+        return sizes.pop()
 
     def wrap(self, module: nn.Module, accumulating: bool) -> nn.Module:
         """The module with gradients averaged over ranks at the end of each step's backward pass."""
-        if self.world == 1 or self.sharding == "full":
+        if self.world == 1 or self.sharded:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         # a static graph wants gradients exchanged in its first pass, which an accumulating step does not do
@@ -70,7 +86,7 @@ class Ranks:
 
     def accumulating(self, module: nn.Module, more: bool) -> AbstractContextManager[object]:
         """Leaves gradients local while more micro-batches of the same step follow."""
-        if self.world > 1 and self.sharding == "full":
+        if self.sharded:
             from torch.distributed.fsdp import FSDPModule  # seconds to import
 
             assert isinstance(module, FSDPModule)
@@ -150,7 +166,7 @@ def start(
     *,
     timeout_s: Annotated[float, "(0, inf)"],
     rendezvous_timeout_s: Annotated[float, "[1, inf)"],
-    sharding: Literal["none", "full"],
+    sharding: Literal["none", "full", "hybrid"],
 ) -> Ranks:
     """Joins the other ranks, as torchrun's environment variables name them.
 
@@ -178,7 +194,7 @@ def start(
     return Ranks(here, rank, world, local, control, sharding, timeout_s)
 
 
-def check_own_gpu(store: dist.Store, rank: int, device: torch.device) -> None:
+def check_own_gpu(store: Store, rank: int, device: torch.device) -> None:
     """Raises UserError where another rank uses the same GPU, which NCCL does not allow."""
     owner = store.compare_set(f"gpu/{devices.gpu_identity(device)}", "", str(rank)).decode()
     if owner != str(rank):

@@ -64,7 +64,7 @@ def attention_backend(model: nn.Module, device: torch.device, tokens: int) -> st
     if kernel != "fused":
         return kernel
     q = q.transpose(1, 2).requires_grad_()
-    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    chosen = SDPBackend(torch.ops.aten._fused_sdp_choice(q, q, q))
     return next((name for name, backend in BACKENDS.items() if backend == chosen), chosen.name)
 
 

@@ -15,7 +15,8 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, rec
     """`linear(norm(x))` that keeps only `x` (..., D) for backward; without `recompute` as PyTorch does it."""
     if not (recompute and _recomputes()):
         return F.linear(norm(x), weight, bias)
-    return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps, product_dtype(x))
+    norm_weight, norm_bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)  # FSDP gathers them in half precision
+    return _NormLinear.apply(x, norm_weight, norm_bias, weight, bias, norm.eps, product_dtype(x))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:

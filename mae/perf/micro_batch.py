@@ -15,7 +15,7 @@ from torch import nn
 
 from mae import device as devices
 from mae.config import rules
-from mae.distributed.fsdp import forget_order
+from mae.distributed.fsdp import local_shard, reshard
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.perf.activations import saved_for_backward
@@ -116,8 +116,8 @@ def unchanged(task: nn.Module) -> Iterator[None]:
         task.train()
         for name, buffer in task.named_buffers():
             buffer.copy_(buffers[name])
+        reshard(task)  # before its gradients, which belong to shards
         task.zero_grad(set_to_none=True)
-        forget_order(task)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
 
@@ -152,7 +152,13 @@ class Search:
         known = [size for size in stored if size is not None]
         if len(known) == ranks.world:  # either all ranks search or none does
             return min(known)
-        return self.checked(min(ranks.gather(largest(self.trial, self.share))))
+        if not ranks.sharded:
+            return self.checked(min(ranks.gather(largest(self.trial, self.share))))
+        candidates, reserved = estimated(self.trial, sizes(self.trial, self.share))
+        size = self.checked(min(ranks.gather(candidates[0] if candidates else 0)))
+        while not all(ranks.gather(self.trial.fits(size, reserved))):  # all try the same: a step exchanges weights
+            size = self.next_smaller(size)
+        return size
 
     def next_smaller(self, size: int) -> int:
         """The next size to try. Raises UserError where there is none."""
@@ -188,29 +194,31 @@ def sizes(trial: Trial, share: int) -> list[int]:
 
 
 def largest(trial: Trial, share: int) -> int:
-    """The largest size for which a trial step fits, or 0.
+    """The largest size for which a trial step fits, or 0."""
+    candidates, reserved = estimated(trial, sizes(trial, share))
+    return next((images for images in candidates if trial.fits(images, reserved)), 0)
 
-    Memory is affine in the size: two small sizes predict which one fits, and a step confirms it. Meanwhile a tensor
-    reserves what the run will hold beside a step. A host that runs out of memory kills the process, so that there the
-    bytes that autograd saves decide.
+
+def estimated(trial: Trial, candidates: list[int]) -> tuple[list[int], int]:
+    """The sizes that should fit, largest first, and the bytes to reserve for what the run will hold beside a step.
+
+    On a GPU memory is affine in the size, so that two small sizes predict it. A host that runs out of memory kills the
+    process, so that there the bytes that autograd saves decide.
     """
-    candidates = sizes(trial, share)
     # gradients, which accumulation and data parallel keep through the next forward pass, and two optimizer states
-    states = sum(3 * p.numel() * p.element_size() for p in trial.task.parameters() if p.requires_grad)
+    weights = [local_shard(p) for p in trial.task.parameters() if p.requires_grad]
+    states = sum(3 * weight.numel() * weight.element_size() for weight in weights)
     reserved = states + devices.headroom(trial.device)
-    if trial.device.type == "cpu" and candidates:
-        few = min(candidates[0], 2)
-        per_image = trial.saved_bytes(few) / few
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which share the host's memory
-        free = SHARE_OF_FREE * devices.free_memory(trial.device) / ranks_here - states
-        # backward allocates half as much again as autograd saves
-        candidates, reserved = [n for n in candidates if 1.5 * n * per_image <= free], 0
-    elif trial.device.type == "cuda":
-        candidates = predicted(trial, candidates, reserved)
-    for images in candidates:
-        if trial.fits(images, reserved):
-            return images
-    return 0
+    if trial.device.type == "cuda":
+        return predicted(trial, candidates, reserved), reserved
+    if trial.device.type != "cpu" or not candidates:
+        return candidates, reserved
+    few = min(candidates[0], 2)
+    per_image = trial.saved_bytes(few) / few
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which share the host's memory
+    free = SHARE_OF_FREE * devices.free_memory(trial.device) / ranks_here - states
+    # backward allocates half as much again as autograd saves
+    return [n for n in candidates if 1.5 * n * per_image <= free], 0
 
 
 def predicted(trial: Trial, candidates: list[int], reserved: int) -> list[int]:

@@ -143,7 +143,9 @@ def report(cfg: DictConfig) -> str:
     average = 4 * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
     size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg) + average
     state = size + 4 * trained  # gradients
-    state //= plan.devices if cfg.launcher.sharding == "full" else 1
+    state //= {"none": 1, "full": plan.devices, "hybrid": plan.devices // cfg.launcher.get("nodes", 1)}[
+        cfg.launcher.sharding
+    ]
     activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
     count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
