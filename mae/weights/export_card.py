@@ -7,10 +7,10 @@ import yaml
 from torch import nn
 
 from mae.models.mae import MaskedAutoencoder
+from mae.runs.checkpoints import step_name
 from mae.runs.files import read_json
 from mae.weights.export_state import architecture
-from mae.weights.files import Settings
-from mae.weights.files import section as section_of
+from mae.weights.files import Settings, section
 
 PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
 SECTIONS = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
@@ -41,7 +41,7 @@ def run_facts(run: Path | None, step: int | None) -> dict[str, Settings]:
     if run is None:
         return {}
     summary = read_json(run / "summary.json")
-    ended = step is None or str(summary.get("checkpoint")).endswith(f"step_{step:08d}")
+    ended = step is None or str(summary.get("checkpoint")).endswith(step_name(step))
     return {"config": yaml.safe_load((run / "config.yaml").read_text()), "summary": summary if ended else {}}
 
 
@@ -95,9 +95,9 @@ def _is_path(key: str, value: object) -> bool:
 
 def _recipe(facts: Facts) -> str:
     rows = [
-        f"| {section}.{key} | {_value(value)} |"
-        for section in SECTIONS
-        for key, value in section_of(facts.config, section).items()
+        f"| {group}.{key} | {_value(value)} |"
+        for group in SECTIONS
+        for key, value in section(facts.config, group).items()
         if value is not None and not _is_path(key, value)
     ]
     if not rows:
