@@ -4,10 +4,8 @@ import contextlib
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
@@ -23,6 +21,7 @@ from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
 from mae.perf.compile import no_recompilation
 from mae.perf.profiling import profiled
+from mae.progress import Clock
 from mae.report.run import write_report
 from mae.runs import attempt, environment
 from mae.runs.failure import write_failure
@@ -39,7 +38,6 @@ from mae.tracking.console import set_up_logging
 from mae.training import Training, set_up
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -48,37 +46,6 @@ class Interrupted(Exception):
 
 class Diverged(Exception):
     """Too many non-finite steps in a row."""
-
-
-class Clock:
-    """Seconds since the last reading, and how many of them went into waiting for data."""
-
-    def __init__(self, step: int):
-        self.begun = self.since = time.perf_counter()
-        self.waited, self.step = 0.0, step
-
-    def restart(self, step: int) -> tuple[float, float]:
-        """Seconds and seconds waited since the last restart."""
-        now = time.perf_counter()
-        read = now - self.since, self.waited
-        self.since, self.waited, self.step = now, 0.0, step
-        return read
-
-    def lap(self) -> float:
-        """Seconds since the last lap: the run's own time, over all its attempts."""
-        now = time.perf_counter()
-        lap, self.begun = now - self.begun, now
-        return lap
-
-    def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches, with the waiting for each counted."""
-        while True:
-            begun = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begun
-            if batch is None:
-                return
-            yield batch
 
 
 def train(

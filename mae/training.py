@@ -2,18 +2,18 @@
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
@@ -27,6 +27,7 @@ from mae.distributed.ranks import Ranks, assert_same
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
+from mae.progress import Progress
 from mae.runs.checkpoints import newest_valid
 from mae.tasks.base import Autocast, TrainedTask, build_task
 from mae.tasks.batches import bad_files_csv, both_sets, eval_loader
@@ -34,41 +35,6 @@ from mae.tracking.base import Tracker
 from mae.weights.parts import drop_class_token
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Counters of a run, saved with it. The tensors stay on the device between log points."""
-
-    bad_steps: Tensor  # (): steps skipped so far
-    bad_run: Tensor  # (): of these, the last ones in a row
-    sums: dict[str, Tensor] = field(default_factory=dict)  # (): this rank's loss and scalars since the last log point
-    step: int = 0
-    logged_at: int = 0  # step of the last log point
-    skips_told: int = 0
-    seconds: float = 0.0  # spent by all attempts together, up to this checkpoint
-
-    @classmethod
-    def new(cls, device: torch.device) -> "Progress":
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
-
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Adds those of a step, which count as 0 where it was skipped."""
-        for name, value in scalars.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros((), device=self.bad_run.device)
-            self.sums[name] += torch.where(self.bad_run > 0, 0.0, value)
-
-    def state(self) -> dict[str, Any]:
-        """What is the same on every rank."""
-        return {name: value for name, value in vars(self).items() if name != "sums"}
-
-    def load(self, state: Mapping[str, Any], sums: Mapping[str, float]) -> None:
-        """Restores `state`, and this rank's sums."""
-        device = self.bad_run.device
-        for name in self.state():
-            setattr(self, name, state[name].to(device) if isinstance(state[name], Tensor) else state[name])
-        self.sums = {name: torch.full((), value, device=device) for name, value in sums.items()}
 
 
 @dataclass
@@ -162,7 +128,7 @@ class Training:
         if trainer["scaler"]:  # empty where the run had another number format, on another device
             self.scaler.load_state_dict(trainer["scaler"])
         self.task.load_extra_state(trainer["task"])
-        self.progress.load(trainer["progress"], self._own_sums(trainer))
+        self.progress.load(trainer, self.ranks.rank, self.ranks.world)
         if self.ranks.rank < len(trainer["random"]):
             checkpoint.set_random_state(trainer["random"][self.ranks.rank])
         log.info("goes on from %s", path)
@@ -173,17 +139,6 @@ class Training:
                 trainer["images"], self.images,
             )  # fmt: skip
             self.tracker.event("the training images have changed", self.progress.step)
-
-    def _own_sums(self, trainer: Mapping[str, Any]) -> dict[str, float]:
-        """This rank's sums since the last log point; the mean over ranks where their number has changed."""
-        if "sums" in trainer:
-            by_rank: list[dict[str, float]] = trainer["sums"]
-        else:  # earlier versions
-            losses = trainer.get("loss_sums", [float(trainer["progress"]["loss_sum"])])
-            by_rank = [{"loss": value} for value in losses]
-        if len(by_rank) == self.ranks.world:
-            return by_rank[self.ranks.rank]
-        return {name: sum(sums[name] for sums in by_rank) / len(by_rank) for name in by_rank[0]}
 
 
 def load_training(

@@ -14,7 +14,7 @@ MODULES = sorted((ROOT / "mae").rglob("*.py"))
 # Package or module of mae/ -> those that it may import. All may import `errors`; what is not named stands
 # on that and on third parties alone.
 BASE = {"config", "limits", "runs", "tasks.registry", "tracking"}
-STEP = BASE | {"device", "distributed", "metrics", "models", "optim", "plan"}
+STEP = BASE | {"device", "distributed", "metrics", "models", "optim", "plan", "progress"}
 MAY_IMPORT = {
     "config": {"plan", "runs", "tasks.registry"},
     "limits": {"runs"},

@@ -24,10 +24,10 @@ from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
 from mae.perf.compile import compile_blocks, plain_blocks
 from mae.perf.micro_batch import Trial
+from mae.progress import Progress
 from mae.runs import files
 from mae.tasks.base import build_task
 from mae.tools import dry_run
-from mae.training import Progress
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
 
