@@ -36,8 +36,8 @@ from mae.data.pack import Form, pack
 from mae.data.prepare import Prepare
 from mae.data.sampler import Batches
 from mae.data.settings import LoaderSettings, StoreSettings
+from mae.data.shards.layout import Layout
 from mae.data.shards.source import tar_shards
-from mae.data.shards.tar import Layout
 from mae.data.source import Source
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import scan

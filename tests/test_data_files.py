@@ -114,7 +114,7 @@ def test_a_part_decoded_alone_is_what_the_whole_has_there(grey, options):
         whole = jpeg.whole(data, grey)
         for _ in range(40):
             box = some_box(*whole.shape[1:], chance)
-            part = jpeg.part(data, grey, box)
+            part = jpeg.region(data, grey, box)
             assert part is not None and torch.equal(part, cut(whole, box))
 
 
@@ -133,7 +133,7 @@ def test_a_part_of_a_damaged_file_is_left_to_the_whole_or_has_its_size():
         header = jpeg.read_header(data)
         if header is not None and header.height * header.width < 10**6 and header.components == 3:
             box = some_box(header.height, header.width, chance)
-            part = jpeg.part(data, False, box)
+            part = jpeg.region(data, False, box)
             taken += part is not None
             assert part is None or part.shape == (3, *box[2:])
     assert 100 < taken < len(files)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import make_loader
 
-from mae.data import pack, store
+from mae.data import pack, remote
 from mae.data.source import Arrays
 from mae.data.sources.torchvision import digits
 from tests.test_data_shards import KEEP, LOADING, loaded, opened, same, transform
@@ -74,7 +74,7 @@ def server(tmp_path, monkeypatch):
     folder = packed_digits(tmp_path / "packed")
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(folder)]
     server = Server(lambda port: [*command, port])
-    monkeypatch.setattr(store, "PAUSE", 0.1)
+    monkeypatch.setattr(remote, "PAUSE", 0.1)
     server.start()
     yield server
     server.stop()

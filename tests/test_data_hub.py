@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, make_loader, make_source, run_here
 from PIL import Image
 
-from mae.data import flat, pack, store
+from mae.data import flat, pack, remote
 from mae.data.source import BadImage
 from mae.data.sources import huggingface
 from mae.data.sources.huggingface import hf
@@ -315,12 +315,12 @@ def test_a_stream_reads_the_subset_alone(stream, tmp_path):
 
 
 def test_what_is_remembered_of_a_remote_file_hangs_on_its_version(tmp_path):
-    remote = store.Remote("memory://versions", tmp_path, 1.0, 0.1)
+    fetched = remote.Remote("memory://versions", tmp_path, 1.0, 0.1)
     stamps = []
     for tag in ("a", "b"):
         about = {"size": 3, "ETag": tag, "name": "x"}
-        remote._fs, remote._fs_owner = SimpleNamespace(info=lambda path, about=about: about), os.getpid()
-        stamps.append(remote.stamp("x.tar"))
+        fetched._fs, fetched._fs_owner = SimpleNamespace(info=lambda path, about=about: about), os.getpid()
+        stamps.append(fetched.stamp("x.tar"))
     assert stamps == ["3-a", "3-b"]
 
 
@@ -373,7 +373,7 @@ def test_ranks_share_a_stream_without_a_duplicate(stream, tmp_path, world):
 
 
 def test_a_stream_from_a_place_that_fails_now_and_then_loses_nothing(stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     rows = streamed(f"file://{stream}", tmp_path / "cache")
     rows.store._fs = Flaky(rows.store.fs)
     same(loaded(streamed(stream, tmp_path), 0), loaded(rows, 0))
@@ -420,7 +420,7 @@ def test_files_that_lead_out_of_the_root_are_refused(stream, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"the shard train\.parquet in .* is a link that leads out of data\.root\.$"):
         streamed(tmp_path / "set", tmp_path / "cache")
     says = r"name '.*\.\./train-0\.parquet', which leads out of data\.root\.$"
-    monkeypatch.setattr(store.Remote, "names", lambda self, pattern: ["a/../../train-0.parquet"])
+    monkeypatch.setattr(remote.Remote, "names", lambda self, pattern: ["a/../../train-0.parquet"])
     with pytest.raises(ValueError, match=says):  # as a server says
         streamed(f"file://{stream}", tmp_path / "cache")
     urls = [f"file://{stream}/data/{name}.parquet" for name in ("a/b", "../train-0")]

@@ -3,10 +3,13 @@
 import errno
 
 import pytest
+import torch
 from PIL import Image
 
 from mae.data import pack
+from mae.data.source import Arrays
 from mae.data.sources import folder
+from mae.errors import UserError
 
 
 @pytest.fixture
@@ -100,3 +103,14 @@ def test_an_index_that_says_nothing_is_not_taken_for_this_packing(root, tmp_path
         (out / "index.bin").write_text(text)
         assert pack.main(command(root, tmp_path / "out")) == 1
         assert capsys.readouterr().err == f"{out} is packed already: choose another folder, or remove this one first.\n"
+
+
+def test_images_whose_targets_are_maps_are_not_packed_without_them(tmp_path):
+    class Mapped(Arrays):
+        def __getitem__(self, index):
+            image = super().__getitem__(index)[0]
+            return image, image[0]
+
+    source = Mapped(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), None, [], "mapped")
+    with pytest.raises(UserError, match=r"shard-000000.tar cannot be written: .* the targets of these images are no"):
+        pack.pack(source, tmp_path / "out", pack.Form(size=None, quality=90), per_shard=3, workers=1)

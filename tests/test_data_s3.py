@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from mae.data import store
+from mae.data import remote
 from tests.test_data_http import Server, packed_digits, read_over_a_restart
 from tests.test_data_shards import loaded, opened, same
 
@@ -38,7 +38,7 @@ def server(tmp_path, monkeypatch):
     for key, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{key}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setattr(store, "PAUSE", 0.1)
+    monkeypatch.setattr(remote, "PAUSE", 0.1)
     server.start()
     yield server
     server.stop()

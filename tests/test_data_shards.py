@@ -19,11 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae.data import flat, pack, store, transforms
+from mae.data import flat, pack, remote, store, transforms
 from mae.data.decode import Decoder
 from mae.data.sampler import Batches, Sampler
+from mae.data.shards import index as shard_index
+from mae.data.shards import packing
 from mae.data.shards import source as shards
-from mae.data.shards.source import Index, Shards
+from mae.data.shards.index import Index
+from mae.data.shards.source import Shards
 from mae.data.shards.tar import Members, members
 from mae.data.source import Arrays, BadImage
 from mae.data.sources import folder
@@ -195,7 +198,7 @@ def test_foreign_shards_are_indexed_once(tmp_path, monkeypatch):
     assert len(whole) == 15 and whole.classes == ["0", "1"]
     assert [int(whole[i][0][0, 0, 0]) for i in range(15)] == [20 * s + k for s in range(3) for k in range(5)]
     assert whole.labels.tolist() == [0, 1, 0, 1, 0] * 3
-    monkeypatch.setattr(shards, "members", None)  # not called again
+    monkeypatch.setattr(shard_index, "members", None)  # not called again
     assert len(opened(root, tmp_path)) == 12
 
 
@@ -229,9 +232,9 @@ def test_faults_of_shards_are_named(packed, tmp_path):
         ("names", None, "TypeError"),
         ("names", [""] * 10, "a shard has no name"),
         ("names", ["a/."] * 10, "a shard has no name"),
-        ("sizes", [], "its parts do not belong together"),
-        ("counts", [12] * 10, "its parts do not belong together"),
-        ("counts", [122, *[12] * 8, -108], "its parts do not belong together"),
+        ("sizes", [], "its columns do not belong together"),
+        ("counts", [12] * 10, "its columns do not belong together"),
+        ("counts", [122, *[12] * 8, -108], "its columns do not belong together"),
         ("format", "other", "it is not an index of shards"),
         ("classes", ["0", "1"], "it holds the label 9 of 2 classes"),
     ],
@@ -439,7 +442,9 @@ def test_an_index_that_an_earlier_version_kept_is_not_used(tmp_path):
         tmp_path / "set" / "a.tar",
         [(f"{k}.{kind}", 200 if "d" in kind else k) for k in range(3) for kind in ("d.png", "jpg")],
     )
-    stamps = json.dumps([shards.FORMAT, str(tmp_path / "set"), [["a.tar", store.Local(shard.parent).stamp("a.tar")]]])
+    stamps = json.dumps(
+        [shard_index.FORMAT, str(tmp_path / "set"), [["a.tar", store.Local(shard.parent).stamp("a.tar")]]]
+    )
     kept = tmp_path / "cache" / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     row = Members(*(np.array([3], kind) for kind in ("i8", "i8", "i4", "u1", "i8")))
     Index(["a.tar"], [shard.stat().st_size], [1], row._replace(labels=np.array([-1], "i4")), []).save(kept)
@@ -588,10 +593,10 @@ def test_a_lock_is_let_go_of_though_a_process_was_forked_meanwhile(tmp_path):
     from multiprocessing import get_context
 
     fork, path = get_context("fork"), tmp_path / "x.tar"
-    with store.locked(path):
+    with remote.locked(path):
         child = fork.Process(target=time.sleep, args=(60,))  # has a copy of the lock's file
         child.start()
-    other = threading.Thread(target=lambda: store.locked(path).__enter__(), daemon=True)
+    other = threading.Thread(target=lambda: remote.locked(path).__enter__(), daemon=True)
     other.start()
     other.join(5)
     free = not other.is_alive()
@@ -653,7 +658,7 @@ class Flaky:
 
 
 def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path)
     source.store._fs = Flaky(source.store.fs)
     same(loaded(opened(packed, tmp_path), 0), loaded(source, 0))
@@ -663,18 +668,18 @@ def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeyp
 def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, tmp_path, monkeypatch):
     root = shutil.copytree(packed / "train", tmp_path / "foreign")
     (root / "index.bin").unlink()
-    monkeypatch.setattr(store, "PAUSE", 0.01)
-    plain = store.Remote(f"file://{root}", tmp_path / "cache", 1.0, 1.0).fs
-    monkeypatch.setattr(store.Remote, "fs", Flaky(plain))
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    plain = remote.Remote(f"file://{root}", tmp_path / "cache", 1.0, 1.0).fs
+    monkeypatch.setattr(remote.Remote, "fs", Flaky(plain))
     found = opened(f"file://{root}", tmp_path).source.index
     assert found.names == Index.load(packed / "train" / "index.bin").names and found.counts.sum() == 110
-    monkeypatch.setattr(store.Remote, "fs", Flaky(plain, lost="shard-000003.tar"))
+    monkeypatch.setattr(remote.Remote, "fs", Flaky(plain, lost="shard-000003.tar"))
     with pytest.raises(ValueError, match="the shard shard-000003.tar in data.root=.* cannot be read: .*went away"):
         opened(f"file://{root}", tmp_path / "other", retry_s=0.1)
 
 
 def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
     source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
     batches = loaded(source, 0, epochs=(0,))
@@ -685,7 +690,7 @@ def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeyp
 
 
 def test_threads_that_want_a_shard_which_fails_wait_for_one_try(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     source = opened(f"file://{packed}", tmp_path, retry_s=0.3)
     source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
     tries = []
@@ -755,7 +760,7 @@ def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch, kin
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_what_is_written_is_verified(source, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(pack, "checksum", lambda path: "other")
+    monkeypatch.setattr(packing, "digest", lambda path: "other")
     with pytest.raises(ValueError, match="is not what was written, and was removed"):
         pack.pack(source, tmp_path / "out", KEEP, 60, workers=1, kind=kind)
     monkeypatch.undo()

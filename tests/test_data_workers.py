@@ -183,8 +183,8 @@ def test_a_part_that_cannot_be_decoded_is_left_to_the_whole(monkeypatch, error, 
         DecodeParams=lambda **given: given,
     )
     monkeypatch.setattr(jpeg, "_library", lambda: library)
-    monkeypatch.setattr(jpeg, "OWN", SimpleNamespace(decoder=decoder))
-    assert jpeg.part(bytearray(b""), False, (0, 0, 1, 1)) is None
+    monkeypatch.setattr(jpeg, "DECODERS", SimpleNamespace(decoder=decoder))
+    assert jpeg.region(bytearray(b""), False, (0, 0, 1, 1)) is None
 
 
 @pytest.mark.parametrize("last", [True, False])

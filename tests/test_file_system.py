@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
 
 from mae import checkpoint, engine
-from mae.data import store
+from mae.data import remote
 from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search
@@ -155,9 +155,9 @@ def test_without_flock_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_p
 def test_without_flock_a_file_is_still_fetched_by_one_at_a_time(tmp_path, lacks):
     lacks("flock")
     order: list[str] = []
-    first = store.locked(tmp_path / "a.tar")
+    first = remote.locked(tmp_path / "a.tar")
     with first:
-        other = threading.Thread(target=lambda: (store.locked(tmp_path / "a.tar").acquire(), order.append("other")))
+        other = threading.Thread(target=lambda: (remote.locked(tmp_path / "a.tar").acquire(), order.append("other")))
         other.start()
         other.join(0.3)
         order.append("first")
@@ -228,13 +228,13 @@ def test_a_disk_that_fills_up_inside_trainer_pt(tmp_path):
 
 
 def test_a_full_disk_is_not_the_fault_of_a_server_of_shards(tmp_path):
-    remote = store.Remote("memory://nowhere", tmp_path, 1.0, 60.0)
+    fetched = remote.Remote("memory://nowhere", tmp_path, 1.0, 60.0)
 
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/a.tar")
 
     with pytest.raises(ValueError, match=r"data\.cache_dir: The disk is full\..* Or lower data\.cache_gb\."):
-        remote.tried("a.tar", full)
+        fetched.tried("a.tar", full)
 
 
 def test_a_full_disk_while_a_config_is_written_is_said_in_the_same_words(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class Decoder:
             self._check_size(header.width, header.height)
             turned = exif_orientation(data) if self.exif_orientation and header.exif else 1
             if box and turned == 1:
-                image = jpeg.part(data, self.in_chans == 1, box(header.height, header.width))
+                image = jpeg.region(data, self.in_chans == 1, box(header.height, header.width))
                 if image is not None:
                     return image
             try:

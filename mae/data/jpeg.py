@@ -1,7 +1,7 @@
 """JPEG to uint8 (C, H, W), to the bits of Pillow's own decoding.
 
 torchvision's `decode_jpeg` does it at twice Pillow's speed. Where nvImageCodec is installed (an extra; it needs no
-GPU), the part of an image that a crop will keep is decoded alone: the rest of the picture is only read through.
+GPU), only the cropped region is decoded: the rest of the picture is only read through.
 """
 
 import functools
@@ -10,7 +10,8 @@ import os
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,41 +59,43 @@ def whole(data: bytearray, grey: bool) -> Tensor:
     return image
 
 
-def part(data: bytearray, grey: bool, box: Box) -> Tensor | None:
+def region(data: bytearray, grey: bool, box: Box) -> Tensor | None:
     """The pixels inside `box`; None where they cannot be had alone, and `whole` is to judge.
 
-    In a damaged file the part can be sound, or can differ from what the whole has there."""
+    In a damaged file the region can be sound, or can differ from what the whole has there."""
     library = _library()
     if library is None:
         return None
-    if not hasattr(OWN, "decoder"):
+    if not hasattr(DECODERS, "decoder"):
         backends = [library.Backend(library.CPU_ONLY)]
-        OWN.decoder = library.Decoder(library.NVIMGCODEC_DEVICE_CPU_ONLY, 1, backends, ":fancy_upsampling=1")
+        DECODERS.decoder = library.Decoder(library.NVIMGCODEC_DEVICE_CPU_ONLY, 1, backends, ":fancy_upsampling=1")
     top, left, height, width = box
-    region = library.Region(top, left, top + height, left + width)
+    area = library.Region(top, left, top + height, left + width)
     colours = library.ColorSpec.GRAY if grey else library.ColorSpec.SRGB
     try:
-        view = library.CodeStream(data).get_sub_code_stream(region=region)
-        image = OWN.decoder.decode(view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours))
+        view = library.CodeStream(data).get_sub_code_stream(region=area)
+        image = DECODERS.decoder.decode(
+            view, params=library.DecodeParams(apply_exif_orientation=False, color_spec=colours)
+        )
         return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
     except (RuntimeError, ValueError, IndexError):  # what C++ throws comes as these; `whole` says what is wrong
         return None
 
 
-OWN = threading.local()  # each thread's decoder
+DECODERS = threading.local()  # each thread's decoder
 
 
 LOADING = threading.Lock()  # functools.cache lets two threads in at first
 
 
-def _library() -> Any:
+def _library() -> ModuleType | None:
     """nvImageCodec, or None; loaded once."""
     with LOADING:
         return _load()
 
 
 @functools.cache
-def _load() -> Any:
+def _load() -> ModuleType | None:
     """nvImageCodec with its JPEG decoder for the CPU and no other; None where it is not installed.
 
     Otherwise it loads the decoders of all kinds, each of which writes to the terminal that it misses a GPU's library.
@@ -100,8 +103,8 @@ def _load() -> Any:
     package = importlib.util.find_spec("nvidia")
     extensions = [
         path
-        for place in (package.submodule_search_locations or [] if package else [])
-        for path in Path(place).glob("nvimgcodec/extensions/*jpeg_turbo*")
+        for folder in (package.submodule_search_locations or [] if package else [])
+        for path in Path(folder).glob("nvimgcodec/extensions/*jpeg_turbo*")
     ]
     if not extensions:
         return None

@@ -111,3 +111,10 @@ def cache_folder(cache_dir: str | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae"
+
+
+def contained(name: str, root: object) -> str:
+    """The name of a shard, which an index or a server tells. Raises UserError where it leads out of the root."""
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        raise UserError(f"the shards in {root} name {name!r}, which leads out of data.root.")
+    return name

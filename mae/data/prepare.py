@@ -20,8 +20,8 @@ def top_of(image: Tensor) -> float:
 class Prepare(nn.Module):
     """Flip and normalise on the device, without waiting for it.
 
-    `mean` and `std`, one value or one a channel, are of images in [0, 1] where the host type is an integer
-    (divided by the type's largest value), and in the images' own units where it is floating.
+    `mean` and `std` have one value, or one a channel. They are of images in [0, 1] where the host type is an integer,
+    whose values are divided by its largest. Of floating images they are in the images' own units.
     """
 
     mean: Tensor

@@ -68,7 +68,7 @@ def by_name(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     return {rest: group for rest, group in groups.items() if not rest or group["train"] and group["val"]}
 
 
-def chosen(choice: list[str], names: Iterable[str], where: str) -> Splits:
+def chosen(choice: list[str], names: Iterable[str], folder: str) -> Splits:
     """The splits that `data.splits` names. Raises UserError where a folder is not there."""
     if not 1 <= len(choice) <= 2 or not all(choice) or len(set(choice)) < len(choice):
         raise UserError(
@@ -79,7 +79,7 @@ def chosen(choice: list[str], names: Iterable[str], where: str) -> Splits:
     for name in choice:
         if name not in known:
             raise UserError(
-                f"data.splits names {printable(name)}, and {where} holds no such folder, only {in_words(known)}."
+                f"data.splits names {printable(name)}, and {folder} holds no such folder, only {in_words(known)}."
             )
     return Splits(choice[0], choice[1] if len(choice) > 1 else None)
 
@@ -89,18 +89,18 @@ def recognised(
     files: bool,
     look: Callable[[str], Contents],
     choice: Choice,
-    where: str,
+    folder: str,
     wholes: str = "classes",
 ) -> Splits:
-    """The splits among the folders `names` of `where`.
+    """The splits among the folders `names` of `folder`.
 
     `files` says whether data lie beside them, and `look(name)` what a folder holds. `wholes` is what the folders are
     where they are no splits. Raises UserError for what can be read in two ways, with what to type for each.
     """
     if not isinstance(choice, str):
-        return chosen(choice, names, where)
+        return chosen(choice, names, folder)
     groups = by_name(names) if choice == "auto" else {}
-    doubt = Doubt(where, sorted(names), wholes)
+    doubt = Doubt(folder, sorted(names), wholes)
     training = [rest for rest, group in groups.items() if group["train"]]
     if len(training) > 1 and "" not in training:
         raise UserError(doubt.between([groups[rest] for rest in training]))
@@ -110,26 +110,26 @@ def recognised(
     if len(group["train"]) > 1 or len({name.lower() for name in group["val"]}) < len(group["val"]):
         raise UserError(doubt.between([group]))
     train, vals = group["train"][0], group["val"]
-    found = Splits(train, vals[0] if vals else None, tuple(vals[1:]))
+    splits = Splits(train, vals[0] if vals else None, tuple(vals[1:]))
     others = [name for name in names if name not in (train, *vals)]
     others = [name for name, contents in zip(others, map(look, others), strict=True) if any(contents)]
     if not others and not (files and not vals):
         if files:
-            log.warning("%s: what lies beside %s is left out", where, in_words(found.names))
-        return found
+            log.warning("%s: what lies beside %s is left out", folder, in_words(splits.names))
+        return splits
     inner = look(train)
     if vals and inner.folders & look(vals[0]).folders or not others and inner.folders and not inner.files:
-        log.warning("%s: %s left out, as %s the splits", where, left_out(others, files), are(found))
-        return found
+        log.warning("%s: %s left out, as %s the splits", folder, left_out(others, files), are(splits))
+        return splits
     if not vals and len(others) > 1 and not files and alike([inner, *map(look, others)]):
-        log.info("%s: the folder %s is a class, as %s are", where, printable(train), in_words(others))
+        log.info("%s: the folder %s is a class, as %s are", folder, printable(train), in_words(others))
         return Splits()
-    raise UserError(doubt.splits(found, others))
+    raise UserError(doubt.question(splits, others))
 
 
 def alike(contents: Sequence[Contents]) -> bool:
     """Whether folders hold files directly and no folders, as those of classes do."""
-    return all(one.files and not one.folders for one in contents)
+    return all(folder.files and not folder.folders for folder in contents)
 
 
 def without_training(
@@ -138,17 +138,17 @@ def without_training(
     """No splits, where none is of training; refused where the folders could be splits all the same."""
     others = {name for name in names if name not in vals and any(look(name))} if vals else set()
     if len(vals) > 1 and not others and not files:
-        raise UserError(doubt.splits(Splits(vals[0]), []))
+        raise UserError(doubt.question(Splits(vals[0]), []))
     for name in vals if others else ():
         if look(name).folders & others:
             raise UserError(
-                f"{doubt.where}: the folder {printable(name)} holds folders of the same names as those beside it. "
+                f"{doubt.folder}: the folder {printable(name)} holds folders of the same names as those beside it. "
                 f"Type data.splits=off where it is one of the {doubt.wholes}, or move the others into a folder train."
             )
     if len(vals) == 1 and not others and not files and look(vals[0]).folders:
         log.warning(
             "%s: %s is the only folder, and its images are taken without labels: %s takes its folders as classes",
-            doubt.where,
+            doubt.folder,
             printable(vals[0]),
             typed(vals[:1]),
         )
@@ -158,16 +158,16 @@ def without_training(
 class Doubt(NamedTuple):
     """Sentences for folders that can be read in two ways."""
 
-    where: str
+    folder: str
     names: list[str]
     wholes: str
 
-    def splits(self, found: Splits, others: list[str]) -> str:
-        names = found.names
+    def question(self, splits: Splits, others: list[str]) -> str:
+        names = splits.names
         beside = f" beside {in_words(others)}" if others else ""
         roles = "training and validation" if len(names) > 1 else "training, of which data.val_fraction is held out"
         return (
-            f"{self.where} holds {in_words([*names, *found.unused])}{beside}, which can be read in two ways. Type "
+            f"{self.folder} holds {in_words([*names, *splits.unused])}{beside}, which can be read in two ways. Type "
             f"{typed(names)} where {in_words(names)} {'are' if len(names) > 1 else 'is'} for {roles}, or "
             f"data.splits=off where all {len(self.names)} folders are {self.wholes}."
         )
@@ -176,7 +176,7 @@ class Doubt(NamedTuple):
         pairs = [[train, val] for group in groups for train in group["train"] for val in group["val"] or [""]]
         readings = " or ".join(typed([name for name in pair if name]) for pair in pairs[:4])
         return (
-            f"{self.where} holds several folders for one split: {in_words(self.names)}. Type {readings} for the "
+            f"{self.folder} holds several folders for one split: {in_words(self.names)}. Type {readings} for the "
             f"splits, or data.splits=off where all {len(self.names)} folders are {self.wholes}."
         )
 
@@ -203,8 +203,8 @@ def left_out(others: list[str], files: bool) -> str:
     return " and ".join(words) + (" are" if len(others) + files > 1 or files else " is")
 
 
-def are(found: Splits) -> str:
-    return f"{in_words(found.names)} {'are' if len(found.names) > 1 else 'is'}"
+def are(splits: Splits) -> str:
+    return f"{in_words(splits.names)} {'are' if len(splits.names) > 1 else 'is'}"
 
 
 # ---------------------------------------------------------------- folders of this machine
@@ -225,16 +225,16 @@ def splits_of(
         if not follow_links and not inside(real_root, str(top / name)):
             return Contents(False, frozenset())
         folders, files = folders_and_files(top / name, suffixes)
-        kept = (one for one in folders if holds(top / name / one, suffixes, real_root, follow_links))
-        return Contents(bool(files), frozenset(kept))
+        filled = (inner for inner in folders if holds(top / name / inner, suffixes, real_root, follow_links))
+        return Contents(bool(files), frozenset(filled))
 
     folders, files = folders_and_files(top, suffixes)
-    found = recognised(folders, bool(files), look, choice, f"data.root={top}", wholes)
-    for name in found.names:
+    splits = recognised(folders, bool(files), look, choice, f"data.root={top}", wholes)
+    for name in splits.names:
         stays(top, top / name, follow_links)
-    if choice == "auto" and len(folders) == 1 and not files and found.train is None:
+    if choice == "auto" and len(folders) == 1 and not files and splits.train is None:
         warn_of_splits_below(top / folders[0], suffixes)
-    return found
+    return splits
 
 
 def stays(top: Path, folder: Path, follow_links: bool) -> None:

@@ -41,12 +41,12 @@ class Moments(NamedTuple):
         """Of an image (C, H, W), integer values divided by the type's largest."""
         top = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
         flat = image.numpy().reshape(len(image), -1)
-        found = Moments(0, np.zeros(len(image)), np.zeros(len(image)))
+        moments = Moments(0, np.zeros(len(image)), np.zeros(len(image)))
         for start in range(0, flat.shape[1], BLOCK):
             values = flat[:, start : start + BLOCK].astype(np.float64) / top
             mean = values.mean(1)
-            found = found.merged(Moments(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(1)))
-        return found
+            moments = moments.merged(Moments(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(1)))
+        return moments
 
 
 class Statistics(NamedTuple):
@@ -88,23 +88,23 @@ def statistics(source: Source, indices: np.ndarray, workers: int = 1) -> Statist
     Every pixel counts alike, so that large images weigh more. Those that cannot be read are listed.
     """
 
-    def one(index: int) -> tuple[Moments, tuple[int, int], str] | Bad:
+    def measured(index: int) -> tuple[Moments, tuple[int, int], str] | Bad:
         try:
             image = source[index][0]
         except FAILURES as error:
             return Bad(index, source.name(index), reason(error))
         return Moments.of(image), (image.shape[1], image.shape[2]), str(image.dtype).removeprefix("torch.")
 
-    found = Statistics(Moments(0, np.zeros(1), np.zeros(1)), 0, [], Counter(), "")
+    total = Statistics(Moments(0, np.zeros(1), np.zeros(1)), 0, [], Counter(), "")
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in range(0, len(indices), 256):  # so that results do not pile up
-            for part in pool.map(one, indices[start : start + 256].tolist()):
-                if isinstance(part, Bad):
-                    found.bad.append(part)
+            for result in pool.map(measured, indices[start : start + 256].tolist()):
+                if isinstance(result, Bad):
+                    total.bad.append(result)
                     continue
-                moments, size, dtype = part
-                found = found.merged(Statistics(moments, 1, [], Counter([size]), dtype))
-    return found
+                moments, size, dtype = result
+                total = total.merged(Statistics(moments, 1, [], Counter([size]), dtype))
+    return total
 
 
 def class_counts(source: Source) -> dict[str, int]:
@@ -120,18 +120,18 @@ def loading_speed(make: Callable[[int], Loader], workers: list[int], batches: in
 
     As many batches as there are workers go first uncounted: they started together and come together.
     """
-    found = {}
+    speeds = {}
     for first, count in enumerate(workers, start=1):  # each in another epoch: what was read lies in memory
         loader = make(count)
-        made = (batch for epoch in itertools.count(first) for step in loader.steps(epoch) for batch in step)
+        stream = (batch for epoch in itertools.count(first) for step in loader.steps(epoch) for batch in step)
         for _ in range(max(1, count)):
-            next(made)
+            next(stream)
         start = time.perf_counter()
-        images = sum(len(batch["image"]) for batch in itertools.islice(made, max(batches, 2 * count)))
-        found[count] = images / (time.perf_counter() - start)
-        made.close()
+        images = sum(len(batch["image"]) for batch in itertools.islice(stream, max(batches, 2 * count)))
+        speeds[count] = images / (time.perf_counter() - start)
+        stream.close()
         loader.close()
-    return found
+    return speeds
 
 
 def worker_counts(most: int) -> Iterator[int]:

@@ -2,8 +2,8 @@
 
 Decoding and resizing let go of Python's lock, so threads do them side by side and save what processes pay
 for memory that they share: 0.4 of 2.4 ms an image of ImageNet, measured. But each image needs the lock for
-some 0.07 ms, so that many threads get in each other's and the train loop's way, and what draws from the
-process' own generators (RandAugment) cannot run in threads at all.
+some 0.07 ms, so that many threads slow down each other and the train loop. What uses the process' own random
+generators (RandAugment) cannot run in threads at all.
 """
 
 import logging
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # before Python 3.11 not the builtin
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from mae import limits
-from mae.data.dataset import Batch, Reader, Record
+from mae.data.dataset import Batch, Failure, Loaded, Reader, Record
 from mae.data.sampler import Ticket
 from mae.data.settings import LoaderSettings
 from mae.errors import UserError
@@ -33,6 +33,7 @@ from mae.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_THREADS = 8  # above so many, `auto` takes processes
+Result = TypeVar("Result")
 SMALL = 1 << 30  # bytes of shared memory: below so many, it is reckoned whether batches fit
 FILES = 16  # that a batch on its way from a worker process may keep open
 ENDING_S = 5.0  # how long the end of threads is waited for: one may hang on dead storage
@@ -60,7 +61,7 @@ class Threads:
         self.over = threading.Event()
         self.threads: list[threading.Thread] = []
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Loaded]:
         self.stop()  # one pass at a time
         self.orders, self.over = queue.SimpleQueue(), threading.Event()
         work = self.orders, self.over
@@ -81,8 +82,8 @@ class Threads:
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _in_order(self, orders: queue.SimpleQueue, over: threading.Event) -> Iterator[Any]:
-        coming: deque[Future] = deque()
+    def _in_order(self, orders: queue.SimpleQueue, over: threading.Event) -> Iterator[Loaded]:
+        coming: deque[Future[Loaded]] = deque()
         tickets = iter(self.tickets)
         while not over.is_set():
             while len(coming) < self.ahead and (ticket := next(tickets, None)) is not None:
@@ -179,14 +180,15 @@ def _leave_signals_to_main(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: Result) -> Result:
     return batch
 
 
 @contextmanager
 def naming_killed_workers() -> Iterator[None]:
-    """Within, a worker process that was killed, or met a limit of the machine, is a ValueError in plain words. torch
-    tells the first by a signal, wherever the main process is just then."""
+    """Within, a worker process that was killed, or met a limit of the machine, is a UserError.
+
+    torch tells the first by a signal, wherever the main process is just then."""
     try:
         yield
     except RuntimeError as error:
@@ -199,7 +201,7 @@ def naming_killed_workers() -> Iterator[None]:
         raise
 
 
-def received(iterator: Iterator, record: Record, timeout_s: float) -> Batch:
+def received(iterator: Iterator[Loaded | Failure], record: Record, timeout_s: float) -> Batch:
     """The next batch, with errors about workers in plain words."""
     try:
         with naming_killed_workers():

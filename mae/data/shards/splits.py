@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae.data.paths import cache_folder, given_root
+from mae.data.remote import Remote
 from mae.data.settings import Choice, StoreSettings
 from mae.data.splits import (
     WORDS,
@@ -18,7 +19,7 @@ from mae.data.splits import (
     splits_of,
     typed,
 )
-from mae.data.store import Local, Remote, is_remote
+from mae.data.store import Local, is_remote
 from mae.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _words(choice: Choice, names: list[str]) -> bool:
 
 def _by_own_names(store: Local | Remote, split: str, choice: Choice) -> Opened:
     """The shards of one folder, parted where their names say so. Raises UserError where only some do."""
-    where = f"data.root={store.root}"
+    root = f"data.root={store.root}"
     whole = Opened(store, None, False)
     if choice == "off":
         return whole
@@ -119,7 +120,7 @@ def _by_own_names(store: Local | Remote, split: str, choice: Choice) -> Opened:
     stems = {name: _stem(name) for name in names}
     words = {stem: match[1] for stem in stems.values() if (match := WORDS.search(stem.lower()))}
     if not isinstance(choice, str):
-        splits = chosen(choice, words.values(), where)
+        splits = chosen(choice, words.values(), root)
     else:
         groups = [group for group in by_name(dict.fromkeys(stems.values())).values() if group["train"] and group["val"]]
         if not groups:
@@ -129,7 +130,7 @@ def _by_own_names(store: Local | Remote, split: str, choice: Choice) -> Opened:
         others = [name for name in names if words.get(stems[name]) not in (*trains, *vals)]
         if others or len(set(trains)) > 1:
             raise UserError(
-                f"{where} holds shards of {in_words(splits.names)} beside {in_words(others or trains[1:])}, which can "
+                f"{root} holds shards of {in_words(splits.names)} beside {in_words(others or trains[1:])}, which can "
                 f"be read in two ways. Type {typed(splits.names)} to leave the others out, or data.splits=off to read "
                 "all shards as one set of images."
             )

@@ -5,9 +5,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from PIL import Image
 
 from mae.data.shards.tar import Collector, Members
 from mae.data.source import FAILURES, BadImage, Source, reason
+from mae.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 KINDS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
 GROUP = 100  # rows of a Parquet row group: some 10 MB of photos, as `datasets` writes images
@@ -27,7 +31,7 @@ class Form(NamedTuple):
     quality: int  # of JPEG, where they are encoded anew
 
 
-class Part(NamedTuple):
+class Written(NamedTuple):
     """A file that was written."""
 
     count: int  # images in it
@@ -37,11 +41,12 @@ class Part(NamedTuple):
 
 
 def encoded(source: Source, index: int, form: Form) -> bytes:
-    """The file of an image. Raises BadImage or OSError."""
+    """The file of an image. Raises BadImage or OSError, and UserError where its target is no class."""
+    image, target = source[index]  # decoded in any case: a damaged file shall not be packed
+    if isinstance(target, torch.Tensor):
+        raise UserError("packed files hold images and their classes, and the targets of these images are no classes.")
     if form.size is None and (data := source.raw(index)) is not None:
-        source[index]  # a damaged file shall not be packed
         return bytes(data)
-    image = source[index][0]
     if image.dtype != torch.uint8 or image.shape[0] not in (1, 3, 4):
         raise BadImage(f"{image.shape[0]} channels of {image.dtype} do not fit an image file")
     pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
@@ -59,7 +64,7 @@ def encoded(source: Source, index: int, form: Form) -> bytes:
 
 
 class Images:
-    """The images of a part that can be used, in order: (index, label, file); those that cannot are noted."""
+    """The images of a file that can be used, in order: (index, label, file); those that cannot are noted."""
 
     def __init__(self, source: Source, indices: np.ndarray, form: Form):
         self.source, self.indices, self.form = source, indices, form
@@ -79,7 +84,7 @@ class Images:
 class Hashed(io.RawIOBase):
     """A file to write to, and the SHA-256 of what was written."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: BinaryIO):
         self.file, self.digest, self.at = file, hashlib.sha256(), 0
 
     def writable(self) -> bool:
@@ -88,7 +93,7 @@ class Hashed(io.RawIOBase):
     def tell(self) -> int:
         return self.at
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         self.digest.update(data)
         self.file.write(data)
         self.at += memoryview(data).nbytes
@@ -97,7 +102,7 @@ class Hashed(io.RawIOBase):
 
 def write_tar(file: Hashed, images: Images) -> Members:
     """A shard in the WebDataset layout."""
-    found = Collector()
+    members = Collector()
 
     def put(name: str, data: bytes) -> int:
         head = tarfile.TarInfo(name)
@@ -111,9 +116,9 @@ def write_tar(file: Hashed, images: Images) -> Members:
         offset = put(f"{key}.{KINDS.get(data[:2], 'img')}", data)
         if label >= 0:
             put(f"{key}.cls", str(label).encode())
-        found.add(key, offset, len(data), label)
+        members.add(key, offset, len(data), label)
     file.write(bytes(2 * tarfile.BLOCKSIZE))
-    return found.members()
+    return members.members()
 
 
 def write_parquet(file: Hashed, images: Images) -> None:
@@ -122,13 +127,13 @@ def write_parquet(file: Hashed, images: Images) -> None:
     from pyarrow import parquet
 
     labelled, classes = images.source.labels is not None, images.source.classes
-    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    features: dict[str, object] = {"image": {"_type": "Image"}}
     columns = [("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))]
     if labelled:
         features["label"] = {"names": classes, "_type": "ClassLabel"}
         columns.append(("label", pyarrow.int64()))
     schema = pyarrow.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
-    rows: list[dict[str, Any]] = []
+    rows: list[Mapping[str, object]] = []
     # images are compressed already
     with parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         for index, label, data in images:
@@ -144,7 +149,7 @@ def write_parquet(file: Hashed, images: Images) -> None:
 WRITERS: dict[str, Callable[[Hashed, Images], Members | None]] = {"tar": write_tar, "parquet": write_parquet}
 
 
-def write(source: Source, indices: np.ndarray, path: Path, form: Form) -> Part:
+def write(source: Source, indices: np.ndarray, path: Path, form: Form) -> Written:
     """The images of these numbers as one file, of the kind that its name says."""
     images, temporary = Images(source, indices, form), path.with_name(f"{path.name}.part")
     with open(temporary, "wb") as file:
@@ -153,4 +158,4 @@ def write(source: Source, indices: np.ndarray, path: Path, form: Form) -> Part:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return Part(len(indices) - len(images.bad), images.bad, hashed.digest.hexdigest(), members)
+    return Written(len(indices) - len(images.bad), images.bad, hashed.digest.hexdigest(), members)

@@ -12,13 +12,14 @@ import numpy as np
 from mae.data.decode import Decoder
 from mae.data.formats import SUFFIXES
 from mae.data.paths import cache_folder, folders_and_files, given_root, holds, inside
+from mae.data.remote import Remote
 from mae.data.settings import Count, Split, StoreSettings
 from mae.data.source import BadImage, Encoded, Source
 from mae.data.sources.columns import Columns, agree, class_names, numbered
 from mae.data.sources.folder import read
 from mae.data.sources.row_groups import RowGroups, indexed
 from mae.data.splits import WORDS, in_words, splits_of
-from mae.data.store import Local, Remote, is_remote, open_store
+from mae.data.store import Local, is_remote, open_store
 from mae.data.subsets import held_out
 from mae.errors import UserError
 

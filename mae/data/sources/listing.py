@@ -83,7 +83,7 @@ def scan(
     `root` are passed over unless `follow_links`, and those that lead to folders that are listed themselves.
     Raises UserError for a folder that cannot be read.
     """
-    found, stamps, outside, broken, twice = Builder(), {}, 0, 0, 0
+    paths, stamps, outside, broken, twice = Builder(), {}, 0, 0, 0
     real_root, seen = os.path.realpath(root), set()
     number = {name: k for k, name in enumerate(classes or [])}
     todo = [""]
@@ -109,7 +109,7 @@ def scan(
                 else:
                     deeper.append(name)
             elif entry.name.lower().endswith(suffixes):
-                found.add(name, label)
+                paths.add(name, label)
                 broken += link and not os.path.exists(entry.path)
         todo.extend(reversed(deeper))
     if outside:
@@ -118,7 +118,7 @@ def scan(
         log.info("%d links in data.root=%s lead to folders whose images are taken at their own place", twice, root)
     if broken:
         log.warning("%d links in data.root=%s lead to no file: each is an image that cannot be used", broken, root)
-    listing = found.listing(str(root), classes or [])
+    listing = paths.listing(str(root), classes or [])
     listing.outside = outside
     return listing, stamps
 

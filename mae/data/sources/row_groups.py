@@ -1,9 +1,8 @@
 """Parquet files as a stream: never all on this machine, read row group by row group, in an order that allows it.
 
-As with tar shards there is an index (here the files' own footers and their labels, read once and kept in the
-cache folder), so that workers, ranks and resuming to the sample are the sampler's concern, and the stream needs
-no state of its own. A file at a URL is fetched whole into the cache when its turn comes, while the one before it
-is read, and makes room again.
+As with tar shards there is an index: the files' own footers and their labels, read once and cached. So workers, ranks
+and resuming to the sample are the sampler's concern, and the stream needs no state of its own. A file at a URL is
+fetched whole into the cache when its turn comes, while the one before it is read, and makes room again.
 """
 
 import hashlib
@@ -22,10 +21,11 @@ import numpy as np
 
 from mae.data import flat
 from mae.data.decode import Decoder
+from mae.data.remote import Remote
 from mae.data.sampler import laned
 from mae.data.source import BadImage, Encoded
 from mae.data.sources.columns import Columns, agree, class_names, numbered
-from mae.data.store import Local, Remote
+from mae.data.store import Local
 from mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -155,11 +155,11 @@ class RowGroups(Encoded):
         if self._files is None or self._files[0] != (seed, epoch):
             self._files = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self.names))
         files = self._files[1]
-        places = np.argsort(files)
+        positions = np.argsort(files)
         current = np.unique(self.groups.file[np.searchsorted(self.starts, indices, side="right") - 1])
-        for place in np.unique(places[current]) + 1:
-            if place < len(files):
-                self.store.ahead(self.names[files[place]], self.sizes[files[place]])
+        for position in np.unique(positions[current]) + 1:
+            if position < len(files):
+                self.store.ahead(self.names[files[position]], self.sizes[files[position]])
 
 
 # ---------------------------------------------------------------- the index

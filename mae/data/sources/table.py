@@ -67,7 +67,7 @@ def read_through(file: Path, top: Path, follow_links: bool) -> tuple[Listing, di
     """The listing that a table makes, and the time stamps of the folders (and of the table) that it hangs on.
 
     Raises UserError for a row that will not do."""
-    found, held = Builder(), bytearray()
+    paths, held = Builder(), bytearray()
     root = Root(top, follow_links)
     number: dict[str, int] = {}
     for path, label, split in rows(file):
@@ -81,17 +81,17 @@ def read_through(file: Path, top: Path, follow_links: bool) -> tuple[Listing, di
         if split is not None and kind is None:
             words = ", ".join(dict.fromkeys(("train", "val", *TRAINING, *VALIDATION)))
             raise UserError(f"data.file={file} has split={split}: it must be one of {words}.")
-        found.add(relative, -1 if label in (None, "") else number.setdefault(label, len(number)))
+        paths.add(relative, -1 if label in (None, "") else number.setdefault(label, len(number)))
         held.append(kind == "val")
     if not held:
         raise UserError(f"data.file={file} has no rows.")
-    listing = found.listing(str(top), sorted(number))
+    listing = paths.listing(str(top), sorted(number))
     if number:
         rank = np.argsort(np.argsort([*number]))  # numbers as met -> numbers in sorted order
         listing.labels = np.where(listing.labels < 0, -1, rank[listing.labels]).astype(np.int32)
     listing.held = np.frombuffer(bytes(held), np.uint8)
     stamps = {str(file.absolute()): file.stat().st_mtime_ns}
-    for folder in {*root.folders, *(str(above) for one in root.folders for above in Path(one).parents)}:
+    for folder in {*root.folders, *(str(above) for name in root.folders for above in Path(name).parents)}:
         with contextlib.suppress(OSError):  # a folder that a row names and that is not there
             stamps[folder] = os.stat(os.path.join(root.real, folder)).st_mtime_ns
     return listing, stamps
@@ -153,7 +153,7 @@ def _csv(path: Path, text: TextIO) -> Iterator[tuple[str, str | None, str | None
     at = {name: header.index(column) for name, column in columns(path, header).items()}
     loose = any(column != column.strip() for column in header)  # blanks around its values mean nothing either
     for row in table:
-        if any(one.strip() for one in row[len(header) :]):
+        if any(value.strip() for value in row[len(header) :]):
             raise UserError(
                 f"data.file={path} has {len(row)} values in line {table.line_num} for {len(header)} columns: put a "
                 "value that holds a comma in quotes."
@@ -167,15 +167,15 @@ def columns(file: Path, header: list[str]) -> dict[str, str]:
     """The columns of a table that are read: what they are -> their names, but for blanks and capitals.
 
     Raises UserError where there is no path, or two columns are the same. Says which is not read and nearly matches."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for wanted in COLUMNS:
         same = [name for name in header if name.strip().lower() == wanted]
         if len(same) > 1 and same.count(wanted) != 1:
             raise UserError(f"data.file={file} has {len(same)} columns {wanted}: {same}. Leave one.")
         if same:
-            found[wanted] = wanted if wanted in same else same[0]
+            names[wanted] = wanted if wanted in same else same[0]
             continue
-        close = similar(wanted, [name for name in header if name not in found.values()])
+        close = similar(wanted, [name for name in header if name not in names.values()])
         if wanted == "path":
             shown = ", ".join(map(repr, header)) or "none"
             hint = f" Is {close} the one? Rename it." if close else ""
@@ -184,7 +184,7 @@ def columns(file: Path, header: list[str]) -> dict[str, str]:
             raise UserError(f"data.file={file} has no column path, only {shown}.{hint}")
         if close:
             log.warning("data.file=%s: the column %s is not read: rename it where it is the %s", file, close, wanted)
-    return found
+    return names
 
 
 def similar(wanted: str, header: list[str]) -> str | None:

@@ -20,42 +20,42 @@ def digits(split: Split, *, in_chans: Count, val_fraction: Annotated[float, "[0,
     bunch: Any = load_digits()
     pixels = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]  # 0..16 -> 8 bit
     labels, classes = np.asarray(bunch.target, np.int64), [str(d) for d in bunch.target_names]
-    kept = split_indices(labels, len(labels), val_fraction, split)
-    return Arrays(replicate(pixels[kept], in_chans, "digits"), labels[kept], classes, f"digits/{split}")
+    indices = split_indices(labels, len(labels), val_fraction, split)
+    return Arrays(replicate(pixels[indices], in_chans, "digits"), labels[indices], classes, f"digits/{split}")
 
 
 def cifar10(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """CIFAR-10 through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR10
 
-    found = fetched(CIFAR10, "CIFAR-10", root, download, train=split == "train")
-    return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar10/{split}")
+    data = fetched(CIFAR10, "CIFAR-10", root, download, train=split == "train")
+    return arrays(data.data.transpose(0, 3, 1, 2), data.targets, data.classes, in_chans, f"cifar10/{split}")
 
 
 def cifar100(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """CIFAR-100 (fine labels) through torchvision, which checks the files' MD5 sums before it opens them."""
     from torchvision.datasets import CIFAR100
 
-    found = fetched(CIFAR100, "CIFAR-100", root, download, train=split == "train")
-    return arrays(found.data.transpose(0, 3, 1, 2), found.targets, found.classes, in_chans, f"cifar100/{split}")
+    data = fetched(CIFAR100, "CIFAR-100", root, download, train=split == "train")
+    return arrays(data.data.transpose(0, 3, 1, 2), data.targets, data.classes, in_chans, f"cifar100/{split}")
 
 
 def stl10(split: Split, *, root: str | None, in_chans: Count, download: bool, unlabelled: bool) -> Source:
     """STL-10: 5000 labelled images of 96 x 96 to train on or, with `unlabelled`, 100000 more without labels."""
     from torchvision.datasets import STL10
 
-    part = "test" if split == "val" else "train+unlabeled" if unlabelled else "train"
-    found = fetched(STL10, "STL-10", root, download, split=part)
-    labels = None if unlabelled and split == "train" else found.labels
-    return arrays(found.data, labels, found.classes, in_chans, f"stl10/{split}")
+    name = "test" if split == "val" else "train+unlabeled" if unlabelled else "train"
+    data = fetched(STL10, "STL-10", root, download, split=name)
+    labels = None if unlabelled and split == "train" else data.labels
+    return arrays(data.data, labels, data.classes, in_chans, f"stl10/{split}")
 
 
 def fashion_mnist(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:
     """Fashion-MNIST: 60000 + 10000 grey images of 28 x 28."""
     from torchvision.datasets import FashionMNIST
 
-    found = fetched(FashionMNIST, "Fashion-MNIST", root, download, train=split == "train")
-    return arrays(found.data[:, None], found.targets, found.classes, in_chans, f"fashion_mnist/{split}")
+    data = fetched(FashionMNIST, "Fashion-MNIST", root, download, train=split == "train")
+    return arrays(data.data[:, None], data.targets, data.classes, in_chans, f"fashion_mnist/{split}")
 
 
 def fetched(kind: Callable, title: str, root: str | None, download: bool, **options: Any) -> Any:
@@ -64,7 +64,7 @@ def fetched(kind: Callable, title: str, root: str | None, download: bool, **opti
         return kind(str(given_root(root, must_exist=not download)), download=download, **options)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{title} was not found in data.root={root} ({str(error).splitlines()[0]}): "
+            f"{title} was not data in data.root={root} ({str(error).splitlines()[0]}): "
             "set data.download=true or another data.root."
         ) from error
 
