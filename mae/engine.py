@@ -20,6 +20,7 @@ from mae.distributed.ranks import Ranks, start
 from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
 from mae.perf.compile import no_recompilation
+from mae.perf.micro_batch import explaining_memory
 from mae.perf.profiling import profiled
 from mae.progress import Clock
 from mae.report.run import write_report
@@ -178,7 +179,7 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> 
 
 def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """Any task from start to summary."""
-    with naming_killed_workers():
+    with naming_killed_workers(), explaining_memory(cfg, ranks):
         if cfg.task.get("cached_features"):
             return call(probe_features, cfg.task, run, cfg, ranks, tracker)
         if registry.TASKS[cfg.task.name].trains:

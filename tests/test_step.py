@@ -302,6 +302,17 @@ def test_auto_on_a_host_judges_by_what_autograd_keeps(tmp_path, monkeypatch):
     assert 1 <= found < 32 and 32 % found == 0
 
 
+@pytest.mark.parametrize("micro", ["null", "16"])
+def test_out_of_memory_is_a_sentence_that_names_what_saves_it(tmp_path, monkeypatch, micro):
+    from mae.tasks.pretrain import Pretrain
+
+    monkeypatch.setattr(Pretrain, "forward", hungry(0))
+    share = "A device takes its whole share of a batch at a time, 32 images. "
+    expected = f"GiB. {share if micro == 'null' else ''}Set task.micro_batch_size=auto, or task.checkpointing=blocks."
+    with pytest.raises(UserError, match=expected):
+        run_here(tmp_path, *TINY_PRETRAIN, f"task.micro_batch_size={micro}")
+
+
 def test_auto_where_nothing_fits_is_a_sentence(tmp_path, monkeypatch):
     from mae.tasks.pretrain import Pretrain
 
