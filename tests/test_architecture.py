@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": {"rng"},
     "weights": {"models", "runs"},
     "distributed": {"device", "models"},
-    "perf": {"config", "device", "distributed", "models", "plan", "runs", "tasks.registry"},
+    "perf": {"config", "device", "distributed", "limits", "models", "plan", "runs", "tasks.registry"},
     "report": {"config", "runs", "tasks.registry", "tracking"},
     "tasks": STEP | {"checkpoint", "data", "report", "weights"},
     "training": STEP | {"checkpoint", "data", "perf", "tasks", "weights"},

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from mae import device
-from mae.distributed.ranks import check_own_gpu
+from mae import checkpoint, device
+from mae.distributed.ranks import check_own_gpu, start
 from mae.errors import UserError
+from mae.models import recompute
+from mae.models.layers import Block
+from mae.perf.compile import compile_blocks
 
 GB = 1 << 30
 
@@ -130,3 +133,45 @@ def test_all_evaluations_copy_on_one_stream_of_a_device(monkeypatch):
     streams = [device.Sender(where).copy_stream for where in (first, first, torch.device("cuda:0"), second)]
     device.copy_stream.cache_clear()
     assert made == [first, second] and streams[0] is streams[1] is streams[2] is not streams[3]
+
+
+def test_a_run_on_the_cpu_opens_no_context_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("asked a GPU"))
+    state = checkpoint.random_state()
+    assert "cuda" not in state
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: pytest.fail("asked a GPU"))
+    checkpoint.set_random_state(state | {"cuda": torch.zeros(1)})
+
+
+def test_the_generator_of_mps_is_saved_and_restored(monkeypatch):
+    restored: list[int] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: 7)
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    checkpoint.set_random_state(checkpoint.random_state())
+    assert restored == [7]
+
+
+def test_several_processes_on_one_mps_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=mps is one device"):
+        start("auto", timeout_s=1, rendezvous_timeout_s=1, sharding="none")
+
+
+def test_attention_is_sliced_for_the_cache_of_a_cpu_alone():
+    queries = torch.empty(64, 197, 12, 64)
+    assert len(recompute._slices(queries, queries)) > 1
+    assert recompute._slices(queries.to("meta"), queries.to("meta")) == [slice(None)]
+
+
+def test_inductor_starts_no_more_workers_than_a_rank_has_cores(monkeypatch):
+    from torch._inductor import config as inductor
+
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(inductor, "compile_threads", 32)
+    monkeypatch.setattr("mae.limits.cpus", lambda: 8)
+    compile_blocks(Block(8, 2), None)
+    assert inductor.compile_threads == 2

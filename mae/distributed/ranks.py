@@ -178,6 +178,8 @@ def start(
     here = devices.pick(device, local)
     if world == 1:
         return Ranks(here)
+    if here.type == "mps":
+        raise UserError("device=mps is one device: launcher.processes must be 1, or use device=cpu.")
     timeout = datetime.timedelta(seconds=1.5 * timeout_s)  # later than the watchdog, which knows who is late
     backend, own_gpu = ("nccl", here) if here.type == "cuda" else ("gloo", None)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # whose agent has gathered the ranks already

@@ -4,6 +4,7 @@ Compilation by block: one small graph serves all blocks of a width, so that a Vi
 """
 
 import logging
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from mae import device as devices
+from mae import limits
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.layers import (
@@ -131,7 +133,11 @@ def no_recompilation(model: nn.Module) -> AbstractContextManager[object]:
 def compile_blocks(model: nn.Module, mode: str | None) -> None:
     """Compiles every block in place; names in the state dict stay."""
     from torch._dynamo import config as settings  # seconds to import
+    from torch._inductor import config as inductor
 
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # inductor starts up to 32 workers in each rank
+        inductor.compile_threads = max(1, min(inductor.compile_threads or 1, limits.cpus() // ranks_here))
     settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
     settings.optimize_ddp = False  # which cuts graphs at DDP's buckets; a block is small enough
     blocks = blocks_of(model)
