@@ -11,7 +11,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mae.models.layers import sincos_pos_embed
+from mae.models.positions import sincos_pos_embed
 
 MASK_RATIO = 0.75
 VIT_BASE: dict[str, Any] = dict(

@@ -14,8 +14,8 @@ from torch import nn
 
 from mae.data.prepare import Prepare
 from mae.data.transforms import CenterCrop
-from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
+from mae.models.positions import resize_pos_embed
 from mae.models.vit import classifier
 from mae.weights.export import EXPORT_FORMATS, export, timm_model
 from mae.weights.export_card import Facts, run_facts

@@ -15,17 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae.models import recompute
 from mae.models.decoders import DECODERS, Decoder, DecoderSizes
-from mae.models.layers import (
-    Block,
-    DropPath,
-    attention,
-    resize_pos_embed,
-    set_attention_kernel,
-    set_checkpointing,
-    sincos_pos_embed,
-)
+from mae.models.layers import Block, DropPath, attention, set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import order_by_noise
+from mae.models.positions import resize_pos_embed, sincos_pos_embed
 from mae.models.vit import classifier
 from mae.perf.compile import compile_blocks
 

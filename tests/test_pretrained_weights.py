@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
+from mae.models.positions import resize_pos_embed
 from mae.models.vit import classifier
 from mae.weights import files
 from mae.weights.layouts import sinusoid

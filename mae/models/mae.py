@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mae.errors import UserError
 from mae.models.decoders import DECODERS, Decoder
-from mae.models.layers import fixed_position
 from mae.models.masking import count_visible, order_by_noise
+from mae.models.positions import fixed_position
 from mae.models.vit import Encoder
 
 

@@ -9,15 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae.errors import UserError
-from mae.models.layers import (
-    Block,
-    LayerNorm,
-    block_sizes,
-    check_heads,
-    fixed_position,
-    patch_grid,
-    transformer_block,
-)
+from mae.models.layers import Block, LayerNorm, block_sizes, check_heads, patch_grid, transformer_block
+from mae.models.positions import fixed_position
 
 HEAD_STD = 2e-5  # reference, fine-tuning: a new head starts with outputs near zero
 

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae.errors import UserError
-from mae.models.layers import resize_pos_embed
 from mae.models.mae import MaskedAutoencoder
+from mae.models.positions import resize_pos_embed
 from mae.weights.layouts import DECODER
 from mae.weights.names import State
 from mae.weights.read import PretrainedWeights
