@@ -15,7 +15,7 @@ from PIL import Image
 
 from mae.data import flat, pack, remote
 from mae.data.source import BadImage
-from mae.data.sources import huggingface
+from mae.data.sources import huggingface, parquet_files
 from mae.data.sources.huggingface import hf
 from tests.test_data_shards import Flaky, loaded, same
 
@@ -424,7 +424,7 @@ def test_files_that_lead_out_of_the_root_are_refused(stream, tmp_path, monkeypat
     with pytest.raises(ValueError, match=says):  # as a server says
         streamed(f"file://{stream}", tmp_path / "cache")
     urls = [f"file://{stream}/data/{name}.parquet" for name in ("a/b", "../train-0")]
-    monkeypatch.setattr(huggingface, "hub_files", lambda *given: urls)
+    monkeypatch.setattr(parquet_files, "hub_files", lambda *given: urls)
     with pytest.raises(ValueError, match=says):
         streamed("hf://some/set", tmp_path / "cache")
 

@@ -90,7 +90,7 @@ def test_memory_that_a_shard_takes_is_one_sentence(root, tmp_path, capsys, monke
     def full(*given):
         raise MemoryError
 
-    monkeypatch.setattr(pack, "write", full)
+    monkeypatch.setattr(pack, "write_file", full)
     assert pack.main(command(root, tmp_path / "out")) == 1
     said = "shard-000000.tar cannot be written: it takes more memory than there is.\n"
     assert capsys.readouterr().err.endswith(said)

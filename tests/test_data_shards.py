@@ -730,7 +730,7 @@ def test_places_that_are_not_there(root, tmp_path):
 def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch, kind):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pack.pack(source, whole, KEEP, 25, workers=2, kind=kind)
-    write, count = pack.write, []
+    write, count = pack.write_file, []
 
     def stops(*args):
         if len(count) == 2:
@@ -738,12 +738,12 @@ def test_packing_goes_on_where_it_was_stopped(source, tmp_path, monkeypatch, kin
         count.append(1)
         return write(*args)
 
-    monkeypatch.setattr(pack, "write", stops)
+    monkeypatch.setattr(pack, "write_file", stops)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
     assert not (broken / "index.bin").exists()
     (broken / f"shard-000001.{kind}").write_bytes(b"cut")
-    monkeypatch.setattr(pack, "write", write)
+    monkeypatch.setattr(pack, "write_file", write)
     with pytest.raises(ValueError, match="was begun with another source or other options"):
         pack.pack(source, broken, KEEP, 24, workers=1, kind=kind)
     made = pack.pack(source, broken, KEEP, 25, workers=1, kind=kind)
@@ -823,7 +823,7 @@ def test_a_disk_that_is_full_is_one_sentence(source, tmp_path, monkeypatch, work
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack, "write", full)
+    monkeypatch.setattr(pack, "write_file", full)
     with pytest.raises(ValueError, match=r"shard-000000\.tar cannot be written: No space left on device\.$"):
         pack.pack(source, tmp_path / "out", KEEP, 60, workers=workers)
 

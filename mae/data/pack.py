@@ -23,7 +23,7 @@ from mae.data.dataset import Failure
 from mae.data.settings import LoaderSettings
 from mae.data.shards.packing import Complete, done, finish, note_of, prepare
 from mae.data.shards.splits import INDEX
-from mae.data.shards.write import WRITERS, Form, write
+from mae.data.shards.write import WRITERS, Form, write_file
 from mae.data.source import Source, reason
 from mae.errors import UserError
 
@@ -48,7 +48,7 @@ class Jobs(Dataset):
     def write(self, number: int) -> int:
         """Writes a shard and its note; its number of images."""
         path = self.paths[number]
-        written = write(self.source, self.indices[number], path, self.form)
+        written = write_file(self.source, self.indices[number], path, self.form)
         head = {"sha256": written.sha256, "bytes": path.stat().st_size, "bad": written.bad, "count": written.count}
         flat.write(note_of(path), head, written.members._asdict() if written.members else {})
         return len(self.indices[number])

@@ -1,6 +1,7 @@
 """Folders and files of a data set: its root, what it holds, where links lead, the cache."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from mae.errors import UserError
@@ -118,3 +119,11 @@ def contained(name: str, root: object) -> str:
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
         raise UserError(f"the shards in {root} name {name!r}, which leads out of data.root.")
     return name
+
+
+def in_words(names: Iterable[str], most: int = 4) -> str:
+    """Names of folders in words."""
+    words = [printable(name) for name in names]
+    if len(words) > most:
+        words = [*words[: most - 1], f"{len(words) - most + 1} others"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "none"

@@ -6,10 +6,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from filelock import BaseFileLock
 
@@ -19,7 +19,7 @@ from mae.errors import UserError
 from mae.runs.file_system import full_disk
 from mae.runs.locks import file_lock
 
-T = TypeVar("T")
+Read = TypeVar("Read")  # what an operation on a file gives
 log = logging.getLogger(__name__)
 
 CHUNK = 4 << 20  # bytes a read
@@ -42,7 +42,7 @@ class Remote:
         self.begun = time.time()
         self._coming: dict[str, Future] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         return vars(self) | {"_coming": {}, "_fs": None}
 
     def check(self, name: str) -> None:
@@ -83,7 +83,7 @@ class Remote:
         if coming.set_running_or_notify_cancel():
             try:
                 coming.set_result(self._fetched(name, size))
-            except BaseException as error:  # told to who waits for the shard
+            except BaseException as error:  # raised where the shard is waited for
                 coming.set_exception(error)
 
     def read(self, name: str) -> bytes:
@@ -94,7 +94,7 @@ class Remote:
         """Whether a file is there. Raises OSError when tries run out."""
         return self._tried(name, lambda: self.fs.exists(f"{self.root}/{name}"))
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> IO[bytes]:
         return self.fs.open(f"{self.root}/{name}", "rb")
 
     def names(self, pattern: str = "*.tar") -> list[str]:
@@ -109,7 +109,7 @@ class Remote:
         names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
         return sorted(name for name in names if not hidden(name))
 
-    def tried(self, name: str, deed: Callable[[], T]) -> T:
+    def tried(self, name: str, deed: Callable[[], Read]) -> Read:
         """The result of a deed that reads a shard, tried again for `retry_s`. Raises OSError."""
         return self._tried(name, deed, known=True)
 
@@ -152,7 +152,7 @@ class Remote:
             raise OSError(f"{temporary.stat().st_size} of its {size} bytes came")
         os.replace(temporary, path)
 
-    def _tried(self, name: str, deed: Any, known: bool = False) -> Any:
+    def _tried(self, name: str, deed: Callable[[], Read], known: bool = False) -> Read:
         """The deed's result, tried again for `retry_s` seconds; also where a file is absent that is `known`
         to be there (its server may just be starting). Raises OSError."""
         give_up, pause = time.monotonic() + self.retry_s, PAUSE

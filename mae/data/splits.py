@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mae.data.paths import folders_and_files, holds, inside, printable
+from mae.data.paths import folders_and_files, holds, in_words, inside, printable
 from mae.data.settings import Choice
 from mae.errors import UserError
 
@@ -188,14 +188,6 @@ def typed(names: list[str]) -> str:
     ]
     option = f"data.splits=[{','.join(printable(word) for word in words)}]"
     return option if re.fullmatch(r"[\w.=,\[\]-]+", option) else shlex.quote(option)
-
-
-def in_words(names: Iterable[str], most: int = 4) -> str:
-    """Names of folders in words."""
-    words = [printable(name) for name in names]
-    if len(words) > most:
-        words = [*words[: most - 1], f"{len(words) - most + 1} others"]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "none"
 
 
 def left_out(others: list[str], files: bool) -> str:

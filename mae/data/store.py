@@ -5,14 +5,13 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO
 
 from mae.data.paths import cache_folder, contained, given_root, hidden, inside
-from mae.data.remote import Remote
+from mae.data.remote import Read, Remote
 from mae.data.settings import StoreSettings
 from mae.errors import UserError
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -56,7 +55,7 @@ class Local:
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> IO[bytes]:
         return open(self.root / name, "rb")
 
     def names(self, pattern: str = "*.tar") -> list[str]:
@@ -64,7 +63,7 @@ class Local:
         paths = (path.relative_to(self.root) for path in self.root.glob(pattern))
         return sorted(str(path) for path in paths if not hidden(path.as_posix()))
 
-    def tried(self, name: str, deed: Callable[[], T]) -> T:
+    def tried(self, name: str, deed: Callable[[], Read]) -> Read:
         """The deed's result."""
         return deed()
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # before Python 3.11 not the builtin
 from contextlib import contextmanager
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from mae.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_THREADS = 8  # above so many, `auto` takes processes
-Result = TypeVar("Result")
 SMALL = 1 << 30  # bytes of shared memory: below so many, it is reckoned whether batches fit
 FILES = 16  # that a batch on its way from a worker process may keep open
 ENDING_S = 5.0  # how long the end of threads is waited for: one may hang on dead storage
@@ -180,8 +178,8 @@ def _leave_signals_to_main(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Result) -> Result:
-    return batch
+def _as_it_is(loaded: object) -> object:
+    return loaded
 
 
 @contextmanager

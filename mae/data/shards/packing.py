@@ -61,7 +61,7 @@ def filled(out: Path, plan: Mapping[str, object]) -> bool:
     try:
         head, _ = flat.read_head(out / INDEX)
         return head["plan"] == hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that told no plan
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that wrote no plan
         return False
 
 

@@ -149,7 +149,7 @@ def write_parquet(file: Hashed, images: Images) -> None:
 WRITERS: dict[str, Callable[[Hashed, Images], Members | None]] = {"tar": write_tar, "parquet": write_parquet}
 
 
-def write(source: Source, indices: np.ndarray, path: Path, form: Form) -> Written:
+def write_file(source: Source, indices: np.ndarray, path: Path, form: Form) -> Written:
     """The images of these numbers as one file, of the kind that its name says."""
     images, temporary = Images(source, indices, form), path.with_name(f"{path.name}.part")
     with open(temporary, "wb") as file:

@@ -1,32 +1,27 @@
 """Hugging Face `datasets`: Parquet or Arrow files, in a folder or on the Hub; or Parquet files as a stream."""
 
 import os
-import posixpath
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mae.data.decode import Decoder
 from mae.data.formats import SUFFIXES
 from mae.data.paths import cache_folder, folders_and_files, given_root, holds, inside
-from mae.data.remote import Remote
 from mae.data.settings import Count, Split, StoreSettings
 from mae.data.source import BadImage, Encoded, Source
 from mae.data.sources.columns import Columns, agree, class_names, numbered
 from mae.data.sources.folder import read
+from mae.data.sources.parquet_files import HUB, HubSplits, parquet_files
 from mae.data.sources.row_groups import RowGroups, indexed
 from mae.data.splits import WORDS, in_words, splits_of
-from mae.data.store import Local, is_remote, open_store
-from mae.data.subsets import held_out
+from mae.data.store import Local, is_remote
 from mae.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-HUB = "hf://"
 
 
 class Rows(Encoded):
@@ -66,31 +61,6 @@ class Rows(Encoded):
             raise
         except (OSError, KeyError, TypeError, ValueError) as error:  # the last for a path with a NUL
             raise BadImage(f"no image in its column {self.image}") from error
-
-
-@dataclass(frozen=True)
-class HubSplits:
-    """Which rows of a data set of `datasets` are for training and for validation."""
-
-    subset: str | None
-    train_split: str
-    val_split: str | None
-    val_fraction: Annotated[float, "[0, 1]"]
-
-    def name(self, split: Split) -> str:
-        return self.val_split if split == "val" and self.val_split is not None else self.train_split
-
-    def of(self, rows: Source, root: str, split: Split) -> Source:
-        """The rows of a split, or the held-out rows of the training split. Raises UserError where there are none."""
-        if not len(rows):
-            raise UserError(f"data.root={root} holds no rows of the split {self.name(split)}.")
-        return rows if self.val_split is not None else held_out(rows, self.val_fraction, split)
-
-    def holds(self, file: str, split: str) -> bool:
-        """Whether a Parquet file is of a split: `SPLIT/*`, `SPLIT-*` or `SPLIT.parquet`, at any depth."""
-        marks = (f"/{split}/", f"/{split}-", f"/{split}.parquet")
-        within = f"/{self.subset}/" if self.subset is not None else "/"
-        return within in f"/{file}" and any(mark in f"/{file}" for mark in marks)
 
 
 def hf(
@@ -209,46 +179,6 @@ def is_saved(root: str) -> bool:
     """Whether a folder was written by `save_to_disk`: Arrow files, which are mapped and never copied anyway."""
     path = Path(root).expanduser()
     return not is_remote(root) and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
-
-
-def parquet_files(
-    root: str, splits: HubSplits, split: str, settings: StoreSettings
-) -> tuple[Local | Remote, list[str]]:
-    """Where the Parquet files of a split lie, and their names there, sorted: `SPLIT/*`, `SPLIT-*` or `SPLIT.parquet`,
-    at any depth, or what a data set on the Hub says. Raises UserError where there are none."""
-    if root.startswith(HUB):
-        urls = hub_files(root, splits.subset, split)
-        top = posixpath.commonpath([posixpath.dirname(url) for url in urls]).replace(":/", "://", 1)
-        store, names = open_store(top, settings), sorted(url[len(top) + 1 :] for url in urls)
-    else:
-        try:
-            store = open_store(root, settings)
-            names = [name for name in store.names("**/*.parquet") if splits.holds(name, split)]
-        except (OSError, NotImplementedError) as error:
-            raise UserError(f"data.root={root} cannot be reached: {error}.") from error
-    if not names:
-        below = f" in a folder {splits.subset} (data.subset)" if splits.subset is not None else ""
-        raise UserError(
-            f"data.root={root} holds no Parquet files of the split {split}{below}: {split}/* or {split}-*.parquet."
-        )
-    for name in names:
-        store.check(name)
-    return store, names
-
-
-def hub_files(root: str, subset: str | None, split: str) -> list[str]:
-    """The URLs of the Parquet files of a data set on the Hub."""
-    import datasets
-
-    try:
-        files = datasets.load_dataset_builder(root.removeprefix(HUB), subset).config.data_files or {}
-        urls = [str(url) for url in files[split]]
-    except Exception as error:  # network and formats fail in many ways
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"data.root={root} cannot be opened as a data set, split {split}: {what[0]}") from error
-    if strange := [url for url in urls if not url.endswith(".parquet")]:
-        raise UserError(f"data.streaming=true needs Parquet files, and data.root={root} has {strange[0]}.")
-    return urls
 
 
 def _labels(rows: "Dataset", column: str | None) -> tuple[np.ndarray | None, list[str]]:

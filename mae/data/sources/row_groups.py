@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "mae-rowgroups-2"
+INDEX_FORMAT = "mae-rowgroups-2"
 
 
 class Groups(NamedTuple):
@@ -64,7 +64,7 @@ class OpenGroups:
         if mine:
             try:
                 future.set_result(read(number))
-            except BaseException as error:  # told to all who wait for it; the next one tries again
+            except BaseException as error:  # raised for all who wait for it; the next one tries again
                 with self.lock:
                     self.futures.pop(number, None)
                 future.set_exception(error)
@@ -182,7 +182,7 @@ def indexed(store: Local | Remote, names: list[str], columns: Columns, cache: Pa
     """
     label = columns.label_column
     stamps = json.dumps(
-        [FORMAT, str(store.root), columns.image_column, label, [[name, store.stamp(name)] for name in names]]
+        [INDEX_FORMAT, str(store.root), columns.image_column, label, [[name, store.stamp(name)] for name in names]]
     )
     path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     try:
@@ -204,7 +204,7 @@ def indexed(store: Local | Remote, names: list[str], columns: Columns, cache: Pa
         )
     arrays = groups._asdict() | ({} if labels is None else {"labels": labels})
     try:
-        flat.write(path, {"format": FORMAT, "sizes": sizes, "classes": classes}, arrays)
+        flat.write(path, {"format": INDEX_FORMAT, "sizes": sizes, "classes": classes}, arrays)
     except OSError as error:
         log.warning("the index of %s is not kept: %s (data.cache_dir)", store.root, error)
     return RowIndex(names, sizes, groups, labels, classes)

@@ -64,7 +64,7 @@ def table(
 
 
 def read_through(file: Path, top: Path, follow_links: bool) -> tuple[Listing, dict[str, int]]:
-    """The listing that a table makes, and the time stamps of the folders (and of the table) that it hangs on.
+    """The listing that a table makes, and the time stamps of the folders and of the table that it depends on.
 
     Raises UserError for a row that will not do."""
     paths, held = Builder(), bytearray()
