@@ -24,7 +24,7 @@ from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import chosen_groups  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
 from mae.errors import DEBUG, UserError  # noqa: E402
-from mae.launch import errors, launch, pipeline, prepare  # noqa: E402
+from mae.launch import errors, launch  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
 
 INTERRUPTED = 130  # a run's exit code
@@ -62,12 +62,12 @@ def run(cfg: DictConfig) -> int:
         plugin.join()
     here = HydraConfig.get()
     overrides = [override for override in here.overrides.task if key_of(override) != from_run.MARK]
-    cfg = from_run.inherited(cfg, overrides)
+    cfg = from_run.with_run_values(cfg, overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
-    overrides += pipeline.own_names(cfg, without_typed(here.runtime.choices, overrides))
+    overrides += from_run.own_names(cfg, without_typed(here.runtime.choices, overrides))
     if cfg.resume:
-        cfg, overrides = prepare.resumed(cfg, overrides)
+        cfg, overrides = from_run.resumed(cfg, overrides)
     checked = check_config(resolve(cfg))
     if checked.dry_run:
         from mae.tools import dry_run

@@ -7,12 +7,12 @@ import pytest
 from conftest import make_source
 from PIL import Image
 
+from mae.config.from_run import resumed
 from mae.config.identity import identity
 from mae.config.saved import read_config
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.scientific import scientific_folder
 from mae.errors import UserError
-from mae.launch import prepare
 from tests.conftest import composed, run_here
 
 FOLDER = {
@@ -208,5 +208,5 @@ def test_a_run_goes_on_where_its_folders_have_become_doubtful(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "resumed at step 1" in said and "have changed" not in said
     typed = [f"resume={run}", "data.splits=[train,val]"]
-    merged, _ = prepare.resumed(composed(*command, *typed), typed)
+    merged, _ = resumed(composed(*command, *typed), typed)
     assert merged.data.splits == ["train", "val"]

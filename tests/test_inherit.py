@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from test_tasks import TINY_FINETUNE, folder_of
 
 from mae.config.compose import CONF
-from mae.config.from_run import inherited, run_of, stands_for, with_groups
+from mae.config.from_run import run_of, stands_for, with_groups, with_run_values
 from mae.errors import UserError
 from mae.launch import launch
 
@@ -32,7 +32,7 @@ def parent(root, tmp_path_factory):
 def taken(*overrides):
     """What a command line comes to."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return inherited(compose("config", with_groups(overrides)), overrides)
+        return with_run_values(compose("config", with_groups(overrides)), overrides)
 
 
 def test_model_and_data_are_those_of_the_run(parent, root, capsys):
@@ -104,7 +104,7 @@ def test_several_parents_of_a_sweep_bring_what_they_agree_on(tmp_path):
     for run, depth in ((one, 5), (two, 6)):
         member = ["task=knn", f"init={run}", *given[3:]]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert inherited(compose("config", member), member).model.depth == depth
+            assert with_run_values(compose("config", member), member).model.depth == depth
     (two / "config.yaml").write_text("model: {name: vit_large}\ndata: {name: inat}\n")
     assert with_groups(["-m", f"init={one},{two}"]) == ["-m", f"init={one},{two}"]
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from mae import checkpoint
 from mae.config.check import check_config, resolve
-from mae.config.from_run import inherited, with_groups
+from mae.config.from_run import with_groups, with_run_values
 from mae.launch import launch
 from mae.report import run as report
 
@@ -32,7 +32,7 @@ def old(request, tmp_path, monkeypatch) -> Path:
 def start(*arguments: str) -> int:
     """What run.py does with a command line, in this process; returns the exit code."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = inherited(compose("config", with_groups(arguments)), arguments)
+        cfg = with_run_values(compose("config", with_groups(arguments)), arguments)
         return launch.launch(check_config(resolve(cfg)), list(arguments))
 
 

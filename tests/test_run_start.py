@@ -14,11 +14,11 @@ from test_tasks import folder_of
 from mae.config import paths
 from mae.config.check import to_dict, with_values
 from mae.config.compose import CONF
-from mae.config.from_run import inherited, with_groups
+from mae.config.from_run import resumed, with_groups, with_run_values
 from mae.config.saved import read_config, stored_config, stored_overrides
 from mae.errors import UserError
 from mae.launch import launch
-from mae.launch.prepare import prepare, resumed
+from mae.launch.prepare import prepare
 from mae.launch.slurm import status
 from mae.report import run as report
 from mae.report import sweep
@@ -44,7 +44,7 @@ def trained(images, tmp_path_factory):
 def taken(*overrides):
     """What a command line comes to."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return inherited(compose("config", with_groups(overrides)), overrides)
+        return with_run_values(compose("config", with_groups(overrides)), overrides)
 
 
 # ---------------------------------------------------------------- quoting

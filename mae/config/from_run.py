@@ -1,25 +1,29 @@
-"""What a command takes over from the run that its `init` names: the model and the data, where it says neither itself.
+"""What a config takes over from another one. Imports no torch.
 
-So `python run.py task=evaluate init=RUN` evaluates the run's network on the run's data. Imports no torch.
+- `init=RUN`: the model and the data of that run, where the command line says neither.
+- A stage of a pipeline, and the run that `init=auto` stands for: model, data, launcher and device of the command.
+- `resume=RUN`: all of that run, but for what may change between two starts.
 """
 
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mae.config import overrides
-from mae.config.check import to_dict
-from mae.config.compose import chosen_groups
-from mae.config.identity import NEUTRAL
+from mae.config.check import check_config, to_dict
+from mae.config.compose import chosen_groups, composed, is_group
+from mae.config.identity import CHANGEABLE, NEUTRAL
 from mae.config.paths import data_root
 from mae.config.rules import reads_data
-from mae.config.saved import stored_config, stored_overrides
+from mae.config.saved import read_config, stored_config, stored_overrides
+from mae.errors import UserError
 from mae.runs.checkpoints import newest_complete
+from mae.runs.layout import CHECKPOINTS, CONFIG
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
@@ -27,16 +31,19 @@ FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the 
 # How much of the data is learned from, and how and where they are loaded: not what they are
 OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in NEUTRAL if path[0] == "data")}
 OWN -= {"root"}
+SHARED = ("model", "data", "launcher", "wandb")  # sections that are the same in every stage of a pipeline
+CHOICES = ("model", "data", "launcher")  # of these, the ones whose file is chosen
+NO_CHOICES: Mapping[str, str] = {}
 
 
 def run_of(init: str) -> Path | None:
     """The directory of the run that `init` names, or of whose checkpoints it names one; None for other files."""
     try:
-        place = Path(init).expanduser().absolute()
-        for one in (place, place.resolve()):
+        path = Path(init).expanduser().absolute()
+        for named in (path, path.resolve()):
             # RUN, RUN/checkpoints/STEP, RUN/checkpoints/STEP/FILE
-            for run in (one, *(folder.parent for folder in one.parents[:2] if folder.name == "checkpoints")):
-                if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            for run in (named, *(folder.parent for folder in named.parents[:2] if folder.name == CHECKPOINTS)):
+                if (run / CONFIG).is_file() and (run / CHECKPOINTS).is_dir():
                     return run
     except (OSError, RuntimeError):  # a name that is too long, a home that is not there
         pass
@@ -44,17 +51,17 @@ def run_of(init: str) -> Path | None:
 
 
 def stands_for(init: str) -> Path | None:
-    """The checkpoint that a run's directory or a link, which name others as the run goes on, stand for now."""
-    place = Path(init).expanduser()
-    if run_of(init) == place.absolute():
-        return newest_complete(place)
-    return place.resolve() if place.is_symlink() else None
+    """The checkpoint that `init` means now, where it is a run's directory or a link: later it may mean another."""
+    path = Path(init).expanduser()
+    if run_of(init) == path.absolute():
+        return newest_complete(path)
+    return path.resolve() if path.is_symlink() else None
 
 
 def with_groups(arguments: Sequence[str]) -> list[str]:
     """A command line with the groups `model` and `data` of the run that `init=` names, where it chooses none itself.
     An experiment chooses both. Raises UserError where the run's own config cannot be read."""
-    typed = {key: one for key, one in overrides.by_key(arguments).items() if not one.is_delete()}
+    typed = {key: override for key, override in overrides.by_key(arguments).items() if not override.is_delete()}
     sections = [name for name in SECTIONS if name not in typed]
     if "init" not in typed or "experiment" in typed or not sections:
         return list(arguments)
@@ -92,29 +99,107 @@ def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
 
 def _stored(run: Path) -> dict[str, dict[Any, Any]]:
     """The sections of a run's config as they were written."""
-    found = to_dict(stored_config(run))
-    return {name: section for name, section in found.items() if isinstance(section, dict)}
+    return {name: section for name, section in to_dict(stored_config(run)).items() if isinstance(section, dict)}
 
 
-def inherited(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
-    """The composed config with the run's own values in the sections whose group `with_groups` took over, but for single
-    keys of the command line. Of the data it takes what they are, not how much of them is learned from, nor how they are
-    loaded."""
+def with_run_values(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
+    """The composed config with the run's own values in the sections whose group `with_groups` took from it.
+
+    Keys of the command line stay. Of the data it takes what they are, not how much of them is learned from, nor how
+    they are loaded.
+    """
     if MARK not in cfg:
         return cfg
     with open_dict(cfg):
         sections = cfg.pop(MARK).split("-")
-    given = [overrides.key_of(argument) for argument in arguments]
+    typed = [overrides.key_of(argument) for argument in arguments]
     run = run_of(cfg.init)
     assert run is not None
     stored = _stored(run)
     for name in sections:
         for key, value in stored[name].items():
-            if key not in cfg[name] or any(one == f"{name}.{key}" or one.startswith(f"{name}.{key}.") for one in given):
+            if key not in cfg[name] or any(f"{other}.".startswith(f"{name}.{key}.") for other in typed):
                 continue
-            new = "data" not in sections or f"data.{key}" in given
-            follows = name == "model" and key in FOLLOWS and new and value == stored.get("data", {}).get(key)
+            new_data = "data" not in sections or f"data.{key}" in typed
+            follows = _follows_data(name, key, value, stored.get("data", {})) and new_data
             if not follows and not (name == "data" and key in OWN):
                 root = (name, key) == ("data", "root") and isinstance(value, str)
                 cfg[name][key] = data_root(run, value, must_exist=reads_data(cfg)) if root else value
     return cfg
+
+
+def _follows_data(section: str, key: str, value: object, data: Mapping[str, object]) -> bool:
+    """Whether a value is one that a model has from its data, so that it follows other data."""
+    return section == "model" and key in FOLLOWS and value == data.get(key)
+
+
+# ---------------------------------------------------------------- a pipeline's stage, init=auto
+
+
+def other_task(cfg: DictConfig, name: str, arguments: list[str], choices: Mapping[str, str] = NO_CHOICES) -> DictConfig:
+    """Another task on the model, data, launcher and device of a config; not resolved yet."""
+    same = [f"{group}={choices.get(group, cfg[group].name)}" for group in CHOICES]
+    stage = composed([f"task={name}", *same, *arguments])
+    OmegaConf.set_struct(stage, False)
+    changed = set(map(overrides.key_of, arguments))
+    for section in SHARED:
+        for key, value in cfg[section].items():
+            follows = f"data.{key}" in changed and _follows_data(section, key, value, cfg.data)
+            if f"{section}.{key}" not in changed and not follows:
+                stage[section][key] = value
+    if cfg.wandb.job_type == cfg.task.name:
+        stage.wandb.job_type = name
+    stage.device, stage.tensorboard = cfg.device, cfg.tensorboard
+    return stage
+
+
+def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
+    """Overrides that choose the same files, for groups whose file has another name than its `name:`."""
+    return [f"{group}={choices[group]}" for group in CHOICES if choices.get(group, cfg[group].name) != cfg[group].name]
+
+
+# ---------------------------------------------------------------- resume=RUN
+
+
+def resumed(cfg: DictConfig, arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """The saved config of `resume=RUN` and its command line, with the changes of this command line.
+
+    Raises UserError for a key that may not change between two starts.
+    """
+    run = Path(cfg.resume)
+    stored = read_config(run)
+    typed = {overrides.key_of(override): override for override in arguments}
+    typed.pop("resume")
+    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(CHANGEABLE)
+    for key in sorted(typed):
+        if not any(key == name or key.startswith(f"{name}.") for name in free):
+            raise UserError(
+                f"{key} cannot be changed together with resume={cfg.resume}: a run keeps its own config. "
+                "Leave it out, or start a new run with init=RUN."
+            )
+    if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
+        raise UserError(
+            f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run stays in its own "
+            "directory. Leave it out; for a copy, copy the directory first and resume the copy."
+        )
+    merged = OmegaConf.create(OmegaConf.to_container(stored))
+    assert isinstance(merged, DictConfig)
+    typed.pop("output_dir", None)
+    for key in typed:
+        # another launcher has other keys
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    merged.output_dir, merged.resume = str(run), None
+    if "data.root" not in typed and merged.data.root is not None:
+        merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
+    return check_config(merged), _replaced(stored_overrides(run), typed)
+
+
+def _replaced(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
+    """A run's command line with some of its values replaced."""
+    groups = tuple(f"{key}." for key in typed if is_group(key))
+    same = [
+        override
+        for override in stored
+        if overrides.key_of(override) not in typed and not overrides.key_of(override).startswith(groups)
+    ]
+    return [*same, *typed.values()]

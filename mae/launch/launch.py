@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from mae.config.build import build, call
 from mae.config.check import with_values
 from mae.config.compose import chosen_groups
-from mae.config.from_run import stands_for
+from mae.config.from_run import own_names, stands_for
 from mae.config.overrides import pasted
 from mae.config.paths import absolute
 from mae.config.rules import missing_init
 from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch.local import inline, local
-from mae.launch.pipeline import own_names, pretraining, run_pipeline
+from mae.launch.pipeline import pretraining, run_pipeline
 from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import job_id, typed_path

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mae.config.build import call
 from mae.config.check import check_config, resolve, with_values
-from mae.config.compose import chosen_groups, composed
-from mae.config.from_run import FOLLOWS
+from mae.config.compose import chosen_groups
+from mae.config.from_run import CHOICES, other_task, own_names
 from mae.config.identity import run_directory
 from mae.config.overrides import key_of
 from mae.config.saved import read_config
@@ -27,8 +27,6 @@ from mae.tasks.registry import METRICS, TASKS, names
 
 log = logging.getLogger(__name__)
 
-SHARED = ("model", "data", "launcher", "wandb")  # sections that are the same in every stage
-CHOICES = ("model", "data", "launcher")  # of these, the ones whose file is chosen
 FIXED = (*CHOICES, "task", "output_dir", "init", "resume")  # keys that a stage cannot override
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 EMPTY: Mapping[str, str] = {}
@@ -146,32 +144,10 @@ def stage_config(
         raise UserError("\n".join(f"stage {name}: {line}" for line in str(error).splitlines())) from error
 
 
-def other_task(cfg: DictConfig, name: str, overrides: list[str], choices: Mapping[str, str] = EMPTY) -> DictConfig:
-    """Another task on the model, data, launcher and device of a config; not resolved yet."""
-    same = [f"{group}={choices.get(group, cfg[group].name)}" for group in CHOICES]
-    stage = composed([f"task={name}", *same, *overrides])
-    OmegaConf.set_struct(stage, False)
-    changed = set(map(key_of, overrides))
-    for section in SHARED:
-        for key, value in cfg[section].items():
-            follows = section == "model" and key in FOLLOWS and f"data.{key}" in changed and value == cfg.data[key]
-            if f"{section}.{key}" not in changed and not follows:
-                stage[section][key] = value
-    if cfg.wandb.job_type == cfg.task.name:
-        stage.wandb.job_type = name
-    stage.device, stage.tensorboard = cfg.device, cfg.tensorboard
-    return stage
-
-
 def pretraining(cfg: DictConfig, choices: Mapping[str, str] = EMPTY) -> DictConfig:
     """The run that `init=auto` stands for: task=pretrain with the same model and data, whatever the seed."""
     checked = check_config(resolve(other_task(cfg, "pretrain", [], choices)))
     return with_values(checked, output_dir=str(run_directory(checked)))
-
-
-def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
-    """Overrides that choose the same files, for groups whose file has another name than its `name:`."""
-    return [f"{group}={choices[group]}" for group in CHOICES if choices.get(group, cfg[group].name) != cfg[group].name]
 
 
 def parent_of(name: str, stages: Sequence[str]) -> str | None:

@@ -3,18 +3,13 @@
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from mae.config.check import check_config
-from mae.config.compose import is_group
-from mae.config.identity import CHANGEABLE, NEUTRAL, difference, run_directory
-from mae.config.overrides import key_of
-from mae.config.paths import comparable, data_root, with_absolute_paths, write_typed
-from mae.config.rules import reads_data
-from mae.config.saved import read_config, stored_overrides, write_config
+from mae.config.identity import CHANGEABLE, difference, run_directory
+from mae.config.paths import comparable, with_absolute_paths, write_typed
+from mae.config.saved import read_config, write_config
 from mae.errors import UserError
 from mae.launch.slurm.state import live_jobs
 from mae.runs.checkpoints import checkpoints_of
@@ -90,48 +85,3 @@ def set_aside(run: Path) -> None:
         for path in run.glob(pattern):
             path.rename(folder / path.name)
     sys.stderr.write(f"{run} holds a start that failed before its first checkpoint: it is now in {folder}.\n")
-
-
-# ---------------------------------------------------------------- resume=RUN
-
-
-def resumed(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """The saved config of `resume=RUN` and its command line, with the changes of this command line.
-
-    Raises UserError for a key that may not change between two starts.
-    """
-    run = Path(cfg.resume)
-    stored = read_config(run)
-    typed = {key_of(override): override for override in overrides}
-    typed.pop("resume")
-    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(CHANGEABLE)
-    for key in sorted(typed):
-        if not any(key == name or key.startswith(f"{name}.") for name in free):
-            raise UserError(
-                f"{key} cannot be changed together with resume={cfg.resume}: a run keeps its own config. "
-                "Leave it out, or start a new run with init=RUN."
-            )
-    if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
-        raise UserError(
-            f"output_dir={cfg.output_dir} cannot be set together with resume={cfg.resume}: a run stays in its own "
-            "directory. Leave it out; for a copy, copy the directory first and resume the copy."
-        )
-    merged = OmegaConf.create(OmegaConf.to_container(stored))
-    assert isinstance(merged, DictConfig)
-    typed.pop("output_dir", None)
-    for key in typed:
-        # another launcher has other keys
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
-    merged.output_dir, merged.resume = str(run), None
-    if "data.root" not in typed and merged.data.root is not None:
-        merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
-    return check_config(merged), _replaced(stored_overrides(run), typed)
-
-
-def _replaced(stored: Sequence[str], typed: dict[str, str]) -> list[str]:
-    """A run's command line with some of its values replaced."""
-    groups = tuple(f"{key}." for key in typed if is_group(key))
-    same = [
-        override for override in stored if key_of(override) not in typed and not key_of(override).startswith(groups)
-    ]
-    return [*same, *typed.values()]

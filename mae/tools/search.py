@@ -24,12 +24,12 @@ from omegaconf import DictConfig
 
 from mae.config.check import check_config, resolve
 from mae.config.compose import chosen_groups, composed
-from mae.config.from_run import inherited, with_groups
+from mae.config.from_run import own_names, with_groups, with_run_values
 from mae.config.overrides import assignment, key_of
 from mae.errors import UserError
 from mae.launch.errors import explain
 from mae.launch.launch import AUTO, launch
-from mae.launch.pipeline import own_names, pretraining
+from mae.launch.pipeline import pretraining
 from mae.report.members import SEARCHED, lower_is_better
 from mae.report.sweep import finish_sweep
 from mae.runs.files import write_text
@@ -138,7 +138,7 @@ def search(directory: Path, settings: SearchSettings, overrides: list[str]) -> s
     """Runs trials until there are as many as the settings say; returns the result as text."""
     searched, fixed = spaces(overrides)
     first = with_groups([*fixed, *first_values(searched)])
-    cfg = check_config(resolve(inherited(composed(first), first)))
+    cfg = check_config(resolve(with_run_values(composed(first), first)))
     if cfg.init == AUTO:
         parent = assignment("init", pretrained_parent(cfg, chosen_groups(first)))
         fixed = [*(override for override in fixed if key_of(override) != "init"), parent]
