@@ -127,6 +127,17 @@ def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractCon
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, products in float32 use no TF32, whose 10 bits would change the order of near neighbours."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
 def send(batch: Batch, device: torch.device) -> Batch:
     """A batch on the device. The host does not wait for a copy to a GPU; other devices do not order such copies."""
     return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}

@@ -1,5 +1,6 @@
 """What hangs on the device, as far as a machine without a GPU can tell."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mae import checkpoint, device
-from mae.distributed.ranks import check_own_gpu, start
+from mae.distributed.ranks import Ranks, check_own_gpu, start
 from mae.errors import UserError
 from mae.models import recompute
 from mae.models.layers import Block
 from mae.perf.compile import compile_blocks
+from mae.tasks import features
+from mae.tasks.knn import Neighbours
 
 GB = 1 << 30
 
@@ -175,3 +178,31 @@ def test_inductor_starts_no_more_workers_than_a_rank_has_cores(monkeypatch):
     monkeypatch.setattr("mae.limits.cpus", lambda: 8)
     compile_blocks(Block(8, 2), None)
     assert inductor.compile_threads == 2
+
+
+def test_features_go_to_the_host_as_they_come_and_are_compared_in_full_precision(monkeypatch):
+    kinds: list[str] = []
+    concatenate, product = torch.cat, torch.Tensor.__matmul__
+
+    def concatenated(tensors, *how):
+        kinds.append(tensors[0].device.type)
+        return concatenate(tensors, *how)
+
+    monkeypatch.setattr(torch, "cat", concatenated)
+    batch = {"index": torch.arange(4), "label": torch.arange(4)}
+    bank = features.extract(lambda _: torch.eye(4), [batch], Ranks(torch.device("cpu")), contextlib.nullcontext)
+    assert kinds == ["cpu"] * 3
+    precisions: list[str] = []
+
+    def noted(a, b):
+        precisions.append(torch.get_float32_matmul_precision())
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
+    monkeypatch.setattr(torch, "cat", concatenate)
+    torch.set_float32_matmul_precision("high")
+    neighbours = Neighbours(bank, 4, [1], 0.07, torch.device("cpu"))
+    assert neighbours.predict(torch.eye(4)).flatten().tolist() == [0, 1, 2, 3]
+    assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(bank.feature, torch.eye(4))

@@ -54,8 +54,8 @@ def extract(encode: Encode, batches: Iterable[Batch], ranks: Ranks, autocast: Au
     for batch in batches:
         with autocast():
             feature = encode(batch)
-        rows.append((batch["index"], batch["label"], feature.float()))
-    mine = [torch.cat(columns).cpu().numpy() for columns in zip(*rows, strict=True)]
+        rows.append((batch["index"].cpu(), batch["label"].cpu(), feature.float().cpu()))  # else a GPU holds all twice
+    mine = [torch.cat(columns).numpy() for columns in zip(*rows, strict=True)]
     together = [columns for columns in ranks.gather(mine) if columns]
     columns = [np.concatenate(column) for column in zip(*together, strict=True)]
     _, first = np.unique(columns[0], return_index=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mae import device
 from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
-from mae.device import Batch
+from mae.device import Batch, full_precision
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.runs.summary import Summary, rate
@@ -34,7 +34,8 @@ class Neighbours:
     """The training images' features, and the vote among those nearest to a query."""
 
     def __init__(self, bank: Features, classes: int, k: list[int], temperature: float, device: torch.device):
-        self.feature = F.normalize(bank.feature.to(device), dim=1)
+        feature = bank.feature.to(device, copy=True)
+        self.feature = F.normalize(feature, dim=1, out=feature)
         self.label = bank.label.to(device)
         self.classes, self.k, self.temperature = classes, k, temperature
 
@@ -44,7 +45,9 @@ class Neighbours:
         near = queries.new_full((len(queries), 0), 0.0)
         label = self.label.new_zeros((len(queries), 0))
         for start in range(0, len(self.label), CHUNK):
-            near = torch.cat([near, queries @ self.feature[start : start + CHUNK].T], 1)
+            with full_precision():
+                similarity = queries @ self.feature[start : start + CHUNK].T
+            near = torch.cat([near, similarity], 1)
             label = torch.cat([label, self.label[start : start + CHUNK].expand(len(queries), -1)], 1)
             near, order = near.topk(min(most, near.shape[1]), dim=1)  # sorted, nearest first
             label = label.gather(1, order)
