@@ -23,15 +23,7 @@ from pathlib import Path
 
 from mae.launch.slurm import queue
 from mae.launch.slurm.settings import SlurmSettings
-from mae.launch.slurm.verdict import (
-    INTERRUPTED,
-    Ending,
-    Verdict,
-    cause_in,
-    judge,
-    newest_step,
-    write_verdict,
-)
+from mae.launch.slurm.verdict import INTERRUPTED, Ending, Verdict, cause_in, judge, newest_step, write_verdict
 from mae.runs import attempt
 from mae.runs.failure import FAILURE, read_failure
 from mae.runs.summary import is_finished
