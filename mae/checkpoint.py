@@ -181,12 +181,12 @@ class Checkpoints:
         self._thread.start()
 
     def _stage(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy of a tensor in a host buffer that is kept for the next time."""
-        kept = self._staged.get(key)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        """A copy of a tensor in a host buffer that the next save uses again."""
+        buffer = self._staged.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pin = tensor.device.type == "cuda"
-            kept = self._staged[key] = torch.empty_like(tensor, device="cpu", pin_memory=pin).contiguous()
-        return kept.copy_(tensor)
+            buffer = self._staged[key] = torch.empty_like(tensor, device="cpu", pin_memory=pin).contiguous()
+        return buffer.copy_(tensor)
 
     def _stage_tree(self, key: str, value: Any) -> Any:
         if isinstance(value, Tensor):

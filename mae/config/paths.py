@@ -50,13 +50,13 @@ def comparable(cfg: DictConfig) -> DictConfig:
 
 
 def _paths(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    found = []
+    paths = []
     for key in KEYS:
         group, _, name = key.rpartition(".")
         value = (values[group] if group else values).get(name)
         if isinstance(value, str | list):
-            found.append((key, value))
-    return found
+            paths.append((key, value))
+    return paths
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -97,10 +97,10 @@ def data_root(run: Path, root: str, must_exist: bool) -> str:
         return typed if isinstance(typed, str) and absolute(typed) == root else root
     directory = started_in(run)
     if directory is None or (must_exist and not (directory / root).exists()):
-        where = "nothing says in which directory" if directory is None else f"it is not in {directory} any more"
+        reason = "nothing says in which directory" if directory is None else f"it is not in {directory} any more"
         if must_exist:
             raise UserError(
-                f"{run} was started with the relative path data.root={root}, and {where}: name it, as data.root=DIR."
+                f"{run} was started with the relative path data.root={root}, and {reason}: name it, as data.root=DIR."
             )
         return root
     return root if directory == Path.cwd() else str(directory / root)

@@ -48,12 +48,12 @@ def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
             yield f"model.{width}={model[width]} is not a multiple of 4, which the sine-cosine positions need."
     patches = (image[0] // patch[0]) * (image[1] // patch[1])
     for key in ("mask_ratio", "eval_mask_ratios"):
-        given = cfg["task"].get(key)
-        ratios = [ratio for ratio in (given if isinstance(given, list) else [given]) if ratio is not None]
-        kept = next((k for k in (int(patches * (1 - ratio)) for ratio in ratios) if not 0 < k < patches), None)
-        if kept is not None:
+        value = cfg["task"].get(key)
+        ratios = [ratio for ratio in (value if isinstance(value, list) else [value]) if ratio is not None]
+        visible = next((k for k in (int(patches * (1 - ratio)) for ratio in ratios) if not 0 < k < patches), None)
+        if visible is not None:
             yield (
-                f"task.{key}={given} keeps {kept} of the {patches} patches (model.img_size={model['img_size']}, "
+                f"task.{key}={value} keeps {visible} of the {patches} patches (model.img_size={model['img_size']}, "
                 f"model.patch_size={model['patch_size']}): at least one must be kept and one masked."
             )
 

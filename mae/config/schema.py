@@ -74,11 +74,11 @@ def _find(module: str, name: str) -> tuple[str, ast.AST]:
 
 
 @functools.cache
-def table(where: str) -> dict[str, str]:
+def table(entry: str) -> dict[str, str]:
     """Names that a table such as `optim:OPTIMIZERS` offers -> `module:callable` of each."""
-    if where == "tasks.registry:TASKS":
+    if entry == "tasks.registry:TASKS":
         return {name: entry.path for name, entry in registry.TASKS.items()}
-    module, node = _find(*where.split(":"))
+    module, node = _find(*entry.split(":"))
     assert isinstance(node, ast.Dict)
     entries = {}
     for key, value in zip(node.keys, node.values, strict=True):
@@ -121,9 +121,9 @@ def _type(module: str, annotation: ast.AST) -> Any:
 
 
 @functools.cache
-def signature(where: str) -> dict[str, Any]:
+def signature(entry: str) -> dict[str, Any]:
     """Key -> type of what `module:callable` takes from a config."""
-    return _keys(*_find(*where.split(":")))
+    return _keys(*_find(*entry.split(":")))
 
 
 def schema(group: str, name: str | None) -> dict[str, Any]:

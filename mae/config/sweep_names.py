@@ -26,7 +26,7 @@ def params(hydra: DictConfig) -> list[str]:
 def short(keys: list[str]) -> dict[str, str]:
     """Each key's last part, or the whole of it where two end alike."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
-    return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)}
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def safe(name: str) -> str:
@@ -44,8 +44,8 @@ def values_of(overrides: Iterable[str]) -> dict[str, str]:
 
 def member_name(keys: list[str], overrides: Iterable[str]) -> str:
     """`layer_decay_0.65-seed_1`: what is swept, with the values of one member."""
-    given, names = values_of(overrides), short(keys)
-    return safe("-".join(f"{names[key]}_{given[key]}" for key in keys if key in given)) or "member"
+    values, names = values_of(overrides), short(keys)
+    return safe("-".join(f"{names[key]}_{values[key]}" for key in keys if key in values)) or "member"
 
 
 def register() -> None:

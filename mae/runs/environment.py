@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", 
 
 def environment(device: str, cuda: str | None, world: int) -> dict[str, Any]:
     """Versions and devices of this start of a run; `cuda` is the version that torch was built for, None on a CPU."""
-    found = {
+    about = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": platform.node(),
         "system": platform.platform(),
@@ -27,9 +27,9 @@ def environment(device: str, cuda: str | None, world: int) -> dict[str, Any]:
         "code": revision(),
     }
     if cuda is not None:
-        found["cuda"] = cuda
+        about["cuda"] = cuda
     job = os.environ.get("SLURM_JOB_ID")
-    return found | ({"slurm job": job} if job else {}) | {name: version(name) for name in PACKAGES}
+    return about | ({"slurm job": job} if job else {}) | {name: version(name) for name in PACKAGES}
 
 
 def revision() -> str | None:
