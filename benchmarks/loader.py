@@ -10,6 +10,7 @@ Absolute figures of a shared machine mean little; the ratios are those of the me
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -43,6 +44,7 @@ from mae.data.sources.folder import Files
 from mae.data.sources.listing import scan
 from mae.data.subsets import Subset
 from mae.data.transforms import RandomResizedCrop
+from mae.models.masking import random_masking
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
@@ -69,8 +71,14 @@ def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1
     """Images in each batch of our way of loading."""
     transform = RandomResizedCrop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
     settings = LoaderSettings(workers, "auto", 2, 120.0, 0.0, fraction=1.0, per_class=None, repeats=repeats)
+    masking = functools.partial(random_masking, grid=(14, 14), mask_ratio=0.75)
     tiled = Subset(source, np.tile(np.arange(len(source)), -(-images // len(source))))  # so that a round is long enough
-    loader = Loader(tiled, transform, Batches(batch, batch, seed=0, num_patches=196), settings)
+    loader = Loader(
+        tiled,
+        transform,
+        Batches(batch, batch, seed=0, masking=masking),
+        settings,
+    )
     for step in itertools.islice(loader.steps(0), images // batch):
         for micro_batch in step:
             yield len(micro_batch["image"])

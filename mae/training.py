@@ -18,7 +18,7 @@ from torch import nn
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader, Loader
-from mae.data.sampler import Batches
+from mae.data.sampler import Batches, Masking
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source, fingerprint
 from mae.data.transforms import AUGMENTATIONS
@@ -142,7 +142,7 @@ class Training:
 
 
 def load_training(
-    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, num_patches: int | None, micro_batch_size: int | None
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, masking: Masking | None, micro_batch_size: int | None
 ) -> tuple[Loader, Plan]:
     """The training batches of at most `micro_batch_size` images, and the plan that follows from their number."""
     micro = micro_batch(cfg.task.batch_size, ranks.world, micro_batch_size)
@@ -153,7 +153,7 @@ def load_training(
         ranks.rank,
         ranks.world,
         drop_last=cfg.task.drop_last,
-        num_patches=num_patches,
+        masking=masking,
     )
     transform, settings = build(AUGMENTATIONS, cfg.augmentation), call(LoaderSettings, cfg.data)
     loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), ranks.device.type == "cuda")
@@ -188,7 +188,7 @@ def set_up(
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
     ranks.shard(task, dtype)
     micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
-    loader, plan = load_training(run, cfg, ranks, train_set, task.num_patches, micro)
+    loader, plan = load_training(run, cfg, ranks, train_set, task.masking, micro)
     images = fingerprint(loader.source)
     assert_same(ranks, images, "images")
     model = ranks.wrap(task, accumulating=plan.accumulation > 1)
@@ -208,7 +208,7 @@ def set_up(
         saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
         progress=Progress.new(ranks.device),
         loader=loader,
-        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.num_patches, bad_files_csv(run, ranks)),
+        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.masking, bad_files_csv(run, ranks)),
         dtype=dtype,
         images=images,
     )
@@ -226,7 +226,7 @@ def prepare_model(
     run: Path, cfg: DictConfig, ranks: Ranks, task: TrainedTask[nn.Module], autocast: Autocast
 ) -> int | None:
     """Compiles the model, and returns how many images a device holds at a time; None: its whole share."""
-    trial = Trial(cfg, task, task.num_patches, ranks.device, autocast)
+    trial = Trial(cfg, task, task.masking, ranks.device, autocast)
     micro = call(accelerate, cfg.task, run, ranks, trial, task.trained)
     device.forget_peak_memory(ranks.device)  # trials are not the run's
     return micro

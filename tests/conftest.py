@@ -1,5 +1,6 @@
 """What tests share: composing a config, running it in this process or as a user would."""
 
+import functools
 import logging
 import os
 import subprocess
@@ -78,10 +79,17 @@ def make_loader(source, transform, size, micro, seed=0, rank=0, world=1, kind="t
     from mae.data.sampler import Batches
     from mae.data.settings import LoaderSettings
 
-    batches = {key: options.pop(key) for key in ("drop_last", "num_patches") if key in options}
+    batches = {key: options.pop(key) for key in ("drop_last", "masking") if key in options}
     settings = call(LoaderSettings, {"fraction": 1.0, "per_class": None, "repeats": 1} | options)
     make = Loader if kind == "train" else EvalLoader
     return make(source, transform, Batches(size, micro, seed, rank, world, **batches), settings, bad_csv)
+
+
+def random_noise(num_patches: int):
+    """The paper's masking, of so many patches."""
+    from mae.models.masking import random_masking
+
+    return functools.partial(random_masking, grid=(1, num_patches), mask_ratio=0.75)
 
 
 def make_source(make, split, **options):

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "distributed": {"device", "models"},
     "perf": {"config", "device", "distributed", "limits", "models", "plan", "runs", "tasks.registry"},
     "report": {"config", "runs", "tasks.registry", "tracking"},
-    "tasks": STEP | {"checkpoint", "data", "report", "weights"},
+    "tasks": STEP | {"checkpoint", "data", "report", "rng", "weights"},
     "training": STEP | {"checkpoint", "data", "perf", "tasks", "weights"},
     "engine": STEP | {"checkpoint", "data", "perf", "report", "tasks", "training"},
     "launch": BASE | {"distributed", "engine", "report"},  # torch only in a run's own processes

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_loader
+from conftest import ROOT, make_loader, random_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def crop():
 
 
 def make(source, num_workers=0, seed=3, batch_size=24, micro_batch_size=8, **changes):
-    runtime = {"num_patches": 16, "rank": 0, "world": 1, "drop_last": False}
+    runtime = {"masking": random_noise(16), "rank": 0, "world": 1, "drop_last": False}
     runtime |= {k: changes.pop(k) for k in list(changes) if k in runtime}
     options = TRAINING | {"num_workers": num_workers} | changes
     transform = options.pop("transform", None) or crop()
@@ -286,7 +286,7 @@ def test_evaluation_sees_each_image_once_without_padding(source):
 
 def test_evaluation_repeats_itself(source):
     whole = transforms.CenterCrop(img_size=16, crop_fraction=1.0)
-    loader = make_loader(source, whole, 32, 32, 5, kind="val", num_patches=9, num_workers=2, **OPTIONS)
+    loader = make_loader(source, whole, 32, 32, 5, kind="val", masking=random_noise(9), num_workers=2, **OPTIONS)
     next(iter(loader))  # left midway
     same([list(loader)], [list(loader)])
     loader.close()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import make_loader, make_source
+from conftest import make_loader, make_source, random_noise
 
 from mae.data import stats, transforms
 from mae.data.crops import resize
@@ -96,7 +96,7 @@ def test_five_channels_of_sixteen_bits_through_loader_and_normalisation(root, wo
         12,
         6,
         0,
-        num_patches=8,
+        masking=random_noise(8),
         num_workers=2,
         workers=workers,
         prefetch=2,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from mae.weights.export_state import architecture
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
-SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
-DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
+SIZES: dict[str, Any] = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
+DECODER: dict[str, Any] = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 FACTS = Facts(
     name="vit_nano",
     source="a test",

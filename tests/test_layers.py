@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from mae.models.positions import resize_pos_embed, sincos_pos_embed
 from mae.models.vit import classifier
 from mae.perf.compile import compile_blocks
 
-MODEL = dict(
+MODEL: dict[str, Any] = dict(
     img_size=[16, 24],
     patch_size=[4, 8],
     in_chans=5,
@@ -35,7 +36,7 @@ MODEL = dict(
     decoder_num_heads=2,
     norm_pix_loss=True,
 )
-CLASSIFIER = dict(
+CLASSIFIER: dict[str, Any] = dict(
     img_size=32,
     patch_size=8,
     in_chans=3,
@@ -101,7 +102,7 @@ def test_masking_takes_each_patch_exactly_once(data):
     channels=st.integers(1, 5),
 )
 def test_patches_go_back_to_the_image(h, w, p, q, channels):
-    sizes = dict(img_size=[h * p, w * q], patch_size=[p, q], in_chans=channels, norm_pix_loss=False)
+    sizes: dict[str, Any] = dict(img_size=[h * p, w * q], patch_size=[p, q], in_chans=channels, norm_pix_loss=False)
     model = MaskedAutoencoder(**{**MODEL, **sizes, "depth": 1, "decoder_depth": 1})
     images = torch.randn(2, channels, h * p, w * q)
     patches = model.patchify(images)

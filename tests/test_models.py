@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mae.models.vit import classifier
 from mae.tools.cost import forward_flops
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = dict(
+TINY: dict[str, Any] = dict(
     img_size=32,
     patch_size=8,
     in_chans=3,
@@ -29,10 +30,12 @@ TINY = dict(
     decoder_num_heads=2,
     norm_pix_loss=True,
 )
-DECODER = dict(mlp_ratio=4.0, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True)
-BASE = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
-LARGE = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16)
-HUGE = dict(img_size=224, patch_size=14, in_chans=3, embed_dim=1280, depth=32, num_heads=16)
+DECODER: dict[str, Any] = dict(
+    mlp_ratio=4.0, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True
+)
+BASE: dict[str, Any] = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
+LARGE: dict[str, Any] = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16)
+HUGE: dict[str, Any] = dict(img_size=224, patch_size=14, in_chans=3, embed_dim=1280, depth=32, num_heads=16)
 
 
 def golden(name):
@@ -150,7 +153,7 @@ def plain_block(block, x):
 @pytest.mark.parametrize("kernel", ["plain", "fused", None])
 def test_savings_change_neither_loss_nor_gradients(changes, kernel):
     torch.manual_seed(0)
-    config = {**TINY, **changes}
+    config: dict[str, Any] = {**TINY, **changes}
     model = MaskedAutoencoder(**config).double()
     set_attention_kernel(model, kernel)
     images = torch.randn(3, config["in_chans"], *model.img_size, dtype=torch.float64)

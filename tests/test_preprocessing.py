@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from mae.weights.files import Metadata
 from mae.weights.preprocessing import preprocessing_of
 from mae.weights.read import read_pretrained
 
-SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
+SIZES: dict[str, Any] = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -113,7 +114,7 @@ def test_timms_pretrained_cfg_is_compared(tmp_path, caplog, monkeypatch):
     assert "set data.mean=[0.5,0.5,0.5]" in text and "set data.crop_fraction=0.9 " in text
     given = ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "data.crop_fraction=0.9"]
     assert not warnings_of(caplog, path, *given)
-    net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    net: dict[str, Any] = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
     model = timm.create_model("vit_tiny_patch16_224", **net)
     monkeypatch.setattr(weight_files.timm, "create_model", lambda name, pretrained: model)
     text = warnings_of(caplog, "timm:vit_tiny_patch16_224")
@@ -125,7 +126,7 @@ def test_every_task_that_reads_a_file_says_it(tmp_path, task):
     files = {"preprocessor_config.json": {"image_mean": [0.25], "image_std": [0.75]}}
     path = tmp_path / "net"
     path.mkdir()
-    small = dict(patch_size=4, embed_dim=32, num_heads=2, num_classes=10)
+    small: dict[str, Any] = dict(patch_size=4, embed_dim=32, num_heads=2, num_classes=10)
     safetensors.torch.save_file(vit(**small).state_dict(), path / "model.safetensors")
     (path / "preprocessor_config.json").write_text(json.dumps(files["preprocessor_config.json"]))
     more = [] if task in ("knn", "export") else ["task.batch_size=32", "task.max_steps=1"]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,7 +22,7 @@ from mae.weights.networks import ASSUMED
 from mae.weights.read import read_pretrained
 
 ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
-NETWORK = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
+NETWORK: dict[str, Any] = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
 PLAIN = (  # architectures of timm that load
     "deit3_base_patch16_224",
     "deit_small_patch16_224",
@@ -368,7 +369,7 @@ def test_a_classifier_without_a_norm_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- Hugging Face
 
-SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
+SIZES: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
 SIZES |= dict(image_size=32, patch_size=8)
 EXACT = ("gelu", "gelu_python")
 ACTIVATIONS = (
@@ -438,7 +439,7 @@ def test_an_export_has_the_eps_that_its_config_says(tmp_path, caplog):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_python", "gelu_new", "relu", "quick_gelu"])
 def test_hidden_act_of_a_masked_autoencoder_is_compared(tmp_path, activation):
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    decoder: dict[str, Any] = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
     decoder |= dict(decoder_intermediate_size=64)
     model = transformers_model("ViTMAEForPreTraining", hidden_act=activation, layer_norm_eps=1e-6, **decoder)
     model.save_pretrained(tmp_path)

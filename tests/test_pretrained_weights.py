@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pickle
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,8 +22,8 @@ from mae.weights.layouts import sinusoid
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
-SIZES = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
-DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
+SIZES: dict[str, Any] = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
+DECODER: dict[str, Any] = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 EPS = 1e-6
 
 
@@ -31,7 +32,7 @@ def autoencoder(**changes) -> MaskedAutoencoder:
 
 
 def vit(**changes):
-    extra = dict(num_classes=5, drop_path=0.0, global_pool="avg")
+    extra: dict[str, Any] = dict(num_classes=5, drop_path=0.0, global_pool="avg")
     return classifier(**(SIZES | extra | changes)).eval()
 
 
@@ -208,7 +209,9 @@ def test_reference_linear_probe(tmp_path):
 
 
 def test_timm_files_and_names(tmp_path, monkeypatch):
-    net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg")
+    net: dict[str, Any] = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg"
+    )
     model = scramble(timm.create_model("vit_tiny_patch16_224", **net)).eval()
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "vit.safetensors")
@@ -234,7 +237,9 @@ def test_timm_without_network(monkeypatch):
 
 def test_layer_scale_and_missing_biases_are_folded(tmp_path):
     """A timm ViT with LayerScale, no qkv bias and no class row in its table: the same function without them."""
-    net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg")
+    net: dict[str, Any] = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg"
+    )
     net |= dict(init_values=0.1, qkv_bias=False, no_embed_class=True)
     model = scramble(timm.create_model("vit_tiny_patch16_224", **net)).eval()
     torch.save(model.state_dict(), tmp_path / "vit.pth")
@@ -283,7 +288,7 @@ def old_names(state):
 
 def hf_config(kind, **changes):
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
+    sizes: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
     sizes |= dict(image_size=16, patch_size=4, layer_norm_eps=EPS)
     return getattr(transformers, kind)(**(sizes | changes))
 
@@ -568,7 +573,9 @@ def test_a_frozen_encoder_does_without_the_class_token_that_its_file_lacks(tmp_p
 @pytest.mark.parametrize("token", [False, True])
 def test_a_mean_of_normed_tokens_is_not_taken_for_a_class_token(tmp_path, token):
     """timm's `*_gap_*`, `fc_norm=False`: no tensor tells it, but no class token is there or the config says it."""
-    net = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg")
+    net: dict[str, Any] = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg"
+    )
     model = timm.create_model("vit_tiny_patch16_224", **net, fc_norm=False, class_token=token)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": "vit_tiny_patch16_224", "global_pool": "avg", "pretrained_cfg": {}}
@@ -630,7 +637,9 @@ def test_a_table_of_a_square_number_of_rows_fits_the_models_own_grid(tmp_path, s
 @pytest.mark.parametrize("size", [(8, 24), (64, 16), (20, 52)])
 def test_a_table_without_a_class_row_is_known_by_the_models_grid(tmp_path, size):
     """timm's `no_embed_class`, whatever the number of rows; 5 x 13 patches are as many as 8 x 8 and a class row."""
-    net = dict(patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg", no_embed_class=True)
+    net: dict[str, Any] = dict(
+        patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, global_pool="avg", no_embed_class=True
+    )
     model = scramble(timm.create_model("vit_tiny_patch16_224", img_size=size, **net)).eval()
     nn.init.normal_(model.pos_embed)
     torch.save({"state_dict": model.state_dict(), "args": {"img_size": list(size)}}, tmp_path / "vit.pth")

@@ -37,7 +37,7 @@ def losses(run: Path) -> list[float]:
 
 
 def trial_of(cfg: Any, task: Any, device: str = "cpu") -> Trial:
-    return Trial(cfg, task, task.num_patches, torch.device(device), nullcontext)
+    return Trial(cfg, task, task.masking, torch.device(device), nullcontext)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from mae.data.sampler import Batches, Sampler
 from mae.data.source import Arrays
 from mae.errors import UserError
 from mae.launch.pipeline import stage_config
-from mae.models import masking
 from mae.models.vit import classifier
 from mae.plan import make_plan
 from mae.runs import checkpoints, files
@@ -352,29 +351,6 @@ def test_pretraining_takes_its_validation_loss_at_further_ratios(pretrained):
 
 
 # ---------------------------------------------------------------- pictures, export, pipeline
-
-
-def test_masks_keep_as_many_patches_as_asked_in_their_pattern():
-    for kind in ("random", "block", "grid"):
-        for ratio in (0.5, 0.75, 0.9):
-            noise = masking.mask_noise(kind, (8, 12), ratio, 3, seed=1)
-            assert noise.shape == (3, 96) and noise.dtype == torch.float32
-            assert all(len(set(row.tolist())) == 96 for row in noise)  # no ties: exactly as many are kept
-    removed = masking.mask_noise("grid", (8, 8), 0.75, 1, seed=0)[0].argsort()[16:]
-    kept = sorted(set(range(64)) - set(removed.tolist()))
-    assert kept == [8 * row + column for row in range(0, 8, 2) for column in range(0, 8, 2)]
-    half = masking.mask_noise("grid", (8, 8), 0.5, 1, seed=0)[0].argsort()[:32]
-    assert {(k // 8 + k % 8) % 2 for k in half.tolist()} == {0}  # a chequerboard
-
-    def neighbours(noise: torch.Tensor) -> float:
-        mask = torch.zeros(196).scatter_(0, noise.argsort()[49:], 1.0).view(14, 14)
-        return float((mask[1:] * mask[:-1]).sum() + (mask[:, 1:] * mask[:, :-1]).sum())
-
-    block, random = (
-        sum(neighbours(row) for row in masking.mask_noise(kind, (14, 14), 0.75, 8, seed=0))
-        for kind in ("block", "random")
-    )
-    assert block > 1.1 * random  # blocks hang together
 
 
 def test_pictures_of_a_set_and_of_given_files_in_one_page(pretrained, tmp_path):

@@ -31,8 +31,8 @@ FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the 
 # How much of the data is learned from, and how and where they are loaded: not what they are
 OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in NEUTRAL if path[0] == "data")}
 OWN -= {"root"}
-SHARED = ("model", "data", "launcher", "wandb")  # sections that are the same in every stage of a pipeline
-CHOICES = ("model", "data", "launcher")  # of these, the ones whose file is chosen
+SHARED = ("model", "data", "masking", "launcher", "wandb")  # sections that are the same in every stage of a pipeline
+CHOICES = ("model", "data", "masking", "launcher")  # of these, the ones whose file is chosen
 NO_CHOICES: Mapping[str, str] = {}
 
 
@@ -145,7 +145,7 @@ def other_task(cfg: DictConfig, name: str, arguments: list[str], choices: Mappin
     for section in SHARED:
         for key, value in cfg[section].items():
             follows = f"data.{key}" in changed and _follows_data(section, key, value, cfg.data)
-            if f"{section}.{key}" not in changed and not follows:
+            if section not in changed and f"{section}.{key}" not in changed and not follows:
                 stage[section][key] = value
     if cfg.wandb.job_type == cfg.task.name:
         stage.wandb.job_type = name

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae.config.schema import table
+from mae.config.values import near
 from mae.plan import mixes
 from mae.tasks.registry import TASKS, names
 
@@ -192,6 +194,16 @@ def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _masks(cfg: Mapping[str, Any]) -> Iterator[str]:
+    known = list(table("models.masking:MASKINGS"))
+    for name in cfg["task"].get("masks", []):
+        if name not in known:
+            yield f"task.masks names {name}, which is none of {', '.join(known)}.{near(name, known)}"
+    narrow, wide = (cfg["masking"].get(key) for key in ("sigma", "wide_sigma"))
+    if narrow is not None and wide is not None and wide <= narrow:
+        yield f"masking.wide_sigma={wide} must be greater than masking.sigma={narrow}."
+
+
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
     _lists,
@@ -202,6 +214,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _root,
     _colours,
     _mixing,
+    _masks,
 ]
 
 

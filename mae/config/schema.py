@@ -22,6 +22,7 @@ SCHEMA = {
     "model": ["models.mae:MaskedAutoencoder"],
     "data": ["data:SOURCES[name]", "data.settings:LoaderSettings", "data.settings:DataInfo"],
     "augmentation": ["data.transforms:AUGMENTATIONS[name]"],
+    "masking": ["models.masking:MASKINGS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
     "task": ["tasks.registry:TASKS[name]"],
     "launcher": ["launch.launch:LAUNCHERS[name]", "distributed.ranks:start"],

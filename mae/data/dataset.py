@@ -68,7 +68,7 @@ class Reader(Dataset):
 
     def __init__(self, source: Source, transform: Transform, batches: Batches):
         self.source, self.transform = source, transform
-        self.seed, self.num_patches, self.repeats = batches.seed, batches.num_patches, batches.repeats
+        self.seed, self.masking, self.repeats = batches.seed, batches.masking, batches.repeats
 
     def __getitem__(self, ticket: Ticket) -> Loaded | Failure:
         try:
@@ -99,11 +99,10 @@ class Reader(Dataset):
             "index": torch.tensor(samples.indices * self.repeats),
             "weight": torch.tensor(ticket.weight, dtype=torch.float32),
         }
-        if self.num_patches is not None:
+        if self.masking is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
-            noise = [rng.keys(self.seed, ticket.epoch, ticket.indices, s) for s in streams]
-            noise = rng.uniform(np.concatenate(noise), self.num_patches).astype(np.float32)
-            batch["noise"] = torch.from_numpy(noise)
+            keys = [rng.keys(self.seed, ticket.epoch, ticket.indices, stream) for stream in streams]
+            batch["noise"] = torch.from_numpy(self.masking(np.concatenate(keys)))
         return Loaded(batch, samples.bad)
 
     def _add(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:

@@ -17,6 +17,9 @@ from mae.errors import UserError
 Order = Callable[[int, int], np.ndarray | None]  # (seed, epoch) -> a permutation of all indices, or None: shuffled
 
 
+Masking = Callable[[np.ndarray], np.ndarray]  # keys (B,) of samples -> masking noise (B, L), see `mae.models.masking`
+
+
 class Ticket(NamedTuple):
     """What a worker needs to make one micro-batch."""
 
@@ -36,7 +39,7 @@ class Batches:
     world: int = 1
     drop_last: bool = False  # whether the short last step of an epoch is left out
     repeats: int = 1  # samples made of an image each time it is decoded
-    num_patches: int | None = None  # random numbers for masking that each sample comes with
+    masking: Masking | None = None
 
 
 class Sampler:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from mae.config.build import call
 from mae.config.check import check_config, resolve, with_values
 from mae.config.compose import chosen_groups
-from mae.config.from_run import CHOICES, other_task, own_names
+from mae.config.from_run import other_task, own_names
 from mae.config.identity import run_directory
 from mae.config.overrides import key_of
 from mae.config.saved import read_config
@@ -27,7 +27,7 @@ from mae.tasks.registry import METRICS, TASKS, names
 
 log = logging.getLogger(__name__)
 
-FIXED = (*CHOICES, "task", "output_dir", "init", "resume")  # keys that a stage cannot override
+FIXED = ("model", "data", "launcher", "task", "output_dir", "init", "resume")  # keys that a stage cannot override
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 EMPTY: Mapping[str, str] = {}
 

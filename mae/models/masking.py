@@ -1,20 +1,27 @@
-"""Masks: noise decides which patches are visible, those where it is smallest.
+"""Masks: which patches of a sample the encoder sees.
 
-Training draws uniform noise for each sample. `MASKS` holds other ways of masking, for pictures (paper, figure 6).
+A masking is a function of the samples' keys (B,), the grid of patches, and the mask ratio. It returns noise (B, L) as
+float32. The `int(L * (1 - mask_ratio))` patches of smallest noise are visible. Noise is a function of the sample's key
+alone, so masks do not depend on ranks, workers or restarts. Settings are keyword-only; their values stand in
+`conf/masking/NAME.yaml`. A new masking is a function here, its entry in `MASKINGS`, and its YAML.
 """
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from mae.errors import UserError
+from mae.rng import uniform
 
-MaskName = Literal["random", "block", "grid"]
-SMALLEST_BLOCK = 4  # patches; aspect ratios from 0.3 to 1 / 0.3: BEiT (arXiv 2106.08254, algorithm 1)
-ASPECT = 0.3
+Grid = tuple[int, int]  # patches: rows, columns
+RECTANGLES, WINDOWS = np.uint64(0xB10C), np.uint64(0x317D)  # separate a sample's random numbers by their use
+MOST_RECTANGLES = 64
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
@@ -34,41 +41,155 @@ def order_by_noise(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     return order, torch.ones_like(noise).scatter_(1, order[:, :num_visible], 0.0)
 
 
-def mask_noise(name: MaskName, grid: tuple[int, int], mask_ratio: float, count: int, seed: int) -> Tensor:
-    """Noise (count, L) float32 in [0, 1) of a way of masking: its `count_visible` smallest patches are visible."""
-    generator = np.random.default_rng([seed, 0x3A5C])
-    rows = [MASKS[name](generator, grid, mask_ratio) for _ in range(count)]
-    return torch.from_numpy(np.stack(rows).astype(np.float32))
+def random_masking(keys: np.ndarray, grid: Grid, mask_ratio: float) -> np.ndarray:
+    """Every patch is equally likely to be visible (paper, section 3)."""
+    return uniform(keys, grid[0] * grid[1]).astype(np.float32)
 
 
-def random_mask(generator: np.random.Generator, grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
-    """Any patches."""
-    return generator.random(grid[0] * grid[1])
+def block_masking(
+    keys: np.ndarray,
+    grid: Grid,
+    mask_ratio: float,
+    *,
+    smallest_block: Annotated[int, "[1, inf)"],
+    aspect_ratio: Annotated[float, "(0, 1]"],
+) -> np.ndarray:
+    """Rectangles are masked until enough patches are (table 1f; algorithm 1 of BEiT, arXiv 2106.08254).
+
+    A rectangle has at least `smallest_block` patches. Its sides have a ratio of `aspect_ratio` at least, and of its
+    inverse at most.
+    """
+    num_patches = grid[0] * grid[1]
+    count = num_patches - count_visible(num_patches, mask_ratio)
+    rows = uniform(keys ^ RECTANGLES, 4 * MOST_RECTANGLES).reshape(len(keys), -1, 4)
+    masked = np.stack([_rectangles(numbers, grid, count, smallest_block, aspect_ratio) for numbers in rows])
+    below_one = uniform(keys, num_patches) * (1 - 2.0**-20)  # also after rounding to float32
+    return ((below_one + masked) / 2).astype(np.float32)  # every masked patch comes after every visible one
 
 
-def block_mask(generator: np.random.Generator, grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
-    """Rectangles are masked until there are enough patches."""
+def _rectangles(numbers: np.ndarray, grid: Grid, count: int, smallest_block: int, aspect_ratio: float) -> np.ndarray:
+    """(L,) True for `count` patches, masked by one rectangle for each row of `numbers` until there are enough."""
     height, width = grid
-    number = height * width - int(height * width * (1 - mask_ratio))
     masked = np.zeros(grid, bool)
-    while (missing := number - int(masked.sum())) > 0:
-        area = generator.uniform(min(SMALLEST_BLOCK, missing), missing) if missing > 1 else 1.0
-        aspect = math.exp(generator.uniform(math.log(ASPECT), -math.log(ASPECT)))
-        h = min(height, max(1, round(math.sqrt(area * aspect))))
-        w = min(width, max(1, round(math.sqrt(area / aspect))))
-        top, left = generator.integers(height - h + 1), generator.integers(width - w + 1)
-        block = np.zeros(grid, bool)
-        block[top : top + h, left : left + w] = True
-        masked.reshape(-1)[np.flatnonzero(block & ~masked)[:missing]] = True
-    return (generator.random(masked.size) + masked.reshape(-1)) / 2  # below 0.5 where visible, above where masked
+    limit = -math.log(aspect_ratio)
+    for area, side, row, column in numbers.tolist():
+        if not count:
+            break
+        smallest = min(smallest_block, count)
+        patches = smallest + area * (count - smallest)
+        ratio = math.exp((2 * side - 1) * limit)
+        h = min(height, max(1, round(math.sqrt(patches * ratio))))
+        w = min(width, max(1, round(math.sqrt(patches / ratio))))
+        top, left = int(row * (height - h + 1)), int(column * (width - w + 1))
+        new = np.argwhere(~masked[top : top + h, left : left + w])[:count]
+        masked[top + new[:, 0], left + new[:, 1]] = True
+        count -= len(new)
+    flat = masked.reshape(-1)
+    flat[np.flatnonzero(~flat)[:count]] = True  # where all rectangles are used, which is rare
+    return flat
 
 
-def grid_mask(generator: np.random.Generator, grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
-    """Visible patches at even distances, the same for all images: one of each 2 x 2 at 75 %, every other at 50 %."""
+def grid_masking(keys: np.ndarray, grid: Grid, mask_ratio: float) -> np.ndarray:
+    """Patches at even distances are visible, the same of all samples (table 1f): at 75 % one of each 2 x 2."""
+    return np.broadcast_to(_bayer(grid), (len(keys), grid[0] * grid[1])).copy()
+
+
+@functools.cache
+def _bayer(grid: Grid) -> np.ndarray:
+    """(L,) ranks of the matrix of ordered dithering (Bayer, 1973), whose smallest are evenly spread for any ratio."""
     order = np.zeros((1, 1))
-    while len(order) < max(grid):  # the matrix of ordered dithering (Bayer, 1973): even at every level
+    while len(order) < max(grid):
         order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
-    return order[: grid[0], : grid[1]].reshape(-1) / order.size
+    return (order[: grid[0], : grid[1]].reshape(-1) / order.size).astype(np.float32)
 
 
-MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
+def uniform_masking(
+    keys: np.ndarray, grid: Grid, mask_ratio: float, *, window: Annotated[int, "[2, inf)"]
+) -> np.ndarray:
+    """Every window has equally many visible patches (UM-MAE, arXiv 2205.10063: one of each 2 x 2).
+
+    Where the ratio gives no whole number a window, some windows at random have one more.
+    """
+    numbers = uniform(keys, grid[0] * grid[1]).reshape(-1, *grid)
+    rank = np.zeros_like(numbers)
+    for row in range(0, grid[0], window):
+        for column in range(0, grid[1], window):
+            inside = numbers[:, row : row + window, column : column + window]
+            order = inside.reshape(len(keys), -1).argsort(1).argsort(1)
+            rank[:, row : row + window, column : column + window] = order.reshape(inside.shape)
+    ties = uniform(keys ^ WINDOWS, grid[0] * grid[1]).reshape(-1, *grid)
+    return ((rank + ties) / window**2).reshape(len(keys), -1).astype(np.float32)
+
+
+def red_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Annotated[float, "(0, inf)"]) -> np.ndarray:
+    """Low-passed noise (ColorMAE, arXiv 2407.13036): visible patches form large areas. `sigma` is in patches."""
+    return _coloured(keys, grid, lambda white: _blurred(white, sigma), sigma)
+
+
+def blue_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Annotated[float, "(0, inf)"]) -> np.ndarray:
+    """High-passed noise (ColorMAE): visible patches are spread evenly."""
+    return _coloured(keys, grid, lambda white: white - _blurred(white, sigma), sigma)
+
+
+def green_masking(
+    keys: np.ndarray,
+    grid: Grid,
+    mask_ratio: float,
+    *,
+    sigma: Annotated[float, "(0, inf)"],
+    wide_sigma: Annotated[float, "(0, inf)"],
+) -> np.ndarray:
+    """Band-passed noise (ColorMAE): visible patches form groups of one size, between `sigma` and `wide_sigma`."""
+    return _coloured(keys, grid, lambda white: _band(white, sigma, wide_sigma), wide_sigma)
+
+
+def purple_masking(
+    keys: np.ndarray,
+    grid: Grid,
+    mask_ratio: float,
+    *,
+    sigma: Annotated[float, "(0, inf)"],
+    wide_sigma: Annotated[float, "(0, inf)"],
+) -> np.ndarray:
+    """Noise without the band that `green` passes (ColorMAE)."""
+    return _coloured(keys, grid, lambda white: white - _band(white, sigma, wide_sigma), wide_sigma)
+
+
+def _blurred(white: np.ndarray, sigma: float) -> np.ndarray:
+    """White noise (B, H, W) after a Gaussian filter of that deviation, in patches."""
+    return gaussian_filter(white, (0, sigma, sigma), mode="wrap")
+
+
+def _band(white: np.ndarray, sigma: float, wide_sigma: float) -> np.ndarray:
+    """What a filter of `sigma` passes and one of `wide_sigma` does not."""
+    return _blurred(white, sigma) - _blurred(white, wide_sigma)
+
+
+def _coloured(keys: np.ndarray, grid: Grid, colour: Callable[[np.ndarray], np.ndarray], sigma: float) -> np.ndarray:
+    """A window of filtered white noise for each sample, (B, L), the strongest values smallest.
+
+    The noise is filtered on a larger grid, so that no value depends on the window's edge.
+    """
+    edge = math.ceil(2 * sigma)
+    size = (grid[0] + 2 * edge, grid[1] + 2 * edge)
+    white = uniform(keys, size[0] * size[1]).reshape(-1, *size)
+    window = colour(white)[:, edge : edge + grid[0], edge : edge + grid[1]]
+    return -window.reshape(len(keys), -1).astype(np.float32)
+
+
+def bind_masking(settings: Mapping[str, Any], grid: Grid, mask_ratio: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The masking of a config's group `masking`, as a function of the samples' keys; it can be sent to a worker."""
+    options = {str(key): value for key, value in settings.items() if key != "name"}
+    return functools.partial(MASKINGS[settings["name"]], grid=grid, mask_ratio=mask_ratio, **options)
+
+
+MASKINGS = {
+    "random": random_masking,
+    "block": block_masking,
+    "grid": grid_masking,
+    "uniform": uniform_masking,
+    "red": red_masking,
+    "blue": blue_masking,
+    "green": green_masking,
+    "purple": purple_masking,
+}

@@ -59,7 +59,7 @@ def accelerate(
         raise UserError(f"task.attention_kernel={attention_kernel} needs a GPU: use auto with device=cpu.")
     set_attention_kernel(model, attention_kernel)
     with trial.autocast():
-        backend = attention_backend(model, ranks.device, 1 + (trial.num_patches or 196))
+        backend = attention_backend(model, ranks.device, trial.num_tokens())
     log.info("attention is computed by: %s", backend)
     if ranks.main:
         environment.add(run, attention=backend)

@@ -35,9 +35,14 @@ class Trial:
 
     cfg: DictConfig
     task: nn.Module
-    num_patches: int | None  # numbers of masking noise a sample needs
+    masking: Callable[[np.ndarray], np.ndarray] | None  # keys of samples -> noise, see `mae.models.masking`
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
+
+    def num_tokens(self) -> int:
+        """Tokens of an image: its patches and the class token."""
+        image, patch = rules.pair(self.cfg.model.img_size), rules.pair(self.cfg.model.patch_size)
+        return 1 + (image[0] // patch[0]) * (image[1] // patch[1])
 
     def batch(self, images: int) -> devices.Batch:
         """A batch as the loader would send it."""
@@ -48,8 +53,8 @@ class Trial:
             "index": torch.arange(images),
             "flip": torch.zeros(images, dtype=torch.bool),
         }
-        if self.num_patches is not None:
-            batch["noise"] = torch.rand(images, self.num_patches)
+        if self.masking is not None:
+            batch["noise"] = torch.from_numpy(self.masking(np.arange(images, dtype=np.uint64)))
         return devices.send(batch, self.device)
 
     def step(self, images: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mae.checkpoint import step_name
 from mae.config.build import call
 from mae.data.prepare import Prepare
+from mae.data.sampler import Masking
 from mae.data.source import Source
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
@@ -33,11 +34,11 @@ class TrainedTask(nn.Module, Generic[Network]):
     here, on every rank unless they say otherwise, and do nothing by default.
 
     A batch holds, on the device: image (B, C, H, W) as the source has it, flip (B,) bool, index (B,) int64, weight (),
-    and noise (B, num_patches) where `num_patches` is set; label (B,) int64, or the source's vectors or maps.
+    and noise (B, L) where `masking` is set; label (B,) int64, or the source's vectors or maps.
     """
 
     model: Network  # saved in checkpoints and validated
-    num_patches: int | None = None  # numbers of masking noise that a sample needs
+    masking: Masking | None = None  # gives each sample of a batch its noise
 
     def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from mae import data, device
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader
-from mae.data.sampler import Batches
+from mae.data.sampler import Batches, Masking
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.subsets import matched
@@ -27,12 +27,12 @@ def eval_loader(
     ranks: Ranks,
     source: Source,
     batch_size: int,
-    num_patches: int | None = None,
+    masking: Masking | None = None,
     bad_csv: Path | None = None,
 ) -> EvalLoader:
     """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
     transform = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
-    batches = Batches(batch_size, batch_size, cfg.seed, ranks.rank, ranks.world, num_patches=num_patches)
+    batches = Batches(batch_size, batch_size, cfg.seed, ranks.rank, ranks.world, masking=masking)
     settings = call(LoaderSettings, cfg.data)
     return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda")
 

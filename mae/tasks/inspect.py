@@ -28,6 +28,7 @@ from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import bind_masking
 from mae.models.vit import classifier
 from mae.runs.summary import Summary
 from mae.tasks import charts
@@ -90,8 +91,9 @@ def inspect(
 def loader(cfg: DictConfig, source: Source, batch_size: int, workers: int) -> Loader:
     """Training batches as a run would get them, from so many workers; any number of images may be bad."""
     (height, width), (down, across) = pair(cfg.model.img_size), pair(cfg.model.patch_size)
+    masking = bind_masking(cfg.masking, (height // down, width // across), cfg.task.mask_ratio)
     transform = build(AUGMENTATIONS, cfg.augmentation)
-    batches = Batches(batch_size, batch_size, cfg.seed, num_patches=(height // down) * (width // across))
+    batches = Batches(batch_size, batch_size, cfg.seed, masking=masking)
     settings = call(LoaderSettings, cfg.data, num_workers=workers, max_bad_fraction=1.0)
     return Loader(source, transform, batches, settings)
 

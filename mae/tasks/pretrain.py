@@ -13,6 +13,7 @@ from mae.data.source import Source
 from mae.device import Batch, exact
 from mae.distributed.ranks import Ranks
 from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import bind_masking
 from mae.tasks import images as pictures
 from mae.tasks.base import Autocast, TrainedTask
 from mae.tasks.init_weights import warn_of_statistics
@@ -40,7 +41,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
     ):
         super().__init__(cfg, val_set)
         self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
-        self.num_patches = self.model.num_patches
+        self.masking = bind_masking(cfg.masking, self.model.grid_size, mask_ratio)
         self.mask_ratio, self.num_images = mask_ratio, num_images
         self.eval_mask_ratios = eval_mask_ratios
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures

@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mae import data, device
+from mae import data, device, rng
 from mae.config.build import build, call
+from mae.config.compose import CONF
 from mae.data import transforms
+from mae.data.dataset import STREAM_NOISE
 from mae.data.decode import Decoder
 from mae.data.prepare import Prepare
 from mae.data.source import BadImage, Source
@@ -27,7 +29,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.layers import Block
 from mae.models.mae import MaskedAutoencoder
-from mae.models.masking import MaskName, mask_noise
+from mae.models.masking import bind_masking
 from mae.runs.files import write_text
 from mae.runs.summary import Summary
 from mae.tasks import images as pictures
@@ -71,7 +73,7 @@ def visualize(
     files: list[str] | None,
     num_images: Annotated[int, "[1, inf)"],
     mask_ratios: list[Annotated[float, "(0, 1)"]],
-    masks: list[MaskName],
+    masks: list[str],
     reconstruction: bool,
     attention: bool,
     norm_pix_loss: bool | None,
@@ -95,7 +97,7 @@ def visualize(
                 model = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=True)[0].to(ranks.device)
                 for kind in masks:
                     for ratio in mask_ratios:
-                        rows = reconstruct(model, images, kind, ratio, cfg.seed)
+                        rows = reconstruct(model, images, masking_settings(cfg, kind), ratio, cfg.seed)
                         path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
                         pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
                         written[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
@@ -164,9 +166,19 @@ def attention_network(cfg: DictConfig, pretrained: PretrainedWeights) -> MaskedA
     return load_classifier(cfg, pretrained, 0)
 
 
-def reconstruct(model: MaskedAutoencoder, images: Tensor, kind: MaskName, ratio: float, seed: int) -> dict[str, Tensor]:
+def masking_settings(cfg: DictConfig, name: str) -> DictConfig:
+    """The group `masking` of the config where it is the one named, else its file in conf/masking."""
+    settings = cfg.masking if cfg.masking.name == name else OmegaConf.load(CONF / "masking" / f"{name}.yaml")
+    assert isinstance(settings, DictConfig)
+    return settings
+
+
+def reconstruct(
+    model: MaskedAutoencoder, images: Tensor, masking: DictConfig, ratio: float, seed: int
+) -> dict[str, Tensor]:
     """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
-    noise = mask_noise(kind, model.grid_size, ratio, len(images), seed).to(images.device)
+    keys = rng.keys(seed, 0, np.arange(len(images)), STREAM_NOISE)
+    noise = torch.from_numpy(bind_masking(masking, model.grid_size, ratio)(keys)).to(images.device)
     pred, mask = model.predict(images, ratio, noise)
     return pictures.reconstruction_rows(model, images, pred.float(), mask)
 
