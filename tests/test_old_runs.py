@@ -13,8 +13,10 @@ from conftest import ROOT, run_cli
 from hydra import compose, initialize_config_dir
 
 from mae import checkpoint
-from mae.config.check import check_config, resolve
+from mae.config.check import check_config, resolve, with_values
 from mae.config.from_run import with_groups, with_run_values
+from mae.config.identity import run_directory
+from mae.config.saved import read_config
 from mae.launch import launch
 from mae.report import run as report
 
@@ -54,6 +56,18 @@ def test_a_run_goes_on_from_its_checkpoint(old, name, last):
     assert after[key] == pytest.approx(before[key], rel=1e-4)
     steps = [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert steps == list(range(1, last + 1))  # those after the checkpoint are written anew, none twice
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_same_command_comes_back_to_its_directory(old, name):
+    cfg = with_values(read_config(old / name), output_dir=None)
+    assert not run_directory(cfg).exists()
+    directory = Path("runs") / f"{name}-{cfg.model.name}-{cfg.data.name}-01234567"  # another hash than today's
+    shutil.copytree(old / name, directory)
+    assert run_directory(cfg) == directory
+    assert run_directory(with_values(cfg, seed=5)) != directory
+    (directory / "config.yaml").write_text("- 1\n")
+    assert run_directory(cfg) != directory
 
 
 def test_a_run_is_reported_and_its_checkpoints_are_whole(old):

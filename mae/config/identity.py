@@ -6,10 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mae.config.check import to_dict
-from mae.config.versions import earlier_values
+from mae.config.paths import comparable
+from mae.config.saved import stored_config, stored_overrides
+from mae.config.versions import as_of_today, earlier_values
+from mae.errors import UserError
+from mae.runs.layout import CONFIG, FORMAT_KEY
 
 # Keys and groups that may change between two starts of a run: where and how it runs, not what it computes
 NEUTRAL = (
@@ -79,8 +84,36 @@ def difference(old: DictConfig, new: DictConfig) -> list[str]:
 
 
 def run_directory(cfg: DictConfig) -> Path:
-    """`output_dir`, or a name made from the config: the same command comes back to the same directory."""
+    """`output_dir`, or a name made from the config: the same command comes back to the same directory.
+
+    The name ends in a hash of what the run computes, in the order of the keys' names. Earlier versions hashed the keys
+    in the order of the code; a directory of theirs with the same values is recognised by its config.
+    """
     if cfg.output_dir:
         return Path(cfg.output_dir)
-    digest = hashlib.sha256(json.dumps(identity(cfg) | {"data.root": cfg.data.get("root")}).encode()).hexdigest()
-    return Path("runs") / f"{cfg.task.name}-{cfg.model.name}-{cfg.data.name}-{digest[:8]}"
+    values = identity(cfg) | {"data.root": cfg.data.get("root")}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    name = f"{cfg.task.name}-{cfg.model.name}-{cfg.data.name}"
+    directory = Path("runs") / f"{name}-{digest[:8]}"
+    return directory if directory.exists() else _earlier_directory(name, cfg) or directory
+
+
+def _earlier_directory(name: str, cfg: DictConfig) -> Path | None:
+    """The directory of an earlier version (format 0) whose run computes the same."""
+    wanted = _with_root(cfg)
+    for path in sorted(Path("runs").glob(f"{name}-*/{CONFIG}")):
+        try:
+            stored = to_dict(stored_config(path.parent))
+            if FORMAT_KEY not in stored:
+                saved = OmegaConf.create(as_of_today(stored, stored_overrides(path.parent))[0])
+                if _with_root(saved) == wanted:
+                    return path.parent
+        except (UserError, OmegaConfBaseException, AttributeError, KeyError):  # no config of this program
+            continue
+    return None
+
+
+def _with_root(cfg: DictConfig) -> dict[str, Any]:
+    """The identity of a config, with the root of its data and with absolute paths."""
+    alike = comparable(cfg)
+    return identity(alike) | {"data.root": alike.data.get("root")}
