@@ -4,12 +4,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mae.config.schema import table
+from mae.config.schema import signature, table
 from mae.config.values import near
 from mae.plan import mixes
 from mae.tasks.registry import TASKS, names
 
-EMBEDDED = ("digits",)  # data sets that come with a package
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
@@ -160,7 +159,8 @@ def reads_data(cfg: Mapping[str, Any]) -> bool:
 
 def _root(cfg: Mapping[str, Any]) -> Iterator[str]:
     root, name = cfg["data"]["root"], cfg["data"]["name"]
-    if name in EMBEDDED or not reads_data(cfg) or (cfg["dry_run"] and cfg["data"].get("train_images")):
+    embedded = "root" not in signature(table("data:SOURCES")[name])  # comes with a package
+    if embedded or not reads_data(cfg) or (cfg["dry_run"] and cfg["data"].get("train_images")):
         return
     if root is None:
         yield "data.root is not set: give the directory of the images, as data.root=DIR."
