@@ -35,11 +35,11 @@ def is_bug(name: str) -> bool:
 def bug_report(name: str, trace: str, path: Path) -> str:
     """What a user reads of a bug: the error, its last frame, and the file that holds its traceback."""
     frames = re.findall(r'^  File "(.+?)", line (\d+), in (\S+)', trace, re.MULTILINE)
-    where = ""
+    location = ""
     if frames:
         file, line, function = frames[-1]
-        where = f" ({os.path.relpath(file, CODE) if file.startswith(f'{CODE}/') else file}:{line}, in {function})"
-    return f"This is a bug: {name.splitlines()[0]}{where}. The traceback is in {path}; MAE_DEBUG=1 prints it."
+        location = f" ({os.path.relpath(file, CODE) if file.startswith(f'{CODE}/') else file}:{line}, in {function})"
+    return f"This is a bug: {name.splitlines()[0]}{location}. The traceback is in {path}; MAE_DEBUG=1 prints it."
 
 
 def explain_bug(error: BaseException) -> str:

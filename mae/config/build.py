@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-T = TypeVar("T")
+Built = TypeVar("Built")
 
 
-def build(table: Mapping[str, Callable[..., T]], cfg: Mapping, *args: Any, **runtime: Any) -> T:
+def build(table: Mapping[str, Callable[..., Built]], cfg: Mapping, *args: Any, **runtime: Any) -> Built:
     """`table[cfg.name]` called with the runtime objects and those of the config's keys that it takes."""
     return call(table[cfg["name"]], cfg, *args, **runtime)
 
 
-def call(function: Callable[..., T], cfg: Mapping, *args: Any, **runtime: Any) -> T:
+def call(function: Callable[..., Built], cfg: Mapping, *args: Any, **runtime: Any) -> Built:
     """A function called with the runtime objects and those of the config's keys that it takes.
 
     A keyword-only parameter whose annotation is a dataclass gets one, built from the config's keys.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from mae.models.layers import blocks_of
 
-T = TypeVar("T")
+State = TypeVar("State")
 
 
 def shard(task: nn.Module, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
@@ -74,12 +74,12 @@ def forget_order(module: nn.Module) -> None:
             order.clear()
 
 
-def gathered(tree: T) -> T:
+def gathered(tree: State) -> State:
     """The same nested state with whole tensors instead of a rank's shards; every rank must call."""
     return _map_sharded(tree, DTensor.full_tensor)
 
 
-def on_host(tree: T, main: bool) -> T:
+def on_host(tree: State, main: bool) -> State:
     """As `gathered`, for a checkpoint: whole tensors on the host where `main`, None elsewhere; every rank must call.
 
     One tensor after another, so that no device holds more than one whole tensor beside its shards.
@@ -113,7 +113,7 @@ def local_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
     return {**state, "state": states}
 
 
-def laid_out(value: T, weight: Tensor) -> T | Tensor:
+def laid_out(value: State, weight: Tensor) -> State | Tensor:
     """A whole tensor of a weight's shape as this rank's shard of it; any other value unchanged."""
     if isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape:
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)

@@ -25,7 +25,7 @@ from mae.errors import UserError
 
 RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the older name then warns
 UNSYNCED: dict[str, Any] = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 STARTS = itertools.count()  # of this process
 
@@ -124,7 +124,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Item) -> list[Item]:
         """Every rank's value, on every rank."""
         if self.world == 1:
             return [value]

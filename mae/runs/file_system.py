@@ -12,7 +12,7 @@ from typing import TypeVar
 from mae.errors import UserError
 from mae.runs.locks import flock_error
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 FULL = {
     errno.ENOSPC: "The disk is full",
@@ -136,7 +136,7 @@ def _attempt(deed: Callable[[], object]) -> OSError | None:
     return None
 
 
-def _step(what: str, run: Path, deed: Callable[[], T]) -> T:
+def _step(what: str, run: Path, deed: Callable[[], Result]) -> Result:
     try:
         return deed()
     except OSError as error:
