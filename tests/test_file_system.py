@@ -21,7 +21,7 @@ from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search
 from mae.tools.search_trial import SearchSettings
-from mae.weights.files import open_checkpoint
+from mae.weights.files import open_checkpoint, section
 
 
 @pytest.fixture
@@ -80,7 +80,8 @@ def test_without_symbolic_links_the_best_checkpoint_is_a_copy(pretrained, tmp_pa
     (warning,) = warnings(tmp_path / "run")
     assert "has no symbolic links (Operation not supported): checkpoints/best is a copy" in warning
     opened = open_checkpoint(str(best))
-    assert opened.origin == "ours" and opened.counters == {"step": step} and opened.config["task"]["name"] == "finetune"
+    assert opened.origin == "ours" and opened.meta.step == step
+    assert section(opened.meta.config, "task")["name"] == "finetune"
     assert run_here(tmp_path / "again", *TINY, "task=evaluate", f"init={best}") == 0
     names = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names <= {"best", "step_00000004", checkpoint.step_name(step)}

@@ -1,7 +1,7 @@
 """What values contradict each other. Checked before anything is built or queued."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mae.config.schema import signature, table
@@ -13,9 +13,9 @@ COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, gree
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
 
 
-def pair(size: int | list[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A side or [height, width] as (height, width)."""
-    return (size[0], size[1]) if isinstance(size, list) else (size, size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -64,7 +64,7 @@ def run_prepared(run: Path, cfg: DictConfig, overrides: list[str], main: bool) -
         sys.stderr.write(f"This run is finished already; another seed= or output_dir= starts a new one.{change}\n")
     elif cfg.task.name == "pipeline":
         code = run_pipeline(run, cfg, overrides, launch, main)
-        if not code and not is_finished(run):  # its stages are queued
+        if not code and cfg.launcher.name == "slurm" and not is_finished(run):  # its stages are queued
             submit_last(run, [run / name for name in cfg.task.stages], call(SlurmSettings, cfg.launcher))
         if main:
             from mae.report.run import write_report

@@ -61,14 +61,14 @@ class TrainedTask(nn.Module, Generic[Network]):
     # ------------------------------------------------------------ once, before the first step
 
     def check_data(self, train_set: Source, val_set: Source) -> None:
-        """Refuses data that the task cannot learn from, with a ValueError. By default it checks the labels of a task
+        """Refuses data that the task cannot learn from, with a UserError. By default it checks the labels of a task
         that needs them."""
         if TASKS[self.cfg.task.name].needs_labels:
             check_classes(self.cfg, train_set, val_set)
 
     def load_init(self) -> None:
         """Loads the weights that `init` names, into the model on the host. Skipped where a run goes on from its own
-        checkpoint. Raises ValueError."""
+        checkpoint. Raises UserError."""
 
     # ------------------------------------------------------------ every step
 

@@ -64,7 +64,7 @@ def fetched(kind: Callable, title: str, root: str | None, download: bool, **opti
         return kind(str(given_root(root, must_exist=not download)), download=download, **options)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{title} was not data in data.root={root} ({str(error).splitlines()[0]}): "
+            f"{title} was not found in data.root={root} ({str(error).splitlines()[0]}): "
             "set data.download=true or another data.root."
         ) from error
 
