@@ -33,7 +33,7 @@ class Results:
         return 100.0 * float((self.true_rank < k).mean())
 
     def mean_loss(self) -> float:
-        """Mean cross-entropy, to nine digits: batches of other sizes round otherwise beyond those."""
+        """Mean cross-entropy, to six significant digits: batches of other sizes round differently beyond them."""
         return float(f"{self.loss.mean():.6g}")
 
     def metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Chance by counting: numbers that hang on (seed, epoch, index) alone, whoever asks for them and when."""
+"""Counter-based random numbers: each is a function of (seed, epoch, index), whichever process computes it."""
 
 import random
 from collections.abc import Iterator

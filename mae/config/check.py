@@ -18,7 +18,7 @@ from mae.errors import UserError
 
 
 def resolve(cfg: DictConfig) -> DictConfig:
-    """All interpolations replaced by values; the result is read-only. Raises UserError."""
+    """All interpolations replaced by values; no key can be added to the result. Raises UserError."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:

@@ -36,7 +36,7 @@ NEUTRAL = (
         for key in ("num_workers", "workers", "prefetch", "timeout_s", "cache_dir", "cache_gb", "retry_s", "root")
     ),
 )
-# Keys that an unfinished run may change, though they are part of its directory's name
+# Keys that an unfinished run may change by resume=RUN or output_dir=RUN; they are part of its directory's name
 CHANGEABLE = (
     *("data.splits", "data.follow_links", "data.image_key", "data.label_key", "data.sample_key"),  # images are compared
     *("device", "task.compile"),  # another rounding

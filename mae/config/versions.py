@@ -1,7 +1,7 @@
 """Configs and checkpoints of other versions of this code, read with today's keys. Imports no torch.
 
 A config carries the number of its format (`format:` in config.yaml, `format` in a checkpoint's manifest; without one it
-is 0). A change of the keys that a run of today could not know gets the next number and a `Migration`.
+is 0). A released change of keys gets the next number and a `Migration`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -11,7 +11,7 @@ class Stack:
     """Samples of one shape and type as one tensor (count, ...), made like the first sample that is put.
 
     The colours of a pixel lie side by side in memory where they do so in the images (C, H, W), as decoding and resizing
-    leave them. To part them would take as long as to read the file. In a worker process the memory is shared.
+    leave them. Separating them would cost as much as reading the file. In a worker process the memory is shared.
     """
 
     def __init__(self, count: int):

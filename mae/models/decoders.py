@@ -1,6 +1,6 @@
 """Decoders: from the encoder's tokens of the visible patches to a prediction of every patch.
 
-A decoder is a class in `DECODERS`; its keyword-only arguments are its keys in conf/model.
+A decoder is a class in `DECODERS`. `MaskedAutoencoder` builds the one called "self", from the keys of conf/model.
 """
 
 from typing import NamedTuple

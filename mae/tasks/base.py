@@ -31,7 +31,7 @@ class TrainedTask(nn.Module, Generic[Network]):
     The constructor is called as `Task(cfg, val_set, key=...)`: its keyword-only parameters are the keys of
     `conf/task/NAME.yaml` that are the task's own. Keys that all trained tasks share are declared by `plan.make_plan`,
     `training.set_up`, `engine.train` and `perf.compile.accelerate`. Hooks are called in the order in which they stand
-    here, on every rank unless they say otherwise, and do nothing by default.
+    here, on every rank unless they say otherwise. Most do nothing by default; `loss` must be overridden.
 
     A batch holds, on the device: image (B, C, H, W) as the source has it, flip (B,) bool, index (B,) int64, weight (),
     and noise (B, L) where `masking` is set; label (B,) int64, or the source's vectors or maps.
@@ -76,7 +76,8 @@ class TrainedTask(nn.Module, Generic[Network]):
         """`loss` () of a micro-batch, and any other scalars () to log under their names.
 
         All are means over the micro-batch's images. metrics.jsonl has their mean over the steps since its last line,
-        and over ranks. The names must be the same at every call, and no names of `engine.measure`.
+        and over ranks. The names must be the same at every call, and no other names of a
+        training line, such as lr.
         """
         raise NotImplementedError
 

@@ -42,7 +42,7 @@ VAL_LOSS = Metric("val_loss", "validation loss", lower_is_better=True)
 
 EVALUATE = "python run.py task=evaluate init=RUN"
 
-# In the order in which their results say how good a model is: the first one present is compared in a sweep.
+# Order matters: the first task whose metric a sweep has is the one it compares. Add a new task at the end.
 TASKS = {
     "finetune": TaskEntry(
         "tasks.finetune:Finetune",

@@ -9,7 +9,8 @@ PLACEMENT = ("partition", "account", "qos", "constraint", "reservation")  # flag
 
 @dataclass(frozen=True, kw_only=True)
 class SbatchFlags:
-    """Flags of sbatch under their own names. A new one is a field here and a line in the YAML, and nothing else."""
+    """Flags of sbatch under their own names. A new one is a field here and a line in the YAML. One that every job
+    of a submission needs, such as the partition, stands in `PLACEMENT` as well."""
 
     nodes: Annotated[int, "[1, inf)"]
     gpus_per_node: Annotated[int, "[0, inf)"]
