@@ -1,12 +1,13 @@
 """A file of flat arrays: one line of JSON, then each array at a multiple of 64 bytes. No pickle."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mae.runs.files import replacing
 
 ALIGNMENT = 64
 
@@ -15,19 +16,13 @@ def write(path: Path, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> No
     """Written beside, flushed, and renamed into place."""
     shapes = {name: [a.dtype.str, len(a)] for name, a in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(json.dumps(head | {"arrays": shapes}).encode() + b"\n")
-            for values in arrays.values():
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                values.tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(json.dumps(head | {"arrays": shapes}).encode() + b"\n")
+        for values in arrays.values():
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            values.tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_head(path: Path) -> tuple[dict[str, Any], int]:

@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from mae.runs.files import replacing
+
 NAME = "MAE_ATTEMPT"  # environment: the attempt of this process; absent where nothing starts a run again by itself
 
 
@@ -21,9 +23,8 @@ def claim(run: Path, attempt: str) -> None:
     """From now on this attempt alone may write into the run."""
     path = run / "slurm" / "attempt"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".attempt.{attempt}")
-    temporary.write_text(attempt)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(attempt)
 
 
 def holds(run: Path) -> bool:

@@ -7,15 +7,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mae.report.glyphs import drawable
+from mae.runs.files import replacing
 
 NAMED = 30  # classes whose names fit along an axis
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mae.models.mae import MaskedAutoencoder
+from mae.runs.files import replacing
 
 
 def reconstruction_rows(model: MaskedAutoencoder, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -56,6 +57,5 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, smallest: int = 96) -> Non
             cell = to_image(images[column]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
             sheet.paste(cell, (margin + column * (cell_w + gap), top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary)
