@@ -539,8 +539,8 @@ def test_members_that_are_no_images_are_refused(tmp_path, monkeypatch):
     with open(tmp_path / "set" / "x.tar", "rb") as file:
         assert members(file, "x.tar").text.tobytes() == b"b"
     shard(b"1", 1000)
-    source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0).source
     monkeypatch.setattr(Decoder, "most_bytes", 999)
+    source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0).source
     with pytest.raises(BadImage, match="1000 bytes are more than an image of data.max_pixels takes"):
         source[0]
 

@@ -26,12 +26,13 @@ Batch = dict[str, Tensor]
 STREAM_SAMPLE, STREAM_NOISE, STREAM_REPLACE = 0, 1, 2  # uses of random numbers; repeats shift by 16 each
 MAX_REPLACEMENTS = 100  # tries at a readable image before the data set is given up
 MIN_JUDGED = 10_000  # images over which the share of bad ones is judged at least, or all if fewer
+BAD_COLUMNS = ("index", "name", "reason", "part")  # of bad_files.csv
 
 
 class Bad(NamedTuple):
     """An image that was replaced."""
 
-    index: int
+    sample_index: int
     name: str
     reason: str
 
@@ -186,12 +187,12 @@ class Record:
             raise UserError(loaded.message)
         batch, bad = loaded
         for image in bad:
-            if image.index not in self.bad:
-                self.bad[image.index] = image
+            if image.sample_index not in self.bad:
+                self.bad[image.sample_index] = image
                 log.warning("passed over %s: %s", image.name, image.reason)
                 self._write(image)
         read = batch["index"].numpy()[: len(batch["index"]) // self.repeats]  # one crop of each image
-        read = np.concatenate([read, np.array([image.index for image in bad], np.int64)])
+        read = np.concatenate([read, np.array([image.sample_index for image in bad], np.int64)])
         new = np.unique(read[~self.met[read]])
         self.met[new] = True
         self.seen += len(new)
@@ -212,7 +213,7 @@ class Record:
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow((*Bad._fields, "part"))
+                writer.writerow(BAD_COLUMNS)
             writer.writerow((*image, self.split))
 
 

@@ -49,7 +49,7 @@ class Jobs(Dataset):
         """Writes a shard and its note; its number of images."""
         path = self.paths[number]
         written = write_file(self.source, self.indices[number], path, self.form)
-        head = {"sha256": written.sha256, "bytes": path.stat().st_size, "bad": written.bad, "count": written.count}
+        head = {"sha256": written.sha256, "bytes": path.stat().st_size, "bad": written.bad, "count": written.num_images}
         flat.write(note_of(path), head, written.members._asdict() if written.members else {})
         return len(self.indices[number])
 

@@ -23,18 +23,18 @@ BLOCK = 1 << 20  # pixels of which sums are taken at once: a large image does no
 class Moments(NamedTuple):
     """Of values of some channels."""
 
-    count: int  # pixels
+    num_pixels: int
     mean: np.ndarray  # (C,) float64
     square: np.ndarray  # (C,) float64, sum of squared deviations
 
     def merged(self, other: "Moments") -> "Moments":
         """Of both together (Chan, Golub and LeVeque 1979)."""
-        total = self.count + other.count
+        total = self.num_pixels + other.num_pixels
         if not total:
             return self
         shift = other.mean - self.mean
-        square = self.square + other.square + shift**2 * (self.count * other.count / total)
-        return Moments(total, self.mean + shift * (other.count / total), square)
+        square = self.square + other.square + shift**2 * (self.num_pixels * other.num_pixels / total)
+        return Moments(total, self.mean + shift * (other.num_pixels / total), square)
 
     @staticmethod
     def of(image: Tensor) -> "Moments":
@@ -66,7 +66,7 @@ class Statistics(NamedTuple):
     @property
     def std(self) -> list[float]:
         """One a channel, as `data.std` wants it."""
-        return np.sqrt(self.moments.square / max(1, self.moments.count)).tolist()
+        return np.sqrt(self.moments.square / max(1, self.moments.num_pixels)).tolist()
 
     def merged(self, other: "Statistics") -> "Statistics":
         """Of both together, such as two ranks' parts."""

@@ -79,7 +79,7 @@ class RandomResizedCrop(Transform):
     def box(self, draw: Draw) -> Boxed:
         return partial(crop_box, scale=self.scale, ratio=self.ratio, numbers=draw.numbers)
 
-    def __call__(self, image: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
+    def __call__(self, image: Tensor, draw: Draw, out: Tensor | None = None) -> Tensor:
         return resize(image, self.size, out)
 
     def target(self, target: Tensor, draw: Draw) -> Tensor:

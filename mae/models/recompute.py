@@ -59,7 +59,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[3]:  # not where the block is frozen
@@ -83,7 +83,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
@@ -122,7 +122,7 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *saved = ctx.saved_tensors
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for images, weights in zip(_slices(q, k), saved, strict=True):

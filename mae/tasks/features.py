@@ -24,7 +24,7 @@ Encode = Callable[[Mapping[str, Tensor]], Tensor]  # a batch -> features (B, D)
 class Features(NamedTuple):
     """Features of a data set, ordered by index, the same on every rank; on the host."""
 
-    index: Tensor  # (N,) int64
+    sample_index: Tensor  # (N,) int64
     label: Tensor  # (N,) int64
     feature: Tensor  # (N, D) float32
 

@@ -121,11 +121,12 @@ def _train(cfg: DictConfig, probes: Probes, train: Features, plan: Plan) -> None
     optimizer = build(optim.OPTIMIZERS, cfg.optimizer, _groups(probes, cfg))
     schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs)
     probes.train()
+    order, loss = torch.empty(0, dtype=torch.int64), torch.zeros(())
     for step in range(plan.steps):
         epoch, number = divmod(step, plan.steps_per_epoch)
         if number == 0:
-            order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train.label))
-            order = torch.from_numpy(order).to(train.label.device)
+            permutation = np.random.default_rng([cfg.seed, epoch]).permutation(len(train.label))
+            order = torch.from_numpy(permutation).to(train.label.device)
         chosen = order[number * plan.batch_size : (number + 1) * plan.batch_size]
         logits = probes(train.feature[chosen])
         targets = train.label[chosen][:, None].expand(-1, logits.shape[1])
@@ -145,7 +146,7 @@ def _validate(probes: Probes, val: Features) -> list[Results]:
     alone, results = Ranks(torch.device("cpu")), []
     for logits in probes(val.feature).cpu().unbind(1):
         collector = Collector()
-        collector.add(val.index.cpu(), val.label.cpu(), logits)
+        collector.add(val.sample_index.cpu(), val.label.cpu(), logits)
         result = collector.results(alone)
         assert result is not None
         results.append(result)

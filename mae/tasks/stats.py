@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from mae import data
 from mae.config.build import build
-from mae.data.dataset import Bad
+from mae.data.dataset import BAD_COLUMNS, Bad
 from mae.data.source import Source
 from mae.data.stats import Statistics, statistics
 from mae.data.subsets import reduced
@@ -70,4 +70,4 @@ def as_typed(values: Sequence[float]) -> str:
 
 def write_bad(run: Path, bad: list[Bad]) -> None:
     """bad_files.csv, as training runs leave it."""
-    write_csv(run / "bad_files.csv", (*Bad._fields, "part"), ((*entry, "train") for entry in sorted(bad)))
+    write_csv(run / "bad_files.csv", BAD_COLUMNS, ((*entry, "train") for entry in sorted(bad)))

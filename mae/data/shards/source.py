@@ -49,6 +49,7 @@ class Shards(Encoded):
 
     def __init__(self, index: Index, store: Local | Remote, decoder: Decoder, lanes: int, window: int):
         self.index, self.store, self.decoder, self.lanes, self.window = index, store, decoder, lanes, window
+        self.most_bytes = decoder.most_bytes
         self.classes = index.classes
         self.labels = np.asarray(index.members.labels, np.int64) if index.classes else None
         self._open = OpenFiles()
@@ -66,7 +67,7 @@ class Shards(Encoded):
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
         size, offset = int(self.index.members.sizes[index]), int(self.index.members.offsets[index])
-        if size > self.decoder.most_bytes:
+        if size > self.most_bytes:
             raise BadImage(f"{size} bytes are more than an image of data.max_pixels takes")
         try:
             data = bytearray(os.pread(self._file(self.index.shard(index)), size, offset))

@@ -9,7 +9,7 @@ import logging
 import tarfile
 from array import array
 from collections import defaultdict
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -198,7 +198,7 @@ def selected(rows: Members, chosen: np.ndarray) -> Members:
     return Members(rows.offsets[chosen], rows.sizes[chosen], rows.labels[chosen], text, ends)
 
 
-def members(file: BinaryIO, name: str, layout: Layout = DEFAULT, notes: Notes | None = None) -> Members:
+def members(file: IO[bytes], name: str, layout: Layout = DEFAULT, notes: Notes | None = None) -> Members:
     """Reads the headers of a shard, from its start on and without seeking backwards; adds to `notes`.
 
     A shard that is cut short gives what is whole. Raises UserError for what is no tar at all, and for a sample

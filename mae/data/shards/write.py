@@ -34,7 +34,7 @@ class Form(NamedTuple):
 class Written(NamedTuple):
     """A file that was written."""
 
-    count: int  # images in it
+    num_images: int
     bad: list[tuple[int, str, str]]  # images left out: index, name, reason
     sha256: str
     members: Members | None  # where the images lie; None where the file says it itself

@@ -37,6 +37,7 @@ class Rows(Encoded):
         roots: list[str],
     ):
         self.rows, self.image, self.labels, self.classes, self.decoder = rows, image, labels, classes, decoder
+        self.most_bytes = decoder.most_bytes
         self.roots = roots  # the folders in which files that a row names must lie; relative to the first
 
     def __len__(self) -> int:
@@ -56,7 +57,7 @@ class Rows(Encoded):
             path = os.path.join(self.roots[0], value["path"])
             if not any(inside(os.path.realpath(root), path) for root in self.roots):
                 raise BadImage(f"names {path}, which leads out of {self.roots[0]}")
-            return read(path, self.decoder.most_bytes)
+            return read(path, self.most_bytes)
         except BadImage:
             raise
         except (OSError, KeyError, TypeError, ValueError) as error:  # the last for a path with a NUL

@@ -41,7 +41,7 @@ class Groups(NamedTuple):
 
     file: np.ndarray  # (G,) int64, number of its file
     number: np.ndarray  # (G,) int64, within its file
-    count: np.ndarray  # (G,) int64, rows
+    num_rows: np.ndarray  # (G,) int64
 
 
 class OpenGroups:
@@ -85,7 +85,7 @@ class RowGroups(Encoded):
             lanes,
             window,
         )
-        self.starts = np.cumsum(self.groups.count) - self.groups.count  # number of each group's first row
+        self.starts = np.cumsum(self.groups.num_rows) - self.groups.num_rows  # number of each group's first row
         self._open_groups = OpenGroups((window + 1) * lanes)
         self._files: tuple[tuple[int, int], np.ndarray] | None = None  # an epoch's order of the files
 
@@ -93,7 +93,7 @@ class RowGroups(Encoded):
         return vars(self) | {"_open_groups": None}
 
     def __len__(self) -> int:
-        return int(self.groups.count.sum())
+        return int(self.groups.num_rows.sum())
 
     def name(self, index: int) -> str:
         file = int(self.groups.file[self._group(index)])
@@ -142,7 +142,7 @@ class RowGroups(Encoded):
         rng = np.random.default_rng([seed, epoch])
         rank = np.argsort(rng.permutation(len(self.names)))  # of each file in the epoch
         groups = np.lexsort((rng.random(len(self.starts)), rank[self.groups.file]))
-        counts = self.groups.count[groups]
+        counts = self.groups.num_rows[groups]
         line = np.repeat(self.starts[groups] - np.cumsum(counts) + counts, counts) + np.arange(len(self))
         if mask is not None:
             line, counts = line[mask[line]], counts * mask.mean()
@@ -187,8 +187,8 @@ def indexed(store: Local | Remote, names: list[str], columns: Columns, cache: Pa
     path = cache / "indices" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:20]}.bin"
     try:
         head, arrays = flat.read(path)
-        labels = arrays.pop("labels") if "labels" in arrays else None
-        return RowIndex(names, head["sizes"], Groups(**arrays), labels, head["classes"])
+        groups = Groups(arrays["file"], arrays["number"], arrays["count"])
+        return RowIndex(names, head["sizes"], groups, arrays.get("labels"), head["classes"])
     except (OSError, ValueError, KeyError):
         log.info("the footers and labels of %d Parquet files are read once", len(names))
     footers = [store.tried(name, partial(_footer, store, name, columns)) for name in names]
@@ -202,7 +202,8 @@ def indexed(store: Local | Remote, names: list[str], columns: Columns, cache: Pa
         labels, classes = numbered(
             np.concatenate([footer.labels for footer in footers if footer.labels is not None]), known
         )
-    arrays = groups._asdict() | ({} if labels is None else {"labels": labels})
+    arrays = {"file": groups.file, "number": groups.number, "count": groups.num_rows}
+    arrays |= {} if labels is None else {"labels": labels}
     try:
         flat.write(path, {"format": INDEX_FORMAT, "sizes": sizes, "classes": classes}, arrays)
     except OSError as error:
