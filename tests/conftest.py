@@ -5,7 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: several test processes share few cores
 
@@ -16,6 +18,15 @@ from omegaconf import DictConfig  # noqa: E402
 from mae.config.check import check_config, resolve
 from mae.launch import launch  # noqa: E402
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mae.data.loader import EvalLoader, Loader
+    from mae.data.sampler import Batches
+    from mae.data.settings import LoaderSettings
+    from mae.data.source import Arrays, Source
+
+Kind = TypeVar("Kind")
 ROOT = Path(__file__).parent.parent
 
 # A model and a run so small that a step takes milliseconds, in float32 so that sums are comparable
@@ -72,17 +83,28 @@ def _one_thread_and_a_clean_environment(monkeypatch):
             handler.close()
 
 
-def make_loader(source, transform, size, micro, seed=0, rank=0, world=1, kind="train", bad_csv=None, **options):
-    """A loader, made of plain options: of `Batches` and of `LoaderSettings`, those of training alone with defaults."""
+def loader_arguments(size, micro, seed, rank, world, options: dict[str, Any]) -> "tuple[Batches, LoaderSettings]":
     from mae.config.build import call
-    from mae.data.loader import EvalLoader, Loader
     from mae.data.sampler import Batches
     from mae.data.settings import LoaderSettings
 
     batches = {key: options.pop(key) for key in ("drop_last", "masking") if key in options}
     settings = call(LoaderSettings, {"fraction": 1.0, "per_class": None, "repeats": 1} | options)
-    make = Loader if kind == "train" else EvalLoader
-    return make(source, transform, Batches(size, micro, seed, rank, world, **batches), settings, bad_csv)
+    return Batches(size, micro, seed, rank, world, **batches), settings
+
+
+def make_loader(source, transform, size, micro, seed=0, rank=0, world=1, bad_csv=None, **options) -> "Loader":
+    """A loader, made of plain options: of `Batches` and of `LoaderSettings`, those of training alone with defaults."""
+    from mae.data.loader import Loader
+
+    return Loader(source, transform, *loader_arguments(size, micro, seed, rank, world, options), bad_csv)
+
+
+def make_eval_loader(source, transform, size, micro, seed=0, rank=0, world=1, bad_csv=None, **options) -> "EvalLoader":
+    """As `make_loader`, for an evaluation."""
+    from mae.data.loader import EvalLoader
+
+    return EvalLoader(source, transform, *loader_arguments(size, micro, seed, rank, world, options), bad_csv)
 
 
 def random_noise(num_patches: int):
@@ -92,8 +114,36 @@ def random_noise(num_patches: int):
     return functools.partial(random_masking, grid=(1, num_patches), mask_ratio=0.75)
 
 
-def make_source(make, split, **options):
+def make_source(make: "Callable[..., Source]", split: str, **options) -> "Source":
     """A source, made of the keys of a `data` group as a run makes it."""
     from mae.config.build import call
 
     return call(make, options, split)
+
+
+def undivided(source: "Source") -> "Source":
+    """The source whose training or validation images this one has."""
+    from mae.data.subsets import Subset
+
+    return of_type(Subset, source).source
+
+
+def labels_of(source: "Source") -> "np.ndarray":
+    """Of a labelled source."""
+    assert source.labels is not None
+    return source.labels
+
+
+def first_digits(count: int) -> "Arrays":
+    """So many of the training digits, on three channels."""
+    from mae.data.source import Arrays
+    from mae.data.sources.torchvision import digits
+
+    whole = of_type(Arrays, digits("train", in_chans=3, val_fraction=0.2))
+    return Arrays(whole.images[:count], labels_of(whole)[:count], whole.classes, "digits")
+
+
+def of_type(kind: type[Kind], value: object) -> Kind:
+    """The value, which is of this type."""
+    assert isinstance(value, kind)
+    return value

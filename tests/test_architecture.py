@@ -43,8 +43,8 @@ MAY_IMPORT = {
 
 def unit(path: Path) -> str:
     """The package or module of mae/ that a file belongs to; `run` for run.py."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return _named(parts) if len(parts) > 1 else parts[0]
+    first, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return _named([first, *rest]) if rest else first
 
 
 def _named(module: Sequence[str]) -> str:

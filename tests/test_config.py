@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from conftest import ROOT, composed
+from conftest import ROOT, composed, of_type
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,7 +159,7 @@ def test_wrong_values_are_refused_in_plain_words(changes, message):
 
 
 def test_a_missing_key_is_named():
-    cfg = OmegaConf.create(OmegaConf.to_container(composed()))
+    cfg = of_type(DictConfig, OmegaConf.create(OmegaConf.to_container(composed())))
     del cfg.task.mask_ratio
     with pytest.raises(UserError, match=r"task.mask_ratio is missing: add it, as task.mask_ratio="):
         check_config(cfg)

@@ -46,7 +46,8 @@ def test_every_augmentation_gives_the_size_and_hangs_on_its_draw_alone(name):
     image = picture()
     before = image.clone()
     results = [seen(transform, image, draw(i)) for i in range(40)]
-    torch.rand(3), np.random.rand()
+    torch.rand(3)
+    np.random.rand()
     for i in reversed(range(40)):
         assert torch.equal(seen(other, image, draw(i)), results[i])
     assert all(r.shape == (3, 12, 20) and r.dtype == torch.uint8 for r in results)

@@ -9,11 +9,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import make_loader
+from conftest import first_digits, make_loader, of_type
 
 from mae.data import pack, remote
-from mae.data.source import Arrays
-from mae.data.sources.torchvision import digits
+from mae.data.shards.source import Shards
 from tests.test_data_shards import KEEP, LOADING, loaded, opened, same, transform
 
 pytest.importorskip("aiohttp")  # with which fsspec speaks HTTP; s3fs brings it
@@ -44,8 +43,7 @@ class Server:
 
 def packed_digits(folder):
     """400 images in 20 shards, as train and as val."""
-    whole = digits("train", in_chans=3, val_fraction=0.2)
-    source = Arrays(whole.images[:400], whole.labels[:400], whole.classes, "digits")
+    source = first_digits(400)
     for split in ("train", "val"):
         pack.pack(source, folder / split, KEEP, per_shard=20, workers=1)
     return folder
@@ -55,16 +53,17 @@ def read_over_a_restart(source, server, workers, kind, gone):
     """The batches of two epochs, the server being away for `gone` seconds after a few of them."""
     options = LOADING | {"workers": kind, "num_workers": workers, "max_bad_fraction": 0.0}
     loader = make_loader(source, transform(), 16, 8, 0, **options)
-    taken = []
+    taken, restart, cache = [], None, of_type(remote.Remote, of_type(Shards, source).store).cache
     with ThreadPoolExecutor(1) as pool:
         for epoch in (0, 1):
             for step in loader.steps(epoch):
                 taken.append([dict(batch) for batch in step])
                 if len(taken) == 4:
                     server.stop()
-                    assert len(list(source.store.cache.rglob("*.tar"))) < 20  # there is more to come
-                    back = pool.submit(lambda: (time.sleep(gone), server.start()))
-        back.result()
+                    assert len(list(cache.rglob("*.tar"))) < 20  # there is more to come
+                    restart = pool.submit(lambda: (time.sleep(gone), server.start()))
+        assert restart is not None
+        restart.result()
     loader.close()
     return taken
 

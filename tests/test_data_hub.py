@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_loader, make_source, run_here
+from conftest import TINY, labels_of, make_loader, make_source, of_type, run_here, undivided
 from PIL import Image
 
 from mae.data import flat, pack, remote
-from mae.data.source import BadImage
+from mae.data.source import BadImage, Source
 from mae.data.sources import huggingface, parquet_files
 from mae.data.sources.huggingface import hf
+from mae.data.sources.row_groups import RowGroups
+from mae.data.subsets import Subset
 from tests.test_data_shards import Flaky, loaded, same
 
 datasets = pytest.importorskip("datasets")
@@ -81,9 +83,9 @@ def test_rows(made, kind):
     for k in range(10):
         image, label = train[k]
         assert torch.equal(image, torch.from_numpy(PICTURES[k]).permute(2, 0, 1)) and label == k % 2
-    assert val.labels.tolist() == [1, 1]
+    assert labels_of(val).tolist() == [1, 1]
     words = opened(made / kind, label_column="kind")
-    assert words.classes == ["bar", "zoo"] and words.labels[:3].tolist() == [1, 0, 0]
+    assert words.classes == ["bar", "zoo"] and labels_of(words)[:3].tolist() == [1, 0, 0]
     assert opened(made / kind, label_column=None)[0][1] == -1
 
 
@@ -97,7 +99,7 @@ def test_a_row_that_names_a_file_elsewhere_is_a_bad_image(tmp_path):
     paths = ["x.png", str(root / "x.png"), str(tmp_path / "x.png"), "../x.png", "x\0.png", None]
     rows = pd.DataFrame({"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1] * 3})
     rows.to_parquet(root / "train.parquet")
-    source = opened(root, val_split=None, val_fraction=0.5).source
+    source = undivided(opened(root, val_split=None, val_fraction=0.5))
     for k in (0, 1):
         assert torch.equal(source[k][0], torch.from_numpy(PICTURES[0]).permute(2, 0, 1))
     for k in (2, 3):
@@ -127,7 +129,7 @@ def test_files_of_a_set_on_the_hub_lie_in_the_caches_alone(tmp_path, monkeypatch
 
 def test_a_part_is_held_out_where_there_is_no_second_split(made):
     parts = [opened(made / "one", s, val_split=None) for s in ("train", "val")]
-    assert [len(p) for p in parts] == [8, 2] and sorted(parts[1].labels) == [0, 1]
+    assert [len(p) for p in parts] == [8, 2] and sorted(labels_of(parts[1])) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,8 @@ def test_columns_that_hold_no_images_or_labels_are_refused(tmp_path, columns, sa
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_and_the_names_of_their_classes(tmp_path, streaming):
     words = parquet(tmp_path / "words", (IMAGES, ["b", "a"] * 5), metadata={b"huggingface": NAMES})
-    source = opened(words, streaming=streaming, val_split=None).source
-    assert source.labels.tolist() == [1, 0] * 5 and source.classes == ["a", "b"]
+    source = undivided(opened(words, streaming=streaming, val_split=None))
+    assert labels_of(source).tolist() == [1, 0] * 5 and source.classes == ["a", "b"]
     strange = parquet(tmp_path / "strange", (IMAGES, [0, 7] * 5), metadata={b"huggingface": NAMES})
     with pytest.raises(ValueError, match="data.label_column: the label 7 is none of the 2 classes"):
         opened(strange, streaming=streaming, val_split=None)
@@ -226,7 +228,7 @@ def test_files_agree_on_their_classes(tmp_path):
     empty = parquet(tmp_path / "empty", (IMAGES, [0, 1] * 5), (pa.array([], STRUCT), pa.array([], pa.int64())))
     with pytest.raises(ValueError, match="holds no rows: remove it, or set data.streaming=true"):
         opened(empty)
-    assert len(opened(empty, streaming=True, val_split=None).source) == 10
+    assert len(undivided(opened(empty, streaming=True, val_split=None))) == 10
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -236,10 +238,10 @@ def test_links_of_the_hubs_cache_are_read(stream, tmp_path, streaming):
     (snapshot / "data").mkdir(parents=True)
     shutil.copy(stream / "data" / "train-00000-of-00007.parquet", tmp_path / "datasets--some--set" / "blobs" / "12")
     (snapshot / "data" / "train-00000-of-00001.parquet").symlink_to("../../../blobs/12")
-    assert len(opened(snapshot, streaming=streaming, val_split=None).source) == 17
+    assert len(undivided(opened(snapshot, streaming=streaming, val_split=None))) == 17
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.parquet").symlink_to(stream / "data" / "train-00000-of-00007.parquet")
-    assert len(opened(tmp_path / "set", streaming=streaming, val_split=None, follow_links=True).source) == 17
+    assert len(undivided(opened(tmp_path / "set", streaming=streaming, val_split=None, follow_links=True))) == 17
 
 
 # ---------------------------------------------------------------- streams
@@ -263,14 +265,14 @@ def stream(tmp_path_factory):
     return folder / "set"
 
 
-def streamed(root, cache, split="train", **changes):
+def streamed(root, cache, split="train", **changes) -> Source:
     return make_source(hf, split, root=str(root), **(OPTIONS | {"cache_dir": str(cache), "streaming": True} | changes))
 
 
 def test_a_stream_holds_the_rows_of_the_data_set(stream, tmp_path):
-    plain, rows = opened(stream), streamed(stream, tmp_path)
+    plain, rows = opened(stream), of_type(RowGroups, streamed(stream, tmp_path))
     assert len(rows) == len(plain) == 120 and rows.classes == plain.classes == ["even", "odd"]
-    assert np.array_equal(rows.labels, plain.labels) and len(np.unique(rows.groups.file)) == 7
+    assert np.array_equal(labels_of(rows), labels_of(plain)) and len(np.unique(rows.groups.file)) == 7
     for k in range(120):
         assert torch.equal(rows[k][0], plain[k][0]) and rows[k][1] == plain[k][1]
     assert rows.name(20) == "data/train-00001-of-00007.parquet/row 3"
@@ -294,10 +296,10 @@ def test_rows_whose_label_is_null_have_none(tmp_path, kind, values, classes, str
     rows = {"image": [Image.fromarray(picture) for picture in PICTURES], "label": values}
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
-    found = opened(tmp_path / "set", streaming=streaming, val_split=None, val_fraction=0.5)
-    both = [found, opened(tmp_path / "set", "val", streaming=streaming, val_split=None, val_fraction=0.5)]
+    options = {"streaming": streaming, "val_split": None, "val_fraction": 0.5}
+    both = [of_type(Subset, opened(tmp_path / "set", split, **options)) for split in ("train", "val")]
     assert all(part.classes == classes for part in both)
-    told = {int(k): int(label) for part in both for k, label in zip(part.indices, part.labels, strict=True)}
+    told = {int(k): int(label) for part in both for k, label in zip(part.indices, labels_of(part), strict=True)}
     assert [told[k] for k in range(10)] == [-1 if v is None else v for v in NULLS]
 
 
@@ -307,8 +309,10 @@ def test_a_stream_reads_the_subset_alone(stream, tmp_path):
         for k in range(count):
             source = stream / "data" / f"train-{k:05}-of-00007.parquet"
             shutil.copy(source, tmp_path / "set" / name / f"train-{k:05}.parquet")
-    counts = [len(streamed(tmp_path / "set", tmp_path, val_split=None, subset=name, val_fraction=0.1).source.names)
-              for name in ("en", "fr", None)]  # fmt: skip
+    counts = []
+    for name in ("en", "fr", None):
+        training = streamed(tmp_path / "set", tmp_path, val_split=None, subset=name, val_fraction=0.1)
+        counts.append(len(of_type(RowGroups, undivided(training)).names))
     assert counts == [3, 4, 7]
     with pytest.raises(ValueError, match=r"split train in a folder de \(data.subset\): train/"):
         streamed(tmp_path / "set", tmp_path, subset="de")
@@ -325,7 +329,7 @@ def test_what_is_remembered_of_a_remote_file_hangs_on_its_version(tmp_path):
 
 
 def test_a_stream_goes_file_by_file_and_mixes_within_a_window(stream, tmp_path):
-    rows = streamed(stream, tmp_path, lanes=1, window=2)
+    rows = of_type(RowGroups, streamed(stream, tmp_path, lanes=1, window=2))
     order = rows.order(0, 0)
     assert sorted(order) == list(range(120)) and not np.array_equal(order, rows.order(0, 1))
     files = rows.groups.file[np.searchsorted(rows.starts, order, side="right") - 1]
@@ -361,7 +365,7 @@ def test_ranks_share_a_stream_without_a_duplicate(stream, tmp_path, world):
 
     seen, files = [], []
     for rank in range(world):
-        rows = streamed(stream, tmp_path)
+        rows = of_type(RowGroups, streamed(stream, tmp_path))
         options = LOADING | {"workers": "thread", "num_workers": 2, "max_bad_fraction": 0.0}
         loader = make_loader(rows, transform(), 16, 8 // world, 0, rank, world, **options)
         own = [i for step in loader.steps(0) for batch in step if batch["weight"] for i in batch["index"].tolist()]
@@ -374,15 +378,16 @@ def test_ranks_share_a_stream_without_a_duplicate(stream, tmp_path, world):
 
 def test_a_stream_from_a_place_that_fails_now_and_then_loses_nothing(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    rows = streamed(f"file://{stream}", tmp_path / "cache")
-    rows.store._fs = Flaky(rows.store.fs)
+    rows = of_type(RowGroups, streamed(f"file://{stream}", tmp_path / "cache"))
+    files = of_type(remote.Remote, rows.store)
+    flaky = files._fs = Flaky(files.fs)
     same(loaded(streamed(stream, tmp_path), 0), loaded(rows, 0))
-    assert rows.store.fs.count > 10
+    assert flaky.count > 10 and files.fs is flaky
 
 
 def test_a_damaged_file_of_a_stream_is_passed_over(stream, tmp_path):
     shutil.copytree(stream, tmp_path / "set")
-    rows = streamed(tmp_path / "set", tmp_path / "cache")
+    rows = of_type(RowGroups, streamed(tmp_path / "set", tmp_path / "cache"))
     path = tmp_path / "set" / "data" / "train-00003-of-00007.parquet"
     data = path.read_bytes()
     path.write_bytes(bytes(len(data) - 8) + data[-8:])  # as long as before
@@ -476,7 +481,7 @@ def test_parquet_files_that_we_pack_are_read_by_datasets_as_a_stream_and_in_runs
     changes = {"val_split": "val", "label_column": "label"}
     rows, plain = streamed(out, tmp_path / "cache", **changes), opened(out, **changes)
     assert [rows.raw(k) for k in range(len(rows))] == [plain.raw(k) for k in range(len(plain))]
-    assert np.array_equal(rows.labels, plain.labels) and rows.classes == ["ant", "bee"]
+    assert np.array_equal(labels_of(rows), labels_of(plain)) and rows.classes == ["ant", "bee"]
 
     run = [*TINY, "data=hf", f"data.root={out}", "data.streaming=true", "data.val_split=val", "data.fraction=1.0"]
     run += [f"data.cache_dir={tmp_path / 'cache'}", "task=finetune", "task.batch_size=8", "task.epochs=1"]

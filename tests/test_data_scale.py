@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_loader, make_source
+from conftest import make_loader, make_source, of_type
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mae.data import transforms
 from mae.data.sources import folder, listing
@@ -68,12 +70,13 @@ def test_two_million_paths(root):
     assert busy < 2.0, busy
 
     many = loader(root, num_workers=2)
+    processes = of_type(DataLoader, many._loader)
     workers, before, images = [], [], 0
     for number, step in enumerate(many.steps(0)):
         for batch in step:
             images += len(batch["index"])
         if number == 20:  # buffers have their size
-            workers = [process.pid for process in many._loader._iterator._workers]
+            workers = [process.pid for process in of_type(_MultiProcessingDataLoaderIter, processes._iterator)._workers]
             before = [resident(pid) for pid in workers]
     grown = [resident(pid) - start for pid, start in zip(workers, before, strict=True)]
     many.close()

@@ -10,11 +10,12 @@ import shutil
 import tarfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_loader, make_source
+from conftest import first_digits, labels_of, make_loader, make_source, of_type, undivided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,10 +29,9 @@ from mae.data.shards import source as shards
 from mae.data.shards.index import Index
 from mae.data.shards.source import Shards
 from mae.data.shards.tar import Members, members
-from mae.data.source import Arrays, BadImage
+from mae.data.source import Arrays, BadImage, Source
 from mae.data.sources import folder
 from mae.data.sources.folder import image_folder
-from mae.data.sources.torchvision import digits
 from mae.data.subsets import Subset
 
 KEEP = pack.Form(size=None, quality=90)
@@ -55,8 +55,7 @@ LOADING = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "repeats": 1,
 
 @pytest.fixture(scope="module")
 def source():
-    whole = digits("train", in_chans=3, val_fraction=0.2)
-    return Arrays(whole.images[:110], whole.labels[:110], whole.classes, "digits")
+    return first_digits(110)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +72,23 @@ def opened(root, tmp_path, split="train", **changes):
     )
 
 
+def fetching(packed, tmp_path, **changes) -> tuple[Shards, remote.Remote]:
+    """The training images by a URL, and the store that fetches their shards."""
+    source = of_type(Shards, opened(f"file://{packed}", tmp_path, **changes))
+    return source, of_type(remote.Remote, source.store)
+
+
+def order_of(source: Source, epoch: int = 0) -> np.ndarray:
+    """In which an epoch reads a source that has an order of its own."""
+    return of_type(np.ndarray, source.order(0, epoch))
+
+
 def made_up(counts):
     """Shards without files, for what hangs on their index alone."""
     total = sum(counts)
     nothing = Members(*(np.zeros(total, np.int64) for _ in range(5)))
     index = Index([f"{k}.tar" for k in range(len(counts))], [0] * len(counts), counts, nothing, [])
-    return lambda lanes, window: Shards(index, store.Local("/"), Decoder(3, False, 1), lanes, window)
+    return lambda lanes, window: Shards(index, store.Local(Path("/")), Decoder(3, False, 1), lanes, window)
 
 
 # ---------------------------------------------------------------- order
@@ -116,9 +126,9 @@ def test_ranks_stay_on_their_shards_and_windows_mix():
 def test_a_part_of_the_images_keeps_ranks_on_their_shards():
     source = made_up([50] * 64)(16, 3)
     part = Subset(Subset(source, np.flatnonzero(np.arange(3200) % 10)), np.arange(5, 2880))  # held out, then a fraction
-    order = part.order(0, 0)
-    assert sorted(order) == list(range(len(part))) and not np.array_equal(order, part.order(0, 1))
-    numbers = part.source.indices[part.indices[order]]
+    order = order_of(part)
+    assert sorted(order) == list(range(len(part))) and not np.array_equal(order, order_of(part, 1))
+    numbers = of_type(Subset, part.source).indices[part.indices[order]]
     per_rank = [{source.index.shard(i) for i in numbers[r::4].tolist()} for r in range(4)]
     assert sum(len(shards) for shards in per_rank) <= 64 + 16
 
@@ -193,11 +203,10 @@ def test_foreign_shards_are_indexed_once(tmp_path, monkeypatch):
             evil = tarfile.TarInfo("../../evil.png")
             evil.type, evil.linkname = tarfile.SYMTYPE, "/etc/passwd"
             archive.addfile(evil)
-    source = opened(root, tmp_path, val_fraction=0.01)
-    whole = source.source
+    whole = undivided(opened(root, tmp_path, val_fraction=0.01))
     assert len(whole) == 15 and whole.classes == ["0", "1"]
     assert [int(whole[i][0][0, 0, 0]) for i in range(15)] == [20 * s + k for s in range(3) for k in range(5)]
-    assert whole.labels.tolist() == [0, 1, 0, 1, 0] * 3
+    assert labels_of(whole).tolist() == [0, 1, 0, 1, 0] * 3
     monkeypatch.setattr(shard_index, "members", None)  # not called again
     assert len(opened(root, tmp_path)) == 12
 
@@ -251,16 +260,16 @@ def test_an_index_is_made_anew_where_the_one_kept_is_damaged_or_none_can_be_kept
     caplog.set_level("WARNING")
     root = shutil.copytree(packed / "train", tmp_path / "foreign")
     (root / "index.bin").unlink()
-    assert len(opened(root, tmp_path).source) == 110
+    assert len(undivided(opened(root, tmp_path))) == 110
     (kept,) = (tmp_path / "cache" / "indices").iterdir()
     whole = kept.read_bytes()
     for damaged in (whole[:-50], b"", b"[]\n", b'{"arrays": 5}\n', whole.replace(b'"names"', b'"nones"')):
         kept.write_bytes(damaged)
-        assert len(opened(root, tmp_path).source) == 110 and kept.read_bytes() == whole
+        assert len(undivided(opened(root, tmp_path))) == 110 and kept.read_bytes() == whole
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "cache").write_text("not a folder")
     caplog.clear()
-    assert len(opened(root, tmp_path / "none").source) == 110
+    assert len(undivided(opened(root, tmp_path / "none"))) == 110
     assert "is not kept: " in caplog.text and "(data.cache_dir)" in caplog.text
     caplog.clear()
     caplog.set_level(logging.WARNING)  # which splits are there is said too
@@ -285,7 +294,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(packed, tmp_path):
         opened(tmp_path / "set", tmp_path)
     with pytest.raises(ValueError, match=r"^data\.follow_links=true is needed: the shard"):
         opened(tmp_path / "set", tmp_path)
-    assert len(opened(tmp_path / "set", tmp_path, follow_links=True).source) == 12
+    assert len(undivided(opened(tmp_path / "set", tmp_path, follow_links=True))) == 12
 
 
 def test_links_of_the_hubs_cache_are_read(packed, tmp_path):
@@ -296,7 +305,7 @@ def test_links_of_the_hubs_cache_are_read(packed, tmp_path):
     for below, blob in (("", "../../blobs/1234"), ("data", "../../../blobs/1234")):
         (repository / "snapshots" / "rev" / below).mkdir(parents=True, exist_ok=True)
         (repository / "snapshots" / "rev" / below / "a.tar").symlink_to(blob)
-        assert len(opened(repository / "snapshots" / "rev" / below, tmp_path).source) == 12
+        assert len(undivided(opened(repository / "snapshots" / "rev" / below, tmp_path))) == 12
     for blob in ("../../other", "../../../blobs/1234"):  # beside the blobs, and of another repository
         (tmp_path / "blobs").mkdir(exist_ok=True)
         (repository / "snapshots" / "rev" / "a.tar").unlink()
@@ -328,7 +337,7 @@ def tar(path, files):
 
 def everything(root, tmp_path, **changes):
     """(grey value, label) of each image, in the order of the shards."""
-    source = opened(root, tmp_path, "val", val_fraction=1.0, **changes).source
+    source = undivided(opened(root, tmp_path, "val", val_fraction=1.0, **changes))
     return [(int(source[i][0][0, 0, 0]), source[i][1]) for i in range(len(source))]
 
 
@@ -503,19 +512,19 @@ def test_shards_of_splits_that_can_be_read_in_two_ways(tmp_path):
         opened(tmp_path / "set", tmp_path)
     assert len(opened(tmp_path / "set", tmp_path, splits=["train", "val"])) == 2
     assert len(opened(tmp_path / "set", tmp_path, "val", splits=["train", "val"])) == 2
-    assert len(opened(tmp_path / "set", tmp_path, splits="off").source) == 6
+    assert len(undivided(opened(tmp_path / "set", tmp_path, splits="off"))) == 6
     tar(tmp_path / "one" / "train" / "0.tar", [(f"{k}.jpg", k) for k in range(10)])
     assert [len(opened(tmp_path / "one", tmp_path, split)) for split in ("train", "val")] == [8, 2]
     tar(tmp_path / "classes" / "train_station-0.tar", [("0.jpg", 0), ("1.jpg", 1)])  # of no split
     tar(tmp_path / "classes" / "test_tube-0.tar", [("0.jpg", 0), ("1.jpg", 1)])
-    assert len(opened(tmp_path / "classes", tmp_path).source) == 4
+    assert len(undivided(opened(tmp_path / "classes", tmp_path))) == 4
 
 
 def test_a_shard_without_images_among_others(tmp_path):
     for name, files in (("a", []), ("b", [("0.jpg", 0), ("1.jpg", 1)]), ("c", [("x.txt", b"")])):
         tar(tmp_path / "set" / f"{name}.tar", files)
     source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0)
-    assert [source.name(i) for i in range(2)] == ["b.tar/0", "b.tar/1"] and sorted(source.order(0, 0)) == [0, 1]
+    assert [source.name(i) for i in range(2)] == ["b.tar/0", "b.tar/1"] and sorted(order_of(source)) == [0, 1]
 
 
 def test_members_that_are_no_images_are_refused(tmp_path, monkeypatch):
@@ -540,7 +549,7 @@ def test_members_that_are_no_images_are_refused(tmp_path, monkeypatch):
         assert members(file, "x.tar").text.tobytes() == b"b"
     shard(b"1", 1000)
     monkeypatch.setattr(Decoder, "most_bytes", 999)
-    source = opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0).source
+    source = undivided(opened(tmp_path / "set", tmp_path, "val", val_fraction=1.0))
     with pytest.raises(BadImage, match="1000 bytes are more than an image of data.max_pixels takes"):
         source[0]
 
@@ -606,10 +615,10 @@ def test_a_lock_is_let_go_of_though_a_process_was_forked_meanwhile(tmp_path):
 
 
 def test_what_comes_next_is_fetched_meanwhile(packed, tmp_path):
-    source = opened(f"file://{packed}", tmp_path, lanes=1, window=1)
+    source, remote_store = fetching(packed, tmp_path, lanes=1, window=1)
     order = source.order(0, 0)
     source.prefetch(0, 0, order[:4])
-    (future,) = source.store._coming.values()
+    (future,) = remote_store._coming.values()
     future.result()
     (fetched,) = (p.name for p in (tmp_path / "cache" / "shards").rglob("*.tar"))
     assert fetched == source.index.names[source.index.shard(int(order[12]))]
@@ -628,10 +637,10 @@ def test_a_fetch_that_hangs_does_not_keep_the_program_from_ending(packed, tmp_pa
         def invalidate_cache(self):
             pass
 
-    source = opened(f"file://{packed}", tmp_path, lanes=1, window=1, retry_s=0.0)
+    source, remote_store = fetching(packed, tmp_path, lanes=1, window=1, retry_s=0.0)
     before = set(threading.enumerate())
-    source.store._fs, source.store._fs_owner = Hangs(), os.getpid()
-    hangs = source.store._fs
+    hangs = Hangs()
+    remote_store._fs, remote_store._fs_owner = hangs, os.getpid()
     source.prefetch(0, 0, source.order(0, 0)[:4])
     assert hangs.begun.wait(10)
     begun = set(threading.enumerate()) - before
@@ -659,10 +668,10 @@ class Flaky:
 
 def test_a_place_that_fails_now_and_then_loses_nothing(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    source = opened(f"file://{packed}", tmp_path)
-    source.store._fs = Flaky(source.store.fs)
+    source, remote_store = fetching(packed, tmp_path)
+    flaky = remote_store._fs = Flaky(remote_store.fs)
     same(loaded(opened(packed, tmp_path), 0), loaded(source, 0))
-    assert source.store.fs.count > 10
+    assert flaky.count > 10 and remote_store.fs is flaky
 
 
 def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, tmp_path, monkeypatch):
@@ -671,7 +680,7 @@ def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, t
     monkeypatch.setattr(remote, "PAUSE", 0.01)
     plain = remote.Remote(f"file://{root}", tmp_path / "cache", 1.0, 1.0).fs
     monkeypatch.setattr(remote.Remote, "fs", Flaky(plain))
-    found = opened(f"file://{root}", tmp_path).source.index
+    found = of_type(Shards, undivided(opened(f"file://{root}", tmp_path))).index
     assert found.names == Index.load(packed / "train" / "index.bin").names and found.counts.sum() == 110
     monkeypatch.setattr(remote.Remote, "fs", Flaky(plain, lost="shard-000003.tar"))
     with pytest.raises(ValueError, match="the shard shard-000003.tar in data.root=.* cannot be read: .*went away"):
@@ -680,8 +689,8 @@ def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, t
 
 def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    source = opened(f"file://{packed}", tmp_path, retry_s=0.1)
-    source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    source, remote_store = fetching(packed, tmp_path, retry_s=0.1)
+    remote_store._fs = Flaky(remote_store.fs, lost="shard-000002.tar")
     batches = loaded(source, 0, epochs=(0,))
     seen = [i for step in batches for b in step for i in b["index"].tolist()]
     assert len(seen) == 110 and not any(source.index.shard(i) == 2 for i in seen)
@@ -691,11 +700,11 @@ def test_a_shard_that_cannot_be_fetched_is_passed_over(packed, tmp_path, monkeyp
 
 def test_threads_that_want_a_shard_which_fails_wait_for_one_try(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    source = opened(f"file://{packed}", tmp_path, retry_s=0.3)
-    source.store._fs = Flaky(source.store.fs, lost="shard-000002.tar")
+    source, remote_store = fetching(packed, tmp_path, retry_s=0.3)
+    remote_store._fs = Flaky(remote_store.fs, lost="shard-000002.tar")
     tries = []
-    plain = source.store._tried
-    source.store._tried = lambda *given, **more: tries.append(given[0]) or plain(*given, **more)
+    plain = remote_store._tried
+    remote_store._tried = lambda *given, **more: tries.append(given[0]) or plain(*given, **more)
     refused = []
 
     def want():
@@ -709,12 +718,12 @@ def test_threads_that_want_a_shard_which_fails_wait_for_one_try(packed, tmp_path
     for thread in threads:
         thread.join()
     assert len(refused) == 3 and tries == ["shard-000002.tar"]
-    del source.store._tried
-    other = pickle.loads(pickle.dumps(source.store))  # of another process: its own way there is sound, but it is told
+    del remote_store._tried
+    other = pickle.loads(pickle.dumps(remote_store))  # of another process: its own way there is sound, but it is told
     with pytest.raises(BadImage, match="the shard shard-000002.tar cannot be fetched: .*went away"):
         other.path("shard-000002.tar", source.index.sizes[2])
     later = opened(f"file://{packed}", tmp_path)  # a new start tries again
-    assert later[30][1] == source.labels[30]
+    assert later[30][1] == labels_of(source)[30]
 
 
 @pytest.mark.parametrize("root", ["nonsense://x", "file:///nowhere/at/all"])
@@ -779,7 +788,7 @@ def test_files_keep_their_bytes_or_are_made_smaller(tmp_path):
     source = make_source(image_folder, "train", root=str(root), **options)
     made = pack.pack(source, tmp_path / "kept", KEEP, 9, workers=1)
     assert made["images"] + made["bad"] == len(source)
-    kept = opened(tmp_path / "kept", tmp_path, val_fraction=0.3).source
+    kept = undivided(opened(tmp_path / "kept", tmp_path, val_fraction=0.3))
     for i in range(len(kept)):
         number = int(kept.name(i).split("/")[1])
         assert kept.raw(i) == (root / source.name(number)).read_bytes()

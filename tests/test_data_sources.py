@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets
-from conftest import ROOT, make_source
+from conftest import ROOT, labels_of, make_source
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -152,7 +152,7 @@ def test_tables(root, kind):
     train, val = listed(root, file), listed(root, file, "val")
     assert train.classes == ["ant", "moth", "zebra"]
     assert [train.name(i) for i in range(len(train))] == FRAME.path[:2].tolist()
-    assert train.labels.tolist() == [2, 0] and val.labels.tolist() == [2, 1]
+    assert labels_of(train).tolist() == [2, 0] and labels_of(val).tolist() == [2, 1]
     assert train[0][0][0, 0, 0] == 100 and train[0][1] == 2
     plain = written(FRAME[["path"]], root, kind)
     parts = [listed(root, plain, s) for s in ("train", "val")]
@@ -166,8 +166,8 @@ def test_a_table_is_read_once_and_again_where_it_or_a_folder_changes(root, kind,
     for path in [root, *root.rglob("*"), root.parent / f"list.{kind}"]:
         os.utime(path, (1, 1))  # long ago
     first, again, val = listed(root, file), listed(root, file), listed(root, file, "val")
-    assert len(times) == 1 and again.labels.tolist() == first.labels.tolist() == [2, 0]
-    assert [again.name(i) for i in range(2)] == FRAME.path[:2].tolist() and val.labels.tolist() == [2, 1]
+    assert len(times) == 1 and labels_of(again).tolist() == labels_of(first).tolist() == [2, 0]
+    assert [again.name(i) for i in range(2)] == FRAME.path[:2].tolist() and labels_of(val).tolist() == [2, 1]
     assert again.classes == first.classes and not list(root.rglob("*.bin"))
     (root / "train" / "cow" / "0.png").unlink()
     (root / "train" / "cow" / "0.png").symlink_to("/etc/hosts")
@@ -177,7 +177,8 @@ def test_a_table_is_read_once_and_again_where_it_or_a_folder_changes(root, kind,
     for path in (["link/ssl/x.png", "link/hosts"], ["link/hosts", "link/ssl/x.png"]):
         with pytest.raises(ValueError, match=f"names {path[0]}, which leads out of data.root"):
             listed(root, written(pd.DataFrame({"path": path}), root, kind))
-    times.pop(), times.pop()
+    times.pop()
+    times.pop()
     written(FRAME[1:], root, kind)
     assert len(listed(root, file)) == 1 and len(times) == 3
 
@@ -185,7 +186,7 @@ def test_a_table_is_read_once_and_again_where_it_or_a_folder_changes(root, kind,
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_rows_without_a_label_have_none(root, kind):
     train = listed(root, written(FRAME.assign(label=["zebra", None, "ant", "ant"]), root, kind))
-    assert train.classes == ["ant", "zebra"] and train.labels.tolist() == [1, -1]
+    assert train.classes == ["ant", "zebra"] and labels_of(train).tolist() == [1, -1]
     cfg = OmegaConf.create({"task": {"name": "finetune"}, "data": {"name": "table"}})
     with pytest.raises(ValueError, match=r"1 of the training images of data.name=table have none, such as train/ant/1"):
         need_labels(cfg, train, "training")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_source
+from conftest import labels_of, make_source, of_type, undivided
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,9 +18,10 @@ from PIL import Image
 from mae.data import formats
 from mae.data.paths import given_root, hidden
 from mae.data.source import BadImage
-from mae.data.sources.folder import classes_of, image_folder
+from mae.data.sources.folder import Files, classes_of, image_folder
 from mae.data.sources.robustness import robustness
 from mae.data.sources.table import table
+from mae.data.subsets import Subset
 from mae.errors import UserError
 from tests.test_data_splits import FOLDER, PIXELS, grown, images, names, opened
 
@@ -92,7 +93,7 @@ def test_any_tree_is_listed_or_refused_in_a_sentence(things, choice):
                 assert type(error) is UserError and "data." in said and "\n" not in said and said.encode()
                 assert "two ways" not in said or said.count("data.splits=") == 2
                 continue
-            holder = getattr(source, "source", source)
+            holder = of_type(Files, source.source if isinstance(source, Subset) else source)
             for index in range(len(holder)):
                 path = os.path.realpath(holder.listing.path(index))
                 assert path.startswith(f"{root}/") and not hidden(holder.listing.path(index)[len(root) + 1 :])
@@ -142,7 +143,7 @@ def test_links_that_lead_to_themselves_or_nowhere_do_not_refuse_the_rest(tmp_pat
     (root / "self").symlink_to("self")
     (root / "dog" / "gone.png").symlink_to("nowhere.png")
     (root / "dog" / "up").symlink_to("..")
-    source = opened(root, val_fraction=0.1).source
+    source = undivided(opened(root, val_fraction=0.1))
     assert source.classes == ["cat", "dog"] and len(source) == 10
     assert "2 links in data.root=" in caplog.text and "lead to no file" in caplog.text
     bad = [k for k in range(10) if source.name(k) in ("cat/self.png", "dog/gone.png")]
@@ -156,8 +157,8 @@ def test_a_link_to_the_folder_of_another_class_does_not_take_its_images(tmp_path
     root = grown(tmp_path / "set", "cat", "dog", ".store/eel")
     (root / "cat" / "more").symlink_to("../dog")
     (root / "eel").symlink_to(".store/eel")
-    source = opened(root, val_fraction=0.1).source
-    assert source.classes == ["cat", "dog", "eel"] and np.bincount(source.labels).tolist() == [4, 4, 4]
+    source = undivided(opened(root, val_fraction=0.1))
+    assert source.classes == ["cat", "dog", "eel"] and np.bincount(labels_of(source)).tolist() == [4, 4, 4]
     assert {source.name(k) for k in range(12)} == {f"{c}/{k}.png" for c in ("cat", "dog", "eel") for k in range(4)}
 
 
@@ -209,7 +210,7 @@ def test_pipes_and_sockets_are_bad_files_and_no_folders(tmp_path):
     os.mkfifo(root / "cat" / "pipe.png")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(root / "cat" / "socket.png"))
-        source = opened(root, val_fraction=0.1).source
+        source = undivided(opened(root, val_fraction=0.1))
         for place in ("cat/pipe.png", "cat/socket.png"):
             with pytest.raises(BadImage):
                 source[next(k for k in range(len(source)) if source.name(k) == place)]
@@ -281,8 +282,8 @@ ROWS = [("cat/0.png", "a"), ("cat/1.png", "b"), ("dog/0.png", "a"), ("dog/1.png"
 def test_headers_are_matched_but_for_blanks_and_capitals(tmp_path, header):
     root = grown(tmp_path / "set", "cat", "dog")
     apart = ", " if ", " in header else ","
-    source = listed(root, "\n".join([header, *(apart.join(row) for row in ROWS)])).source
-    assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 1, 0, 1]
+    source = undivided(listed(root, "\n".join([header, *(apart.join(row) for row in ROWS)])))
+    assert source.classes == ["a", "b"] and labels_of(source).tolist() == [0, 1, 0, 1]
     assert [source.name(k) for k in range(4)] == [row[0] for row in ROWS]
 
 
@@ -320,9 +321,9 @@ def test_absolute_paths_inside_the_root_are_taken(tmp_path):
     ]
     text = "\n".join(["path", *map(str, spelt), str(root / "in" / "0.png")])
     for top in (root, tmp_path / "link"):
-        source = listed(top, text).source
+        source = undivided(listed(top, text))
         assert [source.name(k) for k in range(5)] == [*(f"cat/{k}.png" for k in range(4)), "in/0.png"]
-        assert all(len(source.raw(k)) for k in range(5))
+        assert all(source.raw(k) for k in range(5))
     images(tmp_path / "elsewhere")
     (root / "out").symlink_to("../elsewhere")
     for place in (tmp_path / "elsewhere" / "0.png", root / "out" / "0.png", "cat/../../elsewhere/0.png", root, "/"):
@@ -347,7 +348,7 @@ def test_all_that_is_decoded_is_listed_and_nothing_else(tmp_path):
         if kind in Image.SAVE:
             PIXELS.save(tmp_path / "set" / f"x{suffix}", kind)
             written.add(f"x{suffix}")
-    source = opened(tmp_path / "set", val_fraction=0.1).source
+    source = undivided(opened(tmp_path / "set", val_fraction=0.1))
     assert names(source) == written and len(written) > 25
     for index in range(len(source)):
         assert source[index][0].shape == (3, 8, 8), source.name(index)

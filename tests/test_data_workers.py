@@ -3,12 +3,13 @@
 import functools
 import threading
 import time
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_loader
+from conftest import make_eval_loader, make_loader
 
 from mae.data import jpeg, transforms, workers
 from mae.data.batch_buffer import Stack
@@ -24,7 +25,7 @@ TRAINING = LOADING | {"fraction": 1.0, "per_class": None}
 class Spoilt(Arrays):
     """Grey images, some of which cannot be used."""
 
-    def __init__(self, count, bad, error=BadImage):
+    def __init__(self, count: int, bad: Iterable[int], error: type[Exception] = BadImage):
         super().__init__(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), None, [], "spoilt")
         self.spoilt, self.error = set(bad), error
 
@@ -70,8 +71,7 @@ def test_an_image_counts_once_however_often_it_is_read(world, repeats, epochs):
 def test_a_rank_that_evaluates_judges_its_part_of_the_images():
     source = Spoilt(400, range(0, 400, 20))  # all of them rank 0's: 10 % of its part
     loaders = [
-        make_loader(source, whole(), 10, 10, 0, rank, 2, kind="val", max_bad_fraction=0.06, **LOADING)
-        for rank in (0, 1)
+        make_eval_loader(source, whole(), 10, 10, 0, rank, 2, max_bad_fraction=0.06, **LOADING) for rank in (0, 1)
     ]
     with pytest.raises(ValueError, match="images read so far cannot be used, more than data.max_bad_fraction=0.06"):
         list(loaders[0])
@@ -92,13 +92,13 @@ def test_an_image_that_takes_too_much_memory_is_a_bad_file(kind, tmp_path):
 class Failing(transforms.Transform):
     """A transform for which there is no memory."""
 
-    def __init__(self, error):
+    def __init__(self, error: Exception | None):
         self.error = error
 
     def __call__(self, image, draw, out=None):
-        if self.error is None:
-            torch.empty(1 << 50, dtype=torch.uint8)
-        raise self.error
+        if self.error is not None:
+            raise self.error
+        return torch.empty(1 << 50, dtype=torch.uint8)
 
 
 class FailsOnBlack(Failing):
@@ -204,6 +204,7 @@ def test_images_resized_into_their_batch_are_those_resized_alone(channels, kind,
             assert room is not None
             assert (made.data_ptr() == room.data_ptr()) == (channels in (3, 4) and kind == torch.uint8)
         stack.put(k, made)
+    assert stack.tensor is not None
     assert torch.equal(stack.tensor, torch.stack(alone)) and stack.tensor.dtype == kind
 
 

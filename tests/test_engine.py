@@ -150,9 +150,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, valu
     seen: list[str] = []
     after_step = t.task.after_step
 
-    def note(bad: Tensor) -> None:
+    def note(skipped: Tensor) -> None:
         seen.append(checkpoint.weights_digest(t.task.model.state_dict()))
-        after_step(bad)
+        after_step(skipped)
 
     t.task.after_step = note
     engine.call(engine.train, t.cfg.task, t)

@@ -12,13 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 import torch.multiprocessing as mp
-from conftest import composed, make_source, run_here
+from conftest import composed, make_source, of_type, run_here
 from PIL import Image
 from test_tasks import TINY_OTHER, folder_of, summary, tiny_classifier
 
 from mae import engine
 from mae.checkpoint import weights_digest
 from mae.data.sources.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
+from mae.distributed.ranks import Ranks
 from mae.launch import launch
 from mae.metrics import MISS, Collector, Results
 from mae.tasks.init_weights import same_weights
@@ -26,16 +27,10 @@ from mae.tasks.init_weights import same_weights
 FIGURES = ("top1", "top5", "loss", "ece", "mean_per_class", "images_seen")
 
 
-class Alone:
-    @staticmethod
-    def gather(value):
-        return [value]
-
-
 def results_of(logits: torch.Tensor, label: torch.Tensor) -> Results:
     found = Collector()
     found.add(torch.arange(len(label)), label, logits)
-    results = found.results(Alone())
+    results = found.results(Ranks(torch.device("cpu")))
     assert results is not None
     return results
 
@@ -43,7 +38,7 @@ def results_of(logits: torch.Tensor, label: torch.Tensor) -> Results:
 def saved(path: Path, classes: int) -> Path:
     """A classifier of random weights, its head loud enough to tell images apart."""
     model = tiny_classifier(classes)
-    torch.nn.init.normal_(model.head.weight, std=1.0)
+    torch.nn.init.normal_(of_type(torch.nn.Linear, model.head).weight, std=1.0)
     torch.save({"model": model.state_dict()}, path)
     return path
 
@@ -101,14 +96,13 @@ def test_one_two_and_three_ranks_give_identical_figures_on_101_images(tmp_path):
 
 
 def test_images_that_stood_in_for_bad_ones_count_once():
-    class Both:
-        @staticmethod
-        def gather(value):
+    class Both(Ranks):
+        def gather(self, value):
             return [value, value, []]
 
     found = Collector()
     found.add(torch.tensor([3, 1]), torch.tensor([0, 1]), torch.eye(2))
-    results = found.results(Both())
+    results = found.results(Both(torch.device("cpu")))
     assert results is not None and results.index.tolist() == [1, 3]
 
 
@@ -235,19 +229,17 @@ def test_a_missing_package_for_parquet_is_named_before_any_image_is_read(tmp_pat
 
 
 def test_ranks_that_read_different_checkpoints_are_refused():
-    class Two:
-        world = 2
+    def two(other: str) -> Ranks:
+        class Two(Ranks):
+            def gather(self, value):
+                return [value, other]
 
-        def __init__(self, other):
-            self.other = other
-
-        def gather(self, value):
-            return [value, self.other]
+        return Two(torch.device("cpu"), world=2)
 
     model = tiny_classifier()
-    same_weights(Two(weights_digest(model.state_dict())), model)  # type: ignore[arg-type]
+    same_weights(two(weights_digest(model.state_dict())), model)
     with pytest.raises(ValueError, match="ranks have read different checkpoints: name one of them, as init=RUN/check"):
-        same_weights(Two("another"), model)
+        same_weights(two("another"), model)
 
 
 @pytest.mark.parametrize(("classes", "message"), [
@@ -296,10 +288,11 @@ def test_class_folders_are_labelled_by_imagenet_s_classes(tmp_path, variant, fol
     assert found.labels is not None
     assert found.labels.tolist() == [synsets().index(known[7]), synsets().index(known[100])]
     assert found.name(0) == f"{known[7]}/x.jpg" and len(found.classes) == 1000
-    subset = found.subset  # type: ignore[attr-defined]
-    assert (
-        subset is None if variant == "sketch" else len(subset) == 200 and [synsets()[k] for k in subset] == list(known)
-    )
+    if variant == "sketch":
+        assert found.subset is None
+    else:
+        assert found.subset is not None and len(found.subset) == 200
+        assert [synsets()[k] for k in found.subset] == list(known)
 
 
 def test_v2_s_folders_are_numbers_not_words(tmp_path):

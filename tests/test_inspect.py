@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import composed, run_cli, run_here
+from conftest import composed, of_type, run_cli, run_here
 from PIL import Image
 from test_evaluate import work_on
 
@@ -140,7 +140,8 @@ def test_inspect_shows_what_fine_tuning_will_see(tmp_path):
     assert run_here(plain, *QUICK, *on(root), "task.step=null", "task.max_workers=1") == 0
     assert run_here(strong, *QUICK, *on(root), "task.step=null", "task.max_workers=1", "augmentation=finetune") == 0
     sheets = [Image.open(run / "images" / "samples.png") for run in (plain, strong)]
-    assert len(sheets[1].getcolors(10000)) > len(sheets[0].getcolors(10000))
+    plain_colours, strong_colours = (of_type(list, sheet.getcolors(10000)) for sheet in sheets)
+    assert len(strong_colours) > len(plain_colours)
 
 
 def test_inspect_of_five_channels(tmp_path):

@@ -4,10 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli, run_here
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, of_type, run_cli, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mae import checkpoint, rng
 from mae.config.identity import identity
@@ -15,7 +15,7 @@ from mae.errors import UserError
 from mae.models.masking import MASKINGS, count_visible
 from mae.runs.files import read_json_lines
 
-SETTINGS = {path.stem: OmegaConf.load(path) for path in (ROOT / "conf" / "masking").glob("*.yaml")}
+SETTINGS = {path.stem: of_type(DictConfig, OmegaConf.load(path)) for path in (ROOT / "conf" / "masking").glob("*.yaml")}
 
 
 def noise(name: str, grid: tuple[int, int], ratio: float, keys: np.ndarray) -> np.ndarray:

@@ -204,6 +204,7 @@ def test_every_optimizer_lowers_a_loss_and_its_state_survives_a_save(name):
     other, restored = make()
     other.load_state_dict(model.state_dict())
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the tensors
-    step(model, optimizer), step(other, restored)
+    step(model, optimizer)
+    step(other, restored)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

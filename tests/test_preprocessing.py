@@ -28,7 +28,8 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def vit(**changes) -> nn.Module:
-    return classifier(**(SIZES | dict(num_classes=5, drop_path=0.0, global_pool="token") | changes)).eval()
+    extra: dict[str, Any] = dict(num_classes=5, drop_path=0.0, global_pool="token")
+    return classifier(**(SIZES | extra | changes)).eval()
 
 
 def folder(path, files: dict) -> str:
@@ -76,7 +77,7 @@ def test_files_that_say_nothing_of_the_images(files):
 )  # fmt: skip
 def test_statistics_are_brought_to_the_units_of_the_run(rescale, top, mean):
     processor = {"image_mean": [0.5], "image_std": [0.5], "rescale_factor": rescale}
-    run = {"data": {"mean": [0.5], "std": [0.5]}}
+    run: dict[str, object] = {"data": {"mean": [0.5], "std": [0.5]}}
     preprocessing = preprocessing_of(Metadata(processor=processor) if rescale else Metadata(run))
     assert preprocessing is not None
     assert preprocessing.of_images_up_to(top)["mean"] == pytest.approx([mean])

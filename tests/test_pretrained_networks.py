@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import safetensors.torch
@@ -21,6 +21,7 @@ from mae.weights.load import load_pretrained
 from mae.weights.networks import ASSUMED
 from mae.weights.read import read_pretrained
 
+Network = TypeVar("Network", bound=nn.Module)
 ANOTHER = "computes another function|is another kind of network|cannot be taken|cannot be evaluated|holds no vision tr"
 NETWORK: dict[str, Any] = dict(depth=2, embed_dim=24, num_heads=3, img_size=32, patch_size=8)
 PLAIN = (  # architectures of timm that load
@@ -61,6 +62,7 @@ OTHER = (
     "vit_tiny_r_s16_p8_224",
     "xcit_nano_12_p16_224",
 )
+SMALLER: tuple[dict[str, Any], ...] = ({"depth": 2, "embed_dim": 64, "num_heads": 2}, {"depth": 2}, {})
 MODULES = (  # of timm.models, all that hold networks of attention
     *("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
     *("eva", "deit", "beit", "naflexvit", "deepseek_vit", "qwen3_vit", "gemma4_vit", "cait", "xcit", "convit", "hiera"),
@@ -70,7 +72,7 @@ MODULES = (  # of timm.models, all that hold networks of attention
 )
 
 
-def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
+def scramble(model: Network, seed: int = 0) -> Network:
     """Random numbers of a size that shows every layer in the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def build(name: str):
 
     What is no VisionTransformer comes without memory for its weights: some cannot be made small.
     """
-    for arguments in ({"depth": 2, "embed_dim": 64, "num_heads": 2}, {"depth": 2}, {}):
+    for arguments in SMALLER:
         try:
             with torch.device("meta"):
                 model = timm.create_model(name, num_classes=5, **arguments)
@@ -114,7 +116,8 @@ def save(model: nn.Module, folder, arguments) -> None:
 def logits(path, x: torch.Tensor, heads: int):
     """What we compute from a file as it stands, and the report."""
     file = read_pretrained(str(path))
-    sizes = {key: file.sizes[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
+    known: dict[str, Any] = {**file.sizes}
+    sizes = {key: known[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
     pool = file.head.pool if file.head else "token"
     model = classifier(
         **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=pool
@@ -150,7 +153,9 @@ def both_load(folder, name: str) -> bool:
     save(model, folder, arguments)
     attention = getattr(getattr(model, "blocks", [None])[0], "attn", None)
     heads, size = getattr(attention, "num_heads", 2), getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = size or model.pretrained_cfg["input_size"][1:]
+    if not size:
+        settings: Any = model.pretrained_cfg
+        size = settings["input_size"][1:]
     loads(folder / "bare" / "bare.pth", model, heads, size)
     return loads(folder, model, heads, size)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, TINY_PRETRAIN, composed, run_cli, run_here
+from conftest import TINY, TINY_PRETRAIN, composed, of_type, run_cli, run_here
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae import device, engine, optim
@@ -20,6 +20,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models import layers
 from mae.models.layers import Block, attention, set_checkpointing
+from mae.models.mae import MaskedAutoencoder
 from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
 from mae.perf.compile import compile_blocks, plain_blocks
@@ -27,6 +28,7 @@ from mae.perf.micro_batch import Trial
 from mae.progress import Progress
 from mae.runs import files
 from mae.tasks.base import build_task
+from mae.tasks.finetune import Finetune
 from mae.tools import dry_run
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
@@ -72,7 +74,7 @@ def test_checkpointing_of_a_run_changes_no_loss(tmp_path, what):
 @pytest.mark.parametrize("kernel", ["plain", "fused", "flash", "math"])
 def test_the_attention_kernel_can_be_chosen_and_changes_no_loss(tmp_path, monkeypatch, kernel):
     assert run_here(tmp_path / "auto", *TINY_PRETRAIN) == 0
-    used: list[str] = []
+    used: list[str | None] = []
 
     def noted(q, k, v, kernel=None):
         used.append(kernel)
@@ -130,11 +132,13 @@ def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     monkeypatch.setattr(Block, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", self._call_impl))
     cfg = composed(*TINY_PRETRAIN)
-    model = build_task(cfg, build(SOURCES, cfg.data, "val")).trained
+    model = of_type(MaskedAutoencoder, build_task(cfg, build(SOURCES, cfg.data, "val")).trained)
     images = torch.rand(2, 3, 16, 16)
     for compiled, passes in (("blocks", 0), ("graphs", 3)):
         compile_blocks(model, "reduce-overhead" if compiled == "graphs" else None)
-        model(images, 0.75), model.predict(images, 0.75), model.forward_features(images)
+        model(images, 0.75)
+        model.predict(images, 0.75)
+        model.forward_features(images)
         assert len(begun) == passes
     plain_blocks(model)
     model(images, 0.75)
@@ -232,7 +236,8 @@ def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():
         cfg = composed(*TINY, "task=finetune", "task.batch_size=32", f"task.drop_path={rate}")
         made = build_task(cfg, build(SOURCES, cfg.data, "val")).train()
         kept.append(trial_of(cfg, made).saved_bytes(4))
-        rates = [block.drop_path1.keep.item() for block in made.live.blocks if hasattr(block.drop_path1, "keep")]
+        drops = [block.drop_path1 for block in of_type(Finetune, made).live.blocks]
+        rates = [drop.keep.item() for drop in drops if isinstance(drop, layers.DropPath)]
         assert rates and min(rates) == pytest.approx(1 - rate)  # the run's own again
     assert kept[0] == kept[1] > 0
 
@@ -374,6 +379,7 @@ def test_no_step_waits_for_the_gpu(optimizer, clip_grad):
             ranks=Ranks(gpu),
             progress=Progress.new(gpu),
         )
+        watched: dict[str, torch.Tensor] = {}
         for _ in range(2):
             for parameter in made.trained.parameters():
                 if parameter.requires_grad:

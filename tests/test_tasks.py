@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, TINY_PRETRAIN, composed, run_here
+from conftest import TINY, TINY_PRETRAIN, composed, labels_of, of_type, run_here
 from PIL import Image
 
 from mae import checkpoint
 from mae.config import rules
 from mae.data import pack
 from mae.data.sampler import Batches, Sampler
-from mae.data.source import Arrays
+from mae.data.source import Arrays, Source
 from mae.errors import UserError
 from mae.launch.pipeline import stage_config
+from mae.models.layers import Block
 from mae.models.vit import classifier
 from mae.plan import make_plan
 from mae.runs import checkpoints, files
@@ -178,7 +179,7 @@ def tiny_classifier(classes: int = 10, pool: str = "avg", drop_path: float = 0.0
 
 def test_the_average_follows_the_weights_and_stays_where_a_step_was_skipped():
     cfg = composed(*TINY_FINETUNE, "task.ema_decay=0.75")
-    task = build_task(cfg, _Labelled())
+    task = of_type(Finetune, build_task(cfg, _Labelled()))
     with torch.no_grad():
         for p in task.live.parameters():
             p.add_(1.0)
@@ -191,7 +192,7 @@ def test_the_average_follows_the_weights_and_stays_where_a_step_was_skipped():
     assert not any(p.requires_grad for p in task.model.parameters())
 
 
-class _Labelled:
+class _Labelled(Source):
     classes = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
@@ -384,7 +385,7 @@ def test_attention_of_the_class_token_is_what_the_block_computes():
     maps = class_attention(model, images)
     assert maps.shape == (2, 2, 16)
     inputs = []
-    block = model.blocks[-1]
+    block = of_type(Block, model.blocks[-1])
     hook = block.register_forward_pre_hook(lambda module, given: inputs.append(block.norm1(given[0])))
     model.forward_features(images)
     hook.remove()
@@ -642,10 +643,11 @@ def test_validation_images_that_number_their_classes_otherwise_are_matched_by_na
     check_classes(cfg, train_set, val_set)
     assert val_set.classes == train_set.classes and len(val_set) == 2 * len(classes)
     for source in (train_set, val_set):
-        assert [source[k][1] for k in range(len(source))] == source.labels.tolist()
-        assert [round(float(source[k][0].float().mean()) / 10) for k in range(len(source))] == source.labels.tolist()
+        labels = labels_of(source).tolist()
+        assert [source[k][1] for k in range(len(source))] == labels
+        assert [round(float(source[k][0].float().mean()) / 10) for k in range(len(source))] == labels
         box = source.region(0, lambda height, width: (0, 0, 8, 8))
-        assert box[1] == source.labels[0] and box[0].shape == (3, 8, 8)
+        assert box[1] == labels[0] and box[0].shape == (3, 8, 8)
 
 
 def test_validation_images_of_classes_that_none_is_learned_of_are_named(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+MESSAGES: Any = wandb_internal_pb2  # whose classes are made when it is imported
 HEADER, BLOCK = 7, 32768  # bytes of the file's header, and of a block
 
 
@@ -25,7 +26,7 @@ def records(path: Path) -> list[Any]:
         parts += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = MESSAGES.Record()
             record.ParseFromString(parts)
             found.append(record)
             parts = b""
