@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,26 @@ def make_eval_loader(source, transform, size, micro, seed=0, rank=0, world=1, ba
     from mae.data.loader import EvalLoader
 
     return EvalLoader(source, transform, *loader_arguments(size, micro, seed, rank, world, options), bad_csv)
+
+
+def copy_program(folder: Path) -> Path:
+    """Copies what a run needs of this repository into `folder`, where a test may edit it."""
+    for name in ("mae", "conf"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run.py", folder)
+    return folder
+
+
+def run_copy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """run.py of a copy, as a user types it."""
+    return subprocess.run(
+        [sys.executable, str(folder / "run.py"), *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
 
 
 def random_noise(num_patches: int):

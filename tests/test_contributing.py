@@ -1,15 +1,11 @@
 """The recipes of CONTRIBUTING.md: each is added to a copy of the repository, and they run together."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, copy_program, run_copy
 from omegaconf import OmegaConf
 
 HEADER = r"# (?P<file>[\w/.]+)(?:, entry in (?P<table>\w+): (?P<entry>[^\n]+))?\n"
@@ -33,10 +29,7 @@ def add(repository: Path, file: str, table: str | None, entry: str | None, code:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    copy = tmp_path_factory.mktemp("repository")
-    for name in ("mae", "conf"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run.py", copy)
+    copy = copy_program(tmp_path_factory.mktemp("repository"))
     blocks = list(BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()))
     assert len(blocks) == 9
     for block in blocks:
@@ -44,22 +37,12 @@ def repository(tmp_path_factory) -> Path:
     return copy
 
 
-def run(repository: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(repository / "run.py"), *overrides],
-        cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
 ADDED = ["masking=stripes", "optimizer=rmsprop", "augmentation=darkened", "data=two_digits", "data.img_size=16"]
 
 
 def test_what_the_recipes_add_runs_together(repository):
     small = [override for override in TINY if not override.startswith("data.")]
-    done = run(repository, *small, *ADDED, "task.max_steps=3", "task.log_every_steps=1", "output_dir=run")
+    done = run_copy(repository, *small, *ADDED, "task.max_steps=3", "task.log_every_steps=1", "output_dir=run")
     assert done.returncode == 0, done.stderr
     cfg = OmegaConf.load(repository / "run" / "config.yaml")
     assert (cfg.masking.width, cfg.optimizer.alpha, cfg.augmentation.most) == (2, 0.99, 2.0)
@@ -77,5 +60,5 @@ def test_what_the_recipes_add_runs_together(repository):
     ],
 )
 def test_their_keys_are_checked_like_all_others(repository, override, sentence):
-    done = run(repository, *ADDED, override, "dry_run=true")
+    done = run_copy(repository, *ADDED, override, "dry_run=true")
     assert done.returncode == 1 and sentence in done.stderr

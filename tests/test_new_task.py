@@ -1,15 +1,11 @@
 """A trained task of one's own: a file, its YAML and an entry of the registry; and what its loss may return."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, composed, run_here
+from conftest import ROOT, TINY, composed, copy_program, run_copy, run_here
 
 from mae.config.build import build
 from mae.data import SOURCES
@@ -77,10 +73,7 @@ def mean_label() -> float:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
     """A copy of this one with a new task in it."""
-    copy = tmp_path_factory.mktemp("repository")
-    for name in ("mae", "conf"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run.py", copy)
+    copy = copy_program(tmp_path_factory.mktemp("repository"))
     (copy / "mae" / "tasks" / "scaled.py").write_text(TASK)
     (copy / "conf" / "task" / "scaled.yaml").write_text(YAML)
     entries = copy / "mae" / "tasks" / "registry.py"
@@ -88,16 +81,9 @@ def repository(tmp_path_factory) -> Path:
     return copy
 
 
-def typed(repository: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A command in the copy."""
-    environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(repository / "run.py"), *overrides]
-    return subprocess.run(command, cwd=repository, env=environment, text=True, capture_output=True, timeout=240)
-
-
 def test_a_trained_task_is_a_file_its_yaml_and_an_entry_of_the_registry(repository):
     """It trains on two ranks, and its scalar is logged as the mean over the window and the ranks."""
-    done = typed(
+    done = run_copy(
         repository, "task=scaled", *OVERRIDES, "task.log_every_steps=3", "launcher.processes=2", "output_dir=two"
     )
     assert done.returncode == 0, done.stderr
@@ -111,9 +97,9 @@ def test_a_trained_task_is_a_file_its_yaml_and_an_entry_of_the_registry(reposito
 
     report = (repository / "two" / "report.html").read_text()
     assert "mean_label" in report and "top-1 %" in report
-    planned = typed(repository, "task=scaled", *OVERRIDES, "dry_run=true")
+    planned = run_copy(repository, "task=scaled", *OVERRIDES, "dry_run=true")
     assert planned.returncode == 0 and "scaled vit_nano on digits" in planned.stdout
-    refused = typed(repository, "task=scaled", *OVERRIDES, "task.temperature=0")
+    refused = run_copy(repository, "task=scaled", *OVERRIDES, "task.temperature=0")
     assert refused.returncode == 1 and "task.temperature must be greater than 0, got 0.0." in refused.stderr
 
 
