@@ -153,9 +153,9 @@ def refused(**changes) -> str:
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_wrong_values_are_refused_in_plain_words(changes, message):
-    told = refused(**changes)
-    assert message in told
-    assert len(told.splitlines()) == 1
+    problems = refused(**changes)
+    assert message in problems
+    assert len(problems.splitlines()) == 1
 
 
 def test_a_missing_key_is_named():

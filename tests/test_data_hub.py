@@ -299,8 +299,10 @@ def test_rows_whose_label_is_null_have_none(tmp_path, kind, values, classes, str
     options = {"streaming": streaming, "val_split": None, "val_fraction": 0.5}
     both = [of_type(Subset, opened(tmp_path / "set", split, **options)) for split in ("train", "val")]
     assert all(part.classes == classes for part in both)
-    told = {int(k): int(label) for part in both for k, label in zip(part.indices, labels_of(part), strict=True)}
-    assert [told[k] for k in range(10)] == [-1 if v is None else v for v in NULLS]
+    label_by_index = {
+        int(k): int(label) for part in both for k, label in zip(part.indices, labels_of(part), strict=True)
+    }
+    assert [label_by_index[k] for k in range(10)] == [-1 if v is None else v for v in NULLS]
 
 
 def test_a_stream_reads_the_subset_alone(stream, tmp_path):

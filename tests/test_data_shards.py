@@ -680,8 +680,8 @@ def test_shards_without_an_index_are_read_through_in_spite_of_failures(packed, t
     monkeypatch.setattr(remote, "PAUSE", 0.01)
     plain = remote.Remote(f"file://{root}", tmp_path / "cache", 1.0, 1.0).fs
     monkeypatch.setattr(remote.Remote, "fs", Flaky(plain))
-    found = of_type(Shards, undivided(opened(f"file://{root}", tmp_path))).index
-    assert found.names == Index.load(packed / "train" / "index.bin").names and found.counts.sum() == 110
+    shard_index = of_type(Shards, undivided(opened(f"file://{root}", tmp_path))).index
+    assert shard_index.names == Index.load(packed / "train" / "index.bin").names and shard_index.counts.sum() == 110
     monkeypatch.setattr(remote.Remote, "fs", Flaky(plain, lost="shard-000003.tar"))
     with pytest.raises(ValueError, match="the shard shard-000003.tar in data.root=.* cannot be read: .*went away"):
         opened(f"file://{root}", tmp_path / "other", retry_s=0.1)

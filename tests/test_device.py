@@ -129,13 +129,13 @@ def test_two_processes_with_the_same_gpu_are_refused(gpus, monkeypatch):
 
 
 def test_all_evaluations_copy_on_one_stream_of_a_device(monkeypatch):
-    made: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda where: made.append(where) or SimpleNamespace())
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda where: devices.append(where) or SimpleNamespace())
     device.copy_stream.cache_clear()
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     streams = [device.Sender(where).copy_stream for where in (first, first, torch.device("cuda:0"), second)]
     device.copy_stream.cache_clear()
-    assert made == [first, second] and streams[0] is streams[1] is streams[2] is not streams[3]
+    assert devices == [first, second] and streams[0] is streams[1] is streams[2] is not streams[3]
 
 
 def test_a_run_on_the_cpu_opens_no_context_of_a_gpu(monkeypatch):

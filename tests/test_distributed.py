@@ -378,9 +378,9 @@ def test_shards_within_nodes_train_as_whole_weights(tmp_path):
     overrides = [*BASE, "task.max_steps=3", "task.precision=fp64"]
     on_ranks(2, tmp_path / "whole", functools.partial(trained, overrides=overrides))
     more = [*overrides, "launcher.sharding=hybrid", "task.micro_batch_size=auto"]
-    told = on_ranks(2, tmp_path / "hybrid", functools.partial(hybrid, overrides=more))
+    results = on_ranks(2, tmp_path / "hybrid", functools.partial(hybrid, overrides=more))
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "hybrid"), rel=1e-5)
-    assert told[0]["digest"] == told[1]["digest"]
+    assert results[0]["digest"] == results[1]["digest"]
 
 
 def order_of(model):

@@ -306,9 +306,9 @@ def test_the_traceback_of_a_failure_is_in_log_txt(tmp_path, monkeypatch):
         run_here(tmp_path, *TINY_PRETRAIN)
     log = (tmp_path / "log.txt").read_text()
     assert "rank 0 failed" in log and "a bug of ours" in log and "Traceback" in log
-    told = errors.explain(caught.value)
-    assert told.startswith("This is a bug: ZeroDivisionError: a bug of ours (tests/test_engine.py:"), told
-    assert f", in broken). The traceback is in {tmp_path / 'log.txt'};" in told
+    explanation = errors.explain(caught.value)
+    assert explanation.startswith("This is a bug: ZeroDivisionError: a bug of ours (tests/test_engine.py:"), explanation
+    assert f", in broken). The traceback is in {tmp_path / 'log.txt'};" in explanation
 
 
 def test_the_micro_batch_may_change_between_two_starts(tmp_path):

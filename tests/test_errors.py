@@ -76,13 +76,13 @@ def test_a_bug_outside_of_a_run_leaves_its_traceback_in_a_file():
 
     with pytest.raises(ValueError, match="no sentence") as caught:
         broken()
-    told = errors.explain(caught.value)
+    explanation = errors.explain(caught.value)
     found = re.fullmatch(
         r"This is a bug: ValueError: no sentence for users \(tests/test_errors\.py:\d+, in broken\)\. "
         r"The traceback is in (.+); MAE_DEBUG=1 prints it\.",
-        told,
+        explanation,
     )
-    assert found, told
+    assert found, explanation
     assert "Traceback" in Path(found[1]).read_text()
     Path(found[1]).unlink()
 

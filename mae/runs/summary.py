@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.runs.files import read_json, write_json
-
-FILE = "summary.json"
+from mae.runs.layout import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,18 @@ class Summary:
 
     def write(self, run: Path) -> None:
         """Leaves `summary.json`, with which the run is finished. Raises UserError where the disk does not take it."""
-        write_json(run / FILE, self.to_json(), indent=1)
+        write_json(run / SUMMARY, self.to_json(), indent=1)
 
     @classmethod
     def read(cls, run: Path) -> "Summary | None":
         """The summary of a run; None where the run is not finished."""
-        values = read_json(run / FILE)
+        values = read_json(run / SUMMARY)
         return cls.from_json(values) if values else None
 
 
 def is_finished(run: Path) -> bool:
     """Whether a run has left its summary."""
-    return (run / FILE).exists()
+    return (run / SUMMARY).exists()
 
 
 def rate(images: int, seconds: float) -> float | None:
