@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mae.program import usage_name
 from mae.runs import attempt
 from mae.runs.checkpoints import (
     BEST,
@@ -253,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Lists the checkpoints of a run: step, epoch, size, valid or not, SHA-256 of the weights."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        sys.stderr.write("usage: python -m mae.checkpoint RUN, where RUN is a run's directory.\n")
+        sys.stderr.write(f"usage: {usage_name('checkpoint', 'checkpoints')} RUN, where RUN is a run's directory.\n")
         return 2
     rows = [f"{'step':>10} {'epoch':>9} {'MB':>9}  {'valid':<5}  sha256 of the weights"]
     for path in checkpoints_of(Path(arguments[0])):

@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 
 from mae.config import overrides
 
-CONF = Path(__file__).parents[2] / "conf"
+PACKAGE = Path(__file__).parents[1]
+# Inside the package where it is installed from a wheel, beside it in a checkout
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
 
 
 def composed(arguments: list[str]) -> DictConfig:

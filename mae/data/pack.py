@@ -26,6 +26,7 @@ from mae.data.shards.splits import INDEX
 from mae.data.shards.write import WRITERS, Form, write_file
 from mae.data.source import Source, reason
 from mae.errors import UserError
+from mae.program import usage_name
 
 
 class Jobs(Dataset):
@@ -127,7 +128,7 @@ def positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mae.data.pack", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=usage_name("data.pack", "pack"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder; train/ and val/ are made in it")
     parser.add_argument("overrides", nargs="+", help="data=..., data.root=..., as for run.py")
     parser.add_argument("--format", choices=sorted(WRITERS), default="tar", help="of the shards (default tar)")

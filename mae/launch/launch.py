@@ -23,6 +23,7 @@ from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import job_id, typed_path
 from mae.launch.slurm.submit import slurm, submit, submit_last
+from mae.program import as_typed
 from mae.runs.locks import held_run
 from mae.runs.summary import Summary, is_finished
 from mae.tasks import registry
@@ -109,7 +110,7 @@ def closing_lines(run: Path, summary: Summary) -> str:
         value = " ".join(value)
     result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
     folder, commands = typed_path(run), registry.TASKS[summary.task].next_commands
-    lines = [f"  {command.replace('init=RUN', pasted('init', folder))}\n" for command in commands]
+    lines = [f"  {as_typed(command).replace('init=RUN', pasted('init', folder))}\n" for command in commands]
     return "".join(["Next:\n", *lines] if lines else [""]) + f"{result}  {folder}\n"
 
 

@@ -14,6 +14,7 @@ from mae.config.compose import CONF, composed, is_group
 from mae.config.identity import leaves
 from mae.config.overrides import key_of
 from mae.config.saved import stored_overrides
+from mae.program import program
 from mae.runs.files import read_json, read_json_lines
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Record:
 
 def command_of(overrides: list[str]) -> str:
     """Overrides as a command for a shell."""
-    return shlex.join(["python", "run.py", *(override for override in overrides if key_of(override) != "output_dir")])
+    return shlex.join([*program().split(), *(override for override in overrides if key_of(override) != "output_dir")])
 
 
 def read_record(run: Path) -> Record:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from mae.config.identity import leaves
 from mae.config.saved import read_config
 from mae.errors import UserError
+from mae.program import usage_name
 from mae.report.html import data_url, page
 from mae.report.record import compared, read_record, starts
 from mae.runs.files import read_json_lines, write_text
@@ -201,7 +202,9 @@ def comparison(runs: list[Path]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Makes the page of one run, or of several; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mae.report", description="report.html of one run, or of several.")
+    parser = argparse.ArgumentParser(
+        prog=usage_name("report", "report"), description="report.html of one run, or of several."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     parser.add_argument("--out", type=Path, help="the file to write; for several runs compare.html by default")
     args = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mae.config.sweep_names import short
 from mae.errors import UserError
+from mae.program import usage_name
 from mae.report import sweep_figure
 from mae.report.html import data_url, page
 from mae.report.members import Sweep, Value, lower_is_better, read_sweep
@@ -120,7 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m mae.sweep DIR...`; returns the exit code."""
     directories = sys.argv[1:] if arguments is None else arguments
     if not directories or directories[0].startswith("-"):
-        sys.stderr.write("python -m mae.sweep DIR makes sweep.csv, figure and report.html of a sweep's directory.\n")
+        sys.stderr.write(
+            f"{usage_name('sweep', 'sweep')} DIR makes sweep.csv, figure and report.html of a sweep's directory.\n"
+        )
         return 2
     for directory in directories:
         try:

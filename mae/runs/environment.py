@@ -33,8 +33,10 @@ def environment(device: str, cuda: str | None, world: int) -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The git commit of this code, with a plus where files differ from it; None outside of git."""
+    """The git commit of this code, with a plus where files differ from it; None outside of a checkout."""
     root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # an installed package may lie in the repository of other code
+        return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

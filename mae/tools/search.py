@@ -30,6 +30,7 @@ from mae.errors import UserError
 from mae.launch.errors import explain
 from mae.launch.launch import AUTO, launch
 from mae.launch.pipeline import pretraining
+from mae.program import usage_name
 from mae.report.members import SEARCHED, lower_is_better
 from mae.report.sweep import finish_sweep
 from mae.runs.files import write_text
@@ -180,7 +181,9 @@ def pretrained_parent(cfg: DictConfig, choices: dict[str, str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m mae.search`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mae.search", description="A search by Optuna (TPE, pruning).")
+    parser = argparse.ArgumentParser(
+        prog=usage_name("search", "search"), description="A search by Optuna (TPE, pruning)."
+    )
     parser.add_argument("directory", type=Path, help="the search's directory; the same one resumes it")
     parser.add_argument("overrides", nargs="+", help="as for run.py; ranges are searched")
     parser.add_argument("--trials", type=int, default=20, help="number of trials at the end, over all starts")

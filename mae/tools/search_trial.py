@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN = Path(__file__).parents[2] / "run.py"
 POLL_S = 0.5  # between two reads of a running trial's metrics
 PR_SET_PDEATHSIG = 1  # Linux: a signal for the child when its parent is gone
 
@@ -82,7 +81,7 @@ def watch_trial(run: Path, trial: "Trial", overrides: list[str], settings: Searc
 
     Raises KeyboardInterrupt where the run was asked to stop; it has saved a checkpoint by then.
     """
-    command = [sys.executable, str(RUN), *overrides, assignment("output_dir", str(run))]
+    command = [sys.executable, "-m", "mae.cli", *overrides, assignment("output_dir", str(run))]
     with (run / "output.txt").open("a") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mae.errors import UserError
+from mae.program import usage_name
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Saves the dashboard and prints its address; returns the exit code."""
     names = sys.argv[1:] if arguments is None else arguments
     if len(names) != 2:
-        sys.stderr.write("python -m mae.dashboard ENTITY PROJECT saves a dashboard in a W&B project.\n")
+        sys.stderr.write(f"{usage_name('dashboard', 'workspace')} ENTITY PROJECT saves a dashboard in a W&B project.\n")
         return 2
     try:
         saved = workspace(*names).save()

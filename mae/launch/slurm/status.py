@@ -14,6 +14,7 @@ from mae.errors import UserError
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jobs, run_state, typed_path
+from mae.program import program
 from mae.runs.failure import read_failure
 from mae.runs.files import read_json
 from mae.runs.summary import is_finished
@@ -116,7 +117,7 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
         changed.launcher.dependency = None
         launcher = check_config(changed).launcher
         if launcher.name != "slurm":
-            command = f"python run.py {pasted('resume', str(run))}"
+            command = f"{program()} {pasted('resume', str(run))}"
             raise UserError(f"{run} did not run on SLURM: {command} continues it.")
         submitted.append((run, call(SlurmSettings, launcher)))
     return submit.submit(submitted, folder)

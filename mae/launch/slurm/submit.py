@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mae.config.compose import CONF
 from mae.config.overrides import pasted
 from mae.errors import UserError
 from mae.launch.slurm.check import check_cluster
@@ -19,16 +20,17 @@ from mae.launch.slurm.environment import outside_of_jobs
 from mae.launch.slurm.job import SUPERVISE
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import follow, live_jobs, typed_path
+from mae.program import program
 from mae.runs.failure import FAILURE
 from mae.runs.files import write_json
 from mae.runs.locks import held_run
 from mae.runs.summary import is_finished
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[3]  # the checkout, or where packages are installed
 AFTER = "import sys; sys.path[0] = {code!r}; "
 REPORT = "import runpy; sys.argv[1:] = [{folder!r}]; runpy.run_module('mae.sweep', run_name='__main__')"
 LAST = "from mae.launch.pipeline import write_summary; write_summary({run!r})"
-CODE = ("mae", "conf", "sweeps", "run.py")  # what a job runs
+CODE = ("mae", "conf", "sweeps", "run.py") if CONF.parent == ROOT else ("mae",)  # what a job runs
 
 Submission = tuple[Path, SlurmSettings]  # a prepared run and how its job is submitted
 
@@ -59,7 +61,7 @@ def _enqueue_all(submissions: Sequence[Submission], waiting: list[Path], folder:
     """Queues those of the runs that are neither finished nor in the queue."""
     queued = live_jobs(waiting)
     for run in queued:
-        command = f"python run.py {pasted('cancel', typed_path(run))}"
+        command = f"{program()} {pasted('cancel', typed_path(run))}"
         sys.stdout.write(f"{typed_path(run)} is in the queue already; {command} takes it out.\n")
     arrays: list[tuple[SlurmSettings, list[Path]]] = []
     for run, settings in submissions:
@@ -175,6 +177,6 @@ def submission_message(job: str, runs: list[Path], folder: Path, settings: Slurm
     else:
         lines += [f"  log      log.txt of each member, as {log}"]
     lines += [
-        f"  {verb:8} python run.py {pasted(key, name)}" for verb, key in (("state", "status"), ("cancel", "cancel"))
+        f"  {verb:8} {program()} {pasted(key, name)}" for verb, key in (("state", "status"), ("cancel", "cancel"))
     ]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,205 @@
+"""The command line: composes a config from conf/ and the overrides, checks it, and launches it. Imports no torch.
+
+`mae ...` and `python run.py ...` are the same, but that `mae` has subcommands for what else the program can do.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us, who say them in a sentence
+if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP's threads spin for long while they wait, and starve others on shared
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # cores; not to spin at all halves the speed on idle ones
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+
+from mae.config import from_run, sweep_names  # noqa: E402
+from mae.config.check import check_config, resolve  # noqa: E402
+from mae.config.compose import CONF, chosen_groups  # noqa: E402
+from mae.config.overrides import by_key, key_of  # noqa: E402
+from mae.errors import DEBUG, UserError  # noqa: E402
+from mae.launch import errors, launch  # noqa: E402
+from mae.launch.slurm import plugin, status  # noqa: E402
+from mae.program import PROGRAM, program  # noqa: E402
+
+INTERRUPTED = 130  # a run's exit code
+MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
+SWEEPS: set[str] = set()  # directories of those that this command runs: at their end a report is made of each
+
+
+class Failed(Exception):
+    """A member of a sweep ended with an exit code other than 0; its error has been printed."""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def compose_and_run(cfg: DictConfig) -> None:
+    """One run, or one member of a sweep."""
+    try:
+        code = run(cfg)
+    except Exception as error:
+        if DEBUG:
+            raise
+        sys.stderr.write(f"{errors.explain(error)}\n")
+        code = 1
+    if code and plugin.in_plugin_job():
+        plugin.leave(code)
+    if code == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise KeyboardInterrupt  # the whole sweep was asked to stop, not this member alone
+    if code and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise Failed(code)  # so that Hydra runs the other members
+    if code:
+        sys.exit(code)
+
+
+def run(cfg: DictConfig) -> int:
+    """Checks a composed config and launches it; returns the exit code."""
+    if plugin.in_plugin_job():
+        plugin.join()
+    here = HydraConfig.get()
+    overrides = [override for override in here.overrides.task if key_of(override) != from_run.MARK]
+    cfg = from_run.with_run_values(cfg, overrides)
+    if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
+        OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
+    overrides += from_run.own_names(cfg, without_typed(here.runtime.choices, overrides))
+    if cfg.resume:
+        cfg, overrides = from_run.resumed(cfg, overrides)
+    checked = check_config(resolve(cfg))
+    if checked.dry_run:
+        from mae.tools import dry_run
+
+        sys.stdout.write(dry_run.report(checked))
+        return 0
+    if here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        MEMBERS.append((checked, overrides))
+        return 0
+    if here.mode == RunMode.MULTIRUN:
+        SWEEPS.add(here.sweep.dir)
+    return launch.launch(checked, overrides)
+
+
+def without_typed(choices: Mapping[str, Any], overrides: list[str]) -> dict[str, str]:
+    """The files of groups that were chosen by another way than the command line, such as an experiment."""
+    typed = chosen_groups(overrides)
+    return {group: str(choice) for group, choice in choices.items() if group not in typed}
+
+
+def start() -> int:
+    """The command, one run or a whole sweep; returns the exit code."""
+    try:
+        if status.is_status_command(sys.argv[1:]):
+            return status.status_command(sys.argv[1:])
+        refuse_directories(sys.argv[1:])
+        sys.argv[1:] = from_run.with_groups(sys.argv[1:])
+        compose_and_run()
+        if MEMBERS:
+            return launch.launch_sweep(MEMBERS)
+    except Failed as failed:
+        return failed.args[0]
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if DEBUG:
+            raise
+        sys.stderr.write(f"{errors.explain(error)}\n")
+        return 1
+    return 0
+
+
+def refuse_directories(arguments: list[str]) -> None:
+    """Raises UserError for Hydra's own keys of directories that would do nothing."""
+    keys = by_key(arguments)
+    if "hydra.run.dir" in keys:
+        raise UserError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
+    if "hydra.sweep.dir" in keys and not {"-m", "--multirun"} & set(arguments) and "hydra.mode" not in keys:
+        raise UserError("hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR.")
+
+
+def end_sweeps() -> None:
+    """Leaves table, figure and report in the directory of each sweep."""
+    for directory in sorted(SWEEPS):
+        from mae.report import sweep
+
+        sys.stdout.write(sweep.finish_sweep(Path(directory)))
+
+
+def main() -> int:
+    """`python run.py ...`; returns the exit code."""
+    sweep_names.register()
+    exit_code = start()
+    if os.environ.get("RANK", "0") == "0":
+        end_sweeps()
+    return exit_code
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A word after `mae`: a function of the program, or the key of a directory."""
+
+    usage: str
+    does: str
+    path: str = ""  # `module:function` of the arguments
+    key: str = ""  # `mae WORD DIR ...` is `KEY=DIR ...`
+
+
+SUBCOMMANDS = {
+    "status": Subcommand("DIR", "status of a run or a sweep, and why its members failed", key="status"),
+    "cancel": Subcommand("DIR", "takes the jobs of a directory out of SLURM's queue", key="cancel"),
+    "retry": Subcommand("DIR", "submits failed runs again", key="retry_failed"),
+    "runs": Subcommand("[DIR]", "a table of all runs: state, main result, age, differing keys", "tools.runs:main"),
+    "report": Subcommand("RUN...", "the page of a run, or of several side by side", "report.run:main"),
+    "sweep": Subcommand("DIR", "table, figure and page of a sweep", "report.sweep:main"),
+    "search": Subcommand("DIR ...", "a search of keys by Optuna", "tools.search:main"),
+    "pack": Subcommand("OUT data=...", "images into shards", "data.pack:main"),
+    "checkpoints": Subcommand("RUN", "a run's checkpoints: step, epoch, size, valid or not, digest", "checkpoint:main"),
+    "workspace": Subcommand("ENTITY PROJECT", "lays out a W&B project", "tools.workspace:main"),
+}
+
+
+def command() -> int:
+    """`mae ...`, the installed command; returns the exit code."""
+    os.environ.setdefault(PROGRAM, "mae")
+    word, *arguments = sys.argv[1:] or [""]
+    if word in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        if word == "help":
+            return 0
+    subcommand = SUBCOMMANDS.get(word)
+    if subcommand is None:
+        return main()
+    if subcommand.key:
+        if not arguments:
+            sys.stderr.write(f"usage: {program()} {word} {subcommand.usage}\n")
+            return 2
+        sys.argv[1:] = [f"{subcommand.key}={arguments[0]}", *arguments[1:]]
+        return main()
+    sys.argv = [f"{program()} {word}", *arguments]
+    return call_subcommand(subcommand, arguments)
+
+
+def call_subcommand(subcommand: Subcommand, arguments: Sequence[str]) -> int:
+    """Imports the function of a subcommand and calls it; returns the exit code."""
+    module, _, function = subcommand.path.partition(":")
+    try:
+        return getattr(importlib.import_module(f"mae.{module}"), function)(list(arguments))
+    except Exception as error:
+        if DEBUG:
+            raise
+        sys.stderr.write(f"{errors.explain(error)}\n")
+        return 1
+
+
+def usage() -> str:
+    """The subcommands of `mae`."""
+    lines = [f"  mae {word:11} {entry.usage:15} {entry.does}" for word, entry in SUBCOMMANDS.items()]
+    return "\n".join(["Commands:", "", *lines, "  mae KEY=VALUE ...           a run, as below", ""]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
