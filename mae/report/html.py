@@ -10,19 +10,23 @@ from pathlib import Path
 from PIL import Image
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("chart.js", "sweep.js", "page.js")
+SCRIPTS = ("chart.js", "sweep.js", "runs.js", "page.js")
 LARGE = 120_000  # bytes of a PNG above which a lossy picture is tried
 # Browsers then load nothing from outside of the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+LIVE = "; connect-src 'self'"
 
 
-def page(title: str, data: Mapping[str, object]) -> str:
-    """The page of `data`: `runs`, and `differences` or `sweep`, as `web/page.js` reads them."""
-    text = json.dumps({"title": title, **data}, allow_nan=False).replace("<", "\\u003c")
+def page(title: str, data: Mapping[str, object], live: bool = False) -> str:
+    """The page of `data`: `runs`, and `differences` or `sweep`, as `web/page.js` reads them.
+
+    A `live` page is served, and asks its server for new data.
+    """
+    text = json.dumps({"title": title, "live": live, **data}, allow_nan=False).replace("<", "\\u003c")
     scripts = "\n".join((WEB / name).read_text().replace('"use strict";\n', "") for name in SCRIPTS)
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}{LIVE if live else ""}">\n'
         "<meta name='viewport' content='width=device-width'>\n<link rel='icon' href='data:,'>\n"
         f"<title>{html.escape(title)}</title>\n<style>\n{(WEB / 'style.css').read_text()}</style>\n</head>\n"
         f"<body>\n<main></main>\n<script type='application/json' id='data'>{text}</script>\n"

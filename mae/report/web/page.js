@@ -145,8 +145,14 @@ function several(runs, differences) {
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const MAIN = document.querySelector("main");
-if (DATA.sweep) {
+if (DATA.table) {
+  MAIN.append(...runTable(DATA.table));
+  follow("/runs.json", 3, (table) => MAIN.replaceChildren(...runTable(table)));
+} else if (DATA.sweep) {
   MAIN.append(el("h1", {}, DATA.title), el("p", {class: "soft"}, DATA.sweep.about), ...sweepParts(DATA.sweep), ...curves(DATA.runs));
-} else if (DATA.runs.length === 1) MAIN.append(...oneRun(DATA.runs[0]));
+} else if (DATA.runs.length === 1) {
+  MAIN.append(...oneRun(DATA.runs[0]));
+  if (DATA.live) follow(`/run.json${location.search}`, 5, (data) => MAIN.replaceChildren(...oneRun(data.runs[0])));
+}
 else MAIN.append(el("h1", {}, DATA.title), ...several(DATA.runs, DATA.differences));
 document.body.dataset.ready = "yes";

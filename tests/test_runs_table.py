@@ -1,0 +1,182 @@
+"""The installed command `mae`, and its table of runs as text, JSON and a live page."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, FLAGS, needs_browser
+from conftest import ROOT
+
+from mae.cli import SUBCOMMANDS, call_subcommand, command
+from mae.config.check import resolve
+from mae.config.compose import composed
+from mae.config.saved import write_config
+from mae.program import PROGRAM
+from mae.runs.locks import held_run
+from mae.tools.runs import main, read_rows
+from mae.tools.serve_runs import RunsHandler
+
+
+def mae(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The installed command, from any directory."""
+    code = "import sys; from mae.cli import command; sys.argv[0] = 'mae'; sys.exit(command())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def write_run(run: Path, *overrides: str, losses: tuple[float, ...] = (), age_s: float = 0, **summary: object) -> Path:
+    """A run's directory with its config, metrics and summary."""
+    run.mkdir(parents=True)
+    write_config(run, resolve(composed(list(overrides))))
+    lines = [json.dumps({"step": 10 * k, "loss": loss}) for k, loss in enumerate(losses, start=1)]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    if summary:
+        (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": 30, "seconds": 1.0} | summary))
+    for path in run.iterdir():
+        os.utime(path, times=(time.time() - age_s,) * 2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("table") / "runs"
+    write_run(folder / "a", "task.mask_ratio=0.5", losses=(0.9, 0.5), val_loss=0.4)
+    write_run(folder / "b", losses=(0.9, 0.6, 0.4), age_s=100, val_loss=0.3)
+    write_run(folder / "sweep" / "c", "task=finetune", losses=(2.0,), age_s=7200)
+    failed = write_run(folder / "d", "seed=3", age_s=300)
+    (failed / "events.jsonl").write_text('{"step": 4, "event": "diverged: 50 steps in a row"}\n')
+    write_run(folder / "a" / "checkpoints" / "inner")
+    return folder
+
+
+def test_the_table_has_every_run_its_state_and_the_differing_keys(runs, capsys):
+    assert main([str(runs)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "b", "d", "sweep/c"]  # newest first
+    assert [line.split()[1] for line in lines] == ["finished", "finished", "diverged", "stale"]
+    assert "task.mask_ratio" in head and "seed" in head and "model.depth" not in head
+    assert "loss 2" in lines[3] and "2 h" in lines[3]
+
+
+def test_runs_are_filtered_and_sorted(runs, capsys):
+    def names(*options: str) -> list[str]:
+        assert main([str(runs), "--json", *options]) == 0
+        return [row["run"] for row in json.loads(capsys.readouterr().out)]
+
+    assert names("--best", "val_loss") == ["b", "a"]
+    assert names("--where", "task.mask_ratio=0.75", "--where", "task=pretrain") == ["b", "d"]
+    assert names("--where", "state=stale") == ["sweep/c"]
+    assert names("--sort", "step") == ["d", "sweep/c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--where", "task.mask_ration=0.5"], "task.mask_ration is neither a column nor a key of these runs. Did you"),
+        (["--where", "seed"], "--where seed cannot be read: write KEY=VALUE, as task.mask_ratio=0.75."),
+        (["--best", "val_los"], "no run has a result val_los. Did you mean val_loss?"),
+        (["--sort", "ages"], "ages is neither a column nor a key of these runs. Did you mean age?"),
+    ],
+)
+def test_a_key_that_no_run_has_is_refused_in_a_sentence(runs, options, sentence, capsys):
+    assert main([str(runs), *options]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'nowhere'} is not a directory.\n"
+
+
+def test_a_run_that_a_process_holds_is_running(tmp_path):
+    run = write_run(tmp_path / "held", age_s=7200)
+    (state,) = [row.state for row in read_rows(tmp_path)]
+    assert state == "stale"
+    with held_run(run):
+        (state,) = [row.state for row in read_rows(tmp_path)]
+    assert state == "running"
+
+
+@pytest.fixture
+def address(runs) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RunsHandler, runs)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_served_page_follows_the_runs_and_reads_nothing_else(runs, address):
+    def fetch(path: str, **headers: str) -> str:
+        with urllib.request.urlopen(urllib.request.Request(address + path, headers=headers)) as answer:
+            return answer.read().decode()
+
+    assert {row["run"] for row in json.loads(fetch("/runs.json"))["rows"]} == {"a", "b", "d", "sweep/c"}
+    assert json.loads(fetch("/run.json?name=sweep/c"))["runs"][0]["series"]["loss"]["y"] == [2.0]
+    with (runs / "sweep" / "c" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "loss": 1.5}\n')
+    assert json.loads(fetch("/run.json?name=sweep/c"))["runs"][0]["series"]["loss"]["y"] == [2.0, 1.5]
+    for path in ("/run?name=../runs/a", "/run?name=a/checkpoints/inner", "/etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            fetch(path)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        fetch("/runs.json", Host="elsewhere.example")
+
+
+@needs_browser
+def test_a_browser_shows_the_table_and_a_run(address, tmp_path):
+    for path, pattern in (("/", ">sweep/c</a>"), ("/run?name=a", 'class="card chart"')):
+        browser = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", address + path]
+        shown = subprocess.run(browser, capture_output=True, text=True, timeout=120)
+        assert pattern in shown.stdout and "CONSOLE" not in shown.stderr, shown.stderr
+
+
+def test_a_port_that_is_taken_is_refused_in_a_sentence(runs, address, capsys):
+    port = address.rpartition(":")[2]
+    assert main([str(runs), "--serve", port]) == 1
+    assert f"Port {port} cannot be listened on" in capsys.readouterr().err
+
+
+def test_the_installed_command_works_from_any_directory(tmp_path):
+    done = mae("--help", cwd=tmp_path)
+    assert (
+        done.returncode == 0 and "mae checkpoints RUN" in done.stdout and "  mae task=finetune init=RUN" in done.stdout
+    )
+    done = mae("dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("word", [word for word, entry in SUBCOMMANDS.items() if entry.path])
+def test_each_subcommand_names_a_function(word):
+    module, _, function = SUBCOMMANDS[word].path.partition(":")
+    assert callable(getattr(importlib.import_module(f"mae.{module}"), function))
+
+
+def test_a_subcommand_without_its_directory_shows_its_usage(capsys, monkeypatch):
+    monkeypatch.setenv(PROGRAM, "mae")
+    for arguments, sentence in (
+        (["status"], "usage: mae status DIR\n"),
+        (["checkpoints"], "usage: mae checkpoints RUN"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mae", *arguments])
+        assert command() == 2
+        assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_subcommand_is_called_by_its_own_name(capsys, monkeypatch):
+    monkeypatch.setenv(PROGRAM, "mae")
+    with pytest.raises(SystemExit):
+        call_subcommand(SUBCOMMANDS["report"], ["--help"])
+    assert capsys.readouterr().out.startswith("usage: mae report")
