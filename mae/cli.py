@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from mae.config import from_run, sweep_names  # noqa: E402
 from mae.config.check import check_config, resolve  # noqa: E402
-from mae.config.compose import CONF, chosen_groups  # noqa: E402
+from mae.config.compose import CONF, chosen_groups, register_resolvers  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
 from mae.errors import DEBUG, UserError  # noqa: E402
 from mae.launch import errors, launch  # noqa: E402
@@ -132,6 +132,7 @@ def end_sweeps() -> None:
 def main() -> int:
     """`python run.py ...`; returns the exit code."""
     sweep_names.register()
+    register_resolvers()
     exit_code = start()
     if os.environ.get("RANK", "0") == "0":
         end_sweeps()

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mae.config import rules
+from mae.config.compose import register_resolvers
 from mae.config.schema import SCHEMA, TOP, schema, signature, table
 from mae.config.values import conform, describe, interval_of, near, out_of_range
 from mae.errors import UserError
@@ -19,6 +20,7 @@ from mae.errors import UserError
 
 def resolve(cfg: DictConfig) -> DictConfig:
     """All interpolations replaced by values; no key can be added to the result. Raises UserError."""
+    register_resolvers()
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:

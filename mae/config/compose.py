@@ -1,11 +1,11 @@
 """A command line to its config, inside of Hydra's main or out of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mae.config import overrides
 
@@ -14,8 +14,37 @@ PACKAGE = Path(__file__).parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
 
 
+def register_resolvers() -> None:
+    """Makes the functions known that values in conf/ call, such as ${equal:a,b}; again and again does no harm."""
+    for resolver in (equal, at_most, largest_divisor, patch_values):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def equal(first: object, second: object) -> bool:
+    """Whether two values are the same."""
+    return first == second
+
+
+def at_most(limit: int, value: int) -> int:
+    """The smaller of two numbers."""
+    return min(limit, value)
+
+
+def largest_divisor(limit: int, value: int | Sequence[int]) -> int:
+    """The largest number up to `limit` that divides a number, or all of a list."""
+    values = [value] if isinstance(value, int) else value
+    return next(number for number in range(limit, 0, -1) if not any(value % number for value in values))
+
+
+def patch_values(patch_size: int | Sequence[int], in_chans: int) -> int:
+    """Values of a patch: of a side or [height, width]."""
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return height * width * in_chans
+
+
 def composed(arguments: list[str]) -> DictConfig:
     """What a command line composes to; not resolved yet."""
+    register_resolvers()
     if GlobalHydra.instance().is_initialized():
         return compose("config", arguments)
     with initialize_config_dir(str(CONF), version_base="1.3"):

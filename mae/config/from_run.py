@@ -31,8 +31,8 @@ FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the 
 # How much of the data is learned from, and how and where they are loaded: not what they are
 OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in NEUTRAL if path[0] == "data")}
 OWN -= {"root"}
-SHARED = ("model", "data", "masking", "launcher", "wandb")  # sections that are the same in every stage of a pipeline
-CHOICES = ("model", "data", "masking", "launcher")  # of these, the ones whose file is chosen
+CHOICES = ("model", "data", "masking", "target", "launcher")  # groups of which stages of a pipeline take the same file
+SHARED = (*CHOICES, "wandb")  # sections that are the same in every stage
 NO_CHOICES: Mapping[str, str] = {}
 
 

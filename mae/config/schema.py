@@ -23,6 +23,7 @@ SCHEMA = {
     "data": ["data:SOURCES[name]", "data.settings:LoaderSettings", "data.settings:DataInfo"],
     "augmentation": ["data.transforms:AUGMENTATIONS[name]"],
     "masking": ["models.masking:MASKINGS[name]"],
+    "target": ["models.targets:TARGETS[name]"],
     "optimizer": ["optim:OPTIMIZERS[name]", "optim:param_groups", "optim:Schedule"],
     "task": ["tasks.registry:TASKS[name]"],
     "launcher": ["launch.launch:LAUNCHERS[name]", "distributed.ranks:start"],

@@ -16,7 +16,7 @@ from mae.config.compose import CONF, chosen_groups, composed
 from mae.config.schema import SCHEMA, TOP, schema, signature, table
 from mae.runs.layout import FORMAT, FORMAT_KEY
 
-GROUPS = ("task", "model", "data", "masking", "launcher")  # whose choice decides the defaults of the others
+GROUPS = ("task", "model", "data", "masking", "target", "launcher")  # whose choice decides the defaults of the others
 CHOSEN = (*SCHEMA, "recipe", "experiment")
 
 Config = dict[str, Any]  # top-level key -> value, group -> its keys
@@ -43,6 +43,7 @@ MIGRATIONS = (
             "data=cifar10_folder": {"splits": "auto"},
             "data=scientific": {"splits": "auto"},
             "masking": {"name": "random"},
+            "target": {"name": "pixels"},
         },
     ),
 )

@@ -1,6 +1,6 @@
 """The masked autoencoder (He et al., arXiv 2111.06377) with the reference implementation's state dict.
 
-The encoder is in `vit.py`, the decoder in `decoders.py`; here they are joined, and the loss is computed.
+The encoder is in `vit.py`, the decoder in `decoders.py`, what is predicted in `targets.py`; here they are joined.
 """
 
 from typing import Annotated, NamedTuple
@@ -13,6 +13,7 @@ from mae.errors import UserError
 from mae.models.decoders import DECODERS, Decoder
 from mae.models.masking import count_visible, order_by_noise
 from mae.models.positions import fixed_position
+from mae.models.targets import Patches, PixelTarget, Target
 from mae.models.vit import Encoder
 
 
@@ -26,7 +27,7 @@ class MaskedLoss(NamedTuple):
 class Prediction(NamedTuple):
     """Predictions of every patch, in the image's order."""
 
-    pred: Tensor  # (B, L, p * p * C), normalised per patch where norm_pix_loss is on
+    pred: Tensor  # (B, L, size), as the target has its values
     mask: Tensor  # (B, L), 1 = masked
 
 
@@ -36,13 +37,15 @@ class MaskedAutoencoder(Encoder):
     Two savings change neither loss nor gradients. Only visible patches are embedded. The decoder takes its tokens as
     [class, visible, masked] with their own positions, so that no token has to be put back in the image's order.
 
-    Images are (B, C, H, W) floats, already normalised. Raises UserError where sizes contradict each other.
+    Images are (B, C, H, W) floats, already normalised. `target` is what is predicted, pixels where None. Raises
+    UserError where sizes contradict each other.
     """
 
     decoder: Decoder
 
     def __init__(
         self,
+        target: Target | None = None,
         *,
         img_size: Annotated[int, "[1, inf)"] | list[Annotated[int, "[1, inf)"]],
         patch_size: Annotated[int, "[1, inf)"] | list[Annotated[int, "[1, inf)"]],
@@ -57,12 +60,11 @@ class MaskedAutoencoder(Encoder):
         norm_pix_loss: bool,
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
-        if norm_pix_loss and self.patch_values < 2:
-            raise UserError("task.norm_pix_loss needs patches of more than one value: raise model.patch_size.")
         self.norm_pix_loss = norm_pix_loss
+        self.target = target or PixelTarget(Patches(self.grid_size, self.patch_size, in_chans, norm_pix_loss))
         decoder = DECODERS["self"](
             embed_dim,
-            self.patch_values,
+            self.target.size,
             mlp_ratio,
             decoder_embed_dim=decoder_embed_dim,
             decoder_depth=decoder_depth,
@@ -91,11 +93,12 @@ class MaskedAutoencoder(Encoder):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def decoder_keys(self) -> set[str]:
-        """Names of the decoder's tensors in the state dict."""
-        return {"mask_token", "decoder_pos_embed", *self.decoder.state_dict()}
+        """Names of the tensors of the decoder and the target in the state dict."""
+        of_target = (f"target.{name}" for name in self.target.state_dict())
+        return {"mask_token", "decoder_pos_embed", *self.decoder.state_dict(), *of_target}
 
     def forward(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> MaskedLoss:
-        """Mean squared error over the masked patches of each image.
+        """The target's mean loss over the masked patches of each image.
 
         `noise` is (B, L), new and uniform where None; the `int(L * (1 - mask_ratio))` smallest are visible.
         Raises UserError where that is none or all, or where images have another size than the model.
@@ -107,7 +110,9 @@ class MaskedAutoencoder(Encoder):
         order, mask = order_by_noise(self._noise(images, noise), num_visible)
         masked = order[:, num_visible:]
         pred = self._predict(patches, order, num_visible, first=1 + num_visible)
-        return MaskedLoss(F.mse_loss(pred, self._normalise(_gather(patches, masked))), mask)
+        with torch.no_grad():
+            target = _gather(self.target(images, patches), masked)
+        return MaskedLoss(self.target.loss(pred, target), mask)
 
     def predict(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> Prediction:
         """Predictions of all patches, visible ones too, in the image's order; arguments as in `forward`."""
@@ -115,10 +120,6 @@ class MaskedAutoencoder(Encoder):
         order, mask = order_by_noise(self._noise(images, noise), num_visible)
         pred = self._predict(self.patchify(images), order, num_visible, first=1)
         return Prediction(_gather(pred, order.argsort(1)), mask)
-
-    def target(self, images: Tensor) -> Tensor:
-        """What is to be predicted for every patch, (B, L, p * p * C)."""
-        return self._normalise(self.patchify(images))
 
     def _noise(self, images: Tensor, noise: Tensor | None) -> Tensor:
         return torch.rand(images.shape[0], self.num_patches, device=images.device) if noise is None else noise
@@ -130,14 +131,9 @@ class MaskedAutoencoder(Encoder):
         sequence = F.pad(order + 1, (1, 0))  # (B, 1 + L): rows of the position embedding, the class token's is 0
         return self.decoder(tokens, self.mask_token, self.decoder_pos_embed[0][sequence], first)
 
-    def _normalise(self, patches: Tensor) -> Tensor:
-        """Patches less their mean, over their deviation, where norm_pix_loss is on (paper, section 3)."""
-        if not self.norm_pix_loss:
-            return patches
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as the reference's
-        return (patches - mean) / (var + 1e-6).sqrt()
-
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, N, D) at positions `index` (B, K)."""
+    """Tokens (B, N, D) or numbers (B, N) at positions `index` (B, K)."""
+    if tokens.ndim == 2:
+        return tokens.gather(1, index)
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -18,16 +18,15 @@ def reconstruction_rows(model: MaskedAutoencoder, images: Tensor, pred: Tensor, 
     original, as the paper's figures do.
     """
     patches = model.patchify(images)
-    if model.norm_pix_loss:
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
+    pixels = model.target.to_pixels(pred, patches)
+    assert pixels is not None
     removed = mask[..., None].bool()
     grey = torch.zeros_like(patches)  # the data's mean colour
     return {
         "original": images,
         "masked": model.unpatchify(torch.where(removed, grey, patches)),
-        "reconstruction": model.unpatchify(pred.to(patches.dtype)),
-        "with visible": model.unpatchify(torch.where(removed, pred.to(patches.dtype), patches)),
+        "reconstruction": model.unpatchify(pixels.to(patches.dtype)),
+        "with visible": model.unpatchify(torch.where(removed, pixels.to(patches.dtype), patches)),
     }
 
 

@@ -8,13 +8,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from mae.config.build import call
 from mae.data.source import Source
 from mae.device import Batch, exact
 from mae.distributed.ranks import Ranks
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import bind_masking
 from mae.tasks import images as pictures
+from mae.tasks.autoencoder import build_autoencoder
 from mae.tasks.base import Autocast, TrainedTask
 from mae.tasks.init_weights import warn_of_statistics
 from mae.tasks.knn import KnnMonitor
@@ -40,7 +40,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         knn_k: Annotated[int, "[1, inf)"],
     ):
         super().__init__(cfg, val_set)
-        self.model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=norm_pix_loss)
+        self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss)
         self.masking = bind_masking(cfg.masking, self.model.grid_size, mask_ratio)
         self.mask_ratio, self.num_images = mask_ratio, num_images
         self.eval_mask_ratios = eval_mask_ratios
@@ -107,7 +107,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         return {k: batch[k][wanted] for k in ("image", "noise")}
 
     def _centred(self, images: Tensor) -> Tensor:
-        target = self.model.target(images)
+        target = self.model.target(images, self.model.patchify(images))
         return target - target.mean(-1, keepdim=True)
 
     @torch.no_grad()
