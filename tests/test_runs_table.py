@@ -46,7 +46,7 @@ def write_run(run: Path, *overrides: str, losses: tuple[float, ...] = (), age_s:
     if summary:
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": 30, "seconds": 1.0} | summary))
     for path in run.iterdir():
-        os.utime(path, times=(time.time() - age_s,) * 2)
+        os.utime(path, times=(time.time() - age_s, time.time() - age_s))
     return run
 
 

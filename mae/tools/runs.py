@@ -28,7 +28,7 @@ from mae.tasks.registry import METRICS as MAIN_METRICS
 NO_RUNS_BELOW = {CHECKPOINTS, SLURM, "images", "failed", "logs", "export", "wandb"}
 SILENT_S = 600  # an unfinished run that has written nothing for so long is stale
 POINTS = 60  # of a small curve
-COLUMNS = ("run", "state", "task", "model", "data", "result", "step", "age")
+FACTS = ("run", "state", "task", "model", "data", "result", "step", "age")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
 
     def cell(self, column: str) -> object:
         """A column's value, or that of a key or a result."""
-        if column in COLUMNS:
+        if column in FACTS:
             return getattr(self, column)
         return self.results[column] if column in self.results else self.keys.get(column)
 
@@ -165,7 +165,7 @@ def order(rows: Iterable[Row], best: str | None, sort: str | None) -> list[Row]:
 
 def check_known(key: str, rows: Sequence[Row]) -> None:
     """Raises UserError for a column or key that none of the rows has."""
-    known = {*COLUMNS, *(name for row in rows for name in (*row.keys, *row.results))}
+    known = {*FACTS, *(name for row in rows for name in (*row.keys, *row.results))}
     if rows and key not in known:
         raise UserError(f"{key} is neither a column nor a key of these runs.{near(key, sorted(known))}")
 
@@ -186,10 +186,10 @@ def text_table(rows: Sequence[Row], results: Sequence[str]) -> Table:
     """The table as text: the columns, then the keys in which the runs differ."""
     keys = differing_keys(rows) if len(rows) > 1 else []
     table = Table(box=None, pad_edge=False)
-    for column in (*COLUMNS, *results, *keys):
+    for column in (*FACTS, *results, *keys):
         table.add_column(column, overflow="fold")
     for row in rows:
-        values = [getattr(row, column) if column != "age" else age_text(row.age) for column in COLUMNS]
+        values = [getattr(row, column) if column != "age" else age_text(row.age) for column in FACTS]
         values += [row.results.get(name, "") for name in results] + [row.keys.get(key, "") for key in keys]
         table.add_row(*(str(value) for value in values))
     return table
