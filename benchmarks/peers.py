@@ -17,7 +17,14 @@ MASK_RATIO = 0.75
 VIT_BASE: dict[str, Any] = dict(
     img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0
 )
-DECODER: dict[str, Any] = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True)
+DECODER: dict[str, Any] = dict(
+    decoder_embed_dim=512,
+    decoder_depth=8,
+    decoder_num_heads=16,
+    norm_pix_loss=True,
+    decoder="self",
+    mask_tokens="decoder",
+)
 
 
 class ReferenceMAE(nn.Module):

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae.models import recompute
-from mae.models.decoders import DECODERS, Decoder, DecoderSizes
+from mae.models.decoders import DECODERS, Decoder
 from mae.models.layers import Block, DropPath, attention, set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import order_by_noise
@@ -36,6 +36,8 @@ MODEL: dict[str, Any] = dict(
     decoder_depth=2,
     decoder_num_heads=2,
     norm_pix_loss=True,
+    decoder="self",
+    mask_tokens="decoder",
 )
 CLASSIFIER: dict[str, Any] = dict(
     img_size=32,
@@ -322,22 +324,21 @@ def test_images_and_ratios_that_do_not_fit_are_refused(shape, ratio, words):
         MaskedAutoencoder(**MODEL)(torch.randn(shape), ratio)
 
 
-class LinearDecoder(Decoder):
+class MeanDecoder(Decoder):
     """Position and mask token through one matrix: what a decoder needs at least."""
 
-    def __init__(self, embed_dim, patch_values, mlp_ratio, *, decoder_embed_dim, decoder_depth, decoder_num_heads):
-        super().__init__()
-        self.sizes = DecoderSizes(decoder_embed_dim, 0, 0, 0)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_values)
+    def __init__(self, embed_dim, depth, outputs, sizes):
+        super().__init__(embed_dim, depth, outputs, sizes)
+        self.decoder_embed = nn.Linear(embed_dim, sizes.width)
+        self.decoder_pred = nn.Linear(sizes.width, outputs)
 
-    def forward(self, tokens, mask_token, position, first):
+    def forward(self, tokens, sequence):
         context = self.decoder_embed(tokens).mean(1, keepdim=True)
-        return self.decoder_pred(context + mask_token + position[:, first:])
+        return self.decoder_pred(context + sequence.mask_token + sequence.position(sequence.first))
 
 
 def test_a_decoder_is_one_class_of_a_table_and_its_layers_are_the_models(monkeypatch):
-    monkeypatch.setitem(DECODERS, "self", LinearDecoder)
+    monkeypatch.setitem(DECODERS, "self", MeanDecoder)
     model = copy.deepcopy(MaskedAutoencoder(**MODEL)).double()
     assert not any(name.startswith("decoder.") for name in model.state_dict())
     assert model.decoder_keys() == {name for name in model.state_dict() if name.startswith(("decoder_", "mask_token"))}
@@ -348,7 +349,7 @@ def test_a_decoder_is_one_class_of_a_table_and_its_layers_are_the_models(monkeyp
 
 
 def test_a_decoders_parameters_lie_in_its_layers(monkeypatch):
-    class Scaled(LinearDecoder):
+    class Scaled(MeanDecoder):
         def __init__(self, *args, **keys):
             super().__init__(*args, **keys)
             self.decoder_scale = nn.Parameter(torch.ones(1))

@@ -29,9 +29,17 @@ TINY: dict[str, Any] = dict(
     decoder_depth=2,
     decoder_num_heads=2,
     norm_pix_loss=True,
+    decoder="self",
+    mask_tokens="decoder",
 )
 DECODER: dict[str, Any] = dict(
-    mlp_ratio=4.0, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True
+    mlp_ratio=4.0,
+    decoder_embed_dim=512,
+    decoder_depth=8,
+    decoder_num_heads=16,
+    norm_pix_loss=True,
+    decoder="self",
+    mask_tokens="decoder",
 )
 BASE: dict[str, Any] = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12)
 LARGE: dict[str, Any] = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16)
@@ -45,7 +53,7 @@ def golden(name):
 def golden_model(config):
     """The model of a golden figure, its weights filled by formula, in float64."""
     config = {key: value for key, value in config.items() if key in TINY}
-    model = MaskedAutoencoder(**config).double()
+    model = MaskedAutoencoder(**config, decoder="self", mask_tokens="decoder").double()
     for idx, (name, param) in enumerate(sorted(model.named_parameters())):
         if "pos_embed" in name:
             continue

@@ -454,7 +454,7 @@ def test_hidden_act_of_a_masked_autoencoder_is_compared(tmp_path, activation):
         return
     ours = MaskedAutoencoder(
         img_size=32, patch_size=8, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0, decoder_embed_dim=16,
-        decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False,
+        decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False, decoder="self", mask_tokens="decoder",
     ).eval()  # fmt: skip
     load_pretrained(ours, read_pretrained(str(tmp_path)), need_decoder=True)
     x, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)

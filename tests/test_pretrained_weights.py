@@ -26,7 +26,14 @@ from mae.weights.read import read_pretrained
 
 Network = TypeVar("Network", bound=nn.Module)
 SIZES: dict[str, Any] = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=4.0)
-DECODER: dict[str, Any] = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
+DECODER: dict[str, Any] = dict(
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    norm_pix_loss=True,
+    decoder="self",
+    mask_tokens="decoder",
+)
 EPS = 1e-6
 
 

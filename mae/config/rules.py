@@ -204,6 +204,33 @@ def _masks(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"masking.wide_sigma={wide} must be greater than masking.sigma={narrow}."
 
 
+def _decoder(cfg: Mapping[str, Any]) -> Iterator[str]:
+    model, task = cfg["model"], cfg["task"]
+    name, known = model["decoder"], list(table("models.decoders:DECODERS"))
+    if name not in known:
+        yield f"model.decoder={name} is none of {', '.join(known)}.{near(name, known)}"
+    if name == "linear" and model["mask_tokens"] == "decoder":
+        yield (
+            "model.decoder=linear predicts from the encoder's tokens, of which masked patches have none: set "
+            "model.mask_tokens=encoder."
+        )
+    if name == "cross" and model["mask_tokens"] == "encoder":
+        yield (
+            "model.mask_tokens=encoder puts masked patches among the tokens that model.decoder=cross attends to: set "
+            "model.mask_tokens=decoder."
+        )
+    share, ratio = task.get("predict_ratio"), task.get("mask_ratio")
+    if share is None:
+        return
+    if name == "self":
+        yield (
+            f"task.predict_ratio={share:g} leaves masked patches out, which model.decoder=self needs for those that it "
+            "predicts: set task.predict_ratio=null, or model.decoder=cross."
+        )
+    if share > ratio:
+        yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio:g}: more patches than are masked."
+
+
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
     _lists,
@@ -215,6 +242,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _colours,
     _mixing,
     _masks,
+    _decoder,
 ]
 
 

@@ -44,6 +44,8 @@ MIGRATIONS = (
             "data=scientific": {"splits": "auto"},
             "masking": {"name": "random"},
             "target": {"name": "pixels"},
+            "model": {"decoder": "self", "mask_tokens": "decoder"},
+            "task=pretrain": {"predict_ratio": None},
         },
     ),
 )

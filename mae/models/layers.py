@@ -57,6 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> 
 def attention_backend(model: nn.Module, device: torch.device, tokens: int) -> str:
     """The name of what computes attention in `model` for `tokens` tokens, within autocast as in training."""
     block = blocks_of(model)[0]
+    assert isinstance(block, Block)
     heads = block.attn.num_heads
     dtype = product_dtype(torch.empty(0, device=device, dtype=block.norm1.weight.dtype))
     q = torch.empty(1, tokens, heads, block.norm1.weight.numel() // heads, device=device, dtype=dtype)
@@ -104,14 +105,27 @@ def residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module, fir
     return x[:, first:].index_add(0, samples, branch(x.index_select(0, samples)).to(x.dtype), alpha=scale)
 
 
-class Block(TimmBlock):
-    """timm's transformer block (same arguments and state dict) with our attention, and queries of some tokens only."""
+class BlockBase(nn.Module):
+    """What all blocks share: how they compute, and an MLP of `norm2` and `mlp.fc1`, `mlp.fc2`."""
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
-    attn: Attention
+    mlp: nn.Module
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
     checkpointing: Checkpointing = "light"  # what backward computes again, see `set_checkpointing`
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        first, second = self.mlp.fc1, self.mlp.fc2
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        recompute = self.checkpointing != "none"
+        hidden = norm_linear(x, self.norm2, first.weight, first.bias, recompute)
+        return gelu_linear(hidden, second.weight, second.bias, recompute)
+
+
+class Block(BlockBase, TimmBlock):
+    """timm's transformer block (same arguments and state dict) with our attention, and queries of some tokens only."""
+
+    attn: Attention
 
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -139,13 +153,6 @@ class Block(TimmBlock):
         q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
         return attn.proj(attention(q, k, v, self.kernel).flatten(2))
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        first, second = self.mlp.fc1, self.mlp.fc2
-        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        recompute = self.checkpointing != "none"
-        hidden = norm_linear(x, self.norm2, first.weight, first.bias, recompute)
-        return gelu_linear(hidden, second.weight, second.bias, recompute)
-
 
 def transformer_block(dim: int, num_heads: int, mlp_ratio: float) -> Block:
     """A block of the paper's encoder and decoder."""
@@ -159,9 +166,9 @@ def block_sizes(block: nn.Module) -> tuple[int, int]:
     return block.attn.num_heads, hidden.out_features
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
-    """The transformer blocks of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, Block)]
+def blocks_of(model: nn.Module) -> list[BlockBase]:
+    """The transformer blocks of a model, in the order of its modules: an encoder's come first."""
+    return [module for module in model.modules() if isinstance(module, BlockBase)]
 
 
 def set_layer_norm_eps(model: nn.Module, eps: float) -> None:

@@ -3,15 +3,16 @@
 The encoder is in `vit.py`, the decoder in `decoders.py`, what is predicted in `targets.py`; here they are joined.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae.errors import UserError
-from mae.models.decoders import DECODERS, Decoder
-from mae.models.masking import count_visible, order_by_noise
+from mae.models.decoders import DECODERS, Decoder, DecoderSizes, Sequence
+from mae.models.layers import LayerNorm
+from mae.models.masking import count_predicted, count_visible, order_by_noise
 from mae.models.positions import fixed_position
 from mae.models.targets import Patches, PixelTarget, Target
 from mae.models.vit import Encoder
@@ -20,7 +21,7 @@ from mae.models.vit import Encoder
 class MaskedLoss(NamedTuple):
     """Result of a training step's forward pass."""
 
-    loss: Tensor  # (): mean over the masked patches of all images
+    loss: Tensor  # (): mean over the predicted patches of all images
     mask: Tensor  # (B, L), 1 = masked
 
 
@@ -36,6 +37,8 @@ class MaskedAutoencoder(Encoder):
 
     Two savings change neither loss nor gradients. Only visible patches are embedded. The decoder takes its tokens as
     [class, visible, masked] with their own positions, so that no token has to be put back in the image's order.
+
+    With `mask_tokens="encoder"` mask tokens stand for the masked patches in the encoder already (table 1c).
 
     Images are (B, C, H, W) floats, already normalised. `target` is what is predicted, pixels where None. Raises
     UserError where sizes contradict each other.
@@ -54,6 +57,8 @@ class MaskedAutoencoder(Encoder):
         depth: Annotated[int, "[1, inf)"],
         num_heads: Annotated[int, "[1, inf)"],
         mlp_ratio: Annotated[float, "(0, inf)"],
+        decoder: str,
+        mask_tokens: Literal["decoder", "encoder"],
         decoder_embed_dim: Annotated[int, "[1, inf)"],
         decoder_depth: Annotated[int, "[1, inf)"],
         decoder_num_heads: Annotated[int, "[1, inf)"],
@@ -62,21 +67,22 @@ class MaskedAutoencoder(Encoder):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         self.norm_pix_loss = norm_pix_loss
         self.target = target or PixelTarget(Patches(self.grid_size, self.patch_size, in_chans, norm_pix_loss))
-        decoder = DECODERS["self"](
-            embed_dim,
-            self.target.size,
-            mlp_ratio,
-            decoder_embed_dim=decoder_embed_dim,
-            decoder_depth=decoder_depth,
-            decoder_num_heads=decoder_num_heads,
-        )
-        self._register(decoder)
+        self.decoder_name, self.mask_tokens = decoder, mask_tokens
+        sizes = DecoderSizes(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio)
+        self._register(DECODERS[decoder](embed_dim, depth, self.target.size, sizes))
         self._init_weights()
 
     def _register(self, decoder: Decoder) -> None:
-        """Makes a decoder's layers the autoencoder's own: the state dict has `decoder_norm`, as the reference's."""
+        """Makes a decoder's layers the autoencoder's own: the state dict has `decoder_norm`, as the reference's.
+
+        Where the decoder reads all blocks, the encoder's norm gets no weights, which nothing would train.
+        """
         assert not [*decoder.parameters(recurse=False)], "a decoder's parameters lie in its layers"
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder.sizes.width))
+        embed_dim = self.cls_token.shape[-1]
+        if decoder.reads_blocks:
+            self.norm = LayerNorm(embed_dim, elementwise_affine=False)
+        width = embed_dim if self.mask_tokens == "encoder" else decoder.sizes.width
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = fixed_position(decoder.sizes.width, self.grid_size)
         for name, layer in decoder.named_children():
             self.add_module(name, layer)
@@ -87,7 +93,8 @@ class MaskedAutoencoder(Encoder):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)  # qkv counts as one matrix
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -97,39 +104,56 @@ class MaskedAutoencoder(Encoder):
         of_target = (f"target.{name}" for name in self.target.state_dict())
         return {"mask_token", "decoder_pos_embed", *self.decoder.state_dict(), *of_target}
 
-    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> MaskedLoss:
-        """The target's mean loss over the masked patches of each image.
+    def forward(
+        self, images: Tensor, mask_ratio: float, noise: Tensor | None = None, predict_ratio: float | None = None
+    ) -> MaskedLoss:
+        """The target's mean loss over the masked patches of each image, or over those of largest noise.
 
         `noise` is (B, L), new and uniform where None; the `int(L * (1 - mask_ratio))` smallest are visible.
-        Raises UserError where that is none or all, or where images have another size than the model.
+        `predict_ratio` is the share of all patches that is predicted, None for all masked ones. Raises UserError where
+        no patch is visible or none is masked, or where images have another size than the model.
         """
         num_visible = count_visible(self.num_patches, mask_ratio)
         if num_visible == self.num_patches:
             raise UserError(f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it.")
         patches = self.patchify(images)
         order, mask = order_by_noise(self._noise(images, noise), num_visible)
-        masked = order[:, num_visible:]
-        pred = self._predict(patches, order, num_visible, first=1 + num_visible)
+        predicted = order[:, self.num_patches - count_predicted(self.num_patches, mask_ratio, predict_ratio) :]
+        pred = self._predict(patches, order, num_visible, predicted.shape[1])
         with torch.no_grad():
-            target = _gather(self.target(images, patches), masked)
+            target = _gather(self.target(images, patches), predicted)
         return MaskedLoss(self.target.loss(pred, target), mask)
 
     def predict(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> Prediction:
         """Predictions of all patches, visible ones too, in the image's order; arguments as in `forward`."""
         num_visible = count_visible(self.num_patches, mask_ratio)
         order, mask = order_by_noise(self._noise(images, noise), num_visible)
-        pred = self._predict(self.patchify(images), order, num_visible, first=1)
+        pred = self._predict(self.patchify(images), order, num_visible, self.num_patches)
         return Prediction(_gather(pred, order.argsort(1)), mask)
 
     def _noise(self, images: Tensor, noise: Tensor | None) -> Tensor:
         return torch.rand(images.shape[0], self.num_patches, device=images.device) if noise is None else noise
 
-    def _predict(self, patches: Tensor, order: Tensor, num_visible: int, first: int) -> Tensor:
-        """Predictions from the `first` token on of [class, visible, masked]; `order` is (B, L)."""
+    def _predict(self, patches: Tensor, order: Tensor, num_visible: int, num_predicted: int) -> Tensor:
+        """Predictions of the last `num_predicted` patches in the `order` (B, L): visible first, then masked."""
+        rows = F.pad(order + 1, (1, 0))  # (B, 1 + L): rows of the position embedding, the class token's is 0
+        first = rows.shape[1] - num_predicted
+        tokens = self.encode_masked(patches, order, num_visible)
+        return self.decoder(tokens, Sequence(self.mask_token, self.decoder_pos_embed[0], rows, first))
+
+    def encode_masked(self, patches: Tensor, order: Tensor, num_visible: int) -> Tensor:
+        """What the decoder reads: tokens (B, N, D) of the class and visible patches, of all with mask tokens in the
+        encoder; for a decoder that reads all blocks (1 + depth, B, N, D)."""
         visible = order[:, :num_visible]
-        tokens = self.encode(_gather(patches, visible), visible)
-        sequence = F.pad(order + 1, (1, 0))  # (B, 1 + L): rows of the position embedding, the class token's is 0
-        return self.decoder(tokens, self.mask_token, self.decoder_pos_embed[0][sequence], first)
+        x = self.embed(_gather(patches, visible), visible)
+        if self.mask_tokens == "encoder":
+            x = torch.cat([x, self.mask_token + self.pos_embed[0, 1:][order[:, num_visible:]]], dim=1)
+        if not self.decoder.reads_blocks:
+            return self.norm(self.run_blocks(x))
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return torch.stack(states)
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:

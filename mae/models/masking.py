@@ -35,6 +35,12 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     return visible
 
 
+def count_predicted(num_patches: int, mask_ratio: float, predict_ratio: float | None) -> int:
+    """Patches that are predicted: all masked ones, or a share of all patches, rounded up as CrossMAE's code does."""
+    masked = num_patches - count_visible(num_patches, mask_ratio)
+    return masked if predict_ratio is None else masked - int(num_patches * (mask_ratio - predict_ratio))
+
+
 def order_by_noise(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     """Patches (B, L) in the order of their noise, visible ones first, and the mask (B, L), 1 = masked."""
     order = noise.argsort(dim=1, stable=True)  # stable: equal values have the same order on every device

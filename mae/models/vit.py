@@ -56,15 +56,22 @@ class Encoder(nn.Module):
 
     def encode(self, patches: Tensor, visible: Tensor | None) -> Tensor:
         """Patches (B, K, p * p * C) at positions `visible` (B, K), or all in order, to tokens (B, 1 + K, D)."""
+        return self.norm(self.run_blocks(self.embed(patches, visible)))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) after all blocks."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def embed(self, patches: Tensor, visible: Tensor | None) -> Tensor:
+        """The first block's input (B, 1 + K, D); arguments as in `encode`."""
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p * p * C), values in the order of `patchify`
         position = self.pos_embed[:, 1:] if visible is None else self.pos_embed[0, 1:][visible]
         x = F.linear(patches, weight, proj.bias) + position
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return torch.cat([cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, 1 + L, D) of whole images, class token first, after `norm`."""

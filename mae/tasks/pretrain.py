@@ -32,6 +32,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         val_set: Source,
         *,
         mask_ratio: Annotated[float, "(0, 1)"],
+        predict_ratio: Annotated[float, "(0, 1)"] | None,
         norm_pix_loss: bool,
         num_images: Annotated[int, "[1, inf)"],
         eval_mask_ratios: list[Annotated[float, "(0, 1)"]],
@@ -42,7 +43,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         super().__init__(cfg, val_set)
         self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss)
         self.masking = bind_masking(cfg.masking, self.model.grid_size, mask_ratio)
-        self.mask_ratio, self.num_images = mask_ratio, num_images
+        self.mask_ratio, self.predict_ratio, self.num_images = mask_ratio, predict_ratio, num_images
         self.eval_mask_ratios = eval_mask_ratios
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
         self.knn_settings = (knn_every_epochs, knn_images, knn_k)
@@ -63,12 +64,15 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
                 warn_of_statistics(self.cfg, pretrained)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss over removed patches, which `noise` (B, L) chooses."""
-        return {"loss": self.model(self.images(batch), self.mask_ratio, batch["noise"]).loss}
+        """Mean loss over the predicted ones of the removed patches, which `noise` (B, L) chooses."""
+        return {"loss": self.model(self.images(batch), self.mask_ratio, batch["noise"], self.predict_ratio).loss}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
-        """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean."""
+        """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean.
+
+        All masked patches are predicted, so that the loss is comparable whatever `predict_ratio` is.
+        """
         self.eval()
         names = ["val/loss", "val/loss_of_patch_mean", *(f"val/loss_at_{r:g}" for r in self.eval_mask_ratios)]
         total = torch.zeros(len(names) + 1, dtype=torch.float64, device=exact(ranks.device))  # last: images

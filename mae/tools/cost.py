@@ -27,17 +27,20 @@ class Flops(NamedTuple):
         return self.encoder + self.decoder
 
 
-def forward_flops(model: MaskedAutoencoder | VisionTransformer, mask_ratio: float | None) -> Flops:
+def forward_flops(
+    model: MaskedAutoencoder | VisionTransformer, mask_ratio: float | None, predict_ratio: float | None = None
+) -> Flops:
     """Matrix products of a model on the meta device: of an autoencoder, or of a classifier without its head."""
     sizes = encoder_sizes(model)
     images = torch.empty(1, sizes.in_chans, *sizes.img_size, device="meta")
     if not isinstance(model, MaskedAutoencoder):
         return Flops(_count(lambda: model.forward_features(images)), 0)
     assert mask_ratio is not None
-    visible = torch.empty(1, count_visible(model.num_patches, mask_ratio), dtype=torch.int64, device="meta")
-    patches = torch.empty(*visible.shape, model.patch_values, device="meta")
-    encoder = _count(lambda: model.encode(patches, visible))
-    return Flops(encoder, _count(lambda: model(images, mask_ratio)) - encoder)
+    order = torch.empty(1, model.num_patches, dtype=torch.int64, device="meta")
+    patches = torch.empty(*order.shape, model.patch_values, device="meta")
+    visible = count_visible(model.num_patches, mask_ratio)
+    encoder = _count(lambda: model.encode_masked(patches, order, visible))
+    return Flops(encoder, _count(lambda: model(images, mask_ratio, predict_ratio=predict_ratio)) - encoder)
 
 
 def _count(forward: Callable[[], object]) -> int:

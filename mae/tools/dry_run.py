@@ -63,14 +63,14 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
 
     A backward pass takes twice a forward pass; frozen blocks have none.
     """
-    mask_ratio = cfg.task.get("mask_ratio")
-    forward = forward_flops(copy.deepcopy(model).eval(), mask_ratio)
+    ratios = cfg.task.get("mask_ratio"), cfg.task.get("predict_ratio")
+    forward = forward_flops(copy.deepcopy(model).eval(), *ratios)
     if cfg.task.name == "linprobe":
         return forward, forward.total
     trained = cfg.task.get("finetune_blocks")
     share = 1.0 if trained is None else trained / cfg.model.depth
     again = share if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
-    once = forward_flops(model, mask_ratio).total  # in training mode: task.patch_drop leaves patches out
+    once = forward_flops(model, *ratios).total  # in training mode: task.patch_drop leaves patches out
     return forward, round(once * (1 + 2 * share + again))
 
 
@@ -97,7 +97,8 @@ def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: t
         images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
         with saved_for_backward(model.parameters()) as saved, torch.autocast("cpu", dtype, dtype.itemsize == 2):
             if isinstance(model, MaskedAutoencoder):
-                model(images, cfg.task.mask_ratio, torch.empty(count, model.num_patches))
+                noise = torch.empty(count, model.num_patches)
+                model(images, cfg.task.mask_ratio, noise, cfg.task.get("predict_ratio"))
             else:
                 model(images)
     return sum(saved.values())

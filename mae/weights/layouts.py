@@ -13,10 +13,10 @@ from mae.weights.huggingface import BLOCK_LAYERS, OTHER_LAYERS
 from mae.weights.names import State
 
 Args = Mapping[str, object]  # the command line that a training script saved with its weights
-DECODER = ("mask_token", "decoder_")  # the reference's names of a decoder's tensors begin with these
+DECODER = ("mask_token", "decoder_", "wfm.", "dec_norms.")  # names of a decoder's tensors: the reference's, CrossMAE's
 CHUNKED_BLOCK = r"^blocks\.(\d+)\.(\d+)\.(norm|attn|mlp|ls)"
-BLOCK_NAME = r"(decoder_)?blocks\."
-KNOWN_IN_BLOCK = BLOCK_NAME + r"\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+BLOCK_NAME = r"blocks\."
+KNOWN_IN_BLOCK = r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
 SINUSOID = "sinusoid"  # a position table that is computed from the row's number, not stored
 
 
