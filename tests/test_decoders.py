@@ -150,7 +150,7 @@ def test_a_share_of_the_patches_is_those_of_largest_noise():
     model = autoencoder("cross")
     images, noise = batch(model)
     pred, mask = model.predict(images, 0.6, noise)
-    error = ((pred - model.target(images)) ** 2).mean(-1)
+    error = ((pred - model.target(images, model.patchify(images))) ** 2).mean(-1)
     largest = torch.zeros_like(mask).scatter(1, noise.argsort(1)[:, -6:], 1.0)  # 2 of 8 masked ones are left out
     expected = (error * largest).sum() / largest.sum()
     torch.testing.assert_close(model(images, 0.6, noise, predict_ratio=0.4).loss, expected)
@@ -161,7 +161,7 @@ def test_a_picture_has_the_training_steps_prediction_of_every_masked_patch(decod
     model = autoencoder(decoder, mask_tokens)
     images, noise = batch(model)
     pred, mask = model.predict(images, 0.6, noise)
-    by_pictures = ((pred - model.target(images)) ** 2).mean(-1)[mask == 1].mean()
+    by_pictures = ((pred - model.target(images, model.patchify(images))) ** 2).mean(-1)[mask == 1].mean()
     loss, same_mask = model(images, 0.6, noise)
     torch.testing.assert_close(by_pictures, loss, rtol=1e-12, atol=0)
     assert torch.equal(mask, same_mask)
