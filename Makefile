@@ -1,5 +1,5 @@
 # What contributors type. Each line also works without make.
-.PHONY: install lint test fast slow bench
+.PHONY: install lint test fast slow bench docs
 
 install:  ## everything that tests need
 	pip install -e '.[test]'
@@ -21,3 +21,6 @@ slow:  ## longer proofs
 
 bench:  ## ours and peers in turns; PHOTOS is a folder of JPEGs
 	python benchmarks/all.py $(PHOTOS) --json scoreboard.json
+
+docs:  ## the site, in site/
+	mkdocs build --strict
