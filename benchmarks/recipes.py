@@ -36,9 +36,9 @@ def main() -> None:
     print("# Time of the paper's recipes on ImageNet-1k\n")
     print(
         "Hours, **computed, not measured**: `python benchmarks/recipes.py > docs/cost.md`. They are the operations "
-        "of a step over what eight devices compute: the peak of dense bf16 products (A100 312, H100 989 TFLOP/s) times the "
-        "share of it that a step reaches. A training step has three times the operations of a forward pass, a probe's "
-        "has one. A loader that keeps up is taken for granted. "
+        "of a step over what eight devices compute: the peak of dense bf16 products (A100 312, H100 989 TFLOP/s) "
+        "times the share of it that a step reaches. A training step has three times the operations of a forward "
+        "pass, a probe's has one. A loader that keeps up is taken for granted. "
         "For another device or a price: `python run.py dry_run=true model=vit_large data=imagenet "
         "launcher.processes=8 estimate.tflops=312 estimate.cost_per_hour=2`.\n"
     )
