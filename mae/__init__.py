@@ -1,1 +1,27 @@
 """Masked autoencoders (arXiv 2111.06377): an experiment framework."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mae.tasks.inference import ImageModel
+
+
+def load(source: str | os.PathLike[str], **settings: object) -> "ImageModel":
+    """The model of a run, a checkpoint or a file, in evaluation mode, with its preprocessing and its classes.
+
+    `source` is what `init=` takes: a run's directory (its newest checkpoint), `RUN/checkpoints/best`, a file of another
+    library, `timm:NAME`, `hf://USER/NAME` or `wandb:ENTITY/PROJECT/ARTIFACT`. Sizes, normalisation and crop are those
+    of the run, or what the file states; `settings` override them, such as `num_heads=12` or `mean=[0.5, 0.5, 0.5]`.
+
+        model = mae.load("runs/finetune")
+        model.preprocess("photo.jpg")                    # (C, H, W) float32
+        model.embed(["a.jpg", "b.jpg"], pooling="avg")   # (2, D) float32
+        model.predict("photo.jpg")                       # classes and probabilities, of a classifier
+        model.classes                                    # names in the order of the logits
+
+    Raises UserError where the source cannot be read or does not say what is needed.
+    """
+    from mae.tasks.load_model import load_model
+
+    return load_model(os.fspath(source), settings)

@@ -78,10 +78,7 @@ class Decoder:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-self.max_pixels // 2))
         try:
             with Image.open(io.BytesIO(data), formats=KINDS) as image:
-                self._check_size(*image.size)
-                image.load()
-                turned = orientation(image) if self.exif_orientation else 1
-                pixels = np.array(eight_bits(image).convert(MODES[self.in_chans]))
+                return self.of_pillow(image)
         except BadImage:
             raise
         except UnidentifiedImageError as error:
@@ -90,6 +87,13 @@ class Decoder:
             raise BadImage("not an image of a known kind") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise BadImage(f"{type(error).__name__}: {error}") from error
+
+    def of_pillow(self, image: Image.Image) -> Tensor:
+        """(C, H, W) uint8 of an image that Pillow has opened, the same as of its file."""
+        self._check_size(*image.size)
+        image.load()
+        turned = orientation(image) if self.exif_orientation else 1
+        pixels = np.array(eight_bits(image).convert(MODES[self.in_chans]))
         whole = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
         return oriented(whole, turned)
 

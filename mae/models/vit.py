@@ -107,12 +107,13 @@ def classifier(
     mlp_ratio: float,
     num_classes: int,
     drop_path: float,
-    global_pool: Literal["avg", "token"],
+    global_pool: Literal["avg", "token", ""],
 ) -> VisionTransformer:
     """A ViT classifier (B, C, H, W) -> (B, num_classes) whose state dict is exactly timm's.
 
     `global_pool="avg"`: mean of the patch tokens, `fc_norm`, head; no `norm` (reference, fine-tuning).
-    `"token"`: `norm`, then the class token. `drop_path` rises linearly over the blocks from 0 to its value.
+    `"token"`: `norm`, then the class token. `""`: `norm`, and every token.
+    `drop_path` rises linearly over the blocks from 0 to its value.
     Raises UserError where sizes contradict each other.
     """
     img, patch, _ = patch_grid(img_size, patch_size)

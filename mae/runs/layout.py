@@ -14,4 +14,5 @@ FAILURE = "failure.json"  # the first error of the last start
 LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+CLASSES = "classes.json"  # of a classifier: names in the order of its logits
 SLURM = "slurm"  # jobs, attempts and their verdicts

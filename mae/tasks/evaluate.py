@@ -20,18 +20,16 @@ from mae.data.sources.robustness import Robustness, corruption_errors, synsets
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.metrics import Collector, Results
-from mae.models.vit import classifier
 from mae.runs.summary import Summary, rate
 from mae.tasks import charts
 from mae.tasks.base import Autocast
 from mae.tasks.batches import bad_files_csv, eval_loader, sent
+from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
-from mae.tasks.labels import need_labels, read_class_names
-from mae.tasks.linprobe import probe_head
+from mae.tasks.labels import need_labels
 from mae.tasks.results import track_results, write_csv, write_results
 from mae.tracking.base import Tracker
-from mae.weights.load import load_pretrained
-from mae.weights.read import PretrainedWeights, read_pretrained
+from mae.weights.read import read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def evaluate(
     warn_of_statistics(cfg, pretrained)
     warn_of_crop(cfg, pretrained)
     model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    names = read_class_names(cfg.init)
+    names = pretrained.meta.classes or None
     classes = model_classes(cfg, source, model.num_classes, names)
     loader = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_files_csv(run, ranks))
     autocast = partial(device.autocast, dtype, ranks.device)
@@ -104,17 +102,6 @@ def need_parquet() -> None:
         raise UserError("task.predictions=parquet needs the package pyarrow: use task.predictions=csv.") from error
 
 
-def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> VisionTransformer:
-    """The classifier in a checkpoint, with as many classes as it has. Raises UserError where there is none."""
-    head = pretrained.head
-    count, pool = (head.classes, head.pool) if head else (max(classes, 1), "avg")
-    model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
-    if head is not None and head.batch_norm:
-        model.add_module("head", probe_head(model.embed_dim, count))
-    load_pretrained(model, pretrained, head="require")
-    return model.eval()
-
-
 def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str] | None) -> np.ndarray:
     """The model's class of each of the data's classes: by name where both are known, else by order.
 
@@ -126,16 +113,17 @@ def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str
             f"init={cfg.init} knows {classes} classes, but this data is labelled by ImageNet's 1000: evaluate a "
             "classifier of ImageNet-1k on it."
         )
-    known = names or (list(synsets()) if classes == 1000 else None)
-    if known is not None and set(source.classes) <= set(known):
-        number = {name: k for k, name in enumerate(known)}
-        return np.array([number[name] for name in source.classes], np.int64)
+    candidates = [known for known in (names, synsets() if classes == 1000 else None) if known and len(known) == classes]
+    for known in candidates:
+        if set(source.classes) <= set(known):
+            number = {name: k for k, name in enumerate(known)}
+            return np.array([number[name] for name in source.classes], np.int64)
     if len(source.classes) != classes:
         raise UserError(
             f"init={cfg.init} knows {classes} classes, but data.name={cfg.data.name} holds {len(source.classes)}: "
             "evaluate on data with the classes it was trained on."
         )
-    if known is not None:
+    if candidates:
         log.warning("the classes have other names than those trained on: they are matched by their order")
     return np.arange(classes)
 

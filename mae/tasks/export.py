@@ -17,9 +17,8 @@ from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
 from mae.runs.summary import Summary
-from mae.tasks.evaluate import load_classifier
+from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import channels, image_top, need_init, read_from, warn_of_statistics
-from mae.tasks.labels import read_class_names
 from mae.tasks.visualize import load_autoencoder
 from mae.tracking.base import Tracker
 from mae.weights.export import export as write
@@ -53,7 +52,7 @@ def export(
         with torch.no_grad():
             if pretrained.head is not None:
                 model = load_classifier(cfg, pretrained, pretrained.head.classes)
-                names = read_class_names(cfg.init) or []
+                names = pretrained.meta.classes
                 classes = names if len(names) == pretrained.head.classes else []
             else:
                 model, encoder_only = autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=format == "huggingface")

@@ -1,21 +1,18 @@
 """Labels of a data set, checked before the first step, and the class names that a classifier's run holds."""
 
-import json
 import logging
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 
-from mae.config.from_run import run_of
 from mae.data.source import Source
 from mae.data.subsets import reduced
 from mae.errors import UserError
 from mae.runs.files import write_json
+from mae.runs.layout import CLASSES
 
 log = logging.getLogger(__name__)
-
-CLASSES = "classes.json"  # in a classifier's run: names in the order of its logits
 
 
 def need_labels(cfg: DictConfig, source: Source, split: str) -> np.ndarray:
@@ -76,11 +73,3 @@ def check_classes(cfg: DictConfig, train_set: Source, val_set: Source) -> None:
 def write_class_names(run: Path, names: list[str]) -> None:
     """Writes classes.json of a run, for evaluation and export."""
     write_json(run / CLASSES, names)
-
-
-def read_class_names(init: str) -> list[str] | None:
-    """The class names of the run that `init` names, or a checkpoint of which, or None."""
-    run = run_of(init)
-    if run is None or not (run / CLASSES).is_file():
-        return None
-    return [str(name) for name in json.loads((run / CLASSES).read_text())]

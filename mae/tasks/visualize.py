@@ -20,10 +20,9 @@ from mae.config.build import build, call
 from mae.config.compose import CONF
 from mae.data import transforms
 from mae.data.dataset import STREAM_NOISE
-from mae.data.decode import Decoder
 from mae.data.prepare import Prepare
 from mae.data.source import BadImage, Source
-from mae.data.sources.folder import read as read_file
+from mae.data.sources.named import named_files
 from mae.data.subsets import Subset
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
@@ -33,35 +32,13 @@ from mae.models.masking import bind_masking
 from mae.runs.files import write_text
 from mae.runs.summary import Summary
 from mae.tasks import images as pictures
-from mae.tasks.evaluate import load_classifier
+from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import need_init, read_from, warn_of_statistics
 from mae.tracking.base import Tracker
 from mae.weights.load import LoadReport, load_pretrained
 from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
-
-
-class NamedFiles(Source):
-    """Image files that are named one by one."""
-
-    def __init__(self, files: list[str], decoder: Decoder):
-        for file in files:
-            if not Path(file).expanduser().is_file():
-                raise UserError(f"task.files names {file}, which does not exist.")
-        self.files, self.decoder, self.classes = files, decoder, []
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return self.decoder(read_file(str(Path(self.files[index]).expanduser()))), -1
-        except (BadImage, OSError) as error:
-            raise UserError(f"task.files: {self.files[index]} cannot be used: {error}.") from error
-
-    def name(self, index: int) -> str:
-        return Path(self.files[index]).name
 
 
 def visualize(
@@ -124,16 +101,21 @@ def visualize(
 def chosen_images(cfg: DictConfig, files: list[str] | None, count: int) -> tuple[Tensor, list[str]]:
     """Images (B, C, H, W) as the source has them, and their names: of `files`, or spread over the validation set."""
     if files:
-        decoder = Decoder(
-            cfg.data.in_chans, cfg.data.get("exif_orientation", False), cfg.data.get("max_pixels", 1 << 28)
-        )
-        source: Source = NamedFiles(files, decoder)
+        source: Source = named_files(files, cfg.data)
     else:
         whole: Source = build(data.SOURCES, cfg.data, "val")
         source = Subset(whole, np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).astype(int)))
     crop = call(transforms.CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
-    images = torch.stack([crop(source[k][0]) for k in range(len(source))])
-    return images, [source.name(k) for k in range(len(source))]
+    names = [source.name(k) for k in range(len(source))]
+    return torch.stack([crop(read_image(source, k)) for k in range(len(source))]), names
+
+
+def read_image(source: Source, index: int) -> Tensor:
+    """An image. Raises UserError where it cannot be read."""
+    try:
+        return source[index][0]
+    except (BadImage, OSError) as error:
+        raise UserError(f"{source.name(index)} cannot be used: {error}.") from error
 
 
 def load_autoencoder(

@@ -157,6 +157,7 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
     stated |= {"img_size": list(encoder.img_size), "patch_size": list(encoder.patch_size)}
     stated |= {"num_heads": encoder.num_heads, "mean": list(facts.mean), "std": list(facts.std)}
     stated |= {"rescale_factor": 1 / facts.top} if facts.top else {}
+    stated |= {"crop_pct": facts.crop} | ({"classes": facts.classes} if facts.classes else {})
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
         stated |= {"mask_ratio": facts.mask_ratio}

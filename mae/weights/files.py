@@ -18,6 +18,7 @@ from torch import nn
 from mae.errors import UserError
 from mae.runs.checkpoints import MANIFEST, WEIGHTS, checkpoints_of, damage
 from mae.runs.files import read_json
+from mae.runs.layout import CHECKPOINTS, CLASSES
 from mae.weights import unpickle
 from mae.weights.names import CONTAINERS, Content, State, WeightSet, select, state_dicts, without_wrappers
 
@@ -41,6 +42,8 @@ class Metadata:
     processor: Settings = field(default_factory=dict)  # Hugging Face's preprocessor_config.json
     epoch: object = None  # that a training script saved
     step: int | None = None  # of this project's checkpoints
+    folder: str | None = None  # where files that `init` names by an address lie on this machine
+    classes: list[str] = field(default_factory=list)  # names in the order of the logits
 
 
 @dataclass
@@ -120,19 +123,42 @@ def _open_file(path: Path, verified: bool = False) -> Opened:
         opened.meta.processor = _read_config(path.parent / "preprocessor_config.json") or section(
             _read_config(path.parent / "processor_config.json"), "image_processor"
         )
+        opened.meta.classes = _stated_classes(opened.meta.config) or _names(opened.meta.args.get("classes"))
         if "architecture" in opened.meta.config:  # timm's hub format
             opened.origin = "timm"
+    folder = next((folder for folder in path.parents[:2] if folder.name == CHECKPOINTS), None)
+    if folder is not None:
+        opened.meta.classes = _names(_read_any(folder.parent / CLASSES))
     return opened
 
 
 def _read_config(path: Path) -> Settings:
+    config = _read_any(path)
+    return config if isinstance(config, dict) else {}
+
+
+def _read_any(path: Path) -> object:
+    """What a file of JSON or YAML holds, or None where there is none."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        config = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        return json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}, which describes a checkpoint, cannot be read: {error}") from error
-    return config if isinstance(config, dict) else {}
+
+
+def _names(value: object) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def _stated_classes(config: Settings) -> list[str]:
+    """Class names of timm's config.json, or of Hugging Face's where they are not its own LABEL_0, LABEL_1 ..."""
+    if names := _names(config.get("label_names")):
+        return names
+    numbered = section(config, "id2label")
+    if any(not key.isdigit() or name == f"LABEL_{key}" for key, name in numbered.items()):
+        return []
+    return [str(numbered[key]) for key in sorted(numbered, key=int)]
 
 
 def _open_shards(index: Path) -> Opened:

@@ -93,4 +93,9 @@ def _of_arguments(args: Settings) -> Preprocessing | None:
     if isinstance(imagenet, bool):
         mean, std = IMAGENET if imagenet else HALVES
         return _statistics(mean, std, rescale=1 / 255)
-    return _statistics(args.get("mean"), args.get("std"), rescale=_number(args.get("rescale_factor")))  # timm's, ours
+    return _statistics(  # timm's, ours
+        args.get("mean"),
+        args.get("std"),
+        rescale=_number(args.get("rescale_factor")),
+        crop=_number(args.get("crop_pct")),
+    )
