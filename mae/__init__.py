@@ -14,11 +14,8 @@ def load(source: str | os.PathLike[str], **settings: object) -> "ImageModel":
     library, `timm:NAME`, `hf://USER/NAME` or `wandb:ENTITY/PROJECT/ARTIFACT`. Sizes, normalisation and crop are those
     of the run, or what the file states; `settings` override them, such as `num_heads=12` or `mean=[0.5, 0.5, 0.5]`.
 
-        model = mae.load("runs/finetune")
-        model.preprocess("photo.jpg")                    # (C, H, W) float32
-        model.embed(["a.jpg", "b.jpg"], pooling="avg")   # (2, D) float32
-        model.predict("photo.jpg")                       # classes and probabilities, of a classifier
-        model.classes                                    # names in the order of the logits
+    `.preprocess(picture)` gives a normalised image (C, H, W). `.embed(pictures, pooling, layer)` gives features (B, D).
+    `.predict(pictures, k)` gives classes and probabilities, and `.classes` the names in the order of the logits.
 
     Raises UserError where the source cannot be read or does not say what is needed.
     """
