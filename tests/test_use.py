@@ -2,22 +2,27 @@
 
 import csv
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY_PRETRAIN, of_type, run_here
+from conftest import ROOT, TINY_PRETRAIN, composed, of_type, run_here
 from PIL import Image
-from test_tasks import TINY_FINETUNE, TINY_OTHER
+from test_evaluate import work_on
+from test_tasks import TINY_FINETUNE, TINY_OTHER, said, summary
 from timm.models.vision_transformer import VisionTransformer
 
 import mae
 from mae.errors import UserError
+from mae.launch import launch
 from mae.models.layers import blocks_of
 from mae.runs.checkpoints import newest_valid
+from mae.tasks.embed import Parts
 from mae.tasks.inference import ImageModel
+from mae.tasks.inputs import image_sets
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -121,7 +126,7 @@ def test_features_are_what_timm_computes_at_every_layer_and_pooling(classifier, 
                 torch.testing.assert_close(classifier.embed(images, "avg", number), hidden[:, 1:].mean(1))
     assert classifier.embed(images, pooling="patches").shape == (3, 16, 32)
     torch.testing.assert_close(classifier.embed(images[0]), classifier.embed(images)[:1])
-    with pytest.raises(UserError, match=r"^layer 2 is none of the 2 blocks: choose -2 to 1, or null\.$"):
+    with pytest.raises(UserError, match="^layer=2 is none of the 2 blocks: -2 to 1, or None for"):
         classifier.embed(images, layer=2)
 
 
@@ -188,6 +193,159 @@ def test_torch_hub_loads_a_run(classifier, classifier_run, tree):
     assert of_type(ImageModel, model).predict(file, k=1).classes == classifier.predict(file, k=1).classes
 
 
+# ---------------------------------------------------------------- task=embed
+
+
+def small(run: Path, *more: str) -> list[str]:
+    """A command on the classifier's run, with its model and the data that a command line would take over."""
+    model = [override for override in TINY_OTHER if not override.startswith("data.")]
+    data = ["data=folder", "data.img_size=16", "data.crop_fraction=0.8", "data.exif_orientation=true"]
+    return [*model, *data, f"init={run}", "data.num_workers=0", *more]
+
+
+def names_in(table: Path) -> list[str]:
+    return [row["file"] for row in csv.DictReader(table.read_text().splitlines())]
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory) -> Path:
+    """A flat folder without labels: seven photos, and a file that is none."""
+    root = tmp_path_factory.mktemp("flat")
+    for k in range(7):
+        photo(k, "L" if k == 2 else "RGB").save(root / f"{k}.jpg")
+    (root / "3bad.jpg").write_bytes(b"no image")
+    return root
+
+
+def embed_command(run: Path, root: Path, *more: str) -> list[str]:
+    parts = ["task.batch_size=2", "task.part_batches=1", "data.max_bad_fraction=0.5"]
+    return ["task=embed", *small(run, f"data.root={root}", *parts, *more)]
+
+
+def test_features_have_the_names_of_an_unlabelled_folder_on_one_rank_and_on_two(
+    classifier, classifier_run, mixed, tmp_path
+):
+    arrays = []
+    for world in (1, 2):
+        run, command = tmp_path / f"on_{world}", embed_command(classifier_run, mixed)
+        launch.prepare(composed(*command, f"output_dir={run}"), command)
+        work_on(world, run)
+        arrays.append(np.load(run / "features.npy"))
+        names = names_in(run / "features.csv")
+        assert names == [f"{k}.jpg" for k in range(7)] and not (run / "parts").exists()
+        assert summary(run)["rows"] == 7 and summary(run)["bad"] == 1 and summary(run)["files"][0] == "features.npy"
+        bad = "".join(path.read_text() for path in run.glob("bad_files*.csv"))
+        assert "3bad.jpg" in bad and "not an image of a known kind" in bad
+    assert (arrays[0] == arrays[1]).all() and arrays[0].dtype == np.float32
+    expected = classifier.embed([mixed / name for name in names])
+    torch.testing.assert_close(torch.from_numpy(arrays[0]), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_killed_and_started_again_only_what_is_missing_is_computed(classifier_run, mixed, tmp_path, monkeypatch):
+    written: list[int] = []
+    write = Parts.write
+
+    def recorded(self, number, index, feature):
+        if len(written) == 2:
+            raise RuntimeError("killed here")
+        written.append(number)
+        write(self, number, index, feature)
+
+    command = embed_command(classifier_run, mixed, "task.pooling=patches", "task.layer=-1", "task.dtype=float16")
+    assert run_here(tmp_path / "whole", *command) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "write", recorded)
+        with pytest.raises(RuntimeError, match="killed here"):
+            run_here(tmp_path / "again", *command)
+        assert written == [0, 1]
+        patched.setattr(
+            Parts, "write", lambda self, number, *rest: (written.append(number), write(self, number, *rest))
+        )
+        assert run_here(tmp_path / "again", *command) == 0
+    assert written == [0, 1, 2, 3]
+    whole, again = (np.load(tmp_path / name / "features.npy") for name in ("whole", "again"))
+    assert whole.shape == (7, 16, 32) and whole.dtype == np.float16 and (whole == again).all()
+
+
+def test_features_of_labelled_splits_in_one_parquet_file(classifier, classifier_run, tree, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tree)
+    photos(tmp_path / "data" / "val", CLASSES, 2)
+    target = tmp_path / "out" / "x.parquet"
+    more = ["task.format=parquet", f"task.path={target}", "data.follow_links=true", "task.batch_size=4"]
+    command = ["task=embed", *small(classifier_run, f"data.root={tmp_path / 'data'}", *more)]
+    assert run_here(tmp_path / "run", *command) == 0
+    table = parquet.read_table(target)
+    assert table.column_names == ["file", "split", "label", "feature"] and len(table) == 24
+    assert table["split"].to_pylist() == ["train"] * 18 + ["val"] * 6
+    assert all(row["file"].startswith(row["label"]) for row in table.select(["file", "label"]).to_pylist())
+    feature = torch.tensor(table["feature"].to_pylist())
+    expected = classifier.embed([tree / name for name in table["file"].to_pylist()[:18]])
+    torch.testing.assert_close(feature[:18], expected, atol=1e-6, rtol=1e-6)
+    message = said(*command, directory=tmp_path / "other")
+    assert message.endswith(f"{target} exists already, and is not overwritten. Choose another path.")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "task.layer=2",
+            "task.layer=2 is none of the 2 blocks: choose -2 to 1, or the output of the last norm (null).",
+        ),
+        ("task.files=[nowhere.jpg]", "task.files names nowhere.jpg, which does not exist."),
+        ("task.files=['no*.jpg']", "task.files names no*.jpg, which matches no file."),
+        ("task.files=[.]", "task.files names the folder .: type data=folder data.root=., or ./*.jpg."),
+        ("task.files=[]", "task.files names no file: give paths or patterns, as task.files=[a.jpg,'photos/*.png']."),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(classifier_run, override, sentence):
+    cfg = composed("task=embed", *small(classifier_run, f"data.root={ROOT}", override))
+    with pytest.raises(UserError) as caught:
+        if cfg.task.files is None:
+            mae.load(classifier_run).check("task.pooling", "avg", "task.layer", cfg.task.layer)
+        image_sets(cfg, cfg.task.files, "all")
+    assert str(caught.value) == sentence
+
+
+# ---------------------------------------------------------------- task=predict
+
+
+def test_labels_of_an_unlabelled_folder_and_of_files_with_a_contact_sheet(classifier, classifier_run, mixed, tmp_path):
+    command = ["task=predict", *small(classifier_run, "task.batch_size=3", "data.max_bad_fraction=0.5")]
+    rows = []
+    for world in (1, 2):
+        run, whole = tmp_path / f"on_{world}", [*command, f"data.root={mixed}", "task.top_k=9"]
+        launch.prepare(composed(*whole, f"output_dir={run}"), whole)
+        work_on(world, run)
+        rows.append((run / "labels.csv").read_text())
+    assert rows[0] == rows[1]
+    table = list(csv.DictReader(rows[0].splitlines()))
+    header = ["file", *(f"{name}_{k}" for k in (1, 2, 3) for name in ("class", "probability"))]
+    assert list(table[0]) == header and [row["file"] for row in table] == [f"{k}.jpg" for k in range(7)]
+    for row in table:
+        names, probabilities = classifier.predict(mixed / row["file"])
+        assert [row[f"class_{k}"] for k in (1, 2, 3)] == names[0]
+        assert [float(row[f"probability_{k}"]) for k in (1, 2, 3)] == pytest.approx(probabilities[0].tolist(), abs=2e-6)
+    assert sum(summary(tmp_path / "on_2")["predicted"].values()) == 7
+    with Image.open(tmp_path / "on_1" / "images" / "labels.png") as sheet:
+        assert sheet.width > 500
+    assert "labels" in (tmp_path / "on_1" / "report.html").read_text()
+
+    named = ["task.format=parquet", f"task.files=['{mixed}/[01].jpg','{mixed}/6.jpg']", f"task.path={tmp_path / 'two'}"]
+    assert run_here(tmp_path / "files", *command, *named) == 0
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = parquet.read_table(tmp_path / "two" / "labels.parquet")
+    assert files["file"].to_pylist() == [str(mixed / f"{k}.jpg") for k in (0, 1, 6)]
+    assert files["class_1"].to_pylist() == [table[k]["class_1"] for k in (0, 1, 6)]
+
+
+def test_labels_of_an_autoencoder_are_refused(autoencoder_run, mixed, tmp_path):
+    message = said(*TINY_OTHER, "task=predict", f"init={autoencoder_run}", directory=tmp_path)
+    assert "predicts no labels: it has no classes. Fine-tune it (task=finetune init=" in message
+
+
 # ---------------------------------------------------------------- docs/use.md
 
 TEXT = (ROOT / "docs" / "use.md").read_text()
@@ -201,3 +359,11 @@ def test_the_lines_of_python_in_docs_run(autoencoder_run, classifier_run, tmp_pa
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/use.md", "exec"), scope)
+
+
+def test_the_commands_in_docs_compose(classifier_run, mixed):
+    commands = re.findall(r"^python run\.py (.+)$", TEXT, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        arguments = shlex.split(command.replace("RUN", str(classifier_run)).replace("DIR", str(mixed)), comments=True)
+        assert composed(*arguments).task.name in ("embed", "predict", "export")

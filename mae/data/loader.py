@@ -91,6 +91,7 @@ class Loader:
 class EvalLoader:
     """Each image once over all ranks, rank r having r, r + world, ...: no padding, so that sums are exact.
 
+    `indices` are other images for this rank, in this order; `split` is what the list of bad images calls the source.
     Batches of `batches.micro` images, as in `Loader`, with weight 1. The random numbers are those of epoch 0. A rank
     may have no batch at all.
     """
@@ -103,10 +104,12 @@ class EvalLoader:
         settings: LoaderSettings,
         bad_csv: str | Path | None = None,
         pin_memory: bool = False,
+        indices: np.ndarray | None = None,
+        split: str = "val",
     ):
         self.source, self.batch_size, self.timeout_s = source, batches.micro, settings.timeout_s
-        self.indices = np.arange(batches.rank, len(source), batches.world)
-        self.record = Record(len(source), settings.max_bad_fraction, bad_csv, "val", batches.world)
+        self.indices = np.arange(batches.rank, len(source), batches.world) if indices is None else indices
+        self.record = Record(len(source), settings.max_bad_fraction, bad_csv, split, batches.world)
         reader = Reader(source, transform, replace(batches, repeats=1))
         self._loader = makers(reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends

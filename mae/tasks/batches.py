@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
 from mae import data, device
@@ -29,12 +30,17 @@ def eval_loader(
     batch_size: int,
     masking: Masking | None = None,
     bad_csv: Path | None = None,
+    indices: np.ndarray | None = None,
+    split: str = "val",
 ) -> EvalLoader:
-    """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`."""
+    """The images of this rank, centre-cropped, each once over all ranks; bad ones are listed in `bad_csv`.
+
+    `indices` are those of this rank in their order, where they are not every `world`-th.
+    """
     transform = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
     batches = Batches(batch_size, batch_size, cfg.seed, ranks.rank, ranks.world, masking=masking)
     settings = call(LoaderSettings, cfg.data)
-    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda")
+    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda", indices, split)
 
 
 def bad_files_csv(run: Path, ranks: Ranks) -> Path:

@@ -1,10 +1,13 @@
 """Charts of a classifier's results and of a data set."""
 
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mae.report.glyphs import drawable
 from mae.runs.files import replacing
@@ -51,6 +54,24 @@ def calibration(bins: np.ndarray, error: float, path: Path) -> None:
     axes.bar(left[used], bins[used, 2], width=1 / len(bins), align="edge", color="#6baed6", edgecolor="white")
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"Calibration error {error:.4f}")
+    _save(figure, path)
+
+
+def captioned(
+    images: Sequence[Tensor], captions: list[tuple[str, str]], title: str, path: Path, columns: int = 8
+) -> None:
+    """Images (C, H, W) in [0, 1] side by side, with two lines below each. Other than three channels show as their
+    mean."""
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
+    figure = Figure(figsize=(1.5 * columns, 1.95 * rows + 0.5), layout="constrained")
+    names, font = drawable([textwrap.shorten(name, 22, placeholder="...") or "?" for name, _ in captions])
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, image, name, (_, line) in zip(grid.flat, images, names, captions, strict=False):
+        values = image.float().cpu() if len(image) == 3 else image.float().cpu().mean(0, keepdim=True)
+        axes.imshow(values.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
+        axes.text(0.5, -0.04, f"{name}\n{line}", transform=axes.transAxes, ha="center", va="top", fontsize=8, **font)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

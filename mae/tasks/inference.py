@@ -106,6 +106,7 @@ class ImageModel(nn.Module):
         a classifier's head would get them. A number: the output of that block as it is; 0 is the first, -1 the last.
         Raises UserError for a layer or token that the network does not have.
         """
+        self.check("pooling", pooling, "layer", layer)
         network, x = self.network, self.batch(images)
         if layer is None:
             tokens = network.forward_features(x)
@@ -114,23 +115,28 @@ class ImageModel(nn.Module):
             pooled = self._pooled(self._block_output(x, layer), pooling)
         return pooled.float() if pooled.dtype is not torch.float64 else pooled
 
+    def check(self, pooling_key: str, pooling: Pooling, layer_key: str, layer: int | None) -> None:
+        """Raises UserError for a layer or a token that the network does not have."""
+        depth = len(self.network.blocks)
+        if layer is not None and not -depth <= layer < depth:
+            raise UserError(
+                f"{layer_key}={layer} is none of the {depth} blocks: {-depth} to {depth - 1}, or "
+                f"{'null' if '.' in layer_key else 'None'} for the output of the last norm."
+            )
+        if pooling == "token" and not self.network.num_prefix_tokens:
+            raise UserError(f"{self.name} ({self.kind}) has no class token: choose {pooling_key}=avg or patches.")
+
     def _pooled(self, tokens: Tensor, pooling: Pooling) -> Tensor:
-        prefix = self.network.num_prefix_tokens
-        if pooling != "token":
-            patches = tokens[:, prefix:]
-            return patches.mean(1) if pooling == "avg" else patches
-        if not prefix:
-            raise UserError(f"{self.name} ({self.kind}) has no class token: choose pooling avg or patches.")
-        return tokens[:, 0]
+        if pooling == "token":
+            return tokens[:, 0]
+        patches = tokens[:, self.network.num_prefix_tokens :]
+        return patches.mean(1) if pooling == "avg" else patches
 
     def _block_output(self, x: Tensor, layer: int) -> Tensor:
         """Tokens (B, N, D) after a block."""
-        depth = len(self.network.blocks)
-        if not -depth <= layer < depth:
-            raise UserError(f"layer {layer} is none of the {depth} blocks: choose {-depth} to {depth - 1}, or null.")
         outputs = self.network.forward_intermediates(
             x,
-            indices=[layer % depth],
+            indices=[layer % len(self.network.blocks)],
             return_prefix_tokens=True,
             stop_early=True,
             output_fmt="NLC",

@@ -85,6 +85,8 @@ TASKS = {
     ),
     "stats": TaskEntry("tasks.stats:stats", "statistics", closing_key="use"),
     "inspect": TaskEntry("tasks.inspect:inspect", "inspection", closing_key="files"),
+    "embed": TaskEntry("tasks.embed:embed", "features", needs_init=True, closing_key="files"),
+    "predict": TaskEntry("tasks.predict:predict", "labels", needs_init=True, closing_key="files"),
     "pipeline": TaskEntry("launch.pipeline:pipeline", "pipeline"),
 }
 METRICS = {entry.metric.key: entry.metric for entry in TASKS.values() if entry.metric is not None}
