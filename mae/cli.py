@@ -68,7 +68,9 @@ def run(cfg: DictConfig) -> int:
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
     overrides += from_run.own_names(cfg, without_typed(here.runtime.choices, overrides))
-    if cfg.resume:
+    if cfg.replay:
+        cfg, overrides = from_run.replayed(cfg, overrides)
+    elif cfg.resume:
         cfg, overrides = from_run.resumed(cfg, overrides)
     checked = check_config(resolve(cfg))
     if checked.dry_run:

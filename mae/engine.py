@@ -9,16 +9,18 @@ from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae import device, limits
 from mae.config.build import call
 from mae.config.saved import read_config
 from mae.data.workers import naming_killed_workers
-from mae.distributed.fsdp import gathered, replicated_like
 from mae.distributed.ranks import Ranks, start
 from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
+from mae.instability.record import record_bad_step
+from mae.instability.replay import replay
+from mae.instability.words import hint
 from mae.perf.compile import no_recompilation
 from mae.perf.micro_batch import explaining_memory
 from mae.perf.profiling import profiled
@@ -29,6 +31,7 @@ from mae.runs.failure import write_failure
 from mae.runs.file_system import check_needs
 from mae.runs.locks import held_run
 from mae.runs.summary import Summary
+from mae.step import accumulate, take_step
 from mae.tasks import registry
 from mae.tasks.base import training_summary
 from mae.tasks.linprobe_cached import probe_features
@@ -70,11 +73,7 @@ def train(
     profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
     with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
         for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
-            with ranks.accumulating(t.model, more=not last_of_step):
-                with t.autocast():
-                    scalars = {name: value * batch["weight"] for name, value in t.model(batch).items()}
-                ranks.alive()
-                t.scaler.scale(poisoned(scalars["loss"])).backward()
+            scalars = accumulate(t, batch, last_of_step)
             totals = {name: totals.get(name, 0.0) + value.detach() for name, value in scalars.items()}
             if not last_of_step:
                 continue
@@ -83,7 +82,7 @@ def train(
             last = p.step + 1 == plan.steps
             logged = last or (p.step + 1) % log_every_steps == 0
             sizes = take_step(t, clip_grad, by_block=logged)
-            p.add(totals)
+            p.add(totals, t.scaler.is_enabled())
             totals = {}
             p.step += 1
             profiler.step()
@@ -96,6 +95,8 @@ def train(
 
             stop, late = ranks.agree(interruption.received is not None, ranks.main and t.saver.late())
             diverged = logged and int(p.bad_run) >= max_bad_steps
+            if logged:
+                record_bad_step(t, diverged)
             if last or late or stop or diverged or t.best_unsaved or plan.crosses(t.saver.every_epochs, p.step):
                 p.seconds += clock.lap()
                 t.save()
@@ -106,38 +107,6 @@ def train(
                 raise Interrupted(f"Asked to stop at step {p.step}.")
     t.saver.wait()
     return metrics
-
-
-def poisoned(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients where it is not finite: every rank then sees it in the shared gradient."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-
-
-def take_step(t: Training, clip_grad: float | None, by_block: bool) -> dict[str, Tensor]:
-    """One optimizer step, skipped on the device itself where the gradient is not finite.
-
-    Returns the gradient's norm, and with `by_block` those of each block's gradient and weights.
-    """
-    t.scaler.unscale_(t.optimizer)
-    parameters = [p for p in t.task.trained.parameters() if p.grad is not None]
-    norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    sizes = {"grad_norm": norm} | (gathered(norms.norms(t.task.trained)) if by_block else {})
-    if clip_grad is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-    bad = (~norm.isfinite()).to(torch.float32)
-    if t.scaler.is_enabled():
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-    elif device.skips_by_itself(t.optimizer, t.ranks.device):
-        t.optimizer.found_inf = replicated_like(bad, parameters)  # type: ignore[attr-defined]  # as GradScaler tells them
-        t.optimizer.step()
-    elif not bad:  # the other optimizers cannot skip by themselves: here the host waits
-        t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    t.task.after_step(bad)
-    t.progress.bad_steps += bad
-    t.progress.bad_run = (t.progress.bad_run + bad) * bad
-    return sizes
 
 
 def measure(t: Training, clock: Clock) -> dict[str, float]:
@@ -211,10 +180,15 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         if ranks.main:
             for warning in check_needs(run):
                 log.warning("%s", warning)
-            tracker = build_trackers(run, cfg)
             environment.keep(run, *device.description(ranks.device), ranks.world)
-        summary = run_task(run, cfg, ranks, tracker)
-        if ranks.main:
+            if cfg.replay is None:
+                tracker = build_trackers(run, cfg)
+        if cfg.replay is not None:
+            with naming_killed_workers(), explaining_memory(cfg, ranks):
+                replay(run, cfg, ranks)
+        else:
+            summary = run_task(run, cfg, ranks, tracker)
+        if ranks.main and summary is not None:
             attempt.check(run)
             summary.write(run)
         ranks.barrier()  # where torchrun started us, each rank looks for the summary itself
@@ -224,7 +198,8 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         tracker.event("interrupted: a checkpoint is saved", None)
         code = 130
     except Diverged as stopped:
-        log.error("%s A checkpoint is saved. Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32.", stopped)
+        advice = "Try a lower optimizer.base_lr, task.clip_grad=1.0, or fp32."
+        log.error("%s A checkpoint is saved. %s%s", stopped, advice, hint(run))
         write_failure(run, rank, stopped)
         tracker.event(f"diverged: {stopped}", None)
         code = 3
@@ -235,7 +210,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
         raise
     finally:
         tracker.finish(summary.to_json() if summary is not None else {}, failed=code != 0)
-        if rank == 0:
+        if rank == 0 and cfg.replay is None:
             write_report(run)
         if ranks is not None:
             ranks.close()

@@ -17,18 +17,26 @@ class Progress:
 
     bad_steps: Tensor  # (): steps skipped so far
     bad_run: Tensor  # (): of these, the last ones in a row
+    first_bad: Tensor  # (): steps before the first bad one; -1 where there was none, see `add`
     sums: dict[str, Tensor] = field(default_factory=dict)  # (): this rank's loss and scalars since the last log point
     step: int = 0
     logged_at: int = 0  # step of the last log point
     skips_told: int = 0
+    bad_step_recorded: bool = False
     seconds: float = 0.0  # spent by all attempts together, up to this checkpoint
 
     @classmethod
     def new(cls, device: torch.device) -> "Progress":
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+        zero = torch.zeros((), device=device)
+        return cls(zero, zero.clone(), zero - 1)
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Adds those of a step, which count as 0 where it was skipped."""
+    def add(self, scalars: Mapping[str, Tensor], scaled: bool = False) -> None:
+        """Adds those of a step, which count as 0 where it was skipped.
+
+        Where the loss is `scaled`, gradients may overflow, and only a loss that is not finite makes a step a bad one.
+        """
+        bad = ~scalars["loss"].isfinite() if scaled else self.bad_run > 0
+        self.first_bad = torch.where(bad & (self.first_bad < 0), self.step, self.first_bad)
         for name, value in scalars.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros((), device=self.bad_run.device)
@@ -48,7 +56,8 @@ class Progress:
         means = {name: sum(sums[name] for sums in by_rank) / len(by_rank) for name in by_rank[0]}
         device = self.bad_run.device
         for name in self.state():
-            setattr(self, name, state[name].to(device) if isinstance(state[name], Tensor) else state[name])
+            value = state.get(name, getattr(self, name))  # earlier versions knew no bad step
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
         sums = by_rank[rank] if len(by_rank) == world else means
         self.sums = {name: torch.full((), value, device=device) for name, value in sums.items()}
 

@@ -29,8 +29,10 @@ MAY_IMPORT = {
     "perf": {"config", "device", "distributed", "limits", "models", "plan", "runs", "tasks.registry"},
     "report": {"config", "program", "runs", "tasks.registry", "tracking"},
     "tasks": STEP | {"checkpoint", "data", "report", "rng", "weights"},
+    "step": STEP | {"training"},
+    "instability": STEP | {"checkpoint", "data", "program", "step", "training"},
     "training": STEP | {"checkpoint", "data", "perf", "tasks", "weights"},
-    "engine": STEP | {"checkpoint", "data", "perf", "report", "tasks", "training"},
+    "engine": STEP | {"checkpoint", "data", "perf", "report", "tasks", "training", "step", "instability"},
     "launch": BASE | {"distributed", "engine", "program", "report"},  # torch only in a run's own processes
     "tools": STEP | {"data", "launch", "perf", "program", "report", "tasks"},
     "__init__": {"tasks"},  # mae.load, within the function: `import mae` alone imports nothing

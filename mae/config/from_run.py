@@ -2,7 +2,7 @@
 
 - `init=RUN`: the model and the data of that run, where the command line says neither.
 - A stage of a pipeline, and the run that `init=auto` stands for: model, data, launcher and device of the command.
-- `resume=RUN`: all of that run, but for what may change between two starts.
+- `resume=RUN` and `replay=RUN`: all of that run, but for what may change between two starts.
 """
 
 import os
@@ -15,15 +15,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mae.config import overrides
-from mae.config.check import check_config, to_dict
+from mae.config.check import check_config, to_dict, with_values
 from mae.config.compose import chosen_groups, composed, is_group
 from mae.config.identity import CHANGEABLE, NEUTRAL
 from mae.config.paths import data_root
 from mae.config.rules import reads_data
 from mae.config.saved import read_config, stored_config, stored_overrides
 from mae.errors import UserError
+from mae.runs.bad_step import bad_step_dir, read_bad_step
 from mae.runs.checkpoints import newest_complete
-from mae.runs.layout import CHECKPOINTS, CONFIG
+from mae.runs.layout import BAD_STEP, CHECKPOINTS, CONFIG
 
 SECTIONS = ("model", "data")
 MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
@@ -161,20 +162,20 @@ def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
 # ---------------------------------------------------------------- resume=RUN
 
 
-def resumed(cfg: DictConfig, arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
+def resumed(cfg: DictConfig, arguments: Sequence[str], verb: str = "resume") -> tuple[DictConfig, list[str]]:
     """The saved config of `resume=RUN` and its command line, with the changes of this command line.
 
     Raises UserError for a key that may not change between two starts.
     """
-    run = Path(cfg.resume)
+    run = Path(cfg[verb])
     stored = read_config(run)
     typed = {overrides.key_of(override): override for override in arguments}
-    typed.pop("resume")
-    free = {".".join(path) for path in NEUTRAL} - {"resume"} | set(CHANGEABLE)
+    typed.pop(verb)
+    free = {".".join(path) for path in NEUTRAL} - {"resume", "replay"} | set(CHANGEABLE)
     for key in sorted(typed):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise UserError(
-                f"{key} cannot be changed together with resume={cfg.resume}: a run keeps its own config. "
+                f"{key} cannot be changed together with {verb}={cfg[verb]}: a run keeps its own config. "
                 "Leave it out, or start a new run with init=RUN."
             )
     if "output_dir" in typed and (cfg.output_dir is None or Path(cfg.output_dir).absolute() != run.absolute()):
@@ -192,6 +193,19 @@ def resumed(cfg: DictConfig, arguments: Sequence[str]) -> tuple[DictConfig, list
     if "data.root" not in typed and merged.data.root is not None:
         merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
     return check_config(merged), _replaced(stored_overrides(run), typed)
+
+
+def replayed(cfg: DictConfig, arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """As `resumed`, for `replay=RUN`, whose own directory lies in that of the run.
+
+    Raises UserError where the run has left no bad step.
+    """
+    run = Path(cfg.replay)
+    if any(overrides.key_of(argument) == "output_dir" for argument in arguments):
+        raise UserError(f"output_dir cannot be set together with replay={cfg.replay}: it reports in {run / BAD_STEP}.")
+    config, typed = resumed(cfg, arguments, "replay")
+    read_bad_step(run)
+    return with_values(config, output_dir=str(bad_step_dir(run)), replay=str(run.absolute())), typed
 
 
 def _replaced(stored: Sequence[str], typed: dict[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ from mae.runs.layout import CONFIG, FORMAT_KEY
 NEUTRAL = (
     ("output_dir",),
     ("resume",),
+    ("replay",),
     ("dry_run",),
     ("tensorboard",),
     ("launcher",),

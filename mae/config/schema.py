@@ -44,6 +44,7 @@ class TopLevel:
     output_dir: str | None
     init: str | None
     resume: str | None
+    replay: str | None
     dry_run: bool
     tensorboard: bool
     device: Literal["auto", "cpu", "cuda", "mps"]

@@ -28,7 +28,7 @@ class Migration:
 
     format: int  # the first one that is not migrated
     renamed: Mapping[str, str] = field(default_factory=dict)  # group or dotted key -> today's
-    # group, or group=name -> the keys that came with this format, and what was done before
+    # group, group=name, or "" for the top -> the keys that came with this format, and what was done before
     added: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
@@ -42,10 +42,16 @@ MIGRATIONS = (
             "data=folder": {"splits": "auto"},
             "data=cifar10_folder": {"splits": "auto"},
             "data=scientific": {"splits": "auto"},
+            "": {"replay": None},
             "masking": {"name": "random"},
             "target": {"name": "pixels"},
             "model": {"decoder": "self", "mask_tokens": "decoder"},
-            "task=pretrain": {"predict_ratio": None},
+            "task=pretrain": {
+                "predict_ratio": None,
+                "rankme": None,
+                "online_probe": False,
+                "online_probe_lr": 1.0e-3,
+            },
         },
     ),
 )
@@ -106,9 +112,9 @@ def earlier_values(config: Mapping[str, Any]) -> dict[tuple[str, str], object]:
 
 
 def _chosen(config: Mapping[str, Any], choice: str) -> bool:
-    """Whether a config has made a choice such as `data=folder`, or has the group `data`."""
+    """Whether a config has made a choice such as `data=folder`, or has the group `data`; every one has a top."""
     group, _, name = choice.partition("=")
-    section = config.get(group)
+    section = config.get(group) if group else config
     return isinstance(section, Mapping) and name in ("", section.get("name"))
 
 
@@ -118,10 +124,11 @@ def _migrate(config: Config, migration: Migration) -> Iterator[str]:
         _rename(config, old, new)
     for choice, keys in migration.added.items():
         group = choice.partition("=")[0]
+        section = config.get(group, config)
         for key in keys if _chosen(config, choice) else ():
-            if key not in config[group]:
-                config[group][key] = keys[key]
-                yield f"{group}.{key}"
+            if key not in section:
+                section[key] = keys[key]
+                yield f"{group}.{key}" if group else key
 
 
 def _rename(config: Config, old: str, new: str) -> None:

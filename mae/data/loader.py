@@ -58,8 +58,8 @@ class Loader:
         )
         self._start = (0, 0)
         self._running: Iterator[Loaded | Failure] | None = None  # going on from `_start`
-        reader = Reader(self.source, transform, batches)
-        self._loader = makers(reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
+        self._reader = Reader(self.source, transform, batches)
+        self._loader = makers(self._reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
     def _tickets(self) -> Iterator[Ticket]:
@@ -81,6 +81,10 @@ class Loader:
             last = number + 1 == self.steps_per_epoch
             self._start = (epoch + 1, 0) if last else (epoch, number + 1)
             self._running = running
+
+    def batches_of(self, epoch: int, step: int) -> list[Batch]:
+        """The micro-batches of any step, made by this process itself; the workers go on as they were."""
+        return [self._reader.load(ticket).batch for ticket in self.sampler.micro_batches(epoch, step)]
 
     def close(self) -> None:
         """Ends the workers."""

@@ -24,6 +24,9 @@ from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import job_id, typed_path
 from mae.launch.slurm.submit import slurm, submit, submit_last
 from mae.program import as_typed
+from mae.runs.bad_step import read_replay
+from mae.runs.files import read_json_lines
+from mae.runs.layout import METRICS
 from mae.runs.locks import held_run
 from mae.runs.summary import Summary, is_finished
 from mae.tasks import registry
@@ -75,9 +78,11 @@ def run_prepared(run: Path, cfg: DictConfig, overrides: list[str], main: bool) -
             return code
     elif code := build(LAUNCHERS, cfg.launcher, run):
         return code
+    if main and cfg.replay and cfg.launcher.name != "slurm":  # whose job has only been submitted
+        sys.stdout.write(read_replay(run))
     summary = Summary.read(run)
     if main and summary is not None:
-        sys.stdout.write(closing_lines(run, summary))
+        sys.stdout.write(learning_line(run, summary) + closing_lines(run, summary))
     return 0
 
 
@@ -98,6 +103,16 @@ def checkpoint_changed(run: Path, cfg: DictConfig) -> str:
     if now.name == read or not read.startswith("step_"):
         return ""
     return f" It read {read}, and init={cfg.init} stands for {now.name} now: {pasted('init', str(now))} takes that."
+
+
+def learning_line(run: Path, summary: Summary) -> str:
+    """Whether a pre-training run is still learning, in a line; empty where that cannot be told, and of other tasks."""
+    if registry.TASKS[summary.task].metric is not registry.VAL_LOSS:
+        return ""
+    from mae.report.trend import still_learning
+
+    answer = still_learning(read_json_lines(run / METRICS))
+    return f"Still learning? {answer}\n" if answer.startswith(("Yes", "No")) else ""
 
 
 def closing_lines(run: Path, summary: Summary) -> str:

@@ -21,8 +21,9 @@ from mae.errors import UserError
 from mae.program import usage_name
 from mae.report.html import data_url, page
 from mae.report.record import compared, read_record, starts
+from mae.report.trend import still_learning
 from mae.runs.files import read_json_lines, write_text
-from mae.tasks.registry import METRICS
+from mae.tasks.registry import METRICS, TASKS, VAL_LOSS
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ FRAMES = 24  # of a slider
 BAD_FILES = 20  # of a list
 AXES = ("step", "images_seen", "epoch")
 # Numbers of summary.json beside a task's own metric -> titles
-TITLES = {"val_loss": "validation loss", "top1": "top-1 %", "best_top1": "best top-1 %", "top5": "top-5 %"}
+TITLES = {"val_loss": "validation loss", "val_rankme": "RankMe", "val_online_top1": "online probe, top-1 %"}
+TITLES |= {"top1": "top-1 %", "best_top1": "best top-1 %", "top5": "top-5 %"}
 TITLES |= {"loss": "loss", "ece": "calibration error", "images_per_second": "images a second", "steps": "steps"}
 TITLES |= {"epochs": "epochs", "seconds": "seconds"}
 TITLES = {key: metric.title for key, metric in METRICS.items() if key not in TITLES} | TITLES
@@ -63,6 +65,7 @@ def page_data(run: Path) -> dict[str, object]:
         "about": f"{cfg.task.name} · {cfg.model.name} on {cfg.data.name}",
         "state": record.state,
         "tiles": main_figures(record.summary),
+        "learning": still_learning(record.metrics) if TASKS[cfg.task.name].metric is VAL_LOSS else "",
         "command": record.command,
         "series": curves(run, cfg),
         "pictures": [slider for path in runs for slider in pictures(path)],

@@ -47,13 +47,13 @@ def point_to(path: Path, link: Path) -> None:
     try:
         temporary.symlink_to(path.name)
     except OSError:
-        shutil.copytree(path, temporary, copy_function=_hard_link)
+        shutil.copytree(path, temporary, copy_function=hard_link)
     if link.is_dir() and not link.is_symlink():  # a copy, as this function or scp makes one
         shutil.rmtree(link)
     temporary.replace(link)
 
 
-def _hard_link(source: str, target: str) -> None:
+def hard_link(source: str, target: str) -> None:
     """The same file under a second name, or its copy."""
     try:
         os.link(source, target)

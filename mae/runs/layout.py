@@ -15,4 +15,5 @@ LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 CLASSES = "classes.json"  # of a classifier: names in the order of its logits
+BAD_STEP = "bad_step"  # the first step that was not finite, and its replay: see `mae.runs.bad_step`
 SLURM = "slurm"  # jobs, attempts and their verdicts

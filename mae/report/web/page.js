@@ -122,6 +122,7 @@ function tiles(run) {
 
 function oneRun(run) {
   const parts = [el("h1", {}, run.name, el("span", {class: `badge ${run.state}`}, run.state)), el("p", {class: "soft"}, run.about), tiles(run)];
+  if (run.learning) parts.push(el("p", {id: "learning"}, el("b", {}, "Is it still learning? "), run.learning));
   if (run.pictures.length) parts.push(el("h2", {}, "Pictures"), ...run.pictures.map(slider));
   parts.push(...curves([run]), ...classes(run), ...settings(run), ...pairs("Events", "events", run.events),
     ...pairs("Environment", "environment", run.environment));
