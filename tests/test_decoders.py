@@ -20,7 +20,7 @@ MODEL: dict[str, Any] = dict(
 KINDS = [("self", "decoder"), ("self", "encoder"), ("cross", "decoder"), ("linear", "encoder")]
 
 
-def autoencoder(decoder, mask_tokens="decoder", **changes) -> MaskedAutoencoder:
+def autoencoder(decoder, mask_tokens: Any = "decoder", **changes) -> MaskedAutoencoder:
     torch.manual_seed(0)
     model = MaskedAutoencoder(**{**MODEL, **changes}, decoder=decoder, mask_tokens=mask_tokens).double()
     for parameter in model.parameters():  # so that norms and biases matter

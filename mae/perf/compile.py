@@ -20,7 +20,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.layers import (
     ON_GPU_ONLY,
-    Block,
+    BlockBase,
     Checkpointing,
     Kernel,
     attention_backend,
@@ -147,7 +147,7 @@ def compile_blocks(model: nn.Module, mode: str | None) -> None:
         mark_first(blocks[0])
 
 
-def mark_first(block: Block) -> None:
+def mark_first(block: BlockBase) -> None:
     """Tells CUDA graphs that a pass through the model starts at `block`, its first.
 
     Otherwise each block's call would start one, and in a pass without gradients overwrite its own input. A hook of the

@@ -93,9 +93,12 @@ def autoencoder(
     model, report = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder)
     decoder = model.decoder_keys()
     if lacking := [name for name in report.fresh if name not in decoder]:
+        theirs = pretrained.sizes.get("decoder", model.decoder_name)
+        other = theirs != model.decoder_name
+        advice = f"set model.decoder={theirs}" if other else "fine-tune it first, and export that run"
         raise UserError(
             f"init={pretrained.path} ({pretrained.kind}) lacks {', '.join(lacking)}, which the exported network would "
-            "have: fine-tune it first, and export that run."
+            f"have: {advice}."
         )
     return model, bool(decoder & set(report.fresh))
 

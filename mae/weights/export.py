@@ -160,7 +160,7 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
     stated |= {"crop_pct": facts.crop} | ({"classes": facts.classes} if facts.classes else {})
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
-        stated |= {"mask_ratio": facts.mask_ratio}
+        stated |= {"mask_ratio": facts.mask_ratio, "decoder": model.decoder_name, "mask_tokens": model.mask_tokens}
     return stated
 
 

@@ -31,6 +31,12 @@ def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
     config = _config(model, net, facts)
     if isinstance(model, MaskedAutoencoder):
         kind = "ViTMAEForPreTraining"
+        if (model.decoder_name, model.mask_tokens) != ("self", "decoder"):
+            raise UserError(
+                f"Hugging Face's ViTMAE has the paper's decoder alone, and this model has model.decoder="
+                f"{model.decoder_name} model.mask_tokens={model.mask_tokens}: export its encoder to timm instead "
+                "(task.format=timm)."
+            )
         if len({*net.encoder.img_size}) > 1 or len({*net.encoder.patch_size}) > 1:
             raise UserError(
                 "Hugging Face's ViTMAE takes square images and patches only: export to timm instead (task.format=timm)."

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -44,6 +45,13 @@ def weights(model: nn.Module, *, fold: bool) -> State:
 
 
 def encoder_weights(model: nn.Module) -> State:
-    """Tensors that timm's VisionTransformer has: a classifier's all, a masked autoencoder's encoder."""
+    """Tensors that timm's VisionTransformer has: a classifier's all, a masked autoencoder's encoder.
+
+    A norm without weights, as the encoder of `model.decoder=cross` has, is one of ones and zeros.
+    """
     decoder = model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set()
-    return {name: tensor for name, tensor in weights(model, fold=True).items() if name not in decoder}
+    state = {name: tensor for name, tensor in weights(model, fold=True).items() if name not in decoder}
+    if isinstance(model, MaskedAutoencoder) and "norm.weight" not in state:
+        width = model.cls_token.shape[-1]
+        state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return state

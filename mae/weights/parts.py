@@ -19,6 +19,10 @@ from mae.weights.read import PretrainedWeights
 from mae.weights.sizes import as_text, differing, sizes_of_model
 
 HeadMode = Literal["match", "require", "fresh"]
+DECODER_KEYS = {
+    "kind": ("decoder", "mask_tokens"),
+    "size": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+}
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
 
 
@@ -42,7 +46,7 @@ class Loading:
 
 
 def select_decoder(loading: Loading, required: bool) -> None:
-    """Leaves the file's decoder in if the model has one of its size."""
+    """Leaves the file's decoder in if the model has one of its kind and size."""
     pretrained, model = loading.pretrained, loading.model
     if not isinstance(model, MaskedAutoencoder):
         loading.drop(*DECODER)
@@ -52,19 +56,29 @@ def select_decoder(loading: Loading, required: bool) -> None:
             raise UserError(
                 f"{pretrained} holds no decoder, so nothing can be reconstructed from it. Files that hold one: "
                 "a pre-training run of this project, the reference's mae_pretrain_vit_*_full.pth and "
-                "mae_visualize_vit_*.pth, and Hugging Face's ViTMAEForPreTraining. The attention alone needs none "
-                "(task.reconstruction=false)."
+                "mae_visualize_vit_*.pth, CrossMAE's, and Hugging Face's ViTMAEForPreTraining. The attention alone "
+                "needs none (task.reconstruction=false)."
             )
         loading.drop(*DECODER)
         loading.notes.append("The file holds no decoder: ours starts afresh.")
         return
-    theirs = pretrained.sizes
-    if keys := differing(("decoder_embed_dim", "decoder_depth", "decoder_num_heads"), theirs, sizes_of_model(model)):
-        settings = " ".join(as_text(keys, theirs, "model.{}={}"))
+    if mismatch := _decoder_mismatch(model, pretrained):
+        what, settings = mismatch
         if required:
-            raise UserError(f"{pretrained} has a decoder of another size than the model: set {settings}.")
+            raise UserError(f"{pretrained} has a decoder of another {what} than the model: set {settings}.")
         loading.drop(*DECODER)
-        loading.notes.append(f"The file's decoder has another size ({settings}): ours starts afresh.")
+        loading.notes.append(f"The file's decoder has another {what} ({settings}): ours starts afresh.")
+
+
+def _decoder_mismatch(model: MaskedAutoencoder, pretrained: PretrainedWeights) -> tuple[str, str] | None:
+    """In what the file's decoder differs from the model's, and the settings of one like it; None where in nothing."""
+    theirs, ours = pretrained.sizes, sizes_of_model(model)
+    for what, keys in DECODER_KEYS.items():
+        if differ := differing(keys, theirs, ours):
+            return what, " ".join(as_text(differ, theirs, "model.{}={}"))
+    if any(name.startswith(DECODER) and name not in model.decoder_keys() for name in pretrained.state):
+        return "kind", "model.decoder to the one that it was trained with"
+    return None
 
 
 def select_head(loading: Loading, mode: HeadMode) -> None:
@@ -159,7 +173,7 @@ def add_positions(loading: Loading) -> None:
     height, width = model.patch_embed.grid_size
     new = height, width
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name not in loading.target or (name != "pos_embed" and "decoder_embed.weight" not in loading.state):
+        if name not in loading.target or (name != "pos_embed" and "decoder_pred.weight" not in loading.state):
             continue
         table = pretrained.position_table(name, new)
         if table is None:

@@ -1,7 +1,8 @@
 """Checkpoints of any origin, read into one form: the reference's names (timm's, for the encoder).
 
 `read_pretrained(path)` recognises this project's runs, facebookresearch/mae, timm, Hugging Face ViT and ViTMAE,
-shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `load.load_pretrained` puts what was read into a model.
+TonyLianLong/CrossMAE, shiyuwuCASIA/MAE-repo and pengzhiliang/MAE-pytorch; `load.load_pretrained` puts what was read
+into a model.
 """
 
 import math
@@ -43,7 +44,7 @@ class PretrainedWeights:
 
     @property
     def has_decoder(self) -> bool:
-        return {"mask_token", "decoder_embed.weight", "decoder_pred.weight"} <= self.state.keys()
+        return {"mask_token", "decoder_pred.weight"} <= self.state.keys()
 
     @property
     def has_class_token(self) -> bool:
@@ -144,7 +145,7 @@ def read_pretrained(path: str) -> PretrainedWeights:
     kind = f"{_family(opened, layout)}, {_contents(layout.state)}"
     head_difference = head_difference or _head_difference(layout.state, opened.meta.config)
     notes = opened.notes + layout.notes
-    if layout.family in ("timm", "Hugging Face ViT") and "decoder_embed.weight" not in layout.state:
+    if layout.family in ("timm", "Hugging Face ViT") and "decoder_pred.weight" not in layout.state:
         notes += assumptions
     return PretrainedWeights(path, kind, layout.state, notes, opened.meta, layout.position, head_difference)
 
@@ -155,7 +156,9 @@ def _family(opened: Opened, layout: Layout) -> str:
         return layout.family
     if opened.origin in ("ours", "timm"):
         return opened.origin
-    if opened.wrapper == "model" or "decoder_embed.weight" in layout.state or "head.1.weight" in layout.state:
+    if "wfm.linear.weight" in layout.state:
+        return "CrossMAE"
+    if opened.wrapper == "model" or "decoder_pred.weight" in layout.state or "head.1.weight" in layout.state:
         return "reference"
     return "timm"
 

@@ -16,6 +16,8 @@ class OptionalSizes(TypedDict, total=False):
     """Sizes that not every file tells."""
 
     mlp_ratio: float
+    decoder: str
+    mask_tokens: str
     decoder_embed_dim: int
     decoder_depth: int
     img_size: int | list[int]  # this and the following are in no tensor's shape
@@ -44,8 +46,10 @@ def sizes_of_model(model: MaskedAutoencoder | VisionTransformer) -> Sizes:
         num_heads=encoder.num_heads,
     )
     if isinstance(model, MaskedAutoencoder):
+        sizes["decoder"], sizes["mask_tokens"] = model.decoder_name, model.mask_tokens
         width, depth, heads, _ = model.decoder.sizes
-        sizes["decoder_embed_dim"], sizes["decoder_depth"], sizes["decoder_num_heads"] = width, depth, heads
+        if depth:  # else it has no blocks
+            sizes["decoder_embed_dim"], sizes["decoder_depth"], sizes["decoder_num_heads"] = width, depth, heads
     return sizes
 
 
@@ -55,9 +59,17 @@ def sizes_of_state(state: State) -> Sizes:
     sizes = Sizes(patch_size=patch, in_chans=chans, embed_dim=width, depth=_depth(state, "blocks"))
     if "blocks.0.mlp.fc1.weight" in state:
         sizes["mlp_ratio"] = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-    if "decoder_embed.weight" in state:
-        sizes["decoder_embed_dim"] = state["decoder_embed.weight"].shape[0]
-        sizes["decoder_depth"] = _depth(state, "decoder_blocks")
+    if depth := _depth(state, "decoder_blocks"):
+        sizes["decoder_depth"] = depth
+    norm, mask_token = state.get("decoder_norm.weight"), state.get("mask_token")
+    if norm is not None:
+        sizes["decoder_embed_dim"] = len(norm)
+    if norm is not None and mask_token is not None and len(norm) != width:  # else no width tells them apart
+        sizes["mask_tokens"] = "encoder" if mask_token.shape[-1] == width else "decoder"
+    if "wfm.linear.weight" in state:
+        sizes["decoder"], sizes["mask_tokens"] = "cross", "decoder"
+    elif "decoder_embed.weight" in state:
+        sizes["decoder"] = "self"
     return sizes
 
 
@@ -82,6 +94,11 @@ def stated_sizes(meta: Metadata) -> OptionalSizes:
     heads = (model.get(key), config.get(theirs), timm_args.get(key), args.get(key))
     decoder_heads = (values.get(f"decoder_{name}") for values, name in ((model, key), (config, theirs), (args, key)))
     sizes = OptionalSizes()
+    for values in (args, model):  # our exports say it, and our runs
+        if isinstance(decoder := values.get("decoder"), str):
+            sizes["decoder"] = decoder
+        if isinstance(mask_tokens := values.get("mask_tokens"), str):
+            sizes["mask_tokens"] = mask_tokens
     if size := next(filter(None, map(_image_size, images)), None):
         sizes["img_size"] = size
     if number := next((number for number in heads if isinstance(number, int) and number), None):
