@@ -5,14 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_PRETRAIN, run_here
+from conftest import TINY, TINY_PRETRAIN, run_here
 from test_decoders import KINDS, autoencoder, batch
 from test_distributed import losses, on_ranks, trained
 from test_engine import lines, weights
 from torch._dynamo.utils import counters
 
 from mae import checkpoint
-from mae.config.from_run import run_of
 from mae.perf.compile import compile_blocks
 
 NEW = [
@@ -47,7 +46,7 @@ def test_bf16_is_close_to_float32(decoder, mask_tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decoder", "mask_tokens"), [pair for pair in KINDS if pair != ("self", "decoder")])
+@pytest.mark.parametrize(("decoder", "mask_tokens"), [("cross", "decoder"), ("linear", "encoder")])
 def test_compiled_blocks_compute_the_same(decoder, mask_tokens):
     torch._dynamo.reset()
     model = autoencoder(decoder, mask_tokens).float()
@@ -58,7 +57,7 @@ def test_compiled_blocks_compute_the_same(decoder, mask_tokens):
     compile_blocks(model, None)
     before = counters["stats"]["unique_graphs"]
     compiled = model(images, 0.6, noise).loss
-    kinds = {"self": 3, "cross": 2, "linear": 1}[decoder]  # an encoder's block, a decoder's, a decoder's last
+    kinds = {"cross": 2, "linear": 1}[decoder]  # one of an encoder block, one of a decoder block
     assert counters["stats"]["unique_graphs"] - before == kinds
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=0)
     for a, b in zip(torch.autograd.grad(compiled, params), expected, strict=True):
@@ -79,9 +78,9 @@ def test_a_resumed_run_and_two_ranks_are_the_whole_run(tmp_path, overrides):
     (run / "summary.json").unlink()
     run_here(run, *often)
     assert weights(run) == weights(tmp_path / "whole") and lines(run) == lines(tmp_path / "whole")
-    assert run_of(str(run)) == run
     assert list((run / "images").glob("reconstruction_*.png"))
-    assert run_here(tmp_path / "pictures", "task=visualize", f"init={run}", "device=cpu", "task.num_images=2") == 0
+    model = [override for override in overrides if override.startswith("model.")]
+    assert run_here(tmp_path / "pictures", "task=visualize", f"init={run}", *TINY, *model, "task.num_images=2") == 0
     pictures = json.loads((tmp_path / "pictures" / "summary.json").read_text())["pictures"]
     assert any("reconstruction" in path for path in pictures)
     for world in (1, 2):
