@@ -31,13 +31,14 @@ def add(repository: Path, file: str, table: str | None, entry: str | None, code:
 def repository(tmp_path_factory) -> Path:
     copy = copy_program(tmp_path_factory.mktemp("repository"))
     blocks = list(BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()))
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         add(copy, block["file"], block["table"], block["entry"], block["code"])
     return copy
 
 
 ADDED = ["masking=stripes", "optimizer=rmsprop", "augmentation=darkened", "data=two_digits", "data.img_size=16"]
+ADDED += ["model.decoder=pooled"]
 
 
 def test_what_the_recipes_add_runs_together(repository):

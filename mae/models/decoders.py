@@ -187,7 +187,7 @@ def check_sizes(sizes: DecoderSizes) -> None:
         raise UserError(f"model.decoder_depth must be at least 1, got {sizes.depth}.")
 
 
-DECODERS: dict[str, type[Decoder]] = {
+DECODERS = {
     "self": SelfAttentionDecoder,
     "cross": CrossAttentionDecoder,
     "linear": LinearDecoder,
