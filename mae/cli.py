@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
-from mae.config import from_run, sweep_names  # noqa: E402
+from mae.config import from_run, sweep_members, sweep_names  # noqa: E402
 from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import CONF, chosen_groups, register_resolvers  # noqa: E402
 from mae.config.overrides import by_key, key_of  # noqa: E402
@@ -63,7 +63,8 @@ def run(cfg: DictConfig) -> int:
     if plugin.in_plugin_job():
         plugin.join()
     here = HydraConfig.get()
-    overrides = [override for override in here.overrides.task if key_of(override) != from_run.MARK]
+    cfg, overrides = sweep_members.with_member(cfg, here.overrides.task)
+    overrides = [override for override in overrides if key_of(override) != from_run.MARK]
     cfg = from_run.with_run_values(cfg, overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))

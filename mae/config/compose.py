@@ -12,6 +12,8 @@ from mae.config import overrides
 PACKAGE = Path(__file__).parents[1]
 # Inside the package where it is installed from a wheel, beside it in a checkout
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
+# `${share:0.5,${model.embed_dim}}`: half the encoder's width, for tables whose widths are shares of it
+OmegaConf.register_new_resolver("share", lambda share, whole: round(share * whole), replace=True)
 
 
 def register_resolvers() -> None:

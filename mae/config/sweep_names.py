@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config.overrides import by_key, key_of, written_value
+from mae.config.sweep_members import MEMBER, MEMBERS
 
 LONGEST = 120  # characters of a directory's name; file systems take 255 bytes
 
@@ -43,13 +44,17 @@ def values_of(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def member_name(keys: list[str], overrides: Iterable[str]) -> str:
-    """`layer_decay_0.65-seed_1`: what is swept, with the values of one member."""
+    """`layer_decay_0.65-seed_1`: what is swept, with the values of one member. Named members keep their names."""
     values, names = values_of(overrides), short(keys)
-    return safe("-".join(f"{names[key]}_{values[key]}" for key in keys if key in values)) or "member"
+    parts = [values[key] if key == MEMBER else f"{names[key]}_{values[key]}" for key in keys if key in values]
+    return safe("-".join(parts)) or MEMBER
 
 
 def register() -> None:
-    """Makes `${sweep_dir:}` and `${member_dir:}` known, for `hydra.sweep`; the command line says what is swept."""
+    """Makes `${sweep_dir:}`, `${member_dir:}` and `${all_members:}` known, for `hydra.sweep` and `hydra.sweeper`.
+
+    The command line says what is swept.
+    """
     typed = swept(sys.argv[1:])
 
     def member_dir(*, _root_: Any) -> str:
@@ -57,3 +62,4 @@ def register() -> None:
 
     OmegaConf.register_new_resolver("sweep_dir", lambda: "runs/" + safe("sweep-" + "-".join(typed)))
     OmegaConf.register_new_resolver("member_dir", member_dir)
+    OmegaConf.register_new_resolver("all_members", lambda *, _root_: ",".join(map(str, _root_[MEMBERS])))

@@ -7,6 +7,7 @@ each stage to the launcher. It imports no torch.
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,21 @@ OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment") 
 EMPTY: Mapping[str, str] = {}
 
 
+@dataclass(frozen=True)
+class PretrainKeys:
+    """Keys of stage pretrain that stand in the pipeline, so that a sweep can name them. None: the stage's own."""
+
+    mask_ratio: Annotated[float, "(0, 1)"] | None
+    norm_pix_loss: bool | None
+    epochs: Annotated[float, "(0, inf)"] | None
+    augmentation: str | None
+
+    def overrides(self) -> list[str]:
+        """Those that are set, as overrides of the stage."""
+        keys = {key: value for key, value in vars(self).items() if value is not None}
+        return [f"{'' if key == 'augmentation' else 'task.'}{key}={value}" for key, value in keys.items()]
+
+
 def run_pipeline(
     run: Path, cfg: DictConfig, overrides: list[str], launch: Callable[[DictConfig, list[str]], int], main: bool
 ) -> int:
@@ -53,25 +69,17 @@ def pipeline(
     choices: Mapping[str, str],
     *,
     stages: list[str],
-    mask_ratio: Annotated[float, "(0, 1)"] | None,
+    pretrain: PretrainKeys,
     overrides: dict,
 ) -> tuple[int, Summary | None]:
     """Runs the stages in order; returns the exit code, and the summary once all are finished.
 
     `launch` runs a checked config. `choices` are the files of groups that the command line chose. `overrides` holds the
-    command line of single stages; `mask_ratio`, where it is a number, is that of stage pretrain.
+    command line of single stages.
 
     Raises UserError before the first stage starts where one of them is not possible.
     """
-    if unknown := [name for name, arguments in overrides.items() if arguments and name not in stages]:
-        raise UserError(f"task.overrides names {unknown[0]}, which is not among task.stages={list(stages)}.")
-    if len(set(stages)) < len(stages) or not stages:
-        raise UserError(f"task.stages must name each stage once, got {list(stages)}.")
-    arguments = {name: overrides.get(name) or [] for name in stages}
-    if mask_ratio is not None:
-        if "pretrain" not in stages:
-            raise UserError("task.mask_ratio is of stage pretrain, which is not among task.stages.")
-        arguments["pretrain"] = [f"task.mask_ratio={mask_ratio}", *arguments["pretrain"]]
+    arguments = stage_arguments(stages=stages, pretrain=pretrain, overrides=overrides)
     configs = {name: stage_config(run, cfg, name, stages, arguments[name], choices) for name in stages}
     summaries: dict[str, Summary] = {}
     jobs: dict[str, str] = {}
@@ -114,6 +122,28 @@ def combined(summaries: Mapping[str, Summary]) -> Summary:
 
 
 # ---------------------------------------------------------------- configs of stages
+
+
+def stage_arguments(*, stages: list[str], pretrain: PretrainKeys, overrides: dict) -> dict[str, list[str]]:
+    """Stage -> its command line. Raises UserError where a key is of no stage."""
+    if unknown := [name for name, arguments in overrides.items() if arguments and name not in stages]:
+        raise UserError(f"task.overrides names {unknown[0]}, which is not among task.stages={list(stages)}.")
+    if len(set(stages)) < len(stages) or not stages:
+        raise UserError(f"task.stages must name each stage once, got {list(stages)}.")
+    arguments = {name: overrides.get(name) or [] for name in stages}
+    if first := pretrain.overrides():
+        if "pretrain" not in stages:
+            key = first[0].partition("=")[0].removeprefix("task.")
+            raise UserError(f"task.{key} is of stage pretrain, which is not among task.stages.")
+        arguments["pretrain"] = [*first, *arguments["pretrain"]]
+    return arguments
+
+
+def check_stages(cfg: DictConfig, choices: Mapping[str, str] = EMPTY) -> None:
+    """Raises UserError where a stage of a pipeline's config is not possible."""
+    stages, arguments = cfg.task.stages, call(stage_arguments, cfg.task)
+    for name in stages:
+        stage_config(run_directory(cfg), cfg, name, stages, arguments[name], choices)
 
 
 def stage_config(

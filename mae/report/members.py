@@ -2,20 +2,23 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config import paths
 from mae.config.identity import leaves
 from mae.config.overrides import by_key, values_of
 from mae.config.saved import read_config
+from mae.config.sweep_members import MEMBER, member_order, sweep_name
 from mae.config.sweep_names import params, swept
 from mae.errors import UserError
 from mae.report.record import Record, read_record
+from mae.runs.summary import VAL_IMAGES
 from mae.tasks.registry import METRICS, TASKS
 
 SEARCHED = "search.yaml"  # the keys of a search by Optuna
@@ -33,6 +36,7 @@ class Member:
     record: Record
     values: dict[str, Value | None] = field(default_factory=dict)  # swept key -> value
     results: dict[str, float] = field(default_factory=dict)  # e.g. `finetune top1`
+    images: dict[str, int] = field(default_factory=dict)  # accuracy -> validation images that it is of
 
     @property
     def name(self) -> str:
@@ -75,18 +79,34 @@ def lower_is_better(metric: str) -> bool:
 
 def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
     """The results of a run's summary by name; of a pipeline, each stage's."""
-    stages = summary.get("stages")
-    if not isinstance(stages, dict):
-        stages = {str(summary.get("task")): summary}
-    order = list(TASKS)
     results = {}
-    for stage in sorted(stages, key=lambda name: order.index(name) if name in order else len(order)):
+    for prefix, values in stages_of(summary):
         for key in METRICS:
-            value = stages[stage].get(key)
+            value = values.get(key)
             value = max(value.values()) if key == "knn" and isinstance(value, dict) else value
             if isinstance(value, int | float) and math.isfinite(value):
-                results[f"{stage} {key}" if len(stages) > 1 else key] = float(value)
+                results[f"{prefix}{key}"] = float(value)
     return results
+
+
+def images_of(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Accuracy of a run's summary, by the names of `results_of` -> how many images it is of, where that is known."""
+    return {
+        f"{prefix}{key}": values[VAL_IMAGES]
+        for prefix, values in stages_of(summary)
+        for key in METRICS
+        if values.get(key) is not None and isinstance(values.get(VAL_IMAGES), int)
+    }
+
+
+def stages_of(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(prefix of its results' names, its summary) of each stage of a pipeline, or of the run itself."""
+    stages = summary.get("stages")
+    if not isinstance(stages, dict):
+        return [("", summary)]
+    order = list(TASKS)
+    names = sorted(stages, key=lambda name: order.index(name) if name in order else len(order))
+    return [(f"{name} " if len(stages) > 1 else "", stages[name]) for name in names]
 
 
 def members_of(directory: Path) -> list[Member]:
@@ -96,7 +116,8 @@ def members_of(directory: Path) -> list[Member]:
     members = []
     for path in sorted(config.parent for config in directory.glob("*/config.yaml")):
         record = read_record(path)
-        members.append(Member(path, read_config(path), record, results=results_of(record.summary)))
+        results, images = results_of(record.summary), images_of(record.summary)
+        members.append(Member(path, read_config(path), record, results=results, images=images))
     return members
 
 
@@ -109,16 +130,19 @@ def read_sweep(directory: Path) -> Sweep:
     if not members:
         raise UserError(f"{directory} holds no run: a sweep's members lie in folders of it, each with a config.yaml.")
     configs = [leaves(member.cfg) for member in members]
-    keys = recorded_keys(directory) or differing_keys(configs)
-    for member, config in zip(members, configs, strict=True):
-        typed = by_key(member.record.overrides)
-        for key in keys:
-            if key in typed and (key not in config or key in paths.KEYS):  # a group; a path, as it was typed
-                member.values[key] = plain_value(values_of(typed[key])[0])
+    typed = [by_key(member.record.overrides) for member in members]
+    keys = recorded_keys(directory) or named_keys(typed) or differing_keys(configs)
+    axis = sweep_name(members[0].record.overrides)  # what a sweep over named members is called
+    labels = {key: axis if key == MEMBER else key for key in keys}
+    for member, config, overrides in zip(members, configs, typed, strict=True):
+        for key, label in labels.items():
+            if key in overrides and (key not in config or key in paths.KEYS):  # a group; a path, as it was typed
+                member.values[label] = plain_value(values_of(overrides[key])[0])
             else:
-                member.values[key] = plain_value(config[key]) if key in config else None
-    members.sort(key=lambda member: [sort_key(value) for value in member.values.values()])
-    return Sweep(directory, directory.absolute().name, keys, members)
+                member.values[label] = plain_value(config[key]) if key in config else None
+    order = member_order(axis) if MEMBER in keys else []
+    members.sort(key=lambda member: [sort_key(value, order) for value in member.values.values()])
+    return Sweep(directory, directory.absolute().name, [*labels.values()], members)
 
 
 def recorded_keys(directory: Path) -> list[str]:
@@ -133,6 +157,14 @@ def recorded_keys(directory: Path) -> list[str]:
     return list(dict.fromkeys(params(record.hydra) + swept(str(task) for task in record.hydra.overrides.task)))
 
 
+def named_keys(typed: Sequence[Mapping[str, Override]]) -> list[str]:
+    """`member`, and `seed` where that differs too, if all members have a name; else empty."""
+    if not all(MEMBER in overrides for overrides in typed):
+        return []
+    seeds = {str(overrides["seed"].value()) if "seed" in overrides else "" for overrides in typed}
+    return [MEMBER, *["seed"] * (len(seeds) > 1)]
+
+
 def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
     """The keys whose values differ between members."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in NEUTRAL)
@@ -144,8 +176,10 @@ def plain_value(value: Any) -> Value:
     return json.dumps(value) if value is None or isinstance(value, list | dict) else value
 
 
-def sort_key(value: Value | None) -> tuple[int, float, str]:
-    """Numbers by size, before text."""
+def sort_key(value: Value | None, order: Sequence[str] = ()) -> tuple[int, float, str]:
+    """Members in the order of their file, then numbers by size, then text."""
+    if value in order:
+        return (0, order.index(str(value)), "")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return (0, float(value), "")
-    return (1, 0.0, str(value))
+        return (1, float(value), "")
+    return (2, 0.0, str(value))

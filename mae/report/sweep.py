@@ -11,13 +11,16 @@ from pathlib import Path
 from mae.config.sweep_names import short
 from mae.errors import UserError
 from mae.program import usage_name
-from mae.report import sweep_figure
+from mae.report import sweep_figure, table1
 from mae.report.html import data_url, page
+from mae.report.intervals import verdict
 from mae.report.members import Sweep, Value, lower_is_better, read_sweep
 from mae.report.run import PAGE, curves
 from mae.report.sweep_figure import Curve
+from mae.report.table1 import paper_tables
 from mae.runs.files import write_text
 
+FILES = ("sweep.csv", "sweep.png", "sweep.svg", PAGE)
 CURVES = 24  # members whose curves are in the page
 
 
@@ -53,6 +56,7 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
     }
     if best is not None and metric is not None:
         data |= {"best": best.name, "best_value": best.results[metric], "command": best.record.command}
+    data |= {"verdict": verdict(sweep), "paper": paper_tables(sweep)}
     runs = [{"name": m.name, "series": curves(m.path, m.cfg)} for m in sweep.members[:CURVES]]
     write_text(sweep.directory / PAGE, page(sweep.name, {"sweep": data, "runs": runs}))
 
@@ -63,17 +67,21 @@ def figure_curves(sweep: Sweep) -> Iterable[Curve]:
     names = short(sweep.keys)
     for metric in [m for m in sweep.metrics if not m.startswith("pretrain ")] or sweep.metrics:
         groups: dict[str, dict[Value | None, list[float]]] = {}
+        images: dict[str, dict[Value | None, int]] = {}
         for m in sweep.members:
             if metric in m.results:
                 others = ", ".join(f"{names[key]}={m.values[key]}" for key in keys[1:])
                 x = m.values[keys[0]] if keys else m.values.get("seed")
                 groups.setdefault(others, {}).setdefault(x, []).append(m.results[metric])
+                if metric in m.images:
+                    images.setdefault(others, {})[x] = m.images[metric]
         stage = metric.split(" ")[0] if " " in metric else sweep.members[0].cfg.task.name
         if len(groups) > len(sweep_figure.COLOURS):  # a search: no two members have much in common
             yield from (scatter_curve(sweep, metric, stage, key) for key in keys)
             continue
         for label, points in groups.items():
-            yield Curve(metric, stage, keys[0] if keys else "seed", label, points)
+            key = keys[0] if keys else "seed"
+            yield Curve(metric, stage, key, label, points, images=images.get(label, {}))
 
 
 def scatter_curve(sweep: Sweep, metric: str, stage: str, key: str) -> Curve:
@@ -90,7 +98,8 @@ def write_sweep(directory: Path) -> Sweep:
     sweep = read_sweep(directory)
     write_table(sweep)
     figure = directory / "sweep.svg"
-    drawn = sweep_figure.draw_figure(list(figure_curves(sweep)), sweep.members[0].cfg, directory / "sweep.png", figure)
+    curves = [] if table1.SWEEP in sweep.keys else list(figure_curves(sweep))  # its tables have no axis in common
+    drawn = sweep_figure.draw_figure(curves, sweep.members[0].cfg, directory / "sweep.png", figure)
     write_page(sweep, figure if drawn else None)
     return sweep
 
@@ -111,7 +120,10 @@ def sweep_result(sweep: Sweep) -> str:
         count = f"{len(unfinished)} of {len(sweep.members)} members"
         lines.append(f"{count} are not finished; the same command continues them:")
         lines += [f"  {m.name}: {m.record.state}" for m in unfinished]
-    lines.append(f"sweep.csv sweep.png sweep.svg report.html are in {sweep.directory}")
+    written = [name for name in FILES if (sweep.directory / name).exists()]
+    lines.append(f"{' '.join(written)} are in {sweep.directory}")
+    if sentence := verdict(sweep):
+        lines.append(sentence)
     if best is not None and metric is not None:
         lines += ["Best member:", f"  {best.record.command}", f"{metric} {best.results[metric]:.4f}  {best.path}"]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""The figure of a sweep: results against the swept value, mean and deviation over seeds, the paper's points beside."""
+"""The figure of a sweep: results against the swept value, mean and deviation over seeds, published points beside."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from mae.report.glyphs import drawable, make_drawable
+from mae.report.intervals import interval
 from mae.report.members import Value
 from mae.report.paper_results import PUBLISHED, SEEDS, Published
 from mae.runs.files import replacing
@@ -19,6 +20,9 @@ from mae.tasks.registry import METRICS, TASKS
 
 COLOURS = ("#2563a8", "#d9662b", "#2a8f5c", "#8f4bb3", "#b8323a", "#7a6a1e")
 PAPER = "#8a8f98"
+LONG_LABELS = 50  # characters of a panel's labels, above which they are turned
+ROTATED = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+NAMES = {("task.finetune_blocks", "null"): "all"}  # (key, value) -> its label
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Curve:
     label: str  # values of further swept keys; empty where there are none
     points: Mapping[Value | None, list[float]]  # swept value -> a result a seed
     scatter: bool = False  # the members differ in more than this key
+    images: Mapping[Value | None, int] = field(default_factory=dict)  # swept value -> images that its accuracy is of
 
 
 def draw_figure(curves: list[Curve], cfg: DictConfig, png: Path, svg: Path) -> bool:
@@ -62,8 +67,10 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
         axes.set_xscale("log")
         axes.minorticks_off()
     if not numeric or not first.scatter:
-        labels, font = drawable([f"{x:g}" if numeric else str(x) for x in values])
-        axes.set_xticks([*positions.values()], labels, **font)
+        texts = [f"{x:g}" if numeric else NAMES.get((first.key, str(x)), str(x)) for x in values]
+        labels, font = drawable(texts)
+        long = not numeric and sum(map(len, texts)) > LONG_LABELS
+        axes.set_xticks([*positions.values()], labels, **font, **(ROTATED if long else {}))
     axes.set(xlabel=first.key, ylabel=METRICS[first.metric.split(" ")[-1]].title)
     stage = TASKS[first.stage].title if first.stage in TASKS else first.stage
     make_drawable(axes.set_title(f"{stage}: {cfg.model.name} on {cfg.data.name}", fontsize=11))
@@ -72,37 +79,47 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     if first.key == "seed":
         draw_spread(axes, first, cfg)
     published = PUBLISHED.get(first.key, {}).get(first.stage)
-    if published is not None and numeric:
-        draw_published(axes, published)
+    at = {} if published is None else published_positions(published, positions, numeric, cfg)
+    if published is not None and at:
+        draw_published(axes, published, at)
     elif axes.get_legend_handles_labels()[1]:
         _legend(axes, *axes.get_legend_handles_labels())
 
 
 def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float], colour: str) -> None:
-    """Draws means over seeds with their deviation, and the single results where there are several."""
+    """Draws means over seeds with their deviation, and the single results where there are several.
+
+    The results of one seed carry the interval that their number of images gives.
+    """
     ordered = sorted(curve.points, key=lambda x: positions[x])
     at = np.array([positions[x] for x in ordered])
     mean = np.array([np.mean(curve.points[x]) for x in ordered])
-    deviation = np.array([np.std(curve.points[x], ddof=1) if len(curve.points[x]) > 1 else 0.0 for x in ordered])
     several = max(len(v) for v in curve.points.values())
-    spread_label = f"mean of {several} seeds ± deviation" if several > 1 and not curve.scatter else ""
+    spread, spread_label = error_bars(curve, ordered, mean)
     label = ", ".join(t for t in (curve.label, spread_label) if t)
     style = "none" if curve.key == "seed" or curve.scatter else "-"
-    axes.errorbar(
-        at,
-        mean,
-        deviation if several > 1 else None,
-        marker="o",
-        linestyle=style,
-        color=colour,
-        capsize=4,
-        label=label or "ours",
-    )
+    bars = axes.errorbar(at, mean, spread, marker="o", linestyle=style, color=colour, capsize=4, label=label or "ours")
+    for line in bars[2]:
+        line.set_alpha(1.0 if several > 1 else 0.45)
     if several > 1:
         for x in ordered:
             axes.plot(
                 [positions[x]] * len(curve.points[x]), curve.points[x], ".", color=colour, alpha=0.35, markersize=5
             )
+
+
+def error_bars(curve: Curve, ordered: Sequence[Value | None], mean: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """Lengths (2, values) below and above each mean, or None; and what they are."""
+    several = max(len(v) for v in curve.points.values())
+    if several > 1:
+        deviation = [np.std(curve.points[x], ddof=1) if len(curve.points[x]) > 1 else 0.0 for x in ordered]
+        return np.array([deviation, deviation]), "" if curve.scatter else f"mean of {several} seeds ± deviation"
+    if curve.key == "seed" or curve.scatter or not all(x in curve.images for x in ordered):
+        return None, ""
+    limits = np.array([interval(value, curve.images[x]) for value, x in zip(mean, ordered, strict=True)]).T
+    counts = {curve.images[x] for x in ordered}
+    label = f"95 % interval of {counts.pop():,} images" if len(counts) == 1 else "95 % interval"
+    return np.abs(limits - mean), label if curve.label else f"ours, {label}"
 
 
 def draw_spread(axes: Axes, curve: Curve, cfg: DictConfig) -> None:
@@ -118,20 +135,32 @@ def draw_spread(axes: Axes, curve: Curve, cfg: DictConfig) -> None:
         axes.axhspan(known[0] - known[1], known[0] + known[1], color=PAPER, alpha=0.2)
 
 
-def draw_published(axes: Axes, published: Published) -> None:
-    """Draws the paper's points on an axis of their own: with another model and other data, only the shape compares."""
+def published_positions(
+    published: Published, positions: Mapping[Value | None, float], numeric: bool, cfg: DictConfig
+) -> dict[float, float]:
+    """Where on the axis -> the published results; on an axis of words, of those that are swept."""
+    if not numeric:
+        words = {str(value): position for value, position in positions.items()}
+        return {words[str(value)]: result for value, result in published.points.items() if str(value) in words}
+    swept, position = list(positions.values()), published.position
+    numbers = {value: result for value, result in published.points.items() if not isinstance(value, str)}
+    return {position(x, cfg, swept) if position else x: result for x, result in numbers.items()}
+
+
+def draw_published(axes: Axes, published: Published, points: Mapping[float, float]) -> None:
+    """Draws published points on an axis of their own: with another model and other data, only the shape compares."""
     right = axes.twinx()
-    at = sorted(published.points)
+    at = sorted(points)
     right.plot(
         at,
-        [published.points[x] for x in at],
+        [points[x] for x in at],
         marker="D",
         markerfacecolor="white",
         linestyle=":" if len(at) > 2 else "none",
         color=PAPER,
-        label=f"the paper's ({published.source})",
+        label=f"{published.owner} ({published.source})",
     )
-    right.set_ylabel("the paper's top-1 (%), ImageNet-1k", color=PAPER)
+    right.set_ylabel(f"{published.owner} top-1 (%), ImageNet-1k", color=PAPER)
     right.tick_params(axis="y", colors=PAPER)
     right.spines[["top", "left"]].set_visible(False)
     right.spines["right"].set_color(PAPER)
@@ -139,7 +168,8 @@ def draw_published(axes: Axes, published: Published) -> None:
     left_handles, left_labels = axes.get_legend_handles_labels()
     handles, labels = right.get_legend_handles_labels()
     handles, labels = left_handles + handles, left_labels + labels
-    _legend(axes, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    turned = any(label.get_rotation() for label in axes.get_xticklabels())
+    _legend(axes, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.34 if turned else -0.16))
 
 
 def _legend(axes: Axes, handles: Sequence[Artist], labels: list[str], **options: Any) -> None:

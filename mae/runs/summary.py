@@ -9,6 +9,8 @@ from typing import Any
 from mae.runs.files import read_json, write_json
 from mae.runs.layout import SUMMARY
 
+VAL_IMAGES = "val_images"  # among the results: how many validation images an accuracy is of
+
 
 @dataclass(frozen=True)
 class Summary:

@@ -12,6 +12,7 @@ from mae.data.source import Source
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector, Results
+from mae.runs.summary import VAL_IMAGES
 from mae.tasks.base import Autocast, TrainedTask
 from mae.tasks.labels import write_class_names
 from mae.tasks.results import track_results, write_results
@@ -68,4 +69,5 @@ class Classify(TrainedTask[VisionTransformer]):
         self.best = state["best"]
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return super().summary(metrics) | {"best_top1": self.best}
+        images = {} if self.results is None else {VAL_IMAGES: len(self.results)}
+        return super().summary(metrics) | {"best_top1": self.best} | images

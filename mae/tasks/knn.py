@@ -18,7 +18,7 @@ from mae.data.subsets import Subset, reduced
 from mae.device import Batch, full_precision
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
-from mae.runs.summary import Summary, rate
+from mae.runs.summary import VAL_IMAGES, Summary, rate
 from mae.tasks.base import Autocast
 from mae.tasks.batches import both_sets, eval_loader, sent
 from mae.tasks.features import Encode, Encoder, Features, extract
@@ -155,5 +155,5 @@ def knn(
         images_seen=images,
         images_per_second=rate(images, seconds),
         checkpoint=encoder.read_from,
-        results={"knn": {str(number): value for number, value in percents.items()}},
+        results={"knn": {str(number): value for number, value in percents.items()}, VAL_IMAGES: len(val_set)},
     )

@@ -22,7 +22,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.metrics import Collector, Results
 from mae.plan import Plan, make_plan, steps_in_epoch
-from mae.runs.summary import Summary
+from mae.runs.summary import VAL_IMAGES, Summary
 from mae.tasks.base import training_summary
 from mae.tasks.batches import both_sets, eval_loader, sent
 from mae.tasks.features import Features, extract
@@ -95,7 +95,7 @@ def probe_features(
     seconds = time.perf_counter() - begun
     task.results = results[best]
     _write(run, ranks, tracker, task, plan, top1_by_rate)
-    extra = {"best_lr": rates[best], "top1_by_lr": top1_by_rate}
+    extra = {"best_lr": rates[best], "top1_by_lr": top1_by_rate, VAL_IMAGES: len(results[best])}
     return training_summary("linprobe", plan, seconds, results[best].metrics() | extra)
 
 

@@ -15,6 +15,7 @@ from mae.config.identity import run_directory
 from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
+from mae.launch.pipeline import check_stages
 from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf.activations import saved_for_backward
@@ -132,6 +133,7 @@ def plan_of(cfg: DictConfig) -> Plan:
 def report(cfg: DictConfig) -> str:
     """The plan as text, a line for each fact."""
     if cfg.task.name == "pipeline":
+        check_stages(cfg)
         stages = ", ".join(cfg.task.stages)
         return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
     if not TASKS[cfg.task.name].trains:

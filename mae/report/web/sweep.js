@@ -81,11 +81,24 @@ function memberTable(sweep) {
   return el("div", {class: "card"}, el("table", {class: "sortable"}, el("thead", {}, head), body));
 }
 
+function paperTables(paper) {  // the tables of the paper, ours beside its numbers
+  const number = (v, ours) => el("td", {class: ours ? "number ours" : "number"}, v === null ? "–" : v.toFixed(1));
+  const cards = paper.tables.map((table) => {
+    const rows = table.rows.map((r) => el("tr", r.default ? {class: "default"} : {},
+      el("td", {}, r.member ? el("a", {href: `${r.member}/report.html`}, r.text) : r.text),
+      ...[0, 1].flatMap((k) => r.results.map((pair) => number(pair[k], k === 0)))));
+    return el("div", {class: "card paper"}, el("h3", {}, `(${table.letter}) ${table.title}`), el("table", {},
+      el("tr", {}, el("th", {}), el("th", {colspan: 2}, "ours"), el("th", {colspan: 2}, "the paper's")),
+      el("tr", {}, el("th", {}, "case"), ...["ft", "lin", "ft", "lin"].map((t) => el("th", {class: "number"}, t))), ...rows));
+  });
+  return [el("h2", {}, "Table 1"), el("p", {class: "soft"}, paper.about), el("div", {class: "tables"}, ...cards)];
+}
+
 function sweepParts(sweep) {
-  const parts = [];
+  const parts = sweep.paper ? paperTables(sweep.paper) : [];
   if (sweep.best) {
     parts.push(el("h2", {}, "Best member"), el("p", {}, `${sweep.best}: ${sweep.metric} ${shown(sweep.best_value)}`),
-      el("pre", {id: "best"}, sweep.command));
+      sweep.verdict ? el("p", {id: "verdict"}, sweep.verdict) : "", el("pre", {id: "best"}, sweep.command));
   }
   if (sweep.figure) {
     parts.push(el("h2", {}, "Result"), el("figure", {class: "card"}, el("img", {src: sweep.figure, alt: "metric against the swept value"})));
