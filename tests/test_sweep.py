@@ -64,8 +64,9 @@ def test_every_sweep_composes_from_any_directory(name, tmp_path):
     given = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
     expected = ["7"] if key == "seed" else str(values).split(",")  # the command line wins over the file
-    assert len(members) == len(expected)
-    assert all(m.startswith(f"{key.rsplit('.', 1)[-1]}_") for m in members)
+    prefix = f"{key.rsplit('.', 1)[-1]}_"
+    named = given["members"] if key == "member" else [f"{prefix}{value}" for value in expected]
+    assert members == sorted(named)
 
 
 # ---------------------------------------------------------------- a whole sweep
@@ -223,6 +224,10 @@ def test_only_published_numbers_are_drawn_as_the_paper_s():
     from mae.report.paper_results import PUBLISHED
 
     assert PUBLISHED["task.mask_ratio"]["linprobe"].points == {0.1: 54.6, 0.75: 73.5}
+    assert PUBLISHED["task.finetune_blocks"]["finetune"].points == {"0": 73.5, "0.5": 79.1, "1": 81.0, "null": 84.9}
+    width = PUBLISHED["model.decoder_embed_dim"]
+    assert width["finetune"].points == {128: 84.9, 256: 84.8, 512: 84.9, 768: 84.4, 1024: 84.3}
+    assert width["linprobe"].points == {128: 69.1, 256: 71.3, 512: 73.5, 768: 73.1, 1024: 73.1}
     depth = PUBLISHED["model.decoder_depth"]
     assert depth["finetune"].points == {1: 84.8, 2: 84.9, 4: 84.9, 8: 84.9, 12: 84.4}
     assert depth["linprobe"].points == {1: 65.5, 2: 70.0, 4: 71.9, 8: 73.5, 12: 73.3}
@@ -270,9 +275,12 @@ def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_pat
     ours = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = ours["hydra"]["sweeper"]["params"].items()
     theirs = yaml.safe_load(path.read_text())["parameters"][key]["values"]
-    assert theirs == [float(v) if isinstance(theirs[0], float) else int(v) for v in str(values).split(",")]
+    if key == "member":
+        assert theirs == list(ours["members"])
+    else:
+        assert theirs == [yaml.safe_load(v) if "e-" not in v else float(v) for v in str(values).split(",")]
     odd = {"task.clip_grad": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "optimizer.min_lr": 1e-07}
-    if ours.get("defaults") == [{"override /task": "pipeline"}]:
+    if {"override /task": "pipeline"} in ours.get("defaults", []):
         odd = {"init": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "data.max_bad_fraction": 1e-07}
     command = agent_command(path, {key: theirs[0]} | odd)
     told = subprocess.run(

@@ -12,19 +12,22 @@ from mae.config import overrides
 PACKAGE = Path(__file__).parents[1]
 # Inside the package where it is installed from a wheel, beside it in a checkout
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
-# `${share:0.5,${model.embed_dim}}`: half the encoder's width, for tables whose widths are shares of it
-OmegaConf.register_new_resolver("share", lambda share, whole: round(share * whole), replace=True)
 
 
 def register_resolvers() -> None:
     """Makes the functions known that values in conf/ call, such as ${equal:a,b}; again and again does no harm."""
-    for resolver in (equal, at_most, largest_divisor, patch_values):
+    for resolver in (equal, at_most, largest_divisor, patch_values, share):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def equal(first: object, second: object) -> bool:
     """Whether two values are the same."""
     return first == second
+
+
+def share(fraction: float, whole: float) -> int:
+    """${share:0.5,${model.embed_dim}} is half the encoder's width, for tables whose widths are shares of it."""
+    return round(fraction * whole)
 
 
 def at_most(limit: int, value: int) -> int:

@@ -231,6 +231,12 @@ def _decoder(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio:g}: more patches than are masked."
 
 
+def _partial(cfg: Mapping[str, Any]) -> Iterator[str]:
+    blocks, depth = cfg["task"].get("finetune_blocks"), cfg["model"]["depth"]
+    if blocks is not None and (blocks % 0.5 or blocks > depth):
+        yield f"task.finetune_blocks must be a multiple of 0.5 and at most model.depth={depth}, got {blocks:g}."
+
+
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
     _lists,
@@ -243,6 +249,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _mixing,
     _masks,
     _decoder,
+    _partial,
 ]
 
 

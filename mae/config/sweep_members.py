@@ -57,8 +57,11 @@ def sweep_name(overrides: Sequence[str]) -> str:
     return str(values_of(chosen)[0]) if chosen is not None else MEMBER
 
 
-def member_order(name: str) -> list[str]:
-    """The members that sweeps/NAME.yaml lists, in its order; empty where it lists none."""
+def listed_values(name: str, key: str) -> list[str]:
+    """The members, or the values of another key, that sweeps/NAME.yaml lists, in its order; empty without a list."""
     path = CONF / SWEEPS / f"{name}.yaml"
     file = OmegaConf.load(path) if path.exists() else OmegaConf.create({})
-    return [str(key) for key in file.get(MEMBERS) or {}] if isinstance(file, DictConfig) else []
+    if key == MEMBER:
+        return [str(member) for member in OmegaConf.select(file, MEMBERS) or {}]
+    params = OmegaConf.select(file, "hydra.sweeper.params") or {}
+    return str(params[key]).split(",") if key in params else []

@@ -52,7 +52,6 @@ MIGRATIONS = (
                 "online_probe": False,
                 "online_probe_lr": 1.0e-3,
             },
-            "task=pretrain": {"predict_ratio": None},
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
         },
     ),

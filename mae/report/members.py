@@ -14,7 +14,7 @@ from mae.config import paths
 from mae.config.identity import leaves
 from mae.config.overrides import by_key, values_of
 from mae.config.saved import read_config
-from mae.config.sweep_members import MEMBER, member_order, sweep_name
+from mae.config.sweep_members import MEMBER, listed_values, sweep_name
 from mae.config.sweep_names import params, swept
 from mae.errors import UserError
 from mae.report.record import Record, read_record
@@ -140,8 +140,8 @@ def read_sweep(directory: Path) -> Sweep:
                 member.values[label] = plain_value(values_of(overrides[key])[0])
             else:
                 member.values[label] = plain_value(config[key]) if key in config else None
-    order = member_order(axis) if MEMBER in keys else []
-    members.sort(key=lambda member: [sort_key(value, order) for value in member.values.values()])
+    order = {label: listed_values(axis, key) for key, label in labels.items()}
+    members.sort(key=lambda member: [sort_key(value, order[label]) for label, value in member.values.items()])
     return Sweep(directory, directory.absolute().name, [*labels.values()], members)
 
 
@@ -177,9 +177,7 @@ def plain_value(value: Any) -> Value:
 
 
 def sort_key(value: Value | None, order: Sequence[str] = ()) -> tuple[int, float, str]:
-    """Members in the order of their file, then numbers by size, then text."""
-    if value in order:
-        return (0, order.index(str(value)), "")
+    """Numbers by size, then text in the order of the sweep's file, then other text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return (1, float(value), "")
-    return (2, 0.0, str(value))
+        return (0, float(value), "")
+    return (1, order.index(str(value)), "") if str(value) in order else (2, 0.0, str(value))

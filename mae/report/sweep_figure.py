@@ -62,12 +62,12 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     wide = numeric and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
     positions = dict(zip(values, numbers if numeric else map(float, range(len(values))), strict=True))
     for number, curve in enumerate(curves):
-        draw_curve(axes, curve, positions, COLOURS[number % len(COLOURS)])
+        draw_curve(axes, curve, positions, COLOURS[number % len(COLOURS)], line=bool(numbers))
     if wide and first.key != "task.mask_ratio":
         axes.set_xscale("log")
         axes.minorticks_off()
     if not numeric or not first.scatter:
-        texts = [f"{x:g}" if numeric else NAMES.get((first.key, str(x)), str(x)) for x in values]
+        texts = [NAMES.get((first.key, written(x)), written(x)) for x in values]
         labels, font = drawable(texts)
         long = not numeric and sum(map(len, texts)) > LONG_LABELS
         axes.set_xticks([*positions.values()], labels, **font, **(ROTATED if long else {}))
@@ -81,12 +81,18 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     published = PUBLISHED.get(first.key, {}).get(first.stage)
     at = {} if published is None else published_positions(published, positions, numeric, cfg)
     if published is not None and at:
-        draw_published(axes, published, at)
+        draw_published(axes, published, at, line=bool(numbers) and len(at) > 2)
     elif axes.get_legend_handles_labels()[1]:
         _legend(axes, *axes.get_legend_handles_labels())
 
 
-def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float], colour: str) -> None:
+def written(value: Value | None) -> str:
+    """A swept value as an axis names it: 1, not 1.0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:g}" if number else str(value)
+
+
+def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float], colour: str, line: bool) -> None:
     """Draws means over seeds with their deviation, and the single results where there are several.
 
     The results of one seed carry the interval that their number of images gives.
@@ -97,10 +103,10 @@ def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float]
     several = max(len(v) for v in curve.points.values())
     spread, spread_label = error_bars(curve, ordered, mean)
     label = ", ".join(t for t in (curve.label, spread_label) if t)
-    style = "none" if curve.key == "seed" or curve.scatter else "-"
+    style = "-" if line and curve.key != "seed" and not curve.scatter else "none"
     bars = axes.errorbar(at, mean, spread, marker="o", linestyle=style, color=colour, capsize=4, label=label or "ours")
-    for line in bars[2]:
-        line.set_alpha(1.0 if several > 1 else 0.45)
+    for bar in bars[2]:
+        bar.set_alpha(1.0 if several > 1 else 0.45)
     if several > 1:
         for x in ordered:
             axes.plot(
@@ -140,14 +146,14 @@ def published_positions(
 ) -> dict[float, float]:
     """Where on the axis -> the published results; on an axis of words, of those that are swept."""
     if not numeric:
-        words = {str(value): position for value, position in positions.items()}
+        words = {written(value): position for value, position in positions.items()}
         return {words[str(value)]: result for value, result in published.points.items() if str(value) in words}
     swept, position = list(positions.values()), published.position
     numbers = {value: result for value, result in published.points.items() if not isinstance(value, str)}
     return {position(x, cfg, swept) if position else x: result for x, result in numbers.items()}
 
 
-def draw_published(axes: Axes, published: Published, points: Mapping[float, float]) -> None:
+def draw_published(axes: Axes, published: Published, points: Mapping[float, float], line: bool) -> None:
     """Draws published points on an axis of their own: with another model and other data, only the shape compares."""
     right = axes.twinx()
     at = sorted(points)
@@ -156,7 +162,7 @@ def draw_published(axes: Axes, published: Published, points: Mapping[float, floa
         [points[x] for x in at],
         marker="D",
         markerfacecolor="white",
-        linestyle=":" if len(at) > 2 else "none",
+        linestyle=":" if line else "none",
         color=PAPER,
         label=f"{published.owner} ({published.source})",
     )

@@ -20,7 +20,7 @@ from mae.data.sources.robustness import Robustness, corruption_errors, synsets
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.metrics import Collector, Results
-from mae.runs.summary import Summary, rate
+from mae.runs.summary import VAL_IMAGES, Summary, rate
 from mae.tasks import charts
 from mae.tasks.base import Autocast
 from mae.tasks.batches import bad_files_csv, eval_loader, sent
@@ -66,7 +66,7 @@ def evaluate(
     names = names or all_names(source, model.num_classes, classes)
 
     error, bins = results.calibration(calibration_bins)
-    metrics: dict[str, object] = {**results.metrics(), "ece": error}
+    metrics: dict[str, object] = {**results.metrics(), "ece": error, VAL_IMAGES: len(results)}
     counts = results.per_class(model.num_classes)
     metrics["mean_per_class"] = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
     if isinstance(source, Robustness) and source.groups:

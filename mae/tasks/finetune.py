@@ -126,14 +126,8 @@ class Finetune(Classify):
 def freeze(model: VisionTransformer, blocks: float) -> None:
     """Leaves only the last `blocks` blocks, the final norm and the head to be trained (paper, figure 9).
 
-    Half a block is its MLP with its norm; 0 is the head alone. Raises UserError for another fraction, or
-    more blocks than there are.
+    Half a block is its MLP with its norm; 0 is the head alone.
     """
-    if blocks % 0.5 or blocks > len(model.blocks):
-        raise UserError(
-            f"task.finetune_blocks must be a multiple of 0.5 and at most model.depth={len(model.blocks)}, "
-            f"got {blocks:g}."
-        )
     model.requires_grad_(False)
     for module in unfrozen(model, blocks):
         module.requires_grad_(True)
