@@ -18,7 +18,7 @@ from mae.launch.pipeline import check_stages
 from mae.launch.prepare import prepare
 from mae.report import sweep, sweep_figure, table1
 from mae.report.intervals import interval, verdict
-from mae.report.members import Member, Sweep, images_of, read_sweep
+from mae.report.members import Member, Sweep, Value, images_of, read_sweep
 from mae.report.paper_results import PUBLISHED
 from mae.report.record import Record
 
@@ -165,14 +165,14 @@ def test_a_figure_of_one_seed_carries_intervals_and_one_of_several_their_deviati
 def test_published_points_stand_at_the_values_that_are_swept():
     cfg, positions = composed(), sweep_figure.published_positions
     width = PUBLISHED["model.decoder_embed_dim"]["linprobe"]
-    ours = {float(value): float(value) for value in (12, 24, 48, 72, 96)}
+    ours: dict[Value | None, float] = {float(value): float(value) for value in (12, 24, 48, 72, 96)}
     assert positions(width, ours, True, cfg) == {12: 69.1, 24: 71.3, 48: 73.5, 72: 73.1, 96: 73.1}
     epochs = PUBLISHED["task.epochs"]["finetune"]
     assert positions(epochs, {3.0: 3.0, 44.0: 44.0}, True, cfg) == {11: 85.2, 22: 85.4, 44: 85.7}
     masks = PUBLISHED["masking"]["finetune"]
     assert positions(masks, {"green": 0.0, "grid": 1.0, "random": 2.0}, False, cfg) == {1: 84.0, 2: 84.9}
     blocks = PUBLISHED["task.finetune_blocks"]["finetune"]
-    swept = {0.0: 0.0, 0.5: 1.0, 1.0: 2.0, 2.0: 3.0, "null": 4.0}
+    swept: dict[Value | None, float] = {0.0: 0.0, 0.5: 1.0, 1.0: 2.0, 2.0: 3.0, "null": 4.0}
     assert positions(blocks, swept, False, cfg) == {0: 73.5, 1: 79.1, 2: 81.0, 4: 84.9}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mae.config.compose import CONF, composed
+from mae.config.compose import CONF, composed, register_resolvers
 from mae.config.overrides import by_key, key_of, values_of
 from mae.config.values import near
 from mae.errors import UserError
@@ -42,6 +42,7 @@ def with_member(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
 
 def _taken(cfg: DictConfig) -> tuple[dict[str, list[Any]], str | None]:
     """The members of a config and the chosen one. Both are then gone from it."""
+    register_resolvers()
     name = cfg.get(MEMBER)
     members = OmegaConf.to_container(cfg[MEMBERS], resolve=True) if name is not None and MEMBERS in cfg else {}
     with open_dict(cfg):

@@ -99,7 +99,7 @@ def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float]
     """
     ordered = sorted(curve.points, key=lambda x: positions[x])
     at = np.array([positions[x] for x in ordered])
-    mean = np.array([np.mean(curve.points[x]) for x in ordered])
+    mean = [float(np.mean(curve.points[x])) for x in ordered]
     several = max(len(v) for v in curve.points.values())
     spread, spread_label = error_bars(curve, ordered, mean)
     label = ", ".join(t for t in (curve.label, spread_label) if t)
@@ -114,7 +114,7 @@ def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float]
             )
 
 
-def error_bars(curve: Curve, ordered: Sequence[Value | None], mean: np.ndarray) -> tuple[np.ndarray | None, str]:
+def error_bars(curve: Curve, ordered: Sequence[Value | None], mean: Sequence[float]) -> tuple[np.ndarray | None, str]:
     """Lengths (2, values) below and above each mean, or None; and what they are."""
     several = max(len(v) for v in curve.points.values())
     if several > 1:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from mae.report.intervals import interval
 from mae.report.members import Member, Sweep
@@ -90,7 +91,14 @@ TABLES = (
 )
 
 
-def paper_tables(sweep: Sweep) -> dict[str, object] | None:
+class PaperTables(TypedDict):
+    """What the page of a sweep shows of table 1."""
+
+    tables: list[dict[str, Any]]
+    about: str
+
+
+def paper_tables(sweep: Sweep) -> PaperTables | None:
     """The six tables, as the page of a sweep reads them; None for another sweep.
 
     A row holds its text, whether it is the default setting, the member, and [ours, the paper's] of each stage.
