@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from mae.config.check import check_config, resolve
+from mae.config.sweep_members import with_member  # noqa: E402
 from mae.launch import launch  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ TINY_PRETRAIN = [*TINY, "task.batch_size=32", "task.epochs=2", "task.warmup_epoc
 def composed(*overrides: str) -> DictConfig:
     """The checked config of a command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return check_config(resolve(compose("config", list(overrides))))
+        cfg, _ = with_member(compose("config", list(overrides)), overrides)
+        return check_config(resolve(cfg))
 
 
 def run_here(directory: Path, *overrides: str) -> int:
