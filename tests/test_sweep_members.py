@@ -185,7 +185,11 @@ def finished(directory: Path, name: str, finetune: float, linprobe: float) -> No
     cfg, command = chosen(*arguments)
     cfg = check_config(OmegaConf.merge(cfg, {"output_dir": str(directory / name)}))  # type: ignore[arg-type]
     run = prepare(cfg, command)
-    stages = {"finetune": {"top1": finetune, "val_images": 359}, "linprobe": {"top1": linprobe, "val_images": 359}}
+    stages = {
+        "pretrain": {"epochs": 3.0},
+        "finetune": {"top1": finetune, "val_images": 359},
+        "linprobe": {"top1": linprobe, "val_images": 359},
+    }
     (run / "summary.json").write_text(json.dumps({"task": "pipeline", "steps": 1, "stages": stages}))
 
 
@@ -224,7 +228,9 @@ def test_table_1_lays_ours_beside_the_paper_s(table):
     assert rows["b"][0]["text"] == "128 (ours 12)" and rows["b"][0]["results"] == [[94.0, 84.9], [61.0, 69.1]]
     assert rows["f"][3]["results"] == [[90.0, 84.0], [60.0, 66.0]]
     assert rows["c"][0]["results"] == [[None, 84.2], [None, 59.6]] and rows["c"][0]["member"] is None
-    assert "Ours: vit_nano on digits. The paper's: ViT-L/16 on ImageNet-1k" in str(layout["about"])
+    assert "Ours: vit_nano on digits, pre-trained for 3 epochs. The paper's: ViT-L/16 on ImageNet-1k" in str(
+        layout["about"]
+    )
     assert "The default's 95 % intervals of 359 images: 92.2 to 96.8 % (ft)" in str(layout["about"])
     assert not (table / "sweep.png").exists() and (table / "sweep.csv").exists()
     assert table1.paper_tables(Sweep(Path(), "s", ["x"], found.members)) is None

@@ -141,8 +141,12 @@ def result(members: list[Member], stage: str) -> float | None:
 def about(sweep: Sweep, members: Mapping[str, list[Member]]) -> str:
     """What the numbers are of, and how far those of one seed may be off."""
     cfg = sweep.members[0].cfg
+    stages = sweep.members[0].record.summary.get("stages", {})
+    epochs = stages.get("pretrain", {}).get("epochs")
+    length = f", pre-trained for {epochs:g} epochs" if epochs else ""
     text = (
-        f"Top-1 accuracy (%), fine-tuned (ft) and linear probe (lin). Ours: {cfg.model.name} on {cfg.data.name}. "
+        "Top-1 accuracy (%), fine-tuned (ft) and linear probe (lin). "
+        f"Ours: {cfg.model.name} on {cfg.data.name}{length}. "
         "The paper's: ViT-L/16 on ImageNet-1k, 800 epochs. Grey rows are its default setting."
     )
     default = members.get(DEFAULT, [])
