@@ -227,8 +227,8 @@ def _decoder(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"task.predict_ratio={share:g} leaves masked patches out, which model.decoder=self needs for those that it "
             "predicts: set task.predict_ratio=null, or model.decoder=cross."
         )
-    if share > ratio:
-        yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio:g}: more patches than are masked."
+    if share > (min(ratio) if isinstance(ratio, list) else ratio):
+        yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio}: more patches than are masked."
 
 
 def _partial(cfg: Mapping[str, Any]) -> Iterator[str]:
