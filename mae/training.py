@@ -18,7 +18,7 @@ from torch import nn
 from mae import checkpoint, device, optim
 from mae.config.build import build, call
 from mae.data.loader import EvalLoader, Loader
-from mae.data.sampler import Batches, Masking
+from mae.data.sampler import Batches
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source, fingerprint
 from mae.data.transforms import AUGMENTATIONS
@@ -142,7 +142,7 @@ class Training:
 
 
 def load_training(
-    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, masking: Masking | None, micro_batch_size: int | None
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, task: TrainedTask[nn.Module], micro_batch_size: int | None
 ) -> tuple[Loader, Plan]:
     """The training batches of at most `micro_batch_size` images, and the plan that follows from their number."""
     micro = micro_batch(cfg.task.batch_size, ranks.world, micro_batch_size)
@@ -153,7 +153,8 @@ def load_training(
         ranks.rank,
         ranks.world,
         drop_last=cfg.task.drop_last,
-        masking=masking,
+        masking=task.masking,
+        mask_ratios=task.mask_ratios,
     )
     transform, settings = build(AUGMENTATIONS, cfg.augmentation), call(LoaderSettings, cfg.data)
     loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), ranks.device.type == "cuda")
@@ -184,11 +185,13 @@ def set_up(
     task.train()  # a task may leave frozen modules in evaluation mode
     if restored is not None:
         restore_weights(restored, task.model)
+    else:
+        task.estimate(train_set, ranks)
     if ranks.world > 1:  # a digest of large weights takes seconds
         assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
     ranks.shard(task, dtype)
     micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
-    loader, plan = load_training(run, cfg, ranks, train_set, task.masking, micro)
+    loader, plan = load_training(run, cfg, ranks, train_set, task, micro)
     images = fingerprint(loader.source)
     assert_same(ranks, images, "images")
     model = ranks.wrap(task, accumulating=plan.accumulation > 1)

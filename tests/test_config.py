@@ -90,7 +90,7 @@ def refused(**changes) -> str:
     ("changes", "message"),
     [
         ({"task__mask_ratio": 1.5}, "task.mask_ratio must lie in (0, 1), got 1.5."),
-        ({"task__mask_ratio": "much"}, "task.mask_ratio must be a number, got 'much'."),
+        ({"task__mask_ratio": "much"}, "task.mask_ratio must be a number or a list, each a number, got 'much'."),
         ({"task__mask_ratoi": 0.5}, "task.mask_ratoi is not a key of the configuration. Did you mean mask_ratio?"),
         ({"data__prefetch": -1}, "data.prefetch must be 1 or more, got -1."),
         ({"data__timeout_s": -5.0}, "data.timeout_s must be greater than 0, got -5.0."),

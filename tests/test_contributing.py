@@ -31,14 +31,14 @@ def add(repository: Path, file: str, table: str | None, entry: str | None, code:
 def repository(tmp_path_factory) -> Path:
     copy = copy_program(tmp_path_factory.mktemp("repository"))
     blocks = list(BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()))
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     for block in blocks:
         add(copy, block["file"], block["table"], block["entry"], block["code"])
     return copy
 
 
 ADDED = ["masking=stripes", "optimizer=rmsprop", "augmentation=darkened", "data=two_digits", "data.img_size=16"]
-ADDED += ["model.decoder=pooled"]
+ADDED += ["model.decoder=pooled", "target=patch_mean"]
 
 
 def test_what_the_recipes_add_runs_together(repository):
@@ -55,6 +55,7 @@ def test_what_the_recipes_add_runs_together(repository):
     ("override", "sentence"),
     [
         ("masking.width=0", "masking.width must be 1 or more, got 0."),
+        ("target.gain=0", "target.gain must be greater than 0, got 0.0."),
         ("optimizer.alpha=1", "optimizer.alpha must lie in (0, 1), got 1.0."),
         ("augmentation.most=0.5", "augmentation.most must be 1 or more, got 0.5."),
         ("+masking.colour=1", "masking.colour is not a key of the configuration."),

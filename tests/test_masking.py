@@ -4,17 +4,30 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, TINY_PRETRAIN, composed, of_type, run_cli, run_here
+from conftest import (
+    ROOT,
+    TINY,
+    TINY_PRETRAIN,
+    composed,
+    first_digits,
+    make_loader,
+    of_type,
+    run_cli,
+    run_here,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from mae import checkpoint, rng
 from mae.config.identity import identity
+from mae.data.sampler import Batches, Sampler
+from mae.data.transforms import CenterCrop
 from mae.errors import UserError
-from mae.models.masking import MASKINGS, count_visible
+from mae.models.masking import MASKINGS, bind_masking, count_visible, middle_ratio, ratios_of
 from mae.runs.files import read_json_lines
 
+OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "max_bad_fraction": 0.01}
 SETTINGS = {path.stem: of_type(DictConfig, OmegaConf.load(path)) for path in (ROOT / "conf" / "masking").glob("*.yaml")}
 
 
@@ -177,3 +190,56 @@ def test_pictures_of_every_masking(tmp_path):
     assert run_here(tmp_path / "pictures", *TINY, *overrides, "task.num_images=2", "task.attention=false") == 0
     drawn = sorted(path.name for path in (tmp_path / "pictures" / "images").iterdir())
     assert drawn == sorted(f"reconstruction_{name}_75.png" for name in MASKINGS)
+
+
+# ---------------------------------------------------------------- ratios from a range
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    patches=st.integers(4, 300),
+    bounds=st.tuples(st.floats(0.05, 0.9), st.floats(0.05, 0.9)).filter(lambda pair: abs(pair[0] - pair[1]) > 0.01),
+    seed=st.integers(0, 2**32 - 1),
+    world=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2, 4]),
+)
+def test_a_step_has_one_ratio_of_a_range_whoever_computes_it(patches, bounds, seed, world, micro):
+    low, high = sorted(bounds)
+    if int(patches * (1 - high)) < 1:
+        return
+    ratios = ratios_of([low, high], patches)
+    counts = [count_visible(patches, ratio) for ratio in ratios]
+    assert len(set(counts)) == len(counts) <= 9 and counts == sorted(counts, reverse=True)
+    assert counts[0] == count_visible(patches, low) and counts[-1] == count_visible(patches, high)
+    assert count_visible(patches, middle_ratio([low, high])) in counts
+    drawn = []
+    for rank in range(world):
+        sampler = Sampler(16, Batches(8, micro, seed, rank, world, mask_ratios=ratios))
+        for epoch, step in ((0, 0), (0, 1), (3, 1)):
+            own = {ticket.ratio for ticket in sampler.micro_batches(epoch, step)}
+            assert len(own) == 1
+            drawn.append((epoch, step, own.pop()))
+    assert len(set(drawn)) == 3 and all(0 <= ratio < len(ratios) for _, _, ratio in drawn)
+
+
+def test_all_ratios_of_a_range_are_drawn_and_one_number_draws_none():
+    ratios = ratios_of([0.6, 0.9], 196)
+    sampler = Sampler(800, Batches(8, 8, 0, mask_ratios=ratios))
+    drawn = np.bincount([sampler.ratio(0, step) or 0 for step in range(100)], minlength=9)
+    assert len(ratios) == 9 and drawn.min() > 3 and ratios[4] == middle_ratio([0.6, 0.9]) == 0.75
+    assert ratios_of(0.75, 196) == () and Sampler(8, Batches(8, 8, 0)).ratio(0, 0) is None
+
+
+def test_the_loader_masks_a_batch_at_its_ratio():
+    ratios, masking = (0.25, 0.5, 0.75), bind_masking(SETTINGS["block"], (4, 4), 0.5)
+    crop = CenterCrop(img_size=16, crop_fraction=1.0)
+    loader = make_loader(first_digits(48), crop, 8, 4, masking=masking, mask_ratios=ratios, num_workers=0, **OPTIONS)
+    seen = set()
+    for number, step in enumerate(loader.steps(0)):
+        for batch in step:
+            ratio = batch["ratio"].shape[0]
+            assert ratio == loader.sampler.ratio(0, number) and batch["ratio"].numel() == 0
+            assert ((batch["noise"] >= 0.5).sum(1) == 16 - count_visible(16, ratios[ratio])).all()  # blocks of a ratio
+            seen.add(ratio)
+    loader.close()
+    assert len(seen) > 1

@@ -12,7 +12,17 @@ from mae.config.saved import stored_config
 from mae.errors import UserError
 from mae.runs.files import write_text
 
-KEYS = ("init", "data.root", "data.cache_dir", "data.classes", "data.file", "task.path", "task.files")
+KEYS = (
+    "init",
+    "data.root",
+    "data.cache_dir",
+    "data.classes",
+    "data.file",
+    "task.path",
+    "task.files",
+    "target.teacher",
+    "target.file",
+)
 TYPED = "paths.yaml"  # of a run: its relative paths as they were typed, and the directory in which they were
 DIRECTORY = "working_directory"
 
@@ -32,7 +42,7 @@ def with_absolute_paths(cfg: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     file lies, is no path."""
     values, typed = to_dict(cfg), {}
     for key, value in _paths(values):
-        if key == "init" and not os.path.exists(os.path.expanduser(value)):
+        if key in ("init", "target.teacher") and not os.path.exists(os.path.expanduser(value)):
             continue
         stored = [absolute(path) for path in value] if isinstance(value, list) else absolute(value)
         if stored != value:
@@ -53,7 +63,7 @@ def _paths(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     paths = []
     for key in KEYS:
         group, _, name = key.rpartition(".")
-        value = (values[group] if group else values).get(name)
+        value = (values.get(group, {}) if group else values).get(name)
         if isinstance(value, str | list):
             paths.append((key, value))
     return paths

@@ -1,21 +1,17 @@
 """What values contradict each other. Checked before anything is built or queued."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae.config import pretraining_rules
 from mae.config.schema import signature, table
-from mae.config.values import near
+from mae.config.values import pair
 from mae.plan import mixes
 from mae.tasks.registry import TASKS, names
 
 COLOURED = ("rand_augment", "color_jitter")  # augmentations that need red, green and blue
 SMALLEST_CUTMIX = 16  # pixels: a box of a smaller image is a patch or two
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A side or [height, width] as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def nearest_multiples(value: int, unit: int) -> str:
@@ -194,43 +190,6 @@ def _mixing(cfg: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _masks(cfg: Mapping[str, Any]) -> Iterator[str]:
-    known = list(table("models.masking:MASKINGS"))
-    for name in cfg["task"].get("masks", []):
-        if name not in known:
-            yield f"task.masks names {name}, which is none of {', '.join(known)}.{near(name, known)}"
-    narrow, wide = (cfg["masking"].get(key) for key in ("sigma", "wide_sigma"))
-    if narrow is not None and wide is not None and wide <= narrow:
-        yield f"masking.wide_sigma={wide} must be greater than masking.sigma={narrow}."
-
-
-def _decoder(cfg: Mapping[str, Any]) -> Iterator[str]:
-    model, task = cfg["model"], cfg["task"]
-    name, known = model["decoder"], list(table("models.decoders:DECODERS"))
-    if name not in known:
-        yield f"model.decoder={name} is none of {', '.join(known)}.{near(name, known)}"
-    if name == "linear" and model["mask_tokens"] == "decoder":
-        yield (
-            "model.decoder=linear predicts from the encoder's tokens, of which masked patches have none: set "
-            "model.mask_tokens=encoder."
-        )
-    if name == "cross" and model["mask_tokens"] == "encoder":
-        yield (
-            "model.mask_tokens=encoder puts masked patches among the tokens that model.decoder=cross attends to: set "
-            "model.mask_tokens=decoder."
-        )
-    share, ratio = task.get("predict_ratio"), task.get("mask_ratio")
-    if share is None:
-        return
-    if name == "self":
-        yield (
-            f"task.predict_ratio={share:g} leaves masked patches out, which model.decoder=self needs for those that it "
-            "predicts: set task.predict_ratio=null, or model.decoder=cross."
-        )
-    if share > (min(ratio) if isinstance(ratio, list) else ratio):
-        yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio}: more patches than are masked."
-
-
 def _partial(cfg: Mapping[str, Any]) -> Iterator[str]:
     blocks, depth = cfg["task"].get("finetune_blocks"), cfg["model"]["depth"]
     if blocks is not None and (blocks % 0.5 or blocks > depth):
@@ -247,9 +206,8 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _root,
     _colours,
     _mixing,
-    _masks,
-    _decoder,
     _partial,
+    *pretraining_rules.RULES,
 ]
 
 

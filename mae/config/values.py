@@ -4,7 +4,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 TYPE_NAMES = {
@@ -22,6 +22,11 @@ def near(word: str, known: Iterable[object]) -> str:
     """' Did you mean X?' where one of the known words is close to a misspelt one."""
     match = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.55)
     return f" Did you mean {match[0]}?" if match else ""
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A side or [height, width] as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def describe(hint: Any) -> str:

@@ -70,6 +70,7 @@ class Reader(Dataset):
     def __init__(self, source: Source, transform: Transform, batches: Batches):
         self.source, self.transform = source, transform
         self.seed, self.masking, self.repeats = batches.seed, batches.masking, batches.repeats
+        self.mask_ratios = batches.mask_ratios
 
     def __getitem__(self, ticket: Ticket) -> Loaded | Failure:
         try:
@@ -103,7 +104,10 @@ class Reader(Dataset):
         if self.masking is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
             keys = [rng.keys(self.seed, ticket.epoch, ticket.indices, stream) for stream in streams]
-            batch["noise"] = torch.from_numpy(self.masking(np.concatenate(keys)))
+            ratio = {} if ticket.ratio is None else {"mask_ratio": self.mask_ratios[ticket.ratio]}
+            batch["noise"] = torch.from_numpy(self.masking(np.concatenate(keys), **ratio))
+        if ticket.ratio is not None:
+            batch["ratio"] = torch.empty(ticket.ratio, 0)  # a length, which the host knows without asking the device
         return Loaded(batch, samples.bad)
 
     def _add(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:

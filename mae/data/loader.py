@@ -33,9 +33,9 @@ class Loader:
     """Training batches, the same bits for any number of workers and wherever one starts.
 
     A batch: image (B, C, H, W) as the source has it, flip (B,) bool, label and index (B,) int64, weight () float32 (see
-    `Sampler`), and with `masking` also noise (B, L) float32; all on the host. Where targets are no classes, label
-    is (B, K) or (B, ..., H, W) of their type. Images and maps are still to be mirrored where flip is true, on the
-    device (see `mae.data.prepare`).
+    `Sampler`), and with `masking` also noise (B, L) float32; all on the host. With `mask_ratios` ratio is (k, 0): the
+    batch has the k-th of them. Where targets are no classes, label is (B, K) or (B, ..., H, W) of their type. Images
+    and maps are still to be mirrored where flip is true, on the device (see `mae.data.prepare`).
     `bad_csv` is where bad images are listed. `source` is afterwards what is left by `fraction`, `per_class`.
     """
 

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mae import rng
 from mae.errors import UserError
 
 Order = Callable[[int, int], np.ndarray | None]  # (seed, epoch) -> a permutation of all indices, or None: shuffled
 
 
-Masking = Callable[[np.ndarray], np.ndarray]  # keys (B,) of samples -> masking noise (B, L), see `mae.models.masking`
+Masking = Callable[..., np.ndarray]  # keys (B,) of samples -> masking noise (B, L), see `mae.models.masking`
+STREAM_RATIO = 3  # of a step's random numbers; the streams of samples are in `dataset.py`
 
 
 class Ticket(NamedTuple):
@@ -26,6 +28,7 @@ class Ticket(NamedTuple):
     epoch: int
     indices: np.ndarray  # (b,) int64
     weight: float  # of this micro-batch's mean in the step's; see `Sampler`
+    ratio: int | None = None  # which of `Batches.mask_ratios`
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Batches:
     drop_last: bool = False  # whether the short last step of an epoch is left out
     repeats: int = 1  # samples made of an image each time it is decoded
     masking: Masking | None = None
+    mask_ratios: tuple[float, ...] = ()  # of which each step has one; none: the masking's own
 
 
 class Sampler:
@@ -63,7 +67,7 @@ class Sampler:
         self.count, self.repeats = count, repeats
         self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
         self.batch, self.micro = batch_size // repeats, batches.micro // repeats  # in different images
-        self.order = order
+        self.order, self.ratios = order, len(batches.mask_ratios)
         self._cached: tuple[int, np.ndarray] | None = None
         if repeats > 1 or batches.drop_last:
             self.steps_per_epoch = count // batch_size
@@ -85,14 +89,21 @@ class Sampler:
 
     def micro_batches(self, epoch: int, step: int) -> list[Ticket]:
         """This rank's micro-batches of a step; as many on every rank."""
-        images = self.step_indices(epoch, step)
+        images, ratio = self.step_indices(epoch, step), self.ratio(epoch, step)
         own = images[self.rank :: self.world]
         tickets = []
         for start in range(0, -(-len(images) // self.world), self.micro):
             micro = own[start : start + self.micro]
             weight = len(micro) * self.world / len(images)
-            tickets.append(Ticket(epoch, micro if len(micro) else images[:1], weight))
+            tickets.append(Ticket(epoch, micro if len(micro) else images[:1], weight, ratio))
         return tickets
+
+    def ratio(self, epoch: int, step: int) -> int | None:
+        """Which mask ratio a step has, on all ranks and in all its micro-batches; None where there is no choice."""
+        if not self.ratios:
+            return None
+        key = rng.keys(self.seed, epoch, np.array([step]), STREAM_RATIO)
+        return int(key[0] % np.uint64(self.ratios))
 
     def micro_steps(self, step: int) -> int:
         """Micro-batches of a step: the same in all epochs, and on all ranks."""

@@ -37,7 +37,7 @@ EMPTY: Mapping[str, str] = {}
 class PretrainKeys:
     """Keys of stage pretrain that stand in the pipeline, so that a sweep can name them. None: the stage's own."""
 
-    mask_ratio: Annotated[float, "(0, 1)"] | None
+    mask_ratio: Annotated[float, "(0, 1)"] | list[Annotated[float, "(0, 1)"]] | None
     norm_pix_loss: bool | None
     epochs: Annotated[float, "(0, inf)"] | None
     augmentation: str | None

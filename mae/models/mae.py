@@ -14,7 +14,8 @@ from mae.models.decoders import DECODERS, Decoder, DecoderSizes, Sequence
 from mae.models.layers import LayerNorm
 from mae.models.masking import count_predicted, count_visible, order_by_noise
 from mae.models.positions import fixed_position
-from mae.models.targets import Patches, PixelTarget, Target
+from mae.models.target import Patches, Target
+from mae.models.targets import PixelTarget
 from mae.models.vit import Encoder
 
 

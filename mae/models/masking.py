@@ -8,7 +8,7 @@ alone, so masks do not depend on ranks, workers or restarts. Settings are keywor
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +22,27 @@ from mae.rng import uniform
 Grid = tuple[int, int]  # patches: rows, columns
 RECTANGLES, WINDOWS = np.uint64(0xB10C), np.uint64(0x317D)  # separate a sample's random numbers by their use
 MOST_RECTANGLES = 64
+RATIOS = 9  # that are drawn from a range: each has shapes of its own, to be compiled; the middle is one of them
+
+
+def ratios_of(mask_ratio: float | Sequence[float], num_patches: int) -> tuple[float, ...]:
+    """The ratios of which each batch gets one, evenly over a range [low, high]; none where all batches have the same.
+
+    Of ratios that show equally many patches the first is taken.
+    """
+    if isinstance(mask_ratio, int | float):
+        return ()
+    low, high = mask_ratio
+    ratios = [low + (high - low) * k / (RATIOS - 1) for k in range(RATIOS)]
+    by_count: dict[int, float] = {}
+    for ratio in ratios:
+        by_count.setdefault(count_visible(num_patches, ratio), ratio)
+    return tuple(by_count.values())
+
+
+def middle_ratio(mask_ratio: float | Sequence[float]) -> float:
+    """The ratio of validations and pictures: the middle of a range."""
+    return mask_ratio if isinstance(mask_ratio, int | float) else sum(mask_ratio) / 2
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:

@@ -1,60 +1,23 @@
-"""Targets: what is predicted for a masked patch, and the loss of a prediction.
+"""The targets: pixels, principal components, oriented gradients, features of a teacher, token ids.
 
 A target is a subclass of `Target` and its entry in `TARGETS`. Its keyword-only settings stand in conf/target/NAME.yaml.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae.errors import UserError
-
-
-@dataclass(frozen=True)
-class Patches:
-    """The patches of a model's images, for which a target is built."""
-
-    grid: tuple[int, int]  # rows, columns
-    size: tuple[int, int]  # height and width in pixels
-    in_chans: int
-    norm_pix_loss: bool  # of the task: pixels are predicted normalised per patch
-
-    @property
-    def count(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def values(self) -> int:
-        """Values of a patch."""
-        return self.size[0] * self.size[1] * self.in_chans
-
-
-class Target(nn.Module):
-    """Base class of targets. The constructor is called with the model's `Patches` and the group's keys.
-
-    Buffers are saved with the model. Images are (B, C, H, W) as the encoder sees them; patches (B, L, p * p * C) are
-    theirs. No gradient flows into a target.
-    """
-
-    size: int  # values predicted for a patch: the width of the decoder's output
-
-    def __init__(self, patches: Patches):
-        super().__init__()
-        self.patches = patches
-
-    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
-        """What is to be predicted for every patch: (B, L, size), or class indices (B, L)."""
-        raise NotImplementedError
-
-    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The mean () over predicted patches (B, K, size) and their targets; the squared error unless overridden."""
-        return F.mse_loss(pred, target)
-
-    def to_pixels(self, pred: Tensor, patches: Tensor) -> Tensor | None:
-        """Predictions (B, L, size) as patches (B, L, p * p * C), for pictures; None where pixels cannot be had back."""
-        return None
+from mae.models import renderings
+from mae.models.target import Patches, Target
+from mae.models.teacher import Teacher
+from mae.models.tokenizer import open_tokenizer
 
 
 class PixelTarget(Target):
@@ -81,6 +44,182 @@ class PixelTarget(Target):
         return pred * (var + 1e-6).sqrt() + mean
 
 
+class PcaTarget(Target):
+    """The first coefficients of a patch in the principal components of all patches (paper, table 1d)."""
+
+    mean: Tensor  # (p * p * C,)
+    basis: Tensor  # (components, p * p * C), orthonormal rows
+
+    def __init__(
+        self, patches: Patches, *, components: Annotated[int, "[1, inf)"], images: Annotated[int, "[1, inf)"] | None
+    ):
+        super().__init__(patches)
+        if components > patches.values:
+            raise UserError(
+                f"target.components={components} is more than the {patches.values} values of a patch: lower it."
+            )
+        self.size, self.fit_images = components, images or np.iinfo(np.int64).max
+        self.register_buffer("mean", torch.zeros(patches.values))
+        self.register_buffer("basis", torch.zeros(components, patches.values))
+
+    def estimate(self, patches: Iterable[Tensor], total: Callable[[Tensor], Tensor]) -> None:
+        """Sums of patches and of their products in one pass, in float64. The largest entry of each component is
+        positive, as scikit-learn has it."""
+        size = self.patches.values
+        sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)  # of [1, patch] times [1, patch]
+        for batch in patches:
+            rows = F.pad(batch.double().flatten(0, 1), (1, 0), value=1.0)
+            sums = sums.to(rows.device) + rows.T @ rows
+        sums = total(sums.to(self.mean.device)).cpu()
+        count, first = sums[0, 0], sums[0, 1:]
+        covariance = (sums[1:, 1:] - first[:, None] * first / count) / (count - 1)
+        basis = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[: self.size]
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        self.mean.copy_(first / count)
+        self.basis.copy_(basis * largest.sign())
+
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        with torch.autocast(patches.device.type, enabled=False):
+            return (patches - self.mean) @ self.basis.T
+
+    def to_pixels(self, pred: Tensor, patches: Tensor) -> Tensor:
+        """What the coefficients say of the pixels."""
+        with torch.autocast(pred.device.type, enabled=False):
+            return pred.to(self.basis.dtype) @ self.basis + self.mean
+
+
+class HogTarget(Target):
+    """Histograms of oriented gradients (MaskFeat, arXiv 2112.09133, section 3; its code's HOGLayerC).
+
+    For each cell and channel a histogram of unsigned orientations, weighed by the gradient's size and of length 1.
+    Gradients are Sobel's, on images as they are normalised: mean and deviation of a channel change no histogram.
+    """
+
+    def __init__(self, patches: Patches, *, orientations: Annotated[int, "[2, inf)"], cell: Annotated[int, "[1, inf)"]):
+        super().__init__(patches)
+        height, width = patches.size
+        if height % cell or width % cell:
+            raise UserError(f"target.cell={cell} does not divide a patch of {height} x {width} pixels: choose another.")
+        self.orientations, self.cell = orientations, cell
+        self.cells = height // cell, width // cell  # of a patch
+        self.size = self.cells[0] * self.cells[1] * patches.in_chans * orientations
+
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        """(B, L, size): values in the order cell's row, cell's column, channel, orientation."""
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        down = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+        across = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+        dx = down[..., :-2] - down[..., 2:]  # differences, and no convolution: exactly 0 where an image is flat
+        dy = across[:, :, :-2] - across[:, :, 2:]
+        angle = torch.atan2(dx, dy) * (self.orientations / math.pi)
+        bins = angle.floor().remainder(self.orientations)
+        strength = (dx**2 + dy**2).sqrt()
+        counts = [self._by_cell(strength * (bins == k)) for k in range(self.orientations)]
+        histogram = F.normalize(torch.stack(counts, -1), dim=-1)  # (B, C, rows of cells, columns of cells, n)
+        (rows, columns), (down_cells, across_cells) = self.patches.grid, self.cells
+        split = histogram.unflatten(3, (columns, across_cells)).unflatten(2, (rows, down_cells))
+        return split.permute(0, 2, 4, 3, 5, 1, 6).flatten(3).flatten(1, 2)
+
+    def _by_cell(self, values: Tensor) -> Tensor:
+        """Sums (B, C, H / cell, W / cell) over cells."""
+        return values.unflatten(3, (-1, self.cell)).unflatten(2, (-1, self.cell)).sum((3, 5))
+
+    def pictures(self, target: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+        """A line for each orientation of a cell, along the edge, the brighter the stronger."""
+        shape = (*self.patches.grid, *self.cells, self.patches.in_chans, self.orientations)
+        cells = [values.float().unflatten(1, shape[:2]).unflatten(3, shape[2:]).mean(5) for values in (target, pred)]
+        first, second = (c.transpose(2, 3).flatten(3, 4).flatten(1, 2) for c in cells)
+        return renderings.glyphs(first), renderings.glyphs(second)
+
+
+class FeatureTarget(Target):
+    """A frozen teacher's features of the patches of the whole image, normalised without weights.
+
+    The teacher is neither saved nor trained: it is no submodule, and is read again when a run goes on.
+    """
+
+    teacher: Teacher
+
+    def __init__(
+        self,
+        patches: Patches,
+        *,
+        teacher: str,
+        layer: Annotated[int, "[1, inf)"] | None,
+        loss: Literal["cosine", "mse"],
+    ):
+        super().__init__(patches)
+        vars(self)["teacher"] = network = patches.read_teacher(teacher)
+        if layer is not None and layer > network.depth:
+            raise UserError(
+                f"target.layer={layer} is more than the {network.depth} blocks of target.teacher={teacher}."
+            )
+        self.layer, self.cosine, self.size = layer, loss == "cosine", network.width
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureTarget":
+        self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        features = self.teacher(images, self.layer)
+        return F.layer_norm(features.to(images.dtype), (self.size,))
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The squared error, or 1 less the cosine of the angle between both."""
+        if self.cosine:
+            return 1 - F.cosine_similarity(pred.to(target.dtype), target, dim=-1).mean()
+        return F.mse_loss(pred, target)
+
+
+class TokenTarget(Target):
+    """Token ids of the patches, from a TorchScript or ONNX file that maps images in [0, 1] to ids (B, L)."""
+
+    gives_ids = True
+
+    def __init__(self, patches: Patches, *, file: str, vocabulary: Annotated[int, "[2, inf)"]):
+        super().__init__(patches)
+        self.file, self.size = Path(file).expanduser(), vocabulary
+        self._tokenizer: Callable[[Tensor], Tensor] | None = None  # opened when first needed: plans do without
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Ids (B, L) int64. Raises UserError where the file does not open, or gives anything else."""
+        opened = self._tokenizer is None
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.file, images.device)
+        ids = self._tokenizer(self.patches.undo(images).float()).flatten(1)
+        count = self.patches.grid[0] * self.patches.grid[1]
+        if ids.shape != (len(images), count) or ids.is_floating_point():
+            shape, kind = " x ".join(map(str, ids.shape)), str(ids.dtype).removeprefix("torch.")
+            raise UserError(
+                f"target.file={self.file} gives {shape} values of {kind} for {len(images)} images, and not the whole "
+                f"numbers of {count} patches each."
+            )
+        if opened or not ids.is_cuda:  # a GPU is waited for once
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.size:
+                raise UserError(
+                    f"target.file={self.file} gives ids from {low} to {high}, and target.vocabulary={self.size} allows "
+                    f"those from 0 to {self.size - 1}: raise it."
+                )
+        return ids.long()
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy."""
+        logits = pred.flatten(0, 1)
+        return F.cross_entropy(logits.float() if logits.dtype.itemsize == 2 else logits, target.flatten())
+
+    def pictures(self, target: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+        """A colour for each id; of a prediction for the likeliest."""
+        first, second = (renderings.id_colours(ids) for ids in (target, pred.argmax(-1)))
+        return renderings.in_grid(first, self.patches.grid), renderings.in_grid(second, self.patches.grid)
+
+
 TARGETS = {
     "pixels": PixelTarget,
+    "pca": PcaTarget,
+    "hog": HogTarget,
+    "features": FeatureTarget,
+    "tokens": TokenTarget,
 }

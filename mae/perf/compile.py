@@ -114,8 +114,9 @@ def _failures(ranks: Ranks, trial: Trial, images: int, times: int) -> list[Failu
     """The failures of all ranks, on every rank, when each runs `times` steps; empty where all pass."""
     failure = None
     try:
-        for _ in range(times):
-            trial.step(images)
+        for ratio in trial.ratios():
+            for _ in range(times):
+                trial.step(images, ratio)
     except Exception as error:  # any type: compilers of other vendors raise their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         failure = Failure(reason, devices.out_of_memory(error))

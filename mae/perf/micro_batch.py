@@ -44,7 +44,11 @@ class Trial:
         image, patch = rules.pair(self.cfg.model.img_size), rules.pair(self.cfg.model.patch_size)
         return 1 + (image[0] // patch[0]) * (image[1] // patch[1])
 
-    def batch(self, images: int) -> devices.Batch:
+    def ratios(self) -> range:
+        """The mask ratios of which each step has one, the lowest first, which shows most patches."""
+        return range(max(1, len(getattr(self.task, "mask_ratios", ()))))
+
+    def batch(self, images: int, ratio: int = 0) -> devices.Batch:
         """A batch as the loader would send it."""
         size = rules.pair(self.cfg.model.img_size)
         batch = {
@@ -55,12 +59,14 @@ class Trial:
         }
         if self.masking is not None:
             batch["noise"] = torch.from_numpy(self.masking(np.arange(images, dtype=np.uint64)))
+        if len(self.ratios()) > 1:
+            batch["ratio"] = torch.empty(ratio, 0)
         return devices.send(batch, self.device)
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, ratio: int = 0) -> None:
         """Forward and backward, then forward without gradients, as a validation computes."""
         with unchanged(self.task):
-            batch = self.batch(images)
+            batch = self.batch(images, ratio)
             with self.autocast():
                 loss = self.task(batch)["loss"]
             loss.backward()

@@ -39,6 +39,7 @@ class TrainedTask(nn.Module, Generic[Network]):
 
     model: Network  # saved in checkpoints and validated
     masking: Masking | None = None  # gives each sample of a batch its noise
+    mask_ratios: tuple[float, ...] = ()  # of which each step draws one, number batch["ratio"].shape[0]; lowest first
 
     def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()
@@ -69,6 +70,10 @@ class TrainedTask(nn.Module, Generic[Network]):
     def load_init(self) -> None:
         """Loads the weights that `init` names, into the model on the host. Skipped where a run goes on from its own
         checkpoint. Raises UserError."""
+
+    def estimate(self, train_set: Source, ranks: Ranks) -> None:
+        """Fits what is no trained weight to the training images, the same on every rank; the model is on the device.
+        Skipped where a run goes on from its own checkpoint."""
 
     # ------------------------------------------------------------ every step
 

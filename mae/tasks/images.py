@@ -1,6 +1,6 @@
 """Pictures of what a model sees and makes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,23 +11,28 @@ from mae.models.mae import MaskedAutoencoder
 from mae.runs.files import replacing
 
 
-def reconstruction_rows(model: MaskedAutoencoder, images: Tensor, pred: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Normalised images (B, C, H, W) with predictions (B, L, p * p * C) and mask (B, L) as four rows.
+def reconstruction_rows(
+    model: MaskedAutoencoder, images: Tensor, pred: Tensor, mask: Tensor, undo: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Normalised images (B, C, H, W) with predictions (B, L, size) and mask (B, L) as rows of images in [0, 1].
 
-    With norm_pix_loss a prediction has no brightness or contrast of its own: each patch gets those of the
-    original, as the paper's figures do.
+    `undo` takes normalised images to [0, 1]. Where the target has no pixels, targets and predictions are drawn as it
+    draws them.
     """
     patches = model.patchify(images)
-    pixels = model.target.to_pixels(pred, patches)
-    assert pixels is not None
     removed = mask[..., None].bool()
     grey = torch.zeros_like(patches)  # the data's mean colour
-    return {
-        "original": images,
-        "masked": model.unpatchify(torch.where(removed, grey, patches)),
-        "reconstruction": model.unpatchify(pixels.to(patches.dtype)),
-        "with visible": model.unpatchify(torch.where(removed, pixels.to(patches.dtype), patches)),
-    }
+    rows = {"original": images, "masked": model.unpatchify(torch.where(removed, grey, patches))}
+    pixels = model.target.to_pixels(pred, patches)
+    if pixels is not None:
+        pixels = pixels.to(patches.dtype)
+        rows["reconstruction"] = model.unpatchify(pixels)
+        rows["with visible"] = model.unpatchify(torch.where(removed, pixels, patches))
+    rows = {title: undo(row.float()) for title, row in rows.items()}
+    if pixels is None:
+        with torch.no_grad():
+            rows["target"], rows["prediction"] = model.target.pictures(model.target(images, patches), pred)
+    return rows
 
 
 def to_image(values: Tensor) -> Image.Image:
@@ -41,6 +46,7 @@ def to_image(values: Tensor) -> Image.Image:
 def save_rows(rows: Mapping[str, Tensor], path: Path, smallest: int = 96) -> None:
     """Writes rows of images (B, C, H, W) in [0, 1], one below the other as a PNG, a title before each.
 
+    All rows are shown in the size of the first.
     Small images are enlarged by a whole factor to `smallest` pixels or more, without blurring.
     """
     first = next(iter(rows.values()))
@@ -53,7 +59,9 @@ def save_rows(rows: Mapping[str, Tensor], path: Path, smallest: int = 96) -> Non
         top = gap + row * (cell_h + gap)
         pen.text((4, top + cell_h // 2 - 8), title, fill="black", font=font)
         for column in range(count):
-            cell = to_image(images[column]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            picture = to_image(images[column])
+            larger = picture.width > cell_w or picture.height > cell_h  # as lines are, which need all their pixels
+            cell = picture.resize((cell_w, cell_h), Image.Resampling.BOX if larger else Image.Resampling.NEAREST)
             sheet.paste(cell, (margin + column * (cell_w + gap), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

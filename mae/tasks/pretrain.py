@@ -1,22 +1,29 @@
 """Masked-autoencoder pretraining (arXiv 2111.06377, section 3)."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from mae.checkpoint import weights_digest
 from mae.data.source import Source
+from mae.data.subsets import Subset, reduced
 from mae.device import Batch, exact
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector
 from mae.models.mae import MaskedAutoencoder
-from mae.models.masking import bind_masking
+from mae.models.masking import bind_masking, middle_ratio, ratios_of
+from mae.models.targets import FeatureTarget, PixelTarget
+from mae.models.teacher import Teacher
 from mae.tasks import images as pictures
 from mae.tasks.autoencoder import build_autoencoder
 from mae.tasks.base import Autocast, TrainedTask
+from mae.tasks.batches import eval_loader, sent
 from mae.tasks.init_weights import warn_of_statistics
 from mae.tasks.knn import KnnMonitor
 from mae.tasks.online_probe import OnlineProbe, check_probe_labels
@@ -25,16 +32,19 @@ from mae.tracking.base import Tracker
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
+log = logging.getLogger(__name__)
+FIT_BATCH = 64  # images of which patches are summed at a time
+
 
 class Pretrain(TrainedTask[MaskedAutoencoder]):
-    """Predict the pixels of the patches that were removed."""
+    """Predict a target of the patches that were removed."""
 
     def __init__(
         self,
         cfg: DictConfig,
         val_set: Source,
         *,
-        mask_ratio: Annotated[float, "(0, 1)"],
+        mask_ratio: Annotated[float, "(0, 1)"] | list[Annotated[float, "(0, 1)"]],
         predict_ratio: Annotated[float, "(0, 1)"] | None,
         norm_pix_loss: bool,
         num_images: Annotated[int, "[1, inf)"],
@@ -47,9 +57,10 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         online_probe_lr: Annotated[float, "(0, inf)"],
     ):
         super().__init__(cfg, val_set)
-        self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss)
-        self.masking = bind_masking(cfg.masking, self.model.grid_size, mask_ratio)
-        self.mask_ratio, self.predict_ratio, self.num_images = mask_ratio, predict_ratio, num_images
+        self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss, self.prepare)
+        self.mask_ratio, self.predict_ratio, self.num_images = middle_ratio(mask_ratio), predict_ratio, num_images
+        self.mask_ratios = ratios_of(mask_ratio, self.model.num_patches)
+        self.masking = bind_masking(cfg.masking, self.model.grid_size, self.mask_ratio)
         self.eval_mask_ratios = eval_mask_ratios
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
         self.knn_settings = (knn_every_epochs, knn_images, knn_k)
@@ -77,10 +88,24 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
             if not pretrained.of_a_run:
                 warn_of_statistics(self.cfg, pretrained)
 
+    def estimate(self, train_set: Source, ranks: Ranks) -> None:
+        """Fits the target, where it has anything to fit."""
+        target = self.model.target
+        if target.fit_images is None:
+            return
+        data = self.cfg.data
+        source = reduced(train_set, data.fraction, data.per_class, self.cfg.seed)
+        count = min(target.fit_images, len(source))
+        source = Subset(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)))
+        log.info("fitting target=%s to %d training images", self.cfg.target.name, len(source))
+        loader = eval_loader(self.cfg, ranks, source, FIT_BATCH)
+        with torch.no_grad():
+            target.estimate((self.model.patchify(self.images(batch)) for batch in sent(loader, ranks)), ranks.sum)
+
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean loss over the predicted ones of the removed patches, which `noise` (B, L) chooses."""
-        images, noise = self.images(batch), batch["noise"]
-        scalars = {"loss": self.model(images, self.mask_ratio, noise, self.predict_ratio).loss}
+        ratio = self.mask_ratios[batch["ratio"].shape[0]] if "ratio" in batch else self.mask_ratio
+        scalars = {"loss": self.model(self.images(batch), ratio, batch["noise"], self.predict_ratio).loss}
         if self.probe is not None and self.training:
             assert self.feature is not None
             scalars["online_loss"] = self.probe.learn(self.feature, batch["label"], batch.get("weight", 1.0))
@@ -110,12 +135,14 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
-        """Masked loss over the validation set with fixed masks, and that of predicting each patch's mean.
+        """Masked loss over the validation set with fixed masks, and for pixels that of predicting each patch's mean.
 
-        All masked patches are predicted, so that the loss is comparable whatever `predict_ratio` is.
+        All masked patches are predicted, so that the loss is comparable whatever `predict_ratio` is. Of a range of mask
+        ratios the middle one is taken.
         """
         self.eval()
-        names = ["val/loss", "val/loss_of_patch_mean", *(f"val/loss_at_{r:g}" for r in self.eval_mask_ratios)]
+        flat_name = ["val/loss_of_patch_mean"] if isinstance(self.model.target, PixelTarget) else []
+        names = ["val/loss", *flat_name, *(f"val/loss_at_{r:g}" for r in self.eval_mask_ratios)]
         total = torch.zeros(len(names) + 1, dtype=torch.float64, device=exact(ranks.device))  # last: images
         chosen: list[dict[str, Tensor]] = []
         collector = Collector()
@@ -127,8 +154,8 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
                 loss, mask = self.model(images, self.mask_ratio, batch["noise"])
                 more = [self.model(images, ratio, batch["noise"]).loss for ratio in self.eval_mask_ratios]
             self._examine(batch, images, collector, autocast)
-            flat = ((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum()
-            sums = torch.stack([loss, flat, *more, torch.ones_like(loss)])
+            flat = [((self._centred(images) ** 2).mean(-1) * mask).sum() / mask.sum() for _ in flat_name]
+            sums = torch.stack([loss, *flat, *more, torch.ones_like(loss)])
             total += sums.to(total.device).double() * len(images)
         if chosen:
             self.samples = {k: torch.cat([c[k] for c in chosen])[: self.num_images] for k in ("image", "noise")}
@@ -175,7 +202,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
 
     @torch.no_grad()
     def log_images(self, run: Path, step: int, epoch: float, tracker: Tracker, autocast: Autocast) -> None:
-        """A row each of originals, masked images, reconstructions, and reconstructions with the visible patches."""
+        """A row each of originals, masked images and predictions, as `reconstruction_rows` has them."""
         if not self.samples:
             return
         self.eval()
@@ -183,13 +210,15 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         with autocast():
             pred, mask = self.model.predict(images, self.mask_ratio, self.samples["noise"])
         self.train()
-        rows = pictures.reconstruction_rows(self.model, images, pred, mask)
+        rows = pictures.reconstruction_rows(self.model, images, pred, mask, self.prepare.undo)
         path = run / "images" / f"reconstruction_{step:08d}.png"
-        pictures.save_rows({title: self.prepare.undo(row.float()) for title, row in rows.items()}, path)
+        pictures.save_rows(rows, path)
         tracker.picture("reconstruction", path, step, f"mask ratio {self.mask_ratio:g}, epoch {epoch:g}")
 
     def extra_state(self) -> dict[str, object]:
         state: dict[str, object] = {} if self.knn is None else {"knn": self.knn.periods}
+        if self.teacher is not None:
+            state["teacher"] = weights_digest(self.teacher.state_dict())
         return state if self.probe is None else state | {"probe": self.probe.state_dict()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -197,6 +226,17 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
             self.knn.periods = state["knn"]
         if self.probe is not None:
             self.probe.load_state_dict(state["probe"])
+        if self.teacher is not None and state["teacher"] != weights_digest(self.teacher.state_dict()):
+            log.warning(
+                "target.teacher=%s has other weights than when the run began: features of another network are "
+                "predicted from here on",
+                self.cfg.target.teacher,
+            )
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The network whose features are predicted, if any."""
+        return self.model.target.teacher if isinstance(self.model.target, FeatureTarget) else None
 
     def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
         names = ("val/loss", "val/rankme", "val/online_top1")

@@ -32,6 +32,7 @@ from mae.models.masking import bind_masking
 from mae.runs.files import write_text
 from mae.runs.summary import Summary
 from mae.tasks import images as pictures
+from mae.tasks.autoencoder import build_autoencoder
 from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import need_init, read_from, warn_of_statistics
 from mae.tracking.base import Tracker
@@ -71,12 +72,12 @@ def visualize(
         images = prepare(images.to(ranks.device))
         with torch.no_grad(), device.autocast(dtype, ranks.device):
             if reconstruction:
-                model = load_autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=True)[0].to(ranks.device)
+                model = load_autoencoder(cfg, pretrained, norm_pix_loss, True, prepare)[0].to(ranks.device)
                 for kind in masks:
                     for ratio in mask_ratios:
-                        rows = reconstruct(model, images, masking_settings(cfg, kind), ratio, cfg.seed)
+                        rows = reconstruct(model, images, masking_settings(cfg, kind), ratio, cfg.seed, prepare)
                         path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
-                        pictures.save_rows({t: prepare.undo(r.float()) for t, r in rows.items()}, path)
+                        pictures.save_rows(rows, path)
                         written[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
                 model = attention_network(cfg, pretrained).to(ranks.device)
@@ -119,19 +120,26 @@ def read_image(source: Source, index: int) -> Tensor:
 
 
 def load_autoencoder(
-    cfg: DictConfig, pretrained: PretrainedWeights, norm_pix_loss: bool | None, need_decoder: bool
+    cfg: DictConfig,
+    pretrained: PretrainedWeights,
+    norm_pix_loss: bool | None,
+    need_decoder: bool,
+    prepare: Prepare | None = None,
 ) -> tuple[MaskedAutoencoder, LoadReport]:
-    """The masked autoencoder in a checkpoint, and what of it was loaded.
+    """The masked autoencoder in a checkpoint, and what of it was loaded. It predicts what the checkpoint's does.
 
     Raises UserError where its decoder is needed and is absent, does not fit, or does not say what it predicts.
     """
     normalised = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
-    if normalised is None and pretrained.has_decoder and need_decoder:
+    target = pretrained.target or cfg.target
+    if target["name"] == "pixels" and normalised is None and pretrained.has_decoder and need_decoder:
         raise UserError(
             f"init={pretrained.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true "
             "or false. (The reference's mae_visualize_* files: false; those pretrained for accuracy: true.)"
         )
-    model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=bool(normalised))
+    width = None if need_decoder else pretrained.predicted_values
+    prepare = call(Prepare, cfg.data) if prepare is None else prepare
+    model = build_autoencoder(cfg, target, target["name"] == "pixels" and bool(normalised), prepare, width)
     report = load_pretrained(model, pretrained, need_decoder=need_decoder, trained=False)
     return model.eval(), report
 
@@ -156,13 +164,13 @@ def masking_settings(cfg: DictConfig, name: str) -> DictConfig:
 
 
 def reconstruct(
-    model: MaskedAutoencoder, images: Tensor, masking: DictConfig, ratio: float, seed: int
+    model: MaskedAutoencoder, images: Tensor, masking: DictConfig, ratio: float, seed: int, prepare: Prepare
 ) -> dict[str, Tensor]:
-    """Rows of normalised images: original, masked, reconstruction, and with the visible patches."""
+    """Rows of images in [0, 1]: original, masked, and what is predicted; see `reconstruction_rows`."""
     keys = rng.keys(seed, 0, np.arange(len(images)), STREAM_NOISE)
     noise = torch.from_numpy(bind_masking(masking, model.grid_size, ratio)(keys)).to(images.device)
     pred, mask = model.predict(images, ratio, noise)
-    return pictures.reconstruction_rows(model, images, pred.float(), mask)
+    return pictures.reconstruction_rows(model, images, pred.float(), mask, prepare.undo)
 
 
 def class_attention(model: MaskedAutoencoder | VisionTransformer, images: Tensor) -> Tensor:

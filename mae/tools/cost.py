@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import count_visible
+from mae.models.target import ShapesOnly
 from mae.models.vit import encoder_sizes
 from mae.plan import Plan
 
@@ -21,10 +22,11 @@ class Flops(NamedTuple):
 
     encoder: int
     decoder: int
+    target: int = 0  # what is predicted, of which there is no backward pass
 
     @property
     def total(self) -> int:
-        return self.encoder + self.decoder
+        return self.encoder + self.decoder + self.target
 
 
 def forward_flops(
@@ -40,7 +42,14 @@ def forward_flops(
     patches = torch.empty(*order.shape, model.patch_values, device="meta")
     visible = count_visible(model.num_patches, mask_ratio)
     encoder = _count(lambda: model.encode_masked(patches, order, visible))
-    return Flops(encoder, _count(lambda: model(images, mask_ratio, predict_ratio=predict_ratio)) - encoder)
+    target, model.target = model.target, ShapesOnly(model.target)
+    try:
+        whole = _count(lambda: model(images, mask_ratio, predict_ratio=predict_ratio))
+    finally:
+        model.target = target
+    # a tokenizer's own operations are not known before its file is opened
+    of_target = 0 if target.gives_ids else _count(lambda: target(images, patches))
+    return Flops(encoder, whole - encoder, of_target)
 
 
 def _count(forward: Callable[[], object]) -> int:

@@ -18,6 +18,8 @@ from mae.errors import UserError
 from mae.launch.pipeline import check_stages
 from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
+from mae.models.masking import middle_ratio, ratios_of
+from mae.models.target import ShapesOnly
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.base import build_task
@@ -45,6 +47,8 @@ def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
     with torch.device("meta"):
         model = build_task(with_values(cfg, init=None), no_images).trained
     assert isinstance(model, MaskedAutoencoder | VisionTransformer)
+    if isinstance(model, MaskedAutoencoder):
+        model.target.to("meta")  # a teacher is read into memory
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
             module.eval()
@@ -64,15 +68,16 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
 
     A backward pass takes twice a forward pass; frozen blocks have none.
     """
-    ratios = cfg.task.get("mask_ratio"), cfg.task.get("predict_ratio")
+    mask_ratio = middle_ratio(cfg.task.mask_ratio) if "mask_ratio" in cfg.task else None
+    ratios = mask_ratio, cfg.task.get("predict_ratio")
     forward = forward_flops(copy.deepcopy(model).eval(), *ratios)
     if cfg.task.name == "linprobe":
         return forward, forward.total
     trained = cfg.task.get("finetune_blocks")
     share = 1.0 if trained is None else trained / cfg.model.depth
     again = share if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
-    once = forward_flops(model, *ratios).total  # in training mode: task.patch_drop leaves patches out
-    return forward, round(once * (1 + 2 * share + again))
+    once = forward_flops(model, *ratios)  # in training mode: task.patch_drop leaves patches out
+    return forward, round((once.total - once.target) * (1 + 2 * share + again)) + once.target
 
 
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
@@ -98,8 +103,10 @@ def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: t
         images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
         with saved_for_backward(model.parameters()) as saved, torch.autocast("cpu", dtype, dtype.itemsize == 2):
             if isinstance(model, MaskedAutoencoder):
+                ratios = ratios_of(cfg.task.mask_ratio, model.num_patches) or (cfg.task.mask_ratio,)
                 noise = torch.empty(count, model.num_patches)
-                model(images, cfg.task.mask_ratio, noise, cfg.task.get("predict_ratio"))
+                model.target = ShapesOnly(model.target)
+                model(images, ratios[0], noise, cfg.task.get("predict_ratio"))  # the lowest shows most patches
             else:
                 model(images)
     return sum(saved.values())
@@ -158,7 +165,9 @@ def report(cfg: DictConfig) -> str:
         if decoder
         else f"{encoder:,}",
         "GFLOPs an image": f"{forward.total / 1e9:.3f} forward (encoder {forward.encoder / 1e9:.3f}, decoder "
-        f"{forward.decoder / 1e9:.3f}), {in_training / 1e9:.3f} in training",
+        f"{forward.decoder / 1e9:.3f}"
+        + (f", target {forward.target / 1e9:.3f}" if forward.target else "")
+        + f"), {in_training / 1e9:.3f} in training",
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
         f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "

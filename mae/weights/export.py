@@ -14,6 +14,7 @@ from torch import nn
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
+from mae.models.targets import PixelTarget
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import sort_metadata, staged, target_of
 from mae.weights.export_graphs import to_onnx, to_torch_export
@@ -161,6 +162,7 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
         stated |= {"mask_ratio": facts.mask_ratio, "decoder": model.decoder_name, "mask_tokens": model.mask_tokens}
+        stated |= {} if isinstance(model.target, PixelTarget) else {"target": model.target.settings}
     return stated
 
 

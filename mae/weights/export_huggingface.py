@@ -11,6 +11,7 @@ from torch import nn
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
+from mae.models.targets import PixelTarget
 from mae.models.vit import EncoderSizes
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import staged
@@ -36,6 +37,11 @@ def to_huggingface(model: nn.Module, path: str, facts: Facts) -> list[Path]:
                 f"Hugging Face's ViTMAE has the paper's decoder alone, and this model has model.decoder="
                 f"{model.decoder_name} model.mask_tokens={model.mask_tokens}: export its encoder to timm instead "
                 "(task.format=timm)."
+            )
+        if not isinstance(model.target, PixelTarget):
+            raise UserError(
+                "Hugging Face's ViTMAE predicts pixels, and this decoder does not: export to timm instead "
+                "(task.format=timm), which takes the encoder alone."
             )
         if len({*net.encoder.img_size}) > 1 or len({*net.encoder.patch_size}) > 1:
             raise UserError(

@@ -13,7 +13,8 @@ from mae.weights.huggingface import BLOCK_LAYERS, OTHER_LAYERS
 from mae.weights.names import State
 
 Args = Mapping[str, object]  # the command line that a training script saved with its weights
-DECODER = ("mask_token", "decoder_", "wfm.", "dec_norms.")  # names of a decoder's tensors: the reference's, CrossMAE's
+# Names of a decoder's tensors begin with these: the reference's, CrossMAE's, and of what a decoder predicts
+DECODER = ("mask_token", "decoder_", "wfm.", "dec_norms.", "target.")
 CHUNKED_BLOCK = r"^blocks\.(\d+)\.(\d+)\.(norm|attn|mlp|ls)"
 BLOCK_NAME = r"blocks\."
 KNOWN_IN_BLOCK = r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"

@@ -129,6 +129,7 @@ def _check_names(report: LoadReport, pretrained: PretrainedWeights, decoder: set
     missing = [name for name in report.fresh if not name.startswith(optional)]
     if not decoder & set(report.loaded):
         missing = [name for name in missing if name not in decoder]
+    missing = [name for name in missing if not name.startswith("target.")]  # fitted when training starts
     if missing:
         raise UserError(
             f"{pretrained} is incomplete: it lacks {len(missing)} tensors that the model needs, {_some(missing)}."

@@ -68,6 +68,17 @@ def select_decoder(loading: Loading, required: bool) -> None:
             raise UserError(f"{pretrained} has a decoder of another {what} than the model: set {settings}.")
         loading.drop(*DECODER)
         loading.notes.append(f"The file's decoder has another {what} ({settings}): ours starts afresh.")
+        return
+    if pretrained.predicted_values != model.target.size:
+        values = f"predicts {pretrained.predicted_values} values of a patch, and the model's {model.target.size}"
+        if required:
+            raise UserError(f"{pretrained} has a decoder that {values}: choose its target, as target=NAME.")
+        loading.drop(*DECODER)
+        loading.notes.append(f"The file's decoder {values}: ours starts afresh.")
+        return
+    lacking = [name for name in loading.target if name.startswith("target.") and name not in loading.state]
+    if required and lacking:
+        raise UserError(f"{pretrained} lacks {lacking[0]}, so its decoder predicts another target: leave target= out.")
 
 
 def _decoder_mismatch(model: MaskedAutoencoder, pretrained: PretrainedWeights) -> tuple[str, str] | None:
@@ -76,7 +87,8 @@ def _decoder_mismatch(model: MaskedAutoencoder, pretrained: PretrainedWeights) -
     for what, keys in DECODER_KEYS.items():
         if differ := differing(keys, theirs, ours):
             return what, " ".join(as_text(differ, theirs, "model.{}={}"))
-    if any(name.startswith(DECODER) and name not in model.decoder_keys() for name in pretrained.state):
+    of_decoder = (name for name in pretrained.state if name.startswith(DECODER) and not name.startswith("target."))
+    if any(name not in model.decoder_keys() for name in of_decoder):
         return "kind", "model.decoder to the one that it was trained with"
     return None
 

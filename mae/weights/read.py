@@ -67,8 +67,25 @@ class PretrainedWeights:
 
     @property
     def mask_ratio(self) -> float | None:
-        """The share of patches that was masked in training, as the files beside the tensors say, or None."""
-        return next((value for value in self._settings("mask_ratio") if isinstance(value, float)), None)
+        """The share of patches that was masked in training, as the files beside the tensors say, or None; the middle of
+        a range."""
+        for value in self._settings("mask_ratio"):
+            if isinstance(value, float):
+                return value
+            if isinstance(value, list) and len(value) == 2:
+                return sum(value) / 2
+        return None
+
+    @property
+    def target(self) -> Settings | None:
+        """The settings of what is predicted, as the files beside the tensors say, or None: the reference's pixels."""
+        return section(self.meta.config, "target") or section(self.meta.args, "target") or None
+
+    @property
+    def predicted_values(self) -> int:
+        """Values that the decoder predicts for a patch; 1 where there is no decoder."""
+        weight = self.state.get("decoder_pred.weight")
+        return 1 if weight is None else weight.shape[0]
 
     @property
     def of_a_run(self) -> bool:
