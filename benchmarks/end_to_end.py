@@ -27,19 +27,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from mae import limits
+
 ROOT = Path(__file__).parents[1]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CHECKPOINT = "peer.pth"
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=2, batch=16)
+    parser = arguments(__doc__, rounds=2)
     parser.add_argument("root", type=Path, help="a folder with one sub-folder a class, or with images alone")
-    parser.add_argument("--steps", type=int, help="20, or 2000 on a GPU")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="20, or 400 on a GPU")
+    parser.add_argument("--workers", type=int, help="2, or one for each core where there is a GPU")
     parser.add_argument("--peer", type=Path, help="be the peer, and write here")
     args = parser.parse_args()
-    args.steps = args.steps or (20 if args.device == "cpu" else 2000)
+    args.workers = args.workers or (2 if args.device == "cpu" else limits.cpus())
+    args.steps = args.steps or (20 if args.device == "cpu" else 400)
     if args.peer:
         torch.set_num_threads(args.threads)
         reference_run(args.root, args.peer, args.steps, args.batch, args.workers, args.device)

@@ -41,7 +41,9 @@ def main() -> None:
     ]
     cases.append(Case("ours, its products alone", products(cases[0].run), cases[0].keeps_memory))
     as_run(ours, device, compiled=args.compile)
-    seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
+    seconds = interleave(
+        cases, rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock, seconds=args.seconds
+    )
     print(f"{device}, batch {args.batch}, {args.threads} threads, {args.rounds} rounds; peers under glibc's defaults")
     print_times(seconds)
     if device == "cuda":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Row, arguments, as_run, best_format, report, timed
+from protocol import A_GPU, Row, arguments, as_run, best_format, report, timed
 from torch import Tensor, nn
 
 from mae.device import keep_freed_memory
@@ -52,10 +52,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--peak-batch", type=int, default=16, help="images of the step whose peak is measured")
+    parser.add_argument("--peak-batch", type=int, help="images of the step whose peak is measured; 16, or 256 on a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=None, help="what the device computes in")
     parser.add_argument("--only", nargs=2, metavar=("MODEL", "DTYPE"), help="take steps and print their peak")
     args = parser.parse_args()
+    args.peak_batch = args.peak_batch or (A_GPU if args.device == "cuda" else 16)
     args.dtypes = args.dtypes or sorted({"float32", best_format(args.device)[1]}, reverse=True)
     torch.set_num_threads(args.threads)
     if args.only:

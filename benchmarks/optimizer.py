@@ -23,7 +23,9 @@ def main() -> None:
     ours = adamw(groups, betas=[0.9, 0.95], eps=1e-8, fused=True)
     peer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95))
     cases = [Case("ours", ours.step, args.device == "cpu"), Case("AdamW as it comes", peer.step)]
-    seconds = interleave(cases, rounds=args.rounds, warmups=args.warmups, device=args.device, clock=args.clock)
+    seconds = interleave(
+        cases, rounds=args.rounds, warmups=args.warmups, device=args.device, clock=args.clock, seconds=args.seconds
+    )
     print(f"{args.device}, {sum(p.numel() for p in model.parameters()):,} weights, {args.threads} threads")
     print_times(seconds)
     name = "optimizer step against AdamW as it comes, ViT-B/16's autoencoder"

@@ -10,13 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from cards import card_called
 from torch import nn
 
 from mae.device import keep_freed_memory, number_format, pick, return_freed_memory
 from mae.perf.compile import compile_blocks
+from mae.tools.cost import matrix_rate
 
+A_GPU = 256  # images that fill one
+A_CPU = {torch.bfloat16: 8, torch.float32: 4}  # images of a step, by what the CPU computes in: float32 alone is slow
+LEAST_ROUNDS = 5
 UNTIMED = 2  # of a turn: after one alone a step of ours still faults in pages that its later ones have, measured
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -59,22 +65,43 @@ def as_run(model: nn.Module, device: str, *, compiled: bool = False) -> None:
 
 
 def print_mfu(seconds: list[float], operations: int) -> None:
-    """Model FLOPs utilisation of a step of so many operations, against the rate that this GPU reaches on large bf16
-    products."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = interleave([Case("product", lambda: a @ a)], rounds=10, warmups=5, device="cuda")["product"]
-    rate = 2 * 8192**3 / min(product)
-    print(f"measured matrix rate {rate / 1e12:.1f} TFLOP/s, MFU {operations / min(seconds) / rate:.3f}")
+    """Prints the model FLOPs utilisation of a step of so many operations on this GPU."""
+    peak, source = peak_rate()
+    print(f"MFU {operations / min(seconds) / peak:.3f} of {peak / 1e12:.0f} TFLOP/s ({source})")
+
+
+def peak_rate() -> tuple[float, str]:
+    """Operations a second of this GPU in bf16 products, and where that is from: a card not listed is measured."""
+    name = torch.cuda.get_device_name()
+    card = card_called(name)
+    if card is not None:
+        return card.tflops * 1e12, card.source
+    return matrix_rate(torch.device("cuda"), torch.bfloat16), f"measured, since the peak of {name} is not listed"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose `--batch` hangs on `--device` where it is not given."""
+
+    cpu_batch: int | None = None
+
+    def parse_args(self, *args: Any, **how: Any) -> Any:
+        options = super().parse_args(*args, **how)
+        if options.batch is None:
+            dtype, _ = best_format(options.device)
+            options.batch = A_GPU if options.device == "cuda" else self.cpu_batch or A_CPU[dtype]
+        return options
 
 
 def arguments(description: str | None, **defaults: int) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
+    parser.cpu_batch = defaults.get("batch")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=defaults.get("batch", 8))
+    parser.add_argument("--batch", type=int, help="images of a step; 256 on a GPU, on a CPU fewer")
     parser.add_argument("--rounds", type=int, default=defaults.get("rounds", 7))
-    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--warmups", type=int, default=1, help="turns before the rounds; each has two untimed runs")
+    parser.add_argument("--seconds", type=float, default=60, help="after so many no round begins, but 5 there are")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time, for a busy machine (--threads 1)"
     )
@@ -89,15 +116,30 @@ def of_a_step(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def timing(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the options, those of `interleave`."""
+    return {name: getattr(args, name) for name in ("rounds", "warmups", "device", "clock", "seconds")}
+
+
 def interleave(
-    cases: list[Case], *, rounds: int, warmups: int, device: str = "cpu", clock: str = "wall"
+    cases: list[Case],
+    *,
+    rounds: int,
+    warmups: int,
+    device: str = "cpu",
+    clock: str = "wall",
+    seconds: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds of each case in each round, A B A B.
 
     A turn is two untimed runs, which bring back what idled meanwhile and let the allocator settle, and one timed.
+    After `seconds` no further round begins, once there are five.
     """
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    durations: dict[str, list[float]] = {case.name: [] for case in cases}
+    end = time.perf_counter() + seconds
     for turn in range(rounds + warmups):
+        if turn >= warmups + LEAST_ROUNDS and time.perf_counter() > end:
+            break
         for case in cases:
             if device == "cpu":
                 keep_freed_memory() if case.keeps_memory else return_freed_memory()
@@ -105,8 +147,8 @@ def interleave(
                 case.run()
             duration = timed(case.run, device, CLOCKS[clock])
             if turn >= warmups:
-                seconds[case.name].append(duration)
-    return seconds
+                durations[case.name].append(duration)
+    return durations
 
 
 def timed(run: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
@@ -131,6 +173,11 @@ def compare(
     """The row whose ratio is the peer's median over ours; its cap is the peer's over that of `floor`."""
     a, b = statistics.median(ours), statistics.median(peer)
     return Row(row, name, a, b, b / a, goal, b / statistics.median(floor) if floor else None)
+
+
+def reached(row: Row) -> bool:
+    """Whether a row reaches its goal."""
+    return row.ratio <= row.goal if "less is better" in row.name else row.ratio >= row.goal
 
 
 def report(rows: list[Row], path: Path | None) -> None:

@@ -9,7 +9,19 @@ from collections.abc import Callable
 import torch
 from floor import products
 from peers import DECODER, MASK_RATIO, VIT_BASE, ReferenceMAE, training_step, transformers_mae
-from protocol import Case, Row, as_run, best_format, compare, interleave, of_a_step, print_mfu, print_times, report
+from protocol import (
+    Case,
+    Row,
+    as_run,
+    best_format,
+    compare,
+    interleave,
+    of_a_step,
+    print_mfu,
+    print_times,
+    report,
+    timing,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.mae import MaskedAutoencoder
@@ -25,7 +37,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     (best, best_name), device = best_format(args.device), args.device
-    timing = dict(rounds=args.rounds, warmups=args.warmups, device=device, clock=args.clock)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     ours = MaskedAutoencoder(**VIT_BASE, **DECODER).to(device)
     keeps = device == "cpu" and not args.same_allocator
@@ -45,7 +56,7 @@ def main() -> None:
     as_run(ours, device, compiled=args.compile)
     mine = [half] if half is single else [half, single]
     peers = {dtype: Case(f"reference {dtype}", step) for dtype, step in theirs.items()}
-    seconds = interleave([*mine, *peers.values(), *floors.values()], **timing)
+    seconds = interleave([*mine, *peers.values(), *floors.values()], **timing(args))
     print_times(seconds)
     format_name = "float32" if device == "cpu" else "float32, products in TF32"
     shipped_name = str(shipped).removeprefix("torch.")
@@ -62,7 +73,7 @@ def main() -> None:
         hf = transformers_mae().to(device).train()
         theirs = training_step(hf, lambda: hf(images).loss, device=device, dtype=best)
         floor = floors[half.name]
-        seconds = interleave([half, Case("transformers", theirs), floor], **timing)
+        seconds = interleave([half, Case("transformers", theirs), floor], **timing(args))
         print_times(seconds)
         name, peer = f"pretrain step against transformers' ViTMAE, both {best_name}", seconds["transformers"]
         rows.append(compare(3, name, seconds[half.name], peer, 1.45, seconds[floor.name]))

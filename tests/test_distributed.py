@@ -60,7 +60,7 @@ def on_ranks(world: int, folder: Path, work: Callable[[int, Path], Any]) -> list
 def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains on this rank and counts the gradient all-reduces of DDP."""
     cfg = composed(*overrides)
-    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
+    ranks = start(cfg.device, timeout_s=100, rendezvous_timeout_s=100, sharding=cfg.launcher.sharding)
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     tracker = jsonl.JsonLines(run) if ranks.main else Tracker()

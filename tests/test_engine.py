@@ -126,7 +126,7 @@ def test_accumulation_counts_every_image(tmp_path):
 def set_up_here(run: Path, *overrides: str) -> engine.Training:
     run.mkdir(parents=True, exist_ok=True)
     cfg = composed(*TINY_PRETRAIN, *overrides)
-    return engine.call(set_up, cfg.task, run, cfg, Ranks(torch.device("cpu")), Tracker())
+    return engine.call(set_up, cfg.task, run, cfg, Ranks(device.pick(cfg.device)), Tracker())
 
 
 class Spoiled(torch.nn.Module):
