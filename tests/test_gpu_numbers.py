@@ -103,14 +103,14 @@ def test_03_every_attention_kernel_computes_what_math_does(kernel: Kernel, width
     inputs = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
     if kernel == "cudnn" and not cudnn_serves(inputs):
         pytest.skip("cuDNN's attention does not serve this card")
-    results = {}
-    math: Kernel = "math"
-    for name, values in ((kernel, inputs), (math, [x.float() for x in inputs])):
+    kernels: list[Kernel] = [kernel, "math"]
+    results = []
+    for name, values in zip(kernels, (inputs, [x.float() for x in inputs]), strict=True):
         q, k, v = leaves = [x.detach().requires_grad_() for x in values]
         out = attention(q, k, v, name)
         out.float().square().sum().backward()
-        results[name] = [out, *(x.grad for x in leaves)]
-    for actual, expected in zip(results[kernel], results["math"], strict=True):
+        results.append([out, *(x.grad for x in leaves)])
+    for actual, expected in zip(*results, strict=True):
         assert distance(actual, expected) < tolerance
 
 

@@ -229,6 +229,8 @@ COMMANDS = {
     "export": OTHER,
     "stats": OTHER,
     "inspect": OTHER,
+    "embed": [*SMALL, "task.split=val"],
+    "predict": [*SMALL, "task.split=val"],
 }
 
 
@@ -250,7 +252,7 @@ def starts(tmp_path_factory) -> dict[str, Path]:
 def test_17_every_task_gives_the_cpu_s_results(tmp_path, starts, name):
     if name not in COMMANDS:
         pytest.skip("a task without a row in COMMANDS")
-    start = starts["finetune" if name == "evaluate" else "pretrain"]
+    start = starts["finetune" if name in ("evaluate", "predict") else "pretrain"]
     init = [f"init={start}"] if TASKS[name].needs_init or name == "finetune" else []
     results = []
     for where in ("cpu", DEVICE):
