@@ -21,7 +21,7 @@ def write_photos(folder: Path, count: int) -> None:
         photo = originals[number % len(originals)]
         width = int(random.uniform(0.5, 1.0) * min(photo.width, photo.height * SIZE[0] / SIZE[1]))
         height = int(width * SIZE[1] / SIZE[0])
-        left, top = random.integers(photo.width - width + 1), random.integers(photo.height - height + 1)
+        left, top = (int(random.integers(rest + 1)) for rest in (photo.width - width, photo.height - height))
         crop = photo.resize(SIZE, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         turned = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
         turned.save(folder / f"{number:05}.jpg", quality=95)
