@@ -1,6 +1,7 @@
 """What values contradict each other. Checked before anything is built or queued."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -196,6 +197,12 @@ def _partial(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"task.finetune_blocks must be a multiple of 0.5 and at most model.depth={depth}, got {blocks:g}."
 
 
+def _hub(cfg: Mapping[str, Any]) -> Iterator[str]:
+    name = cfg["task"].get("push_to_hub")
+    if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        yield f"task.push_to_hub={name} must be USER/NAME, a model of the Hugging Face Hub."
+
+
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
     _lists,
@@ -206,6 +213,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _root,
     _colours,
     _mixing,
+    _hub,
     _partial,
     *pretraining_rules.RULES,
 ]

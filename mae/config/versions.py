@@ -44,6 +44,7 @@ MIGRATIONS = (
             "data=scientific": {"splits": "auto"},
             "": {"replay": None},
             "masking": {"name": "random"},
+            "task=export": {"push_to_hub": None},
             "target": {"name": "pixels"},
             "model": {"decoder": "self", "mask_tokens": "decoder"},
             "task=pretrain": {

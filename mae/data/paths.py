@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mae.errors import UserError
+from mae.runs.file_system import user_cache
 
 # Folders and files that programs and file systems leave for themselves
 NOTES = ("__MACOSX", "__meta__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db")
@@ -111,7 +112,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     """`data.cache_dir`, or the user's own cache folder (never inside a data set)."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae"
+    return user_cache()
 
 
 def contained(name: str, root: object) -> str:

@@ -61,6 +61,11 @@ def hard_link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be fetched or computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mae"
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():

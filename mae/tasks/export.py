@@ -24,6 +24,7 @@ from mae.tracking.base import Tracker
 from mae.weights.export import export as write
 from mae.weights.export_card import Facts, run_facts
 from mae.weights.read import PretrainedWeights, read_pretrained
+from mae.weights.remote import push_to_hub as push
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,12 @@ def export(
     format: Literal["timm", "huggingface", "reference", "safetensors", "onnx", "torch_export"],
     path: str | None,
     norm_pix_loss: bool | None,
+    push_to_hub: str | None,
 ) -> Summary:
-    """Writes the model that `init` names, and a card about it, to `path`; null: `export/FORMAT` in the run."""
+    """Writes the model that `init` names, and a card about it, to `path`; null: `export/FORMAT` in the run.
+
+    `push_to_hub` is a model of the Hugging Face Hub to which the files are uploaded.
+    """
     begun = time.perf_counter()
     tracker.start(0, 0)
     written: list[Path] = []
@@ -74,7 +79,10 @@ def export(
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))
     ranks.barrier()
-    results = {"files": [str(file) for file in written]}
+    results: dict[str, object] = {"files": [str(file) for file in written]}
+    if push_to_hub is not None and ranks.main:
+        results["hub"] = push(push_to_hub, written)
+        log.info("uploaded to %s: init=hf://%s reads it", results["hub"], push_to_hub)
     return Summary("export", time.perf_counter() - begun, checkpoint=checkpoint, results=results)
 
 

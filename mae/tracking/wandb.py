@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from mae.runs.checkpoints import BEST, checkpoints_of
 from mae.runs.files import write_text
-from mae.runs.layout import CHECKPOINTS
+from mae.runs.layout import CHECKPOINTS, CLASSES, CONFIG
 from mae.tasks.registry import METRICS
 from mae.tracking.base import NonFatal, Tracker, step_of
 
@@ -104,6 +104,9 @@ class WandB(Tracker):
         for path, aliases in chosen.items():
             artifact = wandb.Artifact(f"{self.run.name}-{self.wandb.id}"[:120], type="model")
             artifact.add_dir(str(path))
+            for name in (CONFIG, CLASSES):  # with which init=wandb:... is as good as the run
+                if (self.run / name).is_file():
+                    artifact.add_file(str(self.run / name), name)
             self.wandb.log_artifact(artifact, aliases=list(dict.fromkeys([*aliases, path.name])))
 
 

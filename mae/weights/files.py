@@ -21,6 +21,7 @@ from mae.runs.files import read_json
 from mae.runs.layout import CHECKPOINTS, CLASSES
 from mae.weights import unpickle
 from mae.weights.names import CONTAINERS, Content, State, WeightSet, select, state_dicts, without_wrappers
+from mae.weights.remote import fetched
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,20 @@ def section(settings: Settings, key: str) -> Settings:
 
 
 def open_checkpoint(path: str) -> Opened:
-    """Opens a run directory, a checkpoint folder or file, or `timm:NAME`. Raises UserError if it cannot."""
+    """Opens a run directory, a checkpoint folder or file, or a name such as `timm:NAME`. Raises UserError."""
     if path.startswith("timm:"):
         return _open_timm(path.removeprefix("timm:"))
+    if (folder := fetched(path)) is not None:
+        opened = _open_folder(Path(folder))
+        opened.meta.folder = folder
+        return opened
     if re.match(r"https?://", path):
         raise UserError(f"init={path} is an address: download the file first, then name the file.")
     location = Path(path).expanduser()
     if not location.exists():
-        raise UserError(f"init={path} does not exist. Name a run directory, a checkpoint folder or file, or timm:NAME.")
+        raise UserError(
+            f"init={path} does not exist. Name a run directory, a checkpoint folder or file, timm:NAME or hf://USER/NAME."
+        )
     if location.is_symlink() and location.resolve().suffix == location.suffix:
         location = location.resolve()  # checkpoints/best; files of the Hub's cache have no suffix
     return _open_folder(location) if location.is_dir() else _open_file(location)
