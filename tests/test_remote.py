@@ -10,6 +10,7 @@ import wandb
 from conftest import TINY_PRETRAIN, composed, run_here
 from hub_server import TOKEN, Hub, serving
 from test_tasks import TINY_OTHER, summary
+from wandb.errors import CommError
 
 import mae
 from mae.errors import UserError
@@ -139,7 +140,7 @@ def kept(run, tmp_path, monkeypatch) -> Artifact:
         def artifact(self, name: str, type: str) -> Artifact:
             assert type == "model"
             if name != "ann/mae/tiny:latest":
-                raise wandb.errors.CommError(f"artifact '{name}' not found")
+                raise CommError(f"artifact '{name}' not found")
             return artifact
 
     monkeypatch.setattr(wandb, "Api", Api)

@@ -88,6 +88,7 @@ def test_metrics_stand_against_images_seen_with_min_max_and_last(offline):
 def test_checkpoints_become_artifacts_and_the_end_an_alert(offline):
     (told,) = offline_runs(offline)
     (artifact,) = told.artifacts
+    assert {"config.yaml", "model.safetensors"} <= {entry.path for entry in artifact.manifest.contents}
     assert artifact.type == "model" and {"latest", "final", "step_00000010"} <= set(artifact.aliases)
     assert [alert.title for alert in told.alerts] == ["finished"]
 
