@@ -67,8 +67,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
     counters.clear()
     if not ON_GPU:
-        compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda *model, mode=None, **how: compiled(*model, backend="eager", **how))
+        compiled, ours = torch.compile, {"backend": "eager", "mode": None}
+        monkeypatch.setattr(torch, "compile", lambda *model, **how: compiled(*model, **how | ours))
     yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
 
