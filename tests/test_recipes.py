@@ -100,7 +100,7 @@ RECIPES = {  # command line -> what it must compose to
     | {"task.epochs": 1600, "task.warmup_epochs": 30, "task.batch_size": 2048, "task.mask_ratio": 0.4}
     | {"task.norm_pix_loss": False, "task.clip_grad": 0.02, "masking.name": "block", "target.cell": 8}
     | {"optimizer.base_lr": 2e-4, "optimizer.min_lr": 1e-6, "optimizer.betas": [0.9, 0.999]}
-    | {"augmentation.scale": [0.5, 1.0]},
+    | {"augmentation.scale": [0.5, 1.0], "model.decoder": "linear", "model.mask_tokens": "encoder"},
     "experiment=seed_pretrain_vit_base": PRETRAIN | {"task.epochs": 400, "task.micro_batch_size": 128},
     "experiment=seed_pretrain_vit_large": PRETRAIN | {"task.epochs": 400},
     "task=finetune model=vit_base": finetune(100, 5e-4, 0.65, 0.1),
