@@ -91,3 +91,58 @@ class Collector:
         names = (field.name for field in fields(Results))
         columns = [c[first].astype(np.float64 if c.dtype == np.float32 else np.int64) for c in columns]
         return Results(**dict(zip(names, columns, strict=True)))
+
+
+@dataclass(frozen=True)
+class PixelResults:
+    """What a segmenter's validation counts."""
+
+    counts: np.ndarray  # (classes, classes) int64 pixels: row the true class, column the predicted one
+    loss: float  # mean cross-entropy of the pixels
+
+    def iou(self) -> np.ndarray:
+        """Intersection over union of each class (classes,) in percent; NaN where it is neither true nor predicted."""
+        hits = self.counts.diagonal()
+        union = self.counts.sum(0) + self.counts.sum(1) - hits
+        return np.where(union > 0, 100.0 * hits / np.maximum(union, 1), np.nan)
+
+    def accuracy(self) -> np.ndarray:
+        """The share of each class's pixels that are predicted so (classes,), in percent; NaN where it has none."""
+        pixels = self.counts.sum(1)
+        return np.where(pixels > 0, 100.0 * self.counts.diagonal() / np.maximum(pixels, 1), np.nan)
+
+    def metrics(self) -> dict[str, float]:
+        """miou, pixel_accuracy and mean_accuracy in percent, and loss."""
+        return {
+            "miou": float(np.nanmean(self.iou())),
+            "pixel_accuracy": 100.0 * float(self.counts.trace() / self.counts.sum()),
+            "mean_accuracy": float(np.nanmean(self.accuracy())),
+            "loss": float(f"{self.loss:.6g}"),
+        }
+
+
+class PixelCounter:
+    """Counts the pixels of maps, in whole numbers, so that the sum over ranks does not depend on their order."""
+
+    def __init__(self, classes: int):
+        self.classes = classes
+        self.counts: Tensor | int = 0  # (classes * classes,) int64
+        self.loss: Tensor | float = 0.0  # () float64, summed over pixels
+
+    def add(self, label: Tensor, logits: Tensor) -> None:
+        """A map of classes (B, H, W), in which values past the classes are ignored, and logits (B, classes, H, W)."""
+        label = label.long()
+        counted = label < self.classes
+        cells = torch.where(counted, label * self.classes + logits.argmax(1), self.classes**2)
+        self.counts = self.counts + torch.bincount(cells.flatten(), minlength=self.classes**2 + 1)[:-1]
+        losses = F.cross_entropy(logits.float(), torch.where(counted, label, -100), ignore_index=-100, reduction="none")
+        self.loss = self.loss + losses.sum(dtype=torch.float64)
+
+    def results(self, ranks: "Ranks") -> PixelResults | None:
+        """The results of all ranks on every rank, or None where no pixel was counted."""
+        counts = self.counts.cpu().numpy() if isinstance(self.counts, Tensor) else np.zeros(self.classes**2, np.int64)
+        shares = ranks.gather((counts, float(self.loss)))
+        total = np.sum([share for share, _ in shares], axis=0).reshape(self.classes, self.classes)
+        if not total.sum():
+            return None
+        return PixelResults(total, sum(loss for _, loss in shares) / int(total.sum()))

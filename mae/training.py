@@ -30,7 +30,7 @@ from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.progress import Progress
 from mae.runs.checkpoints import newest_valid
 from mae.tasks.base import Autocast, TrainedTask, build_task
-from mae.tasks.batches import bad_files_csv, both_sets, eval_loader
+from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, whole_loader
 from mae.tracking.base import Tracker
 from mae.weights.parts import drop_class_token
 
@@ -211,7 +211,7 @@ def set_up(
         saver=call(checkpoint.Checkpoints, cfg.checkpoint, run),
         progress=Progress.new(ranks.device),
         loader=loader,
-        val_loader=eval_loader(cfg, ranks, val_set, plan.micro_batch_size, task.masking, bad_files_csv(run, ranks)),
+        val_loader=validation_loader(run, cfg, ranks, val_set, task, plan.micro_batch_size),
         dtype=dtype,
         images=images,
     )
@@ -225,11 +225,21 @@ def set_up(
     return t
 
 
+def validation_loader(
+    run: Path, cfg: DictConfig, ranks: Ranks, source: Source, task: TrainedTask[nn.Module], micro_batch_size: int
+) -> EvalLoader:
+    """The validation images as the task reads them."""
+    bad_csv = bad_files_csv(run, ranks)
+    if task.whole_images:
+        return whole_loader(cfg, ranks, source, cfg.task.eval_size, bad_csv)
+    return eval_loader(cfg, ranks, source, micro_batch_size, task.masking, bad_csv)
+
+
 def prepare_model(
     run: Path, cfg: DictConfig, ranks: Ranks, task: TrainedTask[nn.Module], autocast: Autocast
 ) -> int | None:
     """Compiles the model, and returns how many images a device holds at a time; None: its whole share."""
-    trial = Trial(cfg, task, task.masking, ranks.device, autocast)
+    trial = Trial(cfg, task, task.masking, ranks.device, autocast, task.example_target)
     micro = call(accelerate, cfg.task, run, ranks, trial, task.trained)
     device.forget_peak_memory(ranks.device)  # trials are not the run's
     return micro

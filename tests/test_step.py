@@ -39,7 +39,7 @@ def losses(run: Path) -> list[float]:
 
 
 def trial_of(cfg: Any, task: Any, device: str = "cpu") -> Trial:
-    return Trial(cfg, task, task.masking, torch.device(device), nullcontext)
+    return Trial(cfg, task, task.masking, torch.device(device), nullcontext, task.example_target)
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,14 @@ def _hub(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"task.push_to_hub={name} must be USER/NAME, a model of the Hugging Face Hub."
 
 
+def _segment(cfg: Mapping[str, Any]) -> Iterator[str]:
+    if cfg["task"].get("frozen") and cfg["init"] is None:
+        yield (
+            "task.frozen=true trains a head on an encoder that init= gives: set init, or task.frozen=false to train "
+            "from scratch."
+        )
+
+
 RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _model,
     _lists,
@@ -216,6 +224,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _hub,
     _partial,
     *pretraining_rules.RULES,
+    _segment,
 ]
 
 

@@ -1,10 +1,12 @@
 """Data: sources of images (one YAML and one function each), decoding, resumable sampling, loading."""
 
 from mae.data.shards.source import tar_shards
+from mae.data.sources.digit_scenes import digit_scenes
 from mae.data.sources.folder import classes_of, image_folder
 from mae.data.sources.huggingface import hf
 from mae.data.sources.robustness import robustness
 from mae.data.sources.scientific import scientific_folder
+from mae.data.sources.segmentation import segmentation_bands, segmentation_folder
 from mae.data.sources.table import table
 from mae.data.sources.torchvision import cifar10, cifar100, digits, fashion_mnist, stl10
 
@@ -29,4 +31,7 @@ SOURCES = {
     "imagenet_v2": robustness,
     "scientific": scientific_folder,
     "shards": tar_shards,
+    "digit_scenes": digit_scenes,
+    "segmentation_folder": segmentation_folder,
+    "segmentation_bands": segmentation_bands,
 }

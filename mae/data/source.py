@@ -12,6 +12,7 @@ from mae.data.crops import Boxed, inside
 from mae.errors import UserError
 
 UNLABELLED = -1
+IGNORED = 255  # in a map of classes: a pixel that neither the loss nor a figure counts
 Decode = Callable[[bytearray, Boxed | None], Tensor]  # an image file to an image, or to what lies inside a box of it
 Target = int | Tensor  # see `Source`
 
@@ -87,6 +88,18 @@ class Source:
 def is_map(target: Target) -> TypeGuard[Tensor]:
     """Whether a target has a value for each pixel."""
     return isinstance(target, Tensor) and target.ndim > 1
+
+
+def has_class_maps(source: Source) -> bool:
+    """Whether each image of a source has a map of classes, as its first readable one does."""
+    if source.labels is not None or not source.classes:
+        return False
+    for index in range(len(source)):
+        try:
+            return is_map(source[index][1])
+        except (BadImage, OSError):
+            continue
+    return False
 
 
 def crop_target(target: Target, box: Boxed | None) -> Target:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mae.data.crops import Box, Boxed, covering, covering_crop, crop_box, nearest, pair, resize
+from mae.data.crops import Box, Boxed, covering, covering_crop, crop_box, cut, nearest, pair, resize
+from mae.data.prepare import top_of
+from mae.data.source import IGNORED
 from mae.errors import UserError
 from mae.rng import seeded
 
@@ -131,6 +134,66 @@ class FixedCrop(CenterCrop):
         return int(draw.numbers[20] * (below + 1)), int(draw.numbers[21] * (beside + 1))
 
 
+class RandomScaleCrop(Transform):
+    """A random scale, then a crop of `img_size` anywhere: the usual augmentation of segmentation.
+
+    Scale 1 just covers `img_size`, as mmsegmentation's `ratio_range` of a short side of `img_size` has it. What lies
+    beyond a smaller image has the colour `mean`, and is ignored in maps.
+    """
+
+    def __init__(
+        self, *, img_size: int | list[int], scale: list[Annotated[float, "(0, inf)"]], hflip: bool, mean: list[float]
+    ):
+        self.size, self.hflip, self.scale, self.mean = pair(img_size), hflip, (scale[0], scale[1]), mean
+
+    def _box(self, height: int, width: int, draw: Draw) -> tuple[Box, tuple[int, int]]:
+        """The box of the image that is cropped, and its size in the crop."""
+        covered = covering(height, width, self.size)[0] / height
+        factor = covered * (self.scale[0] + (self.scale[1] - self.scale[0]) * draw.numbers[0])
+        sides, corner, sizes = [], [], []
+        for side, wanted, number in zip((height, width), self.size, draw.numbers[20:22], strict=True):
+            length = max(1, min(side, round(wanted / factor)))
+            sides.append(length)
+            corner.append(int(number * (side - length + 1)))
+            sizes.append(wanted if length < side else max(1, min(wanted, round(side * factor))))
+        return (corner[0], corner[1], sides[0], sides[1]), (sizes[0], sizes[1])
+
+    def __call__(self, image: Tensor, draw: Draw, out: Tensor | None = None) -> Tensor:
+        box, size = self._box(image.shape[-2], image.shape[-1], draw)
+        if size == self.size:
+            return resize(cut(image, box), size, out)
+        fill = torch.tensor(self.mean) * top_of(image)
+        canvas = torch.empty(len(image), *self.size, dtype=image.dtype)
+        canvas[...] = (fill if image.is_floating_point() else fill.round()).to(image.dtype).view(-1, 1, 1)
+        canvas[:, : size[0], : size[1]] = resize(cut(image, box), size)
+        return canvas
+
+    def target(self, target: Tensor, draw: Draw) -> Tensor:
+        box, size = self._box(target.shape[-2], target.shape[-1], draw)
+        region = nearest(cut(target, box), size)
+        return F.pad(region, (0, self.size[1] - size[1], 0, self.size[0] - size[0]), value=IGNORED)
+
+
+class WholeImage(Transform):
+    """The whole image, enlarged where it is smaller than a window of `img_size`; its map stays as it is.
+
+    With `eval_size` the shorter side is that many pixels, and at least a window's."""
+
+    def __init__(self, *, img_size: int | list[int], eval_size: int | None):
+        self.size, self.eval_size = pair(img_size), eval_size
+
+    def __call__(self, image: Tensor, draw: Draw | None = None, out: Tensor | None = None) -> Tensor:
+        height, width = image.shape[-2:]
+        side = self.eval_size or min(height, width)
+        size = covering(height, width, (side, side))
+        if size[0] < self.size[0] or size[1] < self.size[1]:
+            size = covering(height, width, self.size)
+        return resize(image, size)
+
+    def target(self, target: Tensor, draw: Draw | None = None) -> Tensor:
+        return target
+
+
 class ColorJitter(RandomResizedCrop):
     """Random resized crop and colour jitter in a random order (an ablation of the paper, table 1e).
 
@@ -239,6 +302,7 @@ AUGMENTATIONS = {
     "random_resized_crop": RandomResizedCrop,
     "rand_augment": RandAugment,
     "color_jitter": ColorJitter,
+    "random_scale_crop": RandomScaleCrop,
     "fixed_crop": FixedCrop,
     "center_crop": CenterCrop,
 }

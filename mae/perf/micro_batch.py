@@ -38,6 +38,7 @@ class Trial:
     masking: Callable[[np.ndarray], np.ndarray] | None  # keys of samples -> noise, see `mae.models.masking`
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
+    example_target: Callable[[int], torch.Tensor]  # targets of so many images
 
     def num_tokens(self) -> int:
         """Tokens of an image: its patches and the class token."""
@@ -53,7 +54,7 @@ class Trial:
         size = rules.pair(self.cfg.model.img_size)
         batch = {
             "image": torch.full((images, self.cfg.model.in_chans, *size), 128, dtype=torch.uint8),
-            "label": torch.zeros(images, dtype=torch.int64),
+            "label": self.example_target(images),
             "index": torch.arange(images),
             "flip": torch.zeros(images, dtype=torch.bool),
         }

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class TrainedTask(nn.Module, Generic[Network]):
     model: Network  # saved in checkpoints and validated
     masking: Masking | None = None  # gives each sample of a batch its noise
     mask_ratios: tuple[float, ...] = ()  # of which each step draws one, number batch["ratio"].shape[0]; lowest first
+    whole_images = False  # whether validation batches are one image of full size each, not centre crops
 
     def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()
@@ -74,6 +76,10 @@ class TrainedTask(nn.Module, Generic[Network]):
     def estimate(self, train_set: Source, ranks: Ranks) -> None:
         """Fits what is no trained weight to the training images, the same on every rank; the model is on the device.
         Skipped where a run goes on from its own checkpoint."""
+
+    def example_target(self, images: int) -> Tensor:
+        """What `label` of a batch of so many images could be, for trial steps. By default classes (B,)."""
+        return torch.zeros(images, dtype=torch.int64)
 
     # ------------------------------------------------------------ every step
 

@@ -13,7 +13,7 @@ from mae.data.sampler import Batches, Masking
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.subsets import matched
-from mae.data.transforms import CenterCrop
+from mae.data.transforms import CenterCrop, WholeImage
 from mae.distributed.ranks import Ranks
 
 
@@ -41,6 +41,15 @@ def eval_loader(
     batches = Batches(batch_size, batch_size, cfg.seed, ranks.rank, ranks.world, masking=masking)
     settings = call(LoaderSettings, cfg.data)
     return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda", indices, split)
+
+
+def whole_loader(
+    cfg: DictConfig, ranks: Ranks, source: Source, eval_size: int | None, bad_csv: Path | None = None
+) -> EvalLoader:
+    """The images of this rank at full size, one a batch, with their maps as they are; see `WholeImage`."""
+    transform = call(WholeImage, {"img_size": cfg.model.img_size, "eval_size": eval_size})
+    batches, settings = Batches(1, 1, cfg.seed, ranks.rank, ranks.world), call(LoaderSettings, cfg.data)
+    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda")
 
 
 def bad_files_csv(run: Path, ranks: Ranks) -> Path:

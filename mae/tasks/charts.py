@@ -87,3 +87,17 @@ def sizes(counts: Counter[tuple[int, int]], path: Path) -> None:
         axes.set(xlabel=f"{name} in pixels", title=f"{name}: {values.min()} to {values.max()}, median {middle:g}")
     figure.axes[0].set_ylabel(f"of {weights.sum()} images")
     _save(figure, path)
+
+
+def bars(names: list[str], values: list[float], title: str, path: Path) -> None:
+    """One horizontal bar a class, in the order of the classes; values in percent."""
+    labels, font = drawable(names)
+    figure = Figure(figsize=(6, max(2.0, min(40.0, 1 + 0.22 * len(names)))), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(names)), values, color="#6baed6")
+    axes.set_yticks(range(len(names)), labels, **font)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel=title)
+    for row, value in enumerate(values):
+        axes.text(min(value, 92), row, f" {value:.1f}", va="center", fontsize=7)
+    _save(figure, path)

@@ -28,6 +28,7 @@ from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
 from mae.tasks.labels import need_labels
 from mae.tasks.results import track_results, write_csv, write_results
+from mae.tasks.segment_evaluate import evaluate_segmenter
 from mae.tracking.base import Tracker
 from mae.weights.read import read_pretrained
 
@@ -45,12 +46,17 @@ def evaluate(
     predictions: Literal["csv", "parquet"],
     calibration_bins: Annotated[int, "[1, inf)"],
 ) -> Summary:
-    """top1, top5, loss, calibration, and per class; predictions with file names and pictures in the run."""
+    """top1, top5, loss, calibration, and per class; predictions with file names and pictures in the run.
+
+    Of a segmenter, miou and what `evaluate_segmenter` says."""
     begun = time.perf_counter()
     if predictions == "parquet":
         need_parquet()
     tracker.start(0, 0)
     pretrained = read_pretrained(need_init(cfg))
+    if pretrained.decode_head is not None:
+        dtype = device.number_format(precision, ranks.device)
+        return evaluate_segmenter(run, cfg, ranks, tracker, pretrained, dtype)
     source: Source = build(data.SOURCES, cfg.data, "val")
     model, dtype = load_classifier(cfg, pretrained, len(source.classes)), device.number_format(precision, ranks.device)
     same_weights(ranks, model)

@@ -40,6 +40,8 @@ TOP1 = Metric("top1", "top-1 accuracy (%)")
 KNN = Metric("knn", "k-NN accuracy (%)")
 VAL_LOSS = Metric("val_loss", "validation loss", lower_is_better=True)
 
+MIOU = Metric("miou", "mean IoU (%)")
+
 EVALUATE = "python run.py task=evaluate init=RUN"
 
 # Order matters: the first task whose metric a sweep has is the one it compares. Add a new task at the end.
@@ -88,6 +90,13 @@ TASKS = {
     "embed": TaskEntry("tasks.embed:embed", "features", needs_init=True, closing_key="files"),
     "predict": TaskEntry("tasks.predict:predict", "labels", needs_init=True, closing_key="files"),
     "pipeline": TaskEntry("launch.pipeline:pipeline", "pipeline"),
+    "segment": TaskEntry(
+        "tasks.segment:Segment",
+        "segmentation",
+        trains=True,
+        metric=MIOU,
+        next_commands=(EVALUATE, "python run.py task=export init=RUN task.format=onnx"),
+    ),
 }
 METRICS = {entry.metric.key: entry.metric for entry in TASKS.values() if entry.metric is not None}
 

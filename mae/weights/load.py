@@ -11,11 +11,13 @@ from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
 from mae.weights.layouts import DECODER
 from mae.weights.parts import (
+    DECODE_HEAD,
     HeadMode,
     Loading,
     add_positions,
     drop_class_token,
     lacks_class_token,
+    select_decode_head,
     select_decoder,
     select_head,
 )
@@ -24,7 +26,7 @@ from mae.weights.sizes import Sizes, as_text, differing, sizes_of_model
 
 log = logging.getLogger(__name__)
 
-CLASSIFIER = ("head.", "norm.", "fc_norm.")
+CLASSIFIER = ("head.", "norm.", "fc_norm.", DECODE_HEAD)
 SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
 
 
@@ -69,6 +71,7 @@ def load_pretrained(
     loading = Loading(model, pretrained, notes=[*pretrained.notes, *_eps_note(pretrained, adopt_eps)])
     select_decoder(loading, need_decoder)
     select_head(loading, head)
+    select_decode_head(loading, head)
     bare = lacks_class_token(loading, head)
     add_positions(loading)
     state, target = loading.state, loading.target

@@ -23,6 +23,7 @@ DECODER_KEYS = {
     "kind": ("decoder", "mask_tokens"),
     "size": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
 }
+DECODE_HEAD = "decode_head."  # of a segmenter
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
 
 
@@ -113,6 +114,25 @@ def select_head(loading: Loading, mode: HeadMode) -> None:
     elif "head.1.weight" in loading.state and "head.weight" in target:
         fold_batch_norm(loading.state)
         loading.notes.append("The BatchNorm before its head was folded into the head.")
+
+
+def select_decode_head(loading: Loading, mode: HeadMode) -> None:
+    """Leaves a segmenter's head in where the model has one of the same layers, or drops it and says why."""
+    ours, theirs = (
+        {name: tensor.shape for name, tensor in state.items() if name.startswith(DECODE_HEAD)}
+        for state in (loading.target, loading.state)
+    )
+    if ours == theirs and mode != "fresh":
+        return
+    if ours and mode == "require":
+        raise UserError(
+            f"{loading.pretrained} cannot be evaluated: it holds no segmenter of this head and number of classes. "
+            "Train one first (task=segment)."
+        )
+    loading.drop(DECODE_HEAD)
+    if ours and theirs:
+        reason = "a new one was asked for" if ours == theirs else "the file's has other layers or classes"
+        loading.notes.append(f"The head of segmentation starts afresh: {reason}.")
 
 
 def _head_mismatch(target: State, pretrained: PretrainedWeights) -> str:

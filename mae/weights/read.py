@@ -27,6 +27,21 @@ class Head(NamedTuple):
     batch_norm: bool  # the reference's linear probe: BatchNorm without affine before the matrix
 
 
+class DecodeHeadKind(NamedTuple):
+    """The head of a segmenter in a checkpoint."""
+
+    kind: str  # as `task.head` names it
+    classes: int
+
+
+# task.head -> the tensor of its last layer, which has a row for each class
+LAST_LAYERS = {
+    "linear": "decode_head.conv_seg.weight",
+    "dpt": "decode_head.segmentation_head.head.4.weight",
+    "upernet": "decode_head.segmentation_head.0.weight",
+}
+
+
 @dataclass
 class PretrainedWeights:
     """A checkpoint under the reference's names."""
@@ -53,6 +68,14 @@ class PretrainedWeights:
     @property
     def head(self) -> Head | None:
         return _head(self.state)
+
+    @property
+    def decode_head(self) -> DecodeHeadKind | None:
+        """The head of a segmenter, or None."""
+        return next(
+            (DecodeHeadKind(kind, len(self.state[name])) for kind, name in LAST_LAYERS.items() if name in self.state),
+            None,
+        )
 
     @property
     def sizes(self) -> Sizes:
@@ -183,6 +206,8 @@ def _family(opened: Opened, layout: Layout) -> str:
 def _contents(state: State) -> str:
     if "decoder_pred.weight" in state:
         text = "pretrained (encoder and decoder)"
+    elif any(name in state for name in LAST_LAYERS.values()):
+        text = "segmenter"
     elif head := _head(state):
         read = "class token" if "cls_token" in state else "mean of all tokens"
         read = "mean of the patch tokens" if head.pool == "avg" else read

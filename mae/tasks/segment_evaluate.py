@@ -1,0 +1,105 @@
+"""Evaluation of a segmenter on images with maps, exact over any number of ranks."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from mae import data, device
+from mae.config.build import build, call
+from mae.data.prepare import Prepare
+from mae.data.source import Source, has_class_maps
+from mae.distributed.ranks import Ranks
+from mae.errors import UserError
+from mae.models.segmenter import Segmenter, segmenter
+from mae.runs.summary import Summary, rate
+from mae.tasks.batches import bad_files_csv, sent, whole_loader
+from mae.tasks.init_weights import read_from, same_weights, warn_of_statistics
+from mae.tasks.segment_maps import Overlays, count_pixels
+from mae.tasks.segment_results import track_pixels, write_pixels
+from mae.tracking.base import Tracker
+from mae.weights.files import section
+from mae.weights.load import load_pretrained
+from mae.weights.read import PretrainedWeights
+
+log = logging.getLogger(__name__)
+
+EVAL_STRIDE = 0.6667  # where the file does not say its own: 341 of 512 pixels, as conf/task/segment.yaml
+PICTURES = 8  # in the sheet of overlays
+
+
+def evaluate_segmenter(
+    run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker, pretrained: PretrainedWeights, dtype: torch.dtype
+) -> Summary:
+    """miou, pixel_accuracy, mean_accuracy and loss of whole images, with tables and pictures in the run."""
+    begun = time.perf_counter()
+    source: Source = build(data.SOURCES, cfg.data, "val")
+    model = load_segmenter(cfg, pretrained)
+    same_weights(ranks, model)
+    warn_of_statistics(cfg, pretrained)
+    model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
+    names = model_names(cfg, source, model, pretrained)
+    eval_size, eval_stride = window_settings(pretrained)
+    loader = whole_loader(cfg, ranks, source, eval_size, bad_files_csv(run, ranks))
+    autocast = partial(device.autocast, dtype, ranks.device)
+    prepare, overlays = call(Prepare, cfg.data).to(ranks.device), Overlays(len(source), PICTURES)
+    results = count_pixels(model, prepare, sent(loader, ranks), ranks, autocast, eval_stride, overlays)
+    loader.close()
+    if results is None:
+        raise UserError(f"the maps of data.name={cfg.data.name} ignore every pixel (data.ignore).")
+    metrics = results.metrics()
+    numbers = {f"val/{name}": value for name, value in metrics.items()}
+    tracker.log({"step": 0, "images_seen": len(source), "epoch": 0.0, **numbers})
+    if ranks.main:
+        write_pixels(run, names, results)
+        track_pixels(run, names, results, 0, tracker)
+        path = run / "images" / "segmentation.png"
+        if overlays.save(path, len(names)):
+            tracker.picture("segmentation", path, 0, f"segmentation of {cfg.data.name}")
+    seconds = time.perf_counter() - begun
+    return Summary(
+        "evaluate",
+        seconds,
+        images_seen=len(source),
+        images_per_second=rate(len(source), seconds),
+        checkpoint=read_from(cfg, pretrained),
+        results=metrics,
+    )
+
+
+def load_segmenter(cfg: DictConfig, pretrained: PretrainedWeights) -> Segmenter:
+    """The segmenter in a checkpoint, in evaluation mode. Raises UserError where it holds none."""
+    head = pretrained.decode_head
+    if head is None:
+        raise UserError(f"init={pretrained.path} ({pretrained.kind}) holds no segmenter: train one with task=segment.")
+    model = call(segmenter, cfg.model, num_classes=head.classes, drop_path=0.0, head=head.kind)
+    load_pretrained(model, pretrained, head="require")
+    return model.eval()
+
+
+def window_settings(pretrained: PretrainedWeights) -> tuple[int | None, float]:
+    """`task.eval_size` and `task.eval_stride` of the run that a segmenter comes from."""
+    task = section(pretrained.meta.config, "task")
+    size, stride = task.get("eval_size"), task.get("eval_stride")
+    return size if isinstance(size, int) else None, stride if isinstance(stride, float) else EVAL_STRIDE
+
+
+def model_names(cfg: DictConfig, source: Source, model: Segmenter, pretrained: PretrainedWeights) -> list[str]:
+    """The names of a segmenter's classes. Raises UserError where the data has none, or others."""
+    count = model.decode_head.num_classes
+    if not has_class_maps(source):
+        raise UserError(
+            f"init={cfg.init} is a segmenter, and the images of data.name={cfg.data.name} have no maps of classes: "
+            "evaluate it on data with maps, such as data=segmentation_folder."
+        )
+    if len(source.classes) != count:
+        raise UserError(
+            f"init={cfg.init} knows {count} classes, but data.name={cfg.data.name} holds {len(source.classes)}: "
+            "evaluate on data with the classes it was trained on."
+        )
+    if pretrained.meta.classes and list(pretrained.meta.classes) != source.classes:
+        log.warning("the classes have other names than those trained on: they are matched by their order")
+    return source.classes

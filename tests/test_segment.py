@@ -1,0 +1,284 @@
+"""Segmentation: windows, counting, losses, and a run from training to evaluation."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, composed, run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae.config.build import call
+from mae.data.prepare import Prepare
+from mae.data.source import IGNORED
+from mae.distributed.ranks import Ranks
+from mae.errors import UserError
+from mae.metrics import PixelCounter
+from mae.models.segmenter import segmenter, sliding_logits, window_starts
+from mae.tasks.segment import dice_loss, pixel_loss
+from mae.tasks.segment_maps import predict_maps
+
+TINY_SCENES = [
+    *[override for override in TINY if not override.startswith("data.")],
+    *["data=digit_scenes", "data.canvas=24", "data.img_size=24", "data.scenes=24", "data.val_scenes=5"],
+]
+TINY_SEGMENT = ["task=segment", *TINY_SCENES, "task.batch_size=8", "task.epochs=2", "task.warmup_epochs=1"]
+
+
+def tiny_model(classes: int = 4, size: int = 16, head: str = "linear"):
+    torch.manual_seed(0)
+    cfg = composed(*TINY, f"model.img_size={size}")
+    return call(segmenter, cfg.model, num_classes=classes, drop_path=0.0, head=head).eval()
+
+
+# ---------------------------------------------------------------- windows
+
+
+@settings(max_examples=30, deadline=None)
+@given(side=st.integers(16, 100), stride=st.integers(1, 16))
+def test_windows_lie_inside_and_cover_every_pixel(side, stride):
+    starts = window_starts(side, 16, stride)
+    assert {k + start for start in starts for k in range(16)} == set(range(side))
+    assert starts == sorted(set(starts)) and all(b - a <= stride for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_an_image_of_a_window_s_size_is_computed_as_one():
+    model, image = tiny_model(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(sliding_logits(model, image, (10, 10), 4), model(image))
+
+
+def test_overlapping_windows_are_averaged():
+    model, image = tiny_model(), torch.randn(1, 3, 22, 18)
+    total, count = torch.zeros(1, 4, 22, 18), torch.zeros(22, 18)
+    for top in (0, 6):  # of 22 rows: 0 and the last, 22 - 16
+        for left in (0, 2):
+            total[:, :, top : top + 16, left : left + 16] += model(
+                image[:, :, top : top + 16, left : left + 16]
+            ).detach()
+            count[top : top + 16, left : left + 16] += 1
+    for most in (1, 3, 16):
+        torch.testing.assert_close(sliding_logits(model, image, (10, 10), most), total / count, atol=1e-5, rtol=1e-5)
+
+
+def test_maps_have_the_size_of_their_images_whatever_it_is():
+    model, prepare = tiny_model(), Prepare(mean=[0.5], std=[0.25])
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((16, 16), (7, 30), (40, 33))]
+    maps = list(predict_maps(model, prepare, images, eval_size=None, eval_stride=0.5))
+    assert [tuple(m.shape) for m in maps] == [(16, 16), (7, 30), (40, 33)] and maps[0].dtype == torch.uint8
+    assert torch.equal(maps[0], model(prepare(images[0][None]))[0].argmax(0).to(torch.uint8))
+
+
+# ---------------------------------------------------------------- figures and losses
+
+
+class Shares(Ranks):
+    """Ranks whose exchange returns the shares of all that have been counted so far."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.values = []
+
+    def gather(self, value):
+        self.values.append(value)
+        return self.values
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_miou_is_that_of_torchmetrics_with_ignored_pixels_over_any_number_of_ranks(world):
+    """Class 4 occurs nowhere and is left out of the mean, as there."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    generator = torch.Generator().manual_seed(world)
+    logits = torch.randn(7, 5, 9, 11, generator=generator)
+    logits[:, 4] = -9.0
+    label = torch.randint(0, 4, (7, 9, 11), generator=generator, dtype=torch.uint8)
+    label[torch.rand(label.shape, generator=generator) < 0.3] = IGNORED
+    shares, results = Shares(), None
+    for rank in range(world):
+        counter = PixelCounter(5)
+        for k in range(rank, 7, world):
+            counter.add(label[k : k + 1], logits[k : k + 1])
+        results = counter.results(shares)  # the last one has the shares of all
+    assert results is not None
+    figures = results.metrics()
+    options = {"num_classes": 5, "ignore_index": IGNORED}
+    wide = label.long()
+    iou = torchmetrics.JaccardIndex(task="multiclass", average="macro", **options)(logits, wide)
+    accuracy = torchmetrics.Accuracy(task="multiclass", average="micro", **options)(logits, wide)
+    assert figures["miou"] == pytest.approx(100 * float(iou), rel=1e-6)
+    assert figures["pixel_accuracy"] == pytest.approx(100 * float(accuracy), rel=1e-6)
+    expected = F.cross_entropy(logits.double(), wide, ignore_index=IGNORED)
+    assert figures["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert results.counts.dtype == np.int64 and results.counts.sum() == int((label != IGNORED).sum())
+
+
+def test_a_rank_without_images_and_maps_without_a_counted_pixel():
+    assert PixelCounter(3).results(Shares()) is None
+    counter = PixelCounter(3)
+    counter.add(torch.full((1, 2, 2), IGNORED, dtype=torch.uint8), torch.randn(1, 3, 2, 2))
+    assert counter.results(Shares()) is None
+
+
+def test_the_loss_is_the_mean_over_counted_pixels_and_zero_without_any():
+    logits, label = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4))
+    label[0, :2] = IGNORED
+    torch.testing.assert_close(pixel_loss(logits, label), F.cross_entropy(logits, label, ignore_index=IGNORED))
+    nothing = pixel_loss(logits, torch.full_like(label, IGNORED))
+    nothing.backward()
+    assert float(nothing.detach()) == 0.0 and logits.grad is not None and bool((logits.grad == 0).all())
+
+
+def test_the_dice_loss_is_that_of_segmentation_models():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    label[0, :2] = IGNORED
+    torch.testing.assert_close(
+        dice_loss(logits, label), smp.losses.DiceLoss("multiclass", ignore_index=IGNORED)(logits, label)
+    )
+    label[label == 2] = 1
+    assert 0 < float(dice_loss(logits, label)) < 1  # the mean over the two classes that occur
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pre-training run and a segmentation from it."""
+    folder = tmp_path_factory.mktemp("segment")
+    pretrain = ["task=pretrain", *TINY_SCENES, "task.batch_size=8", "task.epochs=1", "task.warmup_epochs=0"]
+    assert run_here(folder / "pretrain", *pretrain) == 0
+    arguments = [*TINY_SEGMENT, f"init={folder / 'pretrain'}", "task.eval_every_epochs=1", "checkpoint.every_epochs=1"]
+    arguments += ["task.dice_weight=0.5", "task.num_images=3"]
+    assert run_here(folder / "run", *arguments) == 0
+    return folder, arguments
+
+
+def test_a_run_leaves_figures_tables_and_pictures(trained):
+    run = trained[0] / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"miou", "pixel_accuracy", "mean_accuracy", "loss", "best_miou"} <= summary.keys() and summary["steps"] == 6
+    assert 0 < summary["miou"] <= summary["best_miou"] < 100
+    rows = (run / "iou.csv").read_text().splitlines()
+    assert rows[0] == "class,pixels,iou,accuracy" and rows[1].startswith("background,")
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert {"loss", "cross_entropy", "dice", "lr"} <= line.keys()
+    assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["dice"])
+    for name in ("segmentation_00000006.png", "iou.png", "confusion_of_pixels.png"):
+        assert (run / "images" / name).exists()
+    report = (run / "report.html").read_text()
+    assert "mean IoU" in report and "segmentation" in report
+
+
+def test_evaluation_gives_the_figures_of_the_validation(trained, tmp_path):
+    assert run_here(tmp_path / "evaluate", "task=evaluate", *TINY_SCENES, f"init={trained[0] / 'run'}") == 0
+    figures = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    summary = json.loads((trained[0] / "run" / "summary.json").read_text())
+    assert [figures[key] for key in ("miou", "pixel_accuracy", "loss")] == [
+        summary[key] for key in ("miou", "pixel_accuracy", "loss")
+    ]
+    assert (tmp_path / "evaluate" / "images" / "segmentation.png").exists()
+
+
+def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
+    folder, arguments = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run_here(tmp_path / "run", *arguments) == 0
+    weights = [
+        path / "checkpoints" / "step_00000006" / "model.safetensors" for path in (folder / "run", tmp_path / "run")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert "goes on from" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_frozen_encoder_keeps_its_bits_and_its_head_learns(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    arguments = [*TINY_SEGMENT, f"init={trained[0] / 'pretrain'}", "task.frozen=true", "task.max_steps=2"]
+    assert run_here(tmp_path / "run", *arguments) == 0
+    before, after = (
+        load_file(next((path / "checkpoints").glob("step_*")) / "model.safetensors")
+        for path in (trained[0] / "pretrain", tmp_path / "run")
+    )
+    encoder = [name for name in after if not name.startswith("decode_head.")]
+    assert len(encoder) > 20 and all(torch.equal(before[name], after[name]) for name in encoder)
+    assert float(after["decode_head.conv_seg.bias"].abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["task=segment", *TINY, "task.batch_size=8"], "task=segment needs a map of classes for each image"),
+        ([*TINY_SEGMENT, "augmentation=finetune"], "augmentation moves pixels in a way that the maps"),
+        (["task=finetune", *TINY_SCENES, "task.batch_size=8"], "task=finetune needs labels"),
+        (
+            [*TINY_SEGMENT, "task.frozen=true"],
+            "task.frozen=true trains a head on an encoder that init= gives: set init",
+        ),
+    ],
+)
+def test_what_cannot_be_segmented_is_said_in_a_sentence(arguments, sentence, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run_here(tmp_path / "run", *arguments, "launcher=inline")
+    assert sentence in str(caught.value)
+
+
+# ---------------------------------------------------------------- decoders of segmentation-models-pytorch
+
+SIZES = {"img_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+def test_dpt_is_that_of_the_library_with_the_same_weights():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = segmenter(**SIZES, depth=12, num_classes=5, drop_path=0.0, head="dpt").eval()
+    sizes = {key: value for key, value in SIZES.items() if key != "in_chans"}
+    peer = smp.DPT("tu-vit_base_patch16_224", encoder_weights=None, classes=5, encoder_depth=4, **sizes).eval()
+    state = {
+        name.removeprefix("decode_head.") if name.startswith("decode_head.") else f"encoder.model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+    }
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith(("encoder.model.norm.", "encoder.model.head.")) for name in missing)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), peer(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["dpt", "upernet"])
+def test_every_parameter_of_a_decoder_learns_and_its_output_is_of_the_image_s_size(head):
+    pytest.importorskip("segmentation_models_pytorch")
+    model = segmenter(**SIZES, depth=6, num_classes=5, drop_path=0.0, head=head)
+    logits = model(torch.randn(2, 3, 32, 32))
+    logits.square().mean().backward()
+    assert logits.shape == (2, 5, 32, 32)
+    assert not [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert list(model.decode_head.blocks) == ([0, 2, 3, 5] if head == "dpt" else [1, 2, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"img_size": 24},
+            "task.head=dpt needs square patches of a power of 2 and image sides that are multiples of 32",
+        ),
+        ({"depth": 3}, "this task.head reads 4 blocks, and model.depth=3: choose task.head=linear."),
+    ],
+)
+def test_sizes_that_a_decoder_cannot_take(changes, sentence):
+    pytest.importorskip("segmentation_models_pytorch")
+    with pytest.raises(UserError) as caught:
+        segmenter(**SIZES | {"depth": 4} | changes, num_classes=5, drop_path=0.0, head="dpt")
+    assert sentence in str(caught.value)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch.decoders.dpt.decoder", None)
+    with pytest.raises(UserError) as caught:
+        segmenter(**SIZES, depth=4, num_classes=5, drop_path=0.0, head="dpt")
+    assert "pip install 'mae-experiments[segment]'" in str(caught.value)
