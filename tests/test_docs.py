@@ -16,7 +16,7 @@ from mae.config import from_run
 from mae.config.overrides import key_of
 from mae.launch.slurm.status import VERBS
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_SENTENCE, MEAN_SENTENCE = 30, 18
 COMMAND = re.compile(r"^(?:python run\.py|mae)(?: (?P<words>.*))?$")
 
@@ -49,7 +49,7 @@ CASES = list(dict.fromkeys((page, words) for page in PAGES for words in commands
 
 
 def test_the_documents_hold_commands():
-    assert len(CASES) >= 20
+    assert len(CASES) > 40
 
 
 @pytest.mark.slow
@@ -87,6 +87,10 @@ def test_sentences_are_short(page):
     lengths = {sentence: words_of(sentence) for sentence in sentences(page)}
     assert not [sentence for sentence, length in lengths.items() if length > LONGEST_SENTENCE]
     assert sum(lengths.values()) <= MEAN_SENTENCE * len(lengths)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
