@@ -182,6 +182,13 @@ def test_evaluation_gives_the_figures_of_the_validation(trained, tmp_path):
     assert (tmp_path / "evaluate" / "images" / "segmentation.png").exists()
 
 
+def test_an_export_of_a_segmenter_is_refused_in_a_sentence(trained, tmp_path):
+    with pytest.raises(UserError) as caught:
+        scenes = [override for override in TINY_SCENES if not override.startswith("task.")]
+        run_here(tmp_path / "run", "task=export", *scenes, f"init={trained[0] / 'run'}", "launcher=inline")
+    assert "is a segmenter, which no format holds yet: use its checkpoint's model.safetensors" in str(caught.value)
+
+
 def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
     folder, arguments = trained
     shutil.copytree(folder / "run", tmp_path / "run")

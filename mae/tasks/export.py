@@ -53,6 +53,11 @@ def export(
     if ranks.main:
         pretrained = read_pretrained(checkpoint)
         checkpoint = read_from(cfg, pretrained)
+        if pretrained.decode_head is not None:
+            raise UserError(
+                f"init={pretrained.path} is a segmenter, which no format holds yet: use its checkpoint's "
+                "model.safetensors, whose names are timm's and decode_head.*."
+            )
         classes, encoder_only = [], False
         with torch.no_grad():
             if pretrained.head is not None:

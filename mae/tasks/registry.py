@@ -95,7 +95,7 @@ TASKS = {
         "segmentation",
         trains=True,
         metric=MIOU,
-        next_commands=(EVALUATE, "python run.py task=export init=RUN task.format=onnx"),
+        next_commands=(EVALUATE,),
     ),
 }
 METRICS = {entry.metric.key: entry.metric for entry in TASKS.values() if entry.metric is not None}
