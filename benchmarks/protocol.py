@@ -17,7 +17,7 @@ from cards import card_called
 from torch import nn
 
 from mae.device import keep_freed_memory, number_format, pick, return_freed_memory
-from mae.perf.compile import compile_blocks
+from mae.perf.graphs import compile_blocks
 from mae.tools.cost import matrix_rate
 
 A_GPU = 256  # images that fill one

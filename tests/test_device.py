@@ -13,7 +13,7 @@ from mae.distributed.ranks import Ranks, check_own_gpu, start
 from mae.errors import UserError
 from mae.models import recompute
 from mae.models.layers import Block
-from mae.perf.compile import compile_blocks
+from mae.perf.graphs import compile_blocks
 from mae.tasks import features
 from mae.tasks.knn import Neighbours
 

@@ -291,6 +291,29 @@ def test_ranks_learn_alike_however_weights_lie_and_steps_are_compiled(tmp_path, 
     assert len(losses(tmp_path / "plain")) >= 3
 
 
+def compiled_whole(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Trains a model that is compiled as a whole, cut at small buckets, and runs as dynamo traced it."""
+    from torch._inductor import compile_fx
+
+    from mae.perf import graphs
+
+    graphs.DDP_BUCKET, dist._DEFAULT_FIRST_BUCKET_BYTES = 20_000, 10_000  # type: ignore[attr-defined]
+    pieces: list[int] = []
+    compile_fx.compile_fx = lambda module, inputs, config_patches: pieces.append(1) or module  # type: ignore[assignment]
+    return trained(rank, folder, overrides) | {"pieces": len(pieces)}
+
+
+@pytest.mark.slow
+def test_ranks_learn_alike_where_the_whole_model_is_compiled(tmp_path):
+    base = [*TINY_PRETRAIN, "task.max_steps=2", "task.micro_batch_size=8"]
+    on_ranks(2, tmp_path / "plain", functools.partial(trained, overrides=base))
+    more = [*base, "task.compile=model"]
+    results = on_ranks(2, tmp_path / "compiled", functools.partial(compiled_whole, overrides=more))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=1e-4)
+    assert results[0]["digest"] == results[1]["digest"] and results[0]["pieces"] >= 8
+    assert results[0]["reduces"] == results[0]["steps"]
+
+
 def test_a_checkpoint_gathers_one_whole_tensor_at_a_time(monkeypatch):
     from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.device_mesh import init_device_mesh

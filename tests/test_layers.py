@@ -22,7 +22,7 @@ from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import order_by_noise
 from mae.models.positions import resize_pos_embed, sincos_pos_embed
 from mae.models.vit import classifier
-from mae.perf.compile import compile_blocks
+from mae.perf.graphs import compile_blocks
 
 MODEL: dict[str, Any] = dict(
     img_size=[16, 24],

@@ -23,7 +23,7 @@ from mae.models.layers import Block, attention, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
-from mae.perf.compile import compile_blocks, plain_blocks
+from mae.perf.graphs import compile_blocks, plain
 from mae.perf.micro_batch import Trial
 from mae.progress import Progress
 from mae.runs import files
@@ -114,7 +114,7 @@ def test_where_blocks_cannot_be_compiled_the_run_goes_on_with_a_warning(tmp_path
 
 
 def test_graphs_without_a_gpu_are_refused():
-    with pytest.raises(ValueError, match="task.compile=graphs needs a GPU: use off or blocks with device=cpu"):
+    with pytest.raises(ValueError, match="task.compile=graphs needs a GPU: use off, blocks or model with device=cpu"):
         composed(*TINY_PRETRAIN, "task.compile=graphs")
 
 
@@ -140,7 +140,7 @@ def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
         model.predict(images, 0.75)
         model.forward_features(images)
         assert len(begun) == passes
-    plain_blocks(model)
+    plain(model, model, ())
     model(images, 0.75)
     assert len(begun) == 3
 

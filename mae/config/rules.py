@@ -125,11 +125,12 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
     if cfg["device"] == "mps" and launcher.get("processes", 1) > 1:
         yield "device=mps is one device: launcher.processes must be 1."
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
-        yield f"task.compile=graphs needs a GPU: use off or blocks with device={cfg['device']}."
+        yield f"task.compile=graphs needs a GPU: use off, blocks or model with device={cfg['device']}."
     yield from _graphs(cfg["task"], devices(cfg))
-    if cfg["task"].get("compile") == "graphs" and launcher["sharding"] != "none":
+    level = cfg["task"].get("compile")
+    if level in ("model", "graphs") and launcher["sharding"] != "none":
         sharded = f"launcher.sharding={launcher['sharding']}"
-        yield f"task.compile=graphs wants weights that stay where they are: use blocks with {sharded}."
+        yield f"task.compile={level} wants weights that stay where they are: use blocks with {sharded}."
     if launcher["name"] == "slurm" and launcher["signal_delay_s"] >= launcher["timeout_min"] * 60:
         yield (
             f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="
@@ -145,7 +146,7 @@ def _graphs(task: Mapping[str, Any], world: int) -> Iterator[str]:
     if task.get("compile") == "graphs" and (micro == "auto" or isinstance(micro, int) and micro < share):
         yield (
             f"task.compile=graphs takes the {share} images of a device's share at a time, and task.micro_batch_size="
-            f"{micro} may take fewer: set it to null, or task.compile=blocks."
+            f"{micro} may take fewer: set it to null, or task.compile=model."
         )
 
 

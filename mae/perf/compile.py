@@ -1,10 +1,8 @@
-"""How a model computes its numbers: compiled blocks, and what backward recomputes.
-
-Compilation by block: one small graph serves all blocks of a width, so that a ViT-H compiles as fast as a ViT-B.
-"""
+"""How a model computes its numbers: what is compiled, and what backward recomputes."""
 
 import logging
 import os
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,12 +13,10 @@ import torch
 from torch import nn
 
 from mae import device as devices
-from mae import limits
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.layers import (
     ON_GPU_ONLY,
-    BlockBase,
     Checkpointing,
     Kernel,
     attention_backend,
@@ -28,13 +24,17 @@ from mae.models.layers import (
     set_attention_kernel,
     set_checkpointing,
 )
+from mae.models.recompute import TILES
+from mae.perf.graphs import compile_blocks, compile_whole, is_compiled, plain
 from mae.perf.micro_batch import Search, Trial
 from mae.runs import environment
 
 log = logging.getLogger(__name__)
 
-VARIANTS = 64  # graphs of one block: training and validation, encoder and decoder, with drop path and without
+Level = Literal["blocks", "model", "graphs"]
+TITLES = {"blocks": "the blocks", "model": "the whole model", "graphs": "the whole model for CUDA graphs"}
 TRIALS = {None: 1, "reduce-overhead": 3}  # a CUDA graph warms up first, is recorded next, and then replayed
+WORTH_THE_WAIT = 384  # width of a block: on a CPU narrower ones gain less than a minute of compilation costs
 
 
 def accelerate(
@@ -43,16 +43,15 @@ def accelerate(
     trial: Trial,
     model: nn.Module,
     *,
-    compile: Literal["auto", "off", "blocks", "graphs"],
+    compile: Literal["auto", "off", "blocks", "model", "graphs"],
     checkpointing: Checkpointing,
     attention_kernel: Literal["auto"] | Kernel,
     micro_batch_size: Annotated[int, "[1, inf)"] | Literal["auto"] | None,
 ) -> int | None:
-    """Sets how the blocks of `model` compute; returns the size of a micro-batch, None for a device's whole share.
+    """Sets how `model` computes; returns the size of a micro-batch, None for a device's whole share.
 
-    `compile=auto` compiles on CUDA alone: on a CPU it needs a C++ compiler and a wait, for a gain that only processors
-    with AMX show (docs/speed.md). `graphs` also replays each block as a CUDA graph. The size is found before, so that
-    each graph is compiled at the size of the run.
+    `graphs` also replays the model as a CUDA graph. The size is found before, so that each graph is compiled at the
+    size of the run.
     """
     set_checkpointing(model, checkpointing)
     if attention_kernel in ON_GPU_ONLY and ranks.device.type != "cuda":
@@ -65,9 +64,10 @@ def accelerate(
         environment.add(run, attention=backend)
     search = Search(run, ranks, trial) if micro_batch_size == "auto" else None
     size = search.run() if search else micro_batch_size
-    if compile != "off" and (compile != "auto" or ranks.device.type == "cuda"):
+    level = automatic(ranks, trial, model) if compile == "auto" else None if compile == "off" else compile
+    if level is not None:
         assert size != "auto"
-        size = compile_at(size, search, ranks, trial, model, compile)
+        size = compile_at(size, search, ranks, trial, model, level)
     if search:
         assert isinstance(size, int)
         search.store(size)
@@ -75,31 +75,59 @@ def accelerate(
     return size
 
 
+def automatic(ranks: Ranks, trial: Trial, model: nn.Module) -> Level | None:
+    """What `task.compile=auto` compiles: on CUDA the whole model, or blocks where weights are sharded by block.
+
+    On a CPU it needs a C++ compiler and a wait, for a gain that only processors with AMX show, in half precision
+    (docs/speed.md).
+    """
+    if ranks.device.type == "cuda":
+        return "blocks" if ranks.sharded else "model"
+    with trial.autocast():
+        half = torch.is_autocast_enabled(ranks.device.type)
+    wide = blocks_of(model)[0].norm1.weight.numel() >= WORTH_THE_WAIT
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return "blocks" if ranks.device.type == "cpu" and TILES and half and wide and compiler else None
+
+
 def compile_at(
-    size: int | None, search: Search | None, ranks: Ranks, trial: Trial, model: nn.Module, compile: str
+    size: int | None, search: Search | None, ranks: Ranks, trial: Trial, model: nn.Module, level: Level
 ) -> int | None:
-    """Compiles the blocks and runs steps of `size` images; returns the size.
+    """Compiles `model` and runs steps of `size` images; returns the size.
 
     Where that does not fit after all, the next smaller size of the search is compiled. Where compilation fails on any
-    rank, a warning says why, and the blocks stay uncompiled on all.
+    rank, a warning says why, and on all ranks the model gives way to blocks, and those stay uncompiled.
     """
     from torch._dynamo.utils import counters  # seconds to import
 
     began, graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
-    mode = "reduce-overhead" if compile == "graphs" else None
     torch.compiler.set_stance("default")
-    compile_blocks(model, mode)
     images = size or trial.cfg.task.batch_size // ranks.world
+    mode = "reduce-overhead" if level == "graphs" else None
+    log.info("compiling %s: this takes up to minutes (task.compile=off does without)", TITLES[level])
+    compile_level(level, mode, ranks, trial, model)
     while failures := _failures(ranks, trial, images, TRIALS[mode]):
-        if search is None or not all(failure.memory for failure in failures):
-            reason = failures[0].reason
-            log.warning("task.compile=%s is switched off: compiling the blocks failed (%s)", compile, reason)
-            plain_blocks(model)
+        if search is not None and all(failure.memory for failure in failures):
+            size = images = search.next_smaller(images)
+            continue
+        plain(trial.task, model, trial.task.compiled)
+        outcome = "is switched off" if level == "blocks" else "gives way to blocks"
+        log.warning("task.compile=%s %s: compiling %s failed (%s)", level, outcome, TITLES[level], failures[0].reason)
+        if level == "blocks":
             return size
-        size = images = search.next_smaller(images)
+        level = "blocks"
+        compile_level(level, mode, ranks, trial, model)
     seconds, count = time.perf_counter() - began, counters["stats"]["unique_graphs"] - graphs
     log.info("compiled %d graphs in %.1f s, for %d images at a time", count, seconds, images)
     return size
+
+
+def compile_level(level: Level, mode: str | None, ranks: Ranks, trial: Trial, model: nn.Module) -> None:
+    """Marks what is compiled at its first call."""
+    if level == "blocks":
+        compile_blocks(model, mode)
+    else:
+        compile_whole(trial.task, model, trial.task.compiled, mode, cut=ranks.world > 1 and not ranks.sharded)
 
 
 @dataclass(frozen=True)
@@ -126,45 +154,6 @@ def _failures(ranks: Ranks, trial: Trial, images: int, times: int) -> list[Failu
 
 def no_recompilation(model: nn.Module) -> AbstractContextManager[object]:
     """Within, what has no graph yet runs uncompiled: a short last batch, pictures, k-NN, further mask ratios."""
-    if all(block._compiled_call_impl is None for block in blocks_of(model)):
+    if not is_compiled(model):
         return nullcontext()  # the compiler takes seconds to import
     return torch.compiler.set_stance("eager_on_recompile")
-
-
-def compile_blocks(model: nn.Module, mode: str | None) -> None:
-    """Compiles every block in place; names in the state dict stay."""
-    from torch._dynamo import config as settings  # seconds to import
-    from torch._inductor import config as inductor
-
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # inductor starts up to 32 workers in each rank
-        inductor.compile_threads = max(1, min(inductor.compile_threads or 1, limits.cpus() // ranks_here))
-    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
-    settings.optimize_ddp = False  # which cuts graphs at DDP's buckets; a block is small enough
-    blocks = blocks_of(model)
-    for block in blocks:
-        block.compile(mode=mode, dynamic=False)
-    if mode is not None:
-        mark_first(blocks[0])
-
-
-def mark_first(block: BlockBase) -> None:
-    """Tells CUDA graphs that a pass through the model starts at `block`, its first.
-
-    Otherwise each block's call would start one, and in a pass without gradients overwrite its own input. A hook of the
-    model does not do: features and pictures bypass its `forward`. A hook of the block would be compiled.
-    """
-    compiled = block._compiled_call_impl
-    assert compiled is not None
-
-    def marked(*args: object, **kwargs: object) -> object:
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(*args, **kwargs)
-
-    block._compiled_call_impl = marked
-
-
-def plain_blocks(model: nn.Module) -> None:
-    """Undoes `compile_blocks`."""
-    for block in blocks_of(model):
-        block._compiled_call_impl = None  # set by nn.Module.compile, which torch cannot undo

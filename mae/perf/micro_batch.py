@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from mae.plan import mixes
 from mae.runs.files import write_text
 from mae.tasks.registry import TASKS
 
+if TYPE_CHECKING:
+    from mae.tasks.base import TrainedTask
+
 log = logging.getLogger(__name__)
 
 MICRO_BATCH_FILE = "micro_batch_size.json"  # in the run's directory: a run that goes on does not try again
@@ -34,7 +38,7 @@ class Trial:
     """Runs a task on grey images, and leaves no trace of it."""
 
     cfg: DictConfig
-    task: nn.Module
+    task: "TrainedTask[Any]"
     masking: Callable[[np.ndarray], np.ndarray] | None  # keys of samples -> noise, see `mae.models.masking`
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
@@ -72,8 +76,8 @@ class Trial:
                 loss = self.task(batch)["loss"]
             loss.backward()
             self.task.eval()
-            with torch.no_grad(), self.autocast():
-                self.task(batch)
+            with torch.no_grad():
+                self.task.validate(batch, self.autocast)
 
     def saved_bytes(self, images: int) -> int:
         """Bytes that autograd saves between forward and backward."""

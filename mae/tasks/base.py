@@ -42,6 +42,9 @@ class TrainedTask(nn.Module, Generic[Network]):
     masking: Masking | None = None  # gives each sample of a batch its noise
     mask_ratios: tuple[float, ...] = ()  # of which each step draws one, number batch["ratio"].shape[0]; lowest first
     whole_images = False  # whether validation batches are one image of full size each, not centre crops
+    # methods that hold a whole forward pass beside the call of `trained`; task.compile=model makes each one graph, so
+    # that they take tensors, and neither exchange with other ranks nor draw random numbers on the host
+    compiled: tuple[str, ...] = ()
 
     def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()
@@ -96,6 +99,11 @@ class TrainedTask(nn.Module, Generic[Network]):
         """After an optimizer step; `skipped` () on the device is 1 where the gradient was not finite, else 0."""
 
     # ------------------------------------------------------------ every validation
+
+    def validate(self, batch: Mapping[str, Tensor], autocast: Autocast) -> object:
+        """The forward pass of a batch as `evaluate` computes it, without gradients: it is compiled before the run."""
+        with autocast():
+            return self.loss(batch)
 
     def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
         """Metrics `val/NAME` of the validation set over all ranks; `batches` are this rank's. The model is in training

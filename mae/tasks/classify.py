@@ -33,6 +33,9 @@ class Classify(TrainedTask[VisionTransformer]):
         with autocast():
             return self.model(self.images(batch))
 
+    def validate(self, batch: Mapping[str, Tensor], autocast: Autocast) -> Tensor:
+        return self.logits(batch, autocast)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
         """top1 and top5 in percent, and loss, of the validation set over all ranks."""

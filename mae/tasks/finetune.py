@@ -33,6 +33,8 @@ class Finetune(Classify):
     With `ema_decay`, `model` is the moving average of the weights, and `trained` the weights themselves.
     """
 
+    compiled = ("objective",)
+
     def __init__(
         self,
         cfg: DictConfig,
@@ -89,13 +91,16 @@ class Finetune(Classify):
         """Cross-entropy with smoothed labels, and mixed ones where images are mixed."""
         images, labels = self.images(batch), batch["label"]
         if self.mix is None:
-            logits = self.live(images)
-            return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
+            return {"loss": self.objective(images, labels, self.label_smoothing)}
         if len(images) % 2 and not self.mix.mix_prob:  # for which timm wants pairs all the same
             targets = mixup_target(labels, self.mix.num_classes, smoothing=self.label_smoothing)
         else:
             images, targets = self.mix(images, labels)
-        return {"loss": F.cross_entropy(self.live(images).float(), targets)}
+        return {"loss": self.objective(images, targets, 0.0)}
+
+    def objective(self, images: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        """The mean cross-entropy with labels (B,) or shares of classes (B, classes)."""
+        return F.cross_entropy(self.live(images).float(), targets, label_smoothing=label_smoothing)
 
     def train(self, mode: bool = True) -> "Finetune":
         """Frozen blocks stay in evaluation mode, without drop path."""

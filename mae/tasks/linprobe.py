@@ -26,6 +26,8 @@ HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
 class Linprobe(Classify):
     """Learn a linear classifier on the features of the encoder that `init` names."""
 
+    compiled = ("encode",)
+
     def __init__(
         self,
         cfg: DictConfig,
@@ -57,7 +59,11 @@ class Linprobe(Classify):
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The head's input (B, D): the class token after `norm`, or the mean of the patch tokens."""
         with torch.no_grad():
-            return self.model.forward_head(self.model.forward_features(self.images(batch)), pre_logits=True)
+            return self.encode(self.images(batch))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B, D) of images (B, C, H, W)."""
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
 
     def probe(self, features: Tensor) -> Tensor:
         """Features (B, D) to logits, in the head's number format: batch statistics need more than half precision."""
