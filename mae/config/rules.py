@@ -136,7 +136,10 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"launcher.signal_delay_s={launcher['signal_delay_s']} is no shorter than launcher.timeout_min="
             f"{launcher['timeout_min']}: the job would be asked to save as soon as it begins."
         )
-    if cfg["task"].get("precision") == "fp16" and cfg["device"] == "cpu":
+    precision = cfg["task"].get("precision")
+    if cfg["task"].get("residual_dtype") == "bf16" and precision not in ("auto", "bf16"):
+        yield f"task.residual_dtype=bf16 needs task.precision=bf16 or auto: use float32 with {precision}."
+    if precision == "fp16" and cfg["device"] == "cpu":
         yield "task.precision=fp16 needs a GPU: use bf16 or fp32 with device=cpu."
 
 

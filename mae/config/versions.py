@@ -33,6 +33,7 @@ class Migration:
 
 
 SHARDS = {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False, "splits": "auto"}
+TRAINING = {"residual_dtype": "float32"}
 MIGRATIONS = (
     Migration(
         format=1,
@@ -48,12 +49,15 @@ MIGRATIONS = (
             "target": {"name": "pixels"},
             "model": {"decoder": "self", "mask_tokens": "decoder"},
             "task=pretrain": {
+                **TRAINING,
                 "predict_ratio": None,
                 "rankme": None,
                 "online_probe": False,
                 "online_probe_lr": 1.0e-3,
             },
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
+            "task=finetune": TRAINING,
+            "task=linprobe": TRAINING,
         },
     ),
 )

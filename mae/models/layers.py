@@ -113,6 +113,8 @@ class BlockBase(nn.Module):
     mlp: nn.Module
     kernel: Kernel | None = None  # None: `attention_kernel` chooses
     checkpointing: Checkpointing = "light"  # what backward computes again, see `set_checkpointing`
+    stream: torch.dtype | None = None  # of the residual stream within autocast, see `set_residual_dtype`
+    ends_stream = False  # the last block of a stack returns float32
 
     def _mlp(self, x: Tensor) -> Tensor:
         first, second = self.mlp.fc1, self.mlp.fc2
@@ -139,8 +141,12 @@ class Block(BlockBase, TimmBlock):
         return self._forward(x, first)
 
     def _forward(self, x: Tensor, first: int) -> Tensor:
+        half = self.stream is not None and torch.is_autocast_enabled(x.device.type)
+        if half:
+            x = x.to(self.stream)
         x = residual(x, lambda x: self.ls1(self._attend(x, first)), self.drop_path1, first)
-        return residual(x, lambda x: self.ls2(self._mlp(x)), self.drop_path2)
+        x = residual(x, lambda x: self.ls2(self._mlp(x)), self.drop_path2)
+        return x.float() if half and self.ends_stream else x
 
     def _attend(self, x: Tensor, first: int) -> Tensor:
         attn, recompute = self.attn, self.checkpointing != "none"
@@ -192,6 +198,23 @@ def set_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
     """
     for block in blocks_of(model):
         block.checkpointing = checkpointing
+
+
+def set_residual_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Sets what the blocks of `model` store their sums in within autocast; None: as its products and sums come.
+
+    Norms are computed in float32 all the same, and each stack of blocks returns float32.
+    """
+    for stack in model.modules():
+        blocks = blocks_in(stack)
+        for block in blocks:
+            block.stream, block.ends_stream = dtype, block is blocks[-1]
+
+
+def blocks_in(stack: nn.Module) -> list[Block]:
+    """The blocks that a list or sequence of modules consists of, in order; none of any other module."""
+    children = stack if isinstance(stack, nn.ModuleList | nn.Sequential) else ()
+    return [child for child in children if isinstance(child, Block)]
 
 
 def patch_grid(

@@ -12,10 +12,15 @@ from torch.autograd.function import once_differentiable
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor, recompute: bool = True) -> Tensor:
-    """`linear(norm(x))` that keeps only `x` (..., D) for backward; without `recompute` as PyTorch does it."""
+    """`linear(norm(x))` that keeps only `x` (..., D) for backward; without `recompute` as PyTorch does it.
+
+    The norm is computed in the wider type of `x` and its weights: FSDP gathers weights in half precision, and a
+    residual stream may be half.
+    """
+    wide = torch.promote_types(x.dtype, norm.weight.dtype)
     if not (recompute and _recomputes()):
-        return F.linear(norm(x), weight, bias)
-    norm_weight, norm_bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)  # FSDP gathers them in half precision
+        return F.linear(norm(x.to(wide)), weight, bias)
+    norm_weight, norm_bias = norm.weight.to(wide), norm.bias.to(wide)
     return _NormLinear.apply(x, norm_weight, norm_bias, weight, bias, norm.eps, product_dtype(x))
 
 
@@ -51,7 +56,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, dtype):
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        wide = x.to(norm_weight.dtype)
+        y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], norm_weight, norm_bias, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, cast)
         ctx.eps, ctx.param_dtype = eps, weight.dtype
@@ -62,14 +68,16 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
         grad_weight = grad_bias = None
+        wide = x.to(norm_weight.dtype)
         if ctx.needs_input_grad[3]:  # not where the block is frozen
-            y = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(weight.dtype)
+            y = torch.native_layer_norm(wide, x.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(weight.dtype)
             grad_weight, grad_bias = _linear_grads(grad, y, ctx.param_dtype)
             del y
-        grad_y = (grad @ weight).to(x.dtype)
+        grad_y = (grad @ weight).to(wide.dtype)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_y, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [ctx.needs_input_grad[0], True, True]
+            grad_y, wide, x.shape[-1:], mean, rstd, norm_weight, norm_bias, [ctx.needs_input_grad[0], True, True]
         )
+        grad_x = grad_x if grad_x is None else grad_x.to(x.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None
 
 

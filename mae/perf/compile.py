@@ -23,6 +23,7 @@ from mae.models.layers import (
     blocks_of,
     set_attention_kernel,
     set_checkpointing,
+    set_residual_dtype,
 )
 from mae.models.recompute import TILES
 from mae.perf.graphs import compile_blocks, compile_whole, is_compiled, plain
@@ -46,6 +47,7 @@ def accelerate(
     compile: Literal["auto", "off", "blocks", "model", "graphs"],
     checkpointing: Checkpointing,
     attention_kernel: Literal["auto"] | Kernel,
+    residual_dtype: Literal["float32", "bf16"],
     micro_batch_size: Annotated[int, "[1, inf)"] | Literal["auto"] | None,
 ) -> int | None:
     """Sets how `model` computes; returns the size of a micro-batch, None for a device's whole share.
@@ -60,6 +62,13 @@ def accelerate(
     with trial.autocast():
         backend = attention_backend(model, ranks.device, trial.num_tokens())
     log.info("attention is computed by: %s", backend)
+    if residual_dtype == "bf16":
+        if half_format(trial) is not torch.bfloat16:
+            raise UserError(
+                "task.residual_dtype=bf16 needs task.precision=bf16, and on this device task.precision="
+                f"{trial.cfg.task.precision} is another: use task.residual_dtype=float32."
+            )
+        set_residual_dtype(model, torch.bfloat16)
     if ranks.main:
         environment.add(run, attention=backend)
     search = Search(run, ranks, trial) if micro_batch_size == "auto" else None
@@ -83,11 +92,16 @@ def automatic(ranks: Ranks, trial: Trial, model: nn.Module) -> Level | None:
     """
     if ranks.device.type == "cuda":
         return "blocks" if ranks.sharded else "model"
-    with trial.autocast():
-        half = torch.is_autocast_enabled(ranks.device.type)
     wide = blocks_of(model)[0].norm1.weight.numel() >= WORTH_THE_WAIT
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return "blocks" if ranks.device.type == "cpu" and TILES and half and wide and compiler else None
+    return "blocks" if ranks.device.type == "cpu" and TILES and half_format(trial) and wide and compiler else None
+
+
+def half_format(trial: Trial) -> torch.dtype | None:
+    """The half precision of a trial's autocast; None without it."""
+    with trial.autocast():
+        kind = trial.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def compile_at(

@@ -16,7 +16,7 @@ from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
 from mae.launch.pipeline import check_stages
-from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing
+from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing, set_residual_dtype
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import middle_ratio, ratios_of
 from mae.models.target import ShapesOnly
@@ -95,6 +95,7 @@ def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: t
 
     model = copy.deepcopy(model)
     set_checkpointing(model, cfg.task.checkpointing)
+    set_residual_dtype(model, torch.bfloat16 if cfg.task.residual_dtype == "bf16" else None)
     elsewhere = cfg.task.attention_kernel == "auto" and target.type != "cpu"
     fused = elsewhere or cfg.task.attention_kernel in ON_GPU_ONLY
     set_attention_kernel(model, "fused" if fused else cfg.task.attention_kernel)
