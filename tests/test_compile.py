@@ -22,7 +22,7 @@ from mae.perf import compile as compilation
 from mae.perf import graphs as compile_graphs
 from mae.perf import micro_batch
 from mae.perf.compile import no_recompilation
-from mae.perf.graphs import compile_whole, is_compiled, plain
+from mae.perf.graphs import compile_whole, is_compiled, uncompile
 from mae.perf.micro_batch import Trial
 from mae.runs.files import read_json_lines
 from mae.tasks.base import Autocast, build_task
@@ -121,7 +121,7 @@ def test_a_whole_classifier_with_its_loss_is_one_graph_in_training_and_one_in_va
         trial.step(4)
         trial.step(2)
     assert graphs() == count
-    plain(task_module, task_module.trained, task_module.compiled)
+    uncompile(task_module, task_module.trained, task_module.compiled)
     assert not is_compiled(task_module.trained) and not {"objective", "encode"} & {*vars(task_module)}
 
 

@@ -23,7 +23,7 @@ from mae.models.layers import Block, attention, set_checkpointing
 from mae.models.mae import MaskedAutoencoder
 from mae.perf import micro_batch
 from mae.perf.activations import saved_for_backward
-from mae.perf.graphs import compile_blocks, plain
+from mae.perf.graphs import compile_blocks, uncompile
 from mae.perf.micro_batch import Trial
 from mae.progress import Progress
 from mae.runs import files
@@ -140,7 +140,7 @@ def test_graphs_begin_anew_with_each_pass_through_a_model(monkeypatch):
         model.predict(images, 0.75)
         model.forward_features(images)
         assert len(begun) == passes
-    plain(model, model, ())
+    uncompile(model, model, ())
     model(images, 0.75)
     assert len(begun) == 3
 

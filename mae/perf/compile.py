@@ -26,7 +26,7 @@ from mae.models.layers import (
     set_residual_dtype,
 )
 from mae.models.recompute import TILES
-from mae.perf.graphs import compile_blocks, compile_whole, is_compiled, plain
+from mae.perf.graphs import compile_blocks, compile_whole, is_compiled, uncompile
 from mae.perf.micro_batch import Search, Trial
 from mae.runs import environment
 
@@ -124,7 +124,7 @@ def compile_at(
         if search is not None and all(failure.memory for failure in failures):
             size = images = search.next_smaller(images)
             continue
-        plain(trial.task, model, trial.task.compiled)
+        uncompile(trial.task, model, trial.task.compiled)
         outcome = "is switched off" if level == "blocks" else "gives way to blocks"
         log.warning("task.compile=%s %s: compiling %s failed (%s)", level, outcome, TITLES[level], failures[0].reason)
         if level == "blocks":

@@ -106,7 +106,7 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in (model, *blocks_of(model)))
 
 
-def plain(task: nn.Module, model: nn.Module, methods: tuple[str, ...]) -> None:
+def uncompile(task: nn.Module, model: nn.Module, methods: tuple[str, ...]) -> None:
     """Undoes `compile_blocks` and `compile_whole`."""
     for module in (model, *blocks_of(model)):
         module._compiled_call_impl = None  # set by nn.Module.compile, which torch cannot undo
