@@ -12,7 +12,7 @@ from test_engine import lines, weights
 from torch._dynamo.utils import counters
 
 from mae import checkpoint
-from mae.perf.compile import compile_blocks
+from mae.perf.graphs import compile_blocks
 
 NEW = [
     ["model.decoder=cross", "task.predict_ratio=0.25"],

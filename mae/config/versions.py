@@ -33,7 +33,7 @@ class Migration:
 
 
 SHARDS = {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False, "splits": "auto"}
-TRAINING = {"residual_dtype": "float32"}
+OF_TRAINING = {"residual_dtype": "float32"}
 MIGRATIONS = (
     Migration(
         format=1,
@@ -49,15 +49,15 @@ MIGRATIONS = (
             "target": {"name": "pixels"},
             "model": {"decoder": "self", "mask_tokens": "decoder"},
             "task=pretrain": {
-                **TRAINING,
+                **OF_TRAINING,
                 "predict_ratio": None,
                 "rankme": None,
                 "online_probe": False,
                 "online_probe_lr": 1.0e-3,
             },
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
-            "task=finetune": TRAINING,
-            "task=linprobe": TRAINING,
+            "task=finetune": OF_TRAINING,
+            "task=linprobe": OF_TRAINING,
         },
     ),
 )

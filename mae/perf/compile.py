@@ -33,7 +33,7 @@ from mae.runs import environment
 log = logging.getLogger(__name__)
 
 Level = Literal["blocks", "model", "graphs"]
-TITLES = {"blocks": "the blocks", "model": "the whole model", "graphs": "the whole model for CUDA graphs"}
+COMPILED = {"blocks": "the blocks", "model": "the whole model", "graphs": "the whole model for CUDA graphs"}
 TRIALS = {None: 1, "reduce-overhead": 3}  # a CUDA graph warms up first, is recorded next, and then replayed
 WORTH_THE_WAIT = 384  # width of a block: on a CPU narrower ones gain less than a minute of compilation costs
 
@@ -118,7 +118,7 @@ def compile_at(
     torch.compiler.set_stance("default")
     images = size or trial.cfg.task.batch_size // ranks.world
     mode = "reduce-overhead" if level == "graphs" else None
-    log.info("compiling %s: this takes up to minutes (task.compile=off does without)", TITLES[level])
+    log.info("compiling %s: this takes up to minutes (task.compile=off does without)", COMPILED[level])
     compile_level(level, mode, ranks, trial, model)
     while failures := _failures(ranks, trial, images, TRIALS[mode]):
         if search is not None and all(failure.memory for failure in failures):
@@ -126,7 +126,7 @@ def compile_at(
             continue
         uncompile(trial.task, model, trial.task.compiled)
         outcome = "is switched off" if level == "blocks" else "gives way to blocks"
-        log.warning("task.compile=%s %s: compiling %s failed (%s)", level, outcome, TITLES[level], failures[0].reason)
+        log.warning("task.compile=%s %s: compiling %s failed (%s)", level, outcome, COMPILED[level], failures[0].reason)
         if level == "blocks":
             return size
         level = "blocks"
