@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mae import limits
-from mae.models.layers import Block, blocks_of
+from mae.models.layers import blocks_of
 
 VARIANTS = 64  # graphs of one block: training and validation, encoder and decoder, with drop path and without
 DDP_BUCKET = 25 * 2**20  # bytes, DDP's default
@@ -75,7 +75,7 @@ def cut_at_buckets(mode: str | None) -> Call:
     return DDPOptimizer(DDP_BUCKET, inductor).compile_fn
 
 
-def mark_first(block: Block) -> None:
+def mark_first(block: nn.Module) -> None:
     """Tells CUDA graphs that a pass through the model starts at `block`, its first.
 
     Otherwise each block's call would start one, and in a pass without gradients overwrite its own input. A hook of the
