@@ -17,7 +17,7 @@ from cards import card_called
 from torch import nn
 
 from mae.device import keep_freed_memory, number_format, pick, return_freed_memory
-from mae.perf.graphs import compile_blocks
+from mae.perf.graphs import compile_blocks, compile_whole
 from mae.tools.cost import matrix_rate
 
 A_GPU = 256  # images that fill one
@@ -57,10 +57,11 @@ def best_format(device: str) -> tuple[torch.dtype, str]:
 
 
 def as_run(model: nn.Module, device: str, *, compiled: bool = False) -> None:
-    """On a GPU: TF32 and compiled blocks, as our runs have them; `compiled`: on a CPU too, as task.compile=blocks."""
+    """On a GPU: TF32 and one compiled graph, as our runs have them; `compiled`: on a CPU, as task.compile=blocks."""
     if device == "cuda":
         pick(device)
-    if device == "cuda" or compiled:
+        compile_whole(model, model, (), None, cut=False)
+    elif compiled:
         compile_blocks(model, mode=None)
 
 

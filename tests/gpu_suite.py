@@ -12,10 +12,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from conftest import TINY, TINY_PRETRAIN, composed, run_here  # noqa: E402
+from conftest import TINY, TINY_PRETRAIN, run_here  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from mae.errors import UserError  # noqa: E402
 from mae.runs import files  # noqa: E402
 
 DEVICE = os.environ.get("MAE_GPU_SUITE_DEVICE", "cuda")
@@ -71,14 +70,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
         monkeypatch.setattr(torch, "compile", lambda *model, **how: compiled(*model, **how | ours))
     yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
-
-
-def composed_or_skip(*overrides: str) -> None:
-    """Skips a check whose value of a key this version of the program does not have."""
-    try:
-        composed(*overrides)
-    except UserError as error:
-        pytest.skip(f"this version has no such value: {error}")
 
 
 def lines(run: Path) -> list[dict[str, float]]:

@@ -104,7 +104,7 @@ def test_a_size_that_does_not_fit_once_compiled_gives_way_to_a_smaller_one(tmp_p
 def test_a_whole_classifier_with_its_loss_is_one_graph_in_training_and_one_in_validation(task, count, graphs):
     cfg = composed(*TINY, f"task={task}", "task.batch_size=4", "augmentation=linprobe", "init=unused")
     task_module = build_task(cfg, build(SOURCES, cfg.data, "val"))
-    trial = Trial(cfg, task_module, None, torch.device("cpu"), nullcontext)
+    trial = Trial(cfg, task_module, None, torch.device("cpu"), nullcontext, task_module.example_target)
     task_module.train()
     names, batch = list(task_module.state_dict()), trial.batch(4)
     torch.manual_seed(0)
@@ -194,7 +194,9 @@ def test_auto_compiles_the_whole_model_on_cuda_and_blocks_on_a_cpu_with_amx(monk
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
 
     def chosen(ranks: Ranks, autocast: Autocast = half, model: torch.nn.Module = wide) -> str | None:
-        return compilation.automatic(ranks, Trial(task.cfg, task, None, ranks.device, autocast), model)
+        return compilation.automatic(
+            ranks, Trial(task.cfg, task, None, ranks.device, autocast, task.example_target), model
+        )
 
     assert chosen(Ranks(gpu), nullcontext) == "model" and chosen(Ranks(gpu, world=2), nullcontext) == "model"
     assert chosen(Ranks(gpu, world=2, sharding="full"), nullcontext) == "blocks"

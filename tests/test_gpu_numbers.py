@@ -16,7 +16,6 @@ from gpu_suite import (
     ON_GPU,
     SMALL_PRETRAIN,
     SUITE,
-    composed_or_skip,
     distance,
     gradient,
     graphs,  # noqa: F401
@@ -149,7 +148,6 @@ ODD += ["task.knn_every_epochs=1", "task.eval_mask_ratios=[0.5]"]
 
 @pytest.mark.parametrize("compile", ["blocks", "model"])
 def test_05_compiled_steps_are_plain_steps_and_nothing_compiles_after_the_trial(tmp_path, graphs, compile):  # noqa: F811
-    composed_or_skip(*SMALL_PRETRAIN, f"task.compile={compile}")
     plain = trained(tmp_path / "plain", *SMALL_PRETRAIN, *ODD)
     assert graphs() == 0 and len(plain) == 24
     compiled = trained(tmp_path / compile, *SMALL_PRETRAIN, *ODD, f"task.compile={compile}")

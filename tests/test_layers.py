@@ -122,7 +122,11 @@ def test_rectangles_of_five_channels_train_and_predict():
     loss.backward()
     assert mask.shape == (2, 12) and mask.sum(1).tolist() == [9, 9]
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert model.predict(images, 0.0).pred.shape == model.target(images).shape == (2, 12, 4 * 8 * 5)
+    assert (
+        model.predict(images, 0.0).pred.shape
+        == model.target(images, model.patchify(images)).shape
+        == (2, 12, 4 * 8 * 5)
+    )
     assert model.forward_features(images).shape == (2, 13, 32)
 
 
