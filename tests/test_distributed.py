@@ -291,6 +291,14 @@ def test_ranks_learn_alike_however_weights_lie_and_steps_are_compiled(tmp_path, 
     assert len(losses(tmp_path / "plain")) >= 3
 
 
+@pytest.mark.slow
+def test_sharded_blocks_train_in_bf16_on_a_cpu(tmp_path):
+    base = [*TINY_PRETRAIN, "task.max_steps=2", "task.precision=bf16"]
+    on_ranks(2, tmp_path / "plain", functools.partial(trained, overrides=base))
+    on_ranks(2, tmp_path / "sharded", functools.partial(trained, overrides=[*base, "launcher.sharding=full"]))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "sharded"), rel=1e-2)
+
+
 def compiled_whole(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains a model that is compiled as a whole, cut at small buckets, and runs as dynamo traced it."""
     from torch._inductor import compile_fx
