@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae import checkpoint, engine, step, training
 from mae.config.build import call
+from mae.distributed import fsdp
 from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.distributed.rendezvous import lost_peer
@@ -372,16 +373,17 @@ def test_a_validation_leaves_no_order_of_gathering_behind():
         dist.destroy_process_group()
 
 
-def test_blocks_gather_half_weights_and_reduce_in_float32():
+def test_blocks_gather_half_weights_and_reduce_in_float32(monkeypatch):
+    assert fsdp.gathers_half(torch.bfloat16, torch.device("cuda"))
+    assert not fsdp.gathers_half(torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(fsdp, "gathers_half", lambda dtype, device: True)  # as on a GPU
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         cfg = composed(*TINY_PRETRAIN)
         model = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
-        block = blocks_of(model)[0]
+        block: Any = blocks_of(model)[0]
         shard(model, torch.device("cpu"), torch.bfloat16, 1)
         dtypes: list[torch.dtype] = []
-        block.attn.register_forward_hook(lambda *_: None)
-        block.norm1.register_forward_pre_hook(lambda *_: None)
         forward = block._forward
 
         def noted(x, first):

@@ -17,18 +17,23 @@ from mae.models.layers import blocks_of
 State = TypeVar("State")
 
 
+def gathers_half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether blocks gather weights in half precision. A CPU's layer norm takes no other weights than its input's."""
+    return dtype.itemsize == 2 and device.type != "cpu"
+
+
 def shard(task: nn.Module, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
     """Shards the weights block by block over `ranks` neighbouring ranks, in place: parameters become DTensors.
 
     Further ranks hold copies of the shards. With a half `dtype` blocks gather their weights in it and reduce gradients
-    in float32. What lies outside blocks is small, and images and losses want float32 there. On a CPU blocks gather
-    float32: its layer norm takes no weights of another type than its input.
+    in float32. What lies outside blocks is small, and images and losses want float32 there.
     """
     copies = dist.get_world_size() // ranks
     shape, names = ((copies, ranks), ("copies", "shards")) if copies > 1 else ((ranks,), ("shards",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    half = dtype.itemsize == 2 and device.type != "cpu"
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if gathers_half(dtype, device):
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks_of(task):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(task, mesh=mesh)

@@ -160,7 +160,9 @@ def synchronised(head: DecodeHead, name: str) -> DecodeHead:
             f"task.head={name} normalises over a batch, whose statistics torch shares between GPUs alone: set "
             "launcher.processes=1, or task.head=linear."
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    assert isinstance(shared, DecodeHead)
+    return shared
 
 
 def pixel_loss(logits: Tensor, label: Tensor) -> Tensor:
