@@ -536,6 +536,23 @@ def test_ranks_are_numbered_as_slurm_numbers_tasks():
     told = job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
     assert told == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "4"}
     assert job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0"  # SLURM gave it one of its own
+    assert job.ranks_from(env | {"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": ""})["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [
+        {"CUDA_VISIBLE_DEVICES": "MIG-b"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"},  # of which CUDA would show every task the first
+        {"ROCR_VISIBLE_DEVICES": "3"},
+        {"ROCR_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "1"},
+    ],
+)
+def test_a_task_takes_the_device_or_the_slice_that_is_its_own(visible):
+    env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", **visible}
+    ranks = job.ranks_from(env)
+    assert ranks["LOCAL_RANK"] == "0"
+    assert (env | ranks).get("CUDA_VISIBLE_DEVICES") in (None, "MIG-b")
 
 
 def test_the_newest_whole_checkpoint_is_found_without_torch(tmp_path):

@@ -31,6 +31,7 @@ from mae.runs.summary import is_finished
 TASK = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; job.task({run!r})"
 SUPERVISE = "import sys; sys.path[0] = {code!r}; from mae.launch.slurm import job; "
 SUPERVISE += "sys.exit(job.supervise({submission!r}))"
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 # ---------------------------------------------------------------- the supervisor
@@ -183,14 +184,19 @@ def act_on(run: Path, job: str, number: int, verdict: Verdict) -> int:
 
 
 def ranks_from(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables from SLURM's."""
-    local = environment["SLURM_LOCALID"]
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(visible) == 1 and visible[0]:  # SLURM has bound each task to a GPU of its own
+    """torchrun's variables from SLURM's, and CUDA_VISIBLE_DEVICES where a task must choose its slice of a GPU."""
+    local, own_slice = environment["SLURM_LOCALID"], {}
+    lists = {name: environment[name].split(",") for name in VISIBLE_DEVICES if environment.get(name)}
+    slices = lists.get("CUDA_VISIBLE_DEVICES", [])
+    if int(local) < len(slices) and all(name.startswith("MIG") for name in slices):
+        # CUDA shows a process the first slice of a list alone
+        own_slice = {"CUDA_VISIBLE_DEVICES": slices[int(local)]}
+        lists |= {name: [value] for name, value in own_slice.items()}
+    if any(len(visible) == 1 for visible in lists.values()):  # each task has a device of its own
         local = "0"
     threads = environment.get("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
     ranks = {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_NTASKS"], "LOCAL_RANK": local}
-    return ranks | {"OMP_NUM_THREADS": threads}
+    return ranks | {"OMP_NUM_THREADS": threads} | own_slice
 
 
 def task(run: str) -> None:
