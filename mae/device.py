@@ -143,6 +143,13 @@ def send(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
 
 
+def select_rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    """The rows that `indices` (n,) names. CUDA indexes no uint16, whose bits it copies as int16."""
+    if tensor.dtype is torch.uint16:
+        return tensor.view(torch.int16)[indices].view(torch.uint16)
+    return tensor[indices]
+
+
 def skips_by_itself(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
     """Whether an optimizer's step changes nothing where its `found_inf` is not 0, as the fused ones do."""
     return device.type in ("cpu", "cuda") and getattr(optimizer, "_step_supports_amp_scaling", False)

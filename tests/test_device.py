@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae import checkpoint, device
 from mae.distributed.ranks import Ranks, check_own_gpu, start
@@ -16,6 +17,7 @@ from mae.models.layers import Block
 from mae.perf.graphs import compile_blocks
 from mae.tasks import features
 from mae.tasks.knn import Neighbours
+from mae.tasks.pretrain import Pretrain
 
 GB = 1 << 30
 
@@ -206,3 +208,22 @@ def test_features_go_to_the_host_as_they_come_and_are_compared_in_full_precision
     assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(bank.feature, torch.eye(4))
+
+
+class WithoutUint16(TorchDispatchMode):
+    """Indexes tensors as CUDA does, which has no kernels for uint16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_select) and args[0].dtype is torch.uint16:
+            raise NotImplementedError("\"index_cuda\" not implemented for 'UInt16'")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_images_of_pictures_are_chosen_without_indexing_uint16():
+    images = (torch.arange(8) * 8191).to(torch.uint16)[:, None, None, None]
+    batch = {"image": images, "noise": torch.rand(8, 4), "index": torch.arange(8)}
+    task: Any = SimpleNamespace(val_set=range(8), num_images=4)
+    with WithoutUint16():
+        chosen = Pretrain._choose(task, batch, 1)
+    assert chosen["image"].dtype is torch.uint16 and torch.equal(chosen["noise"], batch["noise"][::2])
+    assert chosen["image"].flatten().tolist() == [0, 16382, 32764, 49146]

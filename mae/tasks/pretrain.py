@@ -13,7 +13,7 @@ from torch import Tensor
 from mae.checkpoint import weights_digest
 from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
-from mae.device import Batch, exact
+from mae.device import Batch, exact, select_rows
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector
 from mae.models.mae import MaskedAutoencoder
@@ -194,7 +194,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         """The samples in this batch, of `num_images` that are spread evenly over the validation set."""
         stride = max(1, len(self.val_set) // (self.num_images * world)) * world
         wanted = (batch["index"] % stride == 0).nonzero().squeeze(1)
-        return {k: batch[k][wanted] for k in ("image", "noise")}
+        return {k: select_rows(batch[k], wanted) for k in ("image", "noise")}
 
     def _centred(self, images: Tensor) -> Tensor:
         target = self.model.target(images, self.model.patchify(images))
