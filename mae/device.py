@@ -129,13 +129,20 @@ def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractCon
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Within, products in float32 use no TF32, whose 10 bits would change the order of near neighbours."""
-    previous = torch.get_float32_matmul_precision()
+    """Within, products and convolutions in float32 use no TF32, whose 10 bits would change near neighbours' order."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def inference_autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """`autocast` for tasks that do not train: in float32 a GPU gives the figures of a CPU, without TF32."""
+    return full_precision() if dtype is torch.float32 else autocast(dtype, device)
 
 
 def send(batch: Batch, device: torch.device) -> Batch:

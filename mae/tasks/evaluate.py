@@ -66,7 +66,7 @@ def evaluate(
     names = pretrained.meta.classes or None
     classes = model_classes(cfg, source, model.num_classes, names)
     loader = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_files_csv(run, ranks))
-    autocast = partial(device.autocast, dtype, ranks.device)
+    autocast = partial(device.inference_autocast, dtype, ranks.device)
     results = predict(cfg, ranks, loader, model, classes, autocast)
     loader.close()
     names = names or all_names(source, model.num_classes, classes)

@@ -53,7 +53,7 @@ def model_of_init(
     model.to(ranks.device)
     if number_format is torch.float64:
         model.network.double()
-    return model, partial(device.autocast, number_format, ranks.device), read_from(cfg, pretrained)
+    return model, partial(device.inference_autocast, number_format, ranks.device), read_from(cfg, pretrained)
 
 
 def rank_batches(count: int, batch_size: int, rank: int, world: int) -> np.ndarray:

@@ -138,7 +138,7 @@ def knn(
     encoder = Encoder(cfg, global_pool)
     same_weights(ranks, encoder.model)
     encoder.to(ranks.device)
-    autocast = partial(device.autocast, device.number_format(precision, ranks.device), ranks.device)
+    autocast = partial(device.inference_autocast, device.number_format(precision, ranks.device), ranks.device)
     loader, val_loader = (eval_loader(cfg, ranks, source, batch_size) for source in (train_set, val_set))
     bank = extract(encoder, sent(loader, ranks), ranks, autocast)
     neighbours = Neighbours(bank, len(train_set.classes), k, temperature, ranks.device)

@@ -44,7 +44,7 @@ def evaluate_segmenter(
     names = model_names(cfg, source, model, pretrained)
     eval_size, eval_stride = window_settings(pretrained)
     loader = whole_loader(cfg, ranks, source, eval_size, bad_files_csv(run, ranks))
-    autocast = partial(device.autocast, dtype, ranks.device)
+    autocast = partial(device.inference_autocast, dtype, ranks.device)
     prepare, overlays = call(Prepare, cfg.data).to(ranks.device), Overlays(len(source), PICTURES)
     results = count_pixels(model, prepare, sent(loader, ranks), ranks, autocast, eval_stride, overlays)
     loader.close()

@@ -70,7 +70,7 @@ def visualize(
         prepare = call(Prepare, cfg.data).to(ranks.device)
         images, names = chosen_images(cfg, files, num_images)
         images = prepare(images.to(ranks.device))
-        with torch.no_grad(), device.autocast(dtype, ranks.device):
+        with torch.no_grad(), device.inference_autocast(dtype, ranks.device):
             if reconstruction:
                 model = load_autoencoder(cfg, pretrained, norm_pix_loss, True, prepare)[0].to(ranks.device)
                 for kind in masks:
