@@ -250,6 +250,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or stated
 
 
+@contextlib.contextmanager
+def explaining_memory(device: torch.device, advice: str) -> Iterator[None]:
+    """Raises a lack of memory within as a UserError with `advice`, sentences that say what to set."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"Out of memory on {model_name(device)}. {advice} ({reason})") from error
+
+
 def release(device: torch.device) -> None:
     """Returns cached memory to the device."""
     if device.type == "cuda":

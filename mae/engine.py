@@ -22,7 +22,7 @@ from mae.instability.record import record_bad_step
 from mae.instability.replay import replay
 from mae.instability.words import hint
 from mae.perf.compile import no_recompilation
-from mae.perf.micro_batch import explaining_memory
+from mae.perf.micro_batch import memory_advice
 from mae.perf.profiling import profiled
 from mae.progress import Clock
 from mae.report.run import write_report
@@ -148,7 +148,7 @@ def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> 
 
 def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """Any task from start to summary."""
-    with naming_killed_workers(), explaining_memory(cfg, ranks):
+    with naming_killed_workers(), device.explaining_memory(ranks.device, memory_advice(cfg, ranks.world)):
         if cfg.task.get("cached_features"):
             return call(probe_features, cfg.task, run, cfg, ranks, tracker)
         if registry.TASKS[cfg.task.name].trains:
@@ -184,7 +184,7 @@ def _work(run: Path, cfg: DictConfig, rank: int) -> int:
             if cfg.replay is None:
                 tracker = build_trackers(run, cfg)
         if cfg.replay is not None:
-            with naming_killed_workers(), explaining_memory(cfg, ranks):
+            with naming_killed_workers(), device.explaining_memory(ranks.device, memory_advice(cfg, ranks.world)):
                 replay(run, cfg, ranks)
         else:
             summary = run_task(run, cfg, ranks, tracker)

@@ -1,10 +1,13 @@
-"""What a device gives the tasks that do not train: whole float32."""
+"""What a device gives the tasks that do not train: whole float32, and advice where its memory does not suffice."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run_here
+from conftest import TINY, composed, run_here
+
+from mae.errors import UserError
+from mae.perf.micro_batch import memory_advice
 
 TASKS = {
     "evaluate": [],
@@ -41,3 +44,21 @@ def test_tasks_that_do_not_train_compute_float32_without_tf32(tmp_path, monkeypa
     finally:
         torch.set_float32_matmul_precision("highest")
     assert settings == ({("highest", False)} if precision == "fp32" else {("high", True)})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_out_of_memory_names_the_number_of_images_to_lower(tmp_path, monkeypatch, trained, task):
+    def hungry(layer, x):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", hungry)
+    key = "task.num_images" if task == "visualize" else "task.batch_size"
+    expected = rf"^Out of memory on cpu, \d+ GiB. Set {key} to less than 6. \(CUDA out of memory.\)$"
+    with pytest.raises(UserError, match=expected):
+        run_here(tmp_path, *TINY, f"task={task}", *TASKS[task], f"init={trained}", f"{key}=6")
+
+
+def test_a_task_of_single_images_is_advised_a_smaller_model():
+    assert memory_advice(composed("task=evaluate", "init=x", "task.batch_size=1"), 1) == (
+        "Choose a smaller model, or device=cpu."
+    )

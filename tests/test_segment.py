@@ -189,6 +189,24 @@ def test_an_export_of_a_segmenter_is_refused_in_a_sentence(trained, tmp_path):
     assert "is a segmenter, which no format holds yet: use its checkpoint's model.safetensors" in str(caught.value)
 
 
+def test_memory_that_does_not_suffice_for_whole_images_is_said_with_what_saves_it(trained, tmp_path, monkeypatch):
+    numbers = []
+
+    def hungry(model, images, stride, most):
+        numbers.append(most)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("mae.tasks.segment_maps.sliding_logits", hungry)
+    evaluate = ["task=evaluate", *TINY_SCENES, f"init={trained[0] / 'run'}"]
+    with pytest.raises(UserError, match="GiB. Set task.batch_size to less than 16, the windows of an image that are"):
+        run_here(tmp_path / "evaluate", *evaluate)
+    with pytest.raises(UserError, match="GiB. Evaluate on smaller images, or by device=cpu."):
+        run_here(tmp_path / "by_window", *evaluate, "task.batch_size=1")
+    with pytest.raises(UserError, match="Images are validated whole: set task.eval_size to fewer pixels."):
+        run_here(tmp_path / "train", *TINY_SEGMENT, "task.max_steps=1")
+    assert numbers == [16, 1, 16]
+
+
 def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
     folder, arguments = trained
     shutil.copytree(folder / "run", tmp_path / "run")

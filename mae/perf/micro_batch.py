@@ -138,25 +138,19 @@ def unchanged(task: nn.Module) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-@contextmanager
-def explaining_memory(cfg: DictConfig, ranks: Ranks) -> Iterator[None]:
-    """Raises a lack of memory within as a UserError that names the keys that save it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not devices.out_of_memory(error):
-            raise
-        task, whole_share = cfg.task, ""
-        if "micro_batch_size" not in task:
-            advice = "Use a smaller task.batch_size" if "batch_size" in task else "Use a smaller batch"
-        else:
-            advice = "Set task.micro_batch_size=auto, or task.checkpointing=blocks"
-            if task.micro_batch_size is None:
-                images = task.batch_size // ranks.world
-                whole_share = f" A device takes its whole share of a batch at a time, {images} images."
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        card = devices.model_name(ranks.device)
-        raise UserError(f"Out of memory on {card}.{whole_share} {advice}. ({reason})") from error
+def memory_advice(cfg: DictConfig, world: int) -> str:
+    """What a user can set where the memory of a device does not suffice for a task."""
+    task = cfg.task
+    if "micro_batch_size" in task:
+        advice = "Set task.micro_batch_size=auto, or task.checkpointing=blocks."
+        if task.micro_batch_size is None:
+            images = task.batch_size // world
+            advice = f"A device takes its whole share of a batch at a time, {images} images. {advice}"
+        return advice
+    for key in ("batch_size", "num_images"):  # the images of a picture are one batch
+        if task.get(key, 1) > 1:
+            return f"Set task.{key} to less than {task[key]}."
+    return "Choose a smaller model, or device=cpu."
 
 
 def stored_size(path: Path, settings: Mapping[str, object]) -> int | None:

@@ -56,7 +56,7 @@ def evaluate(
     pretrained = read_pretrained(need_init(cfg))
     if pretrained.decode_head is not None:
         dtype = device.number_format(precision, ranks.device)
-        return evaluate_segmenter(run, cfg, ranks, tracker, pretrained, dtype)
+        return evaluate_segmenter(run, cfg, ranks, tracker, pretrained, dtype, batch_size)
     source: Source = build(data.SOURCES, cfg.data, "val")
     model, dtype = load_classifier(cfg, pretrained, len(source.classes)), device.number_format(precision, ranks.device)
     same_weights(ranks, model)

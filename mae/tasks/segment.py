@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from mae import device
 from mae.config.build import call
 from mae.data.prepare import flipped
 from mae.data.source import IGNORED, Source, has_class_maps
@@ -116,7 +117,8 @@ class Segment(TrainedTask[Segmenter]):
     def evaluate(self, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast) -> dict[str, float]:
         """miou, pixel_accuracy, mean_accuracy in percent, and loss, of whole images by sliding window."""
         self.eval()
-        self.results = count_pixels(self.model, self.prepare, batches, ranks, autocast, self.stride, self.overlays)
+        with device.explaining_memory(ranks.device, "Images are validated whole: set task.eval_size to fewer pixels."):
+            self.results = count_pixels(self.model, self.prepare, batches, ranks, autocast, self.stride, self.overlays)
         self.train()
         return {f"val/{name}": value for name, value in self.results.metrics().items()} if self.results else {}
 

@@ -18,7 +18,7 @@ from mae.models.segmenter import Segmenter, segmenter
 from mae.runs.summary import Summary, rate
 from mae.tasks.batches import bad_files_csv, sent, whole_loader
 from mae.tasks.init_weights import read_from, same_weights, warn_of_statistics
-from mae.tasks.segment_maps import Overlays, count_pixels
+from mae.tasks.segment_maps import WINDOWS, Overlays, count_pixels
 from mae.tasks.segment_results import track_pixels, write_pixels
 from mae.tracking.base import Tracker
 from mae.weights.files import section
@@ -32,9 +32,18 @@ PICTURES = 8  # in the sheet of overlays
 
 
 def evaluate_segmenter(
-    run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker, pretrained: PretrainedWeights, dtype: torch.dtype
+    run: Path,
+    cfg: DictConfig,
+    ranks: Ranks,
+    tracker: Tracker,
+    pretrained: PretrainedWeights,
+    dtype: torch.dtype,
+    batch_size: int,
 ) -> Summary:
-    """miou, pixel_accuracy, mean_accuracy and loss of whole images, with tables and pictures in the run."""
+    """miou, pixel_accuracy, mean_accuracy and loss of whole images, with tables and pictures in the run.
+
+    At most `batch_size` windows of an image are computed at a time.
+    """
     begun = time.perf_counter()
     source: Source = build(data.SOURCES, cfg.data, "val")
     model = load_segmenter(cfg, pretrained)
@@ -46,7 +55,12 @@ def evaluate_segmenter(
     loader = whole_loader(cfg, ranks, source, eval_size, bad_files_csv(run, ranks))
     autocast = partial(device.inference_autocast, dtype, ranks.device)
     prepare, overlays = call(Prepare, cfg.data).to(ranks.device), Overlays(len(source), PICTURES)
-    results = count_pixels(model, prepare, sent(loader, ranks), ranks, autocast, eval_stride, overlays)
+    windows = min(WINDOWS, batch_size)
+    fewer = f"Set task.batch_size to less than {windows}, the windows of an image that are computed at a time."
+    smaller = "Evaluate on smaller images, or by device=cpu."
+    with device.explaining_memory(ranks.device, fewer if windows > 1 else smaller):
+        batches = sent(loader, ranks)
+        results = count_pixels(model, prepare, batches, ranks, autocast, eval_stride, overlays, windows)
     loader.close()
     if results is None:
         raise UserError(f"the maps of data.name={cfg.data.name} ignore every pixel (data.ignore).")

@@ -25,13 +25,15 @@ STRENGTH = 0.6  # of a class's colour over the image
 
 
 @torch.no_grad()
-def full_size_logits(model: Segmenter, images: Tensor, size: tuple[int, int], stride: float) -> Tensor:
+def full_size_logits(
+    model: Segmenter, images: Tensor, size: tuple[int, int], stride: float, windows: int = WINDOWS
+) -> Tensor:
     """Logits (B, classes, *size) of normalised images (B, C, H, W) that are at least as large as a window.
 
-    `stride` is the step between windows as a share of a window's side."""
+    `stride` is the step between windows as a share of a window's side; `windows` are computed at a time."""
     height, width = model.patch_embed.img_size  # type: ignore[misc]
     steps = max(1, round(height * stride)), max(1, round(width * stride))
-    logits = sliding_logits(model, images, steps, WINDOWS)
+    logits = sliding_logits(model, images, steps, windows)
     if logits.shape[2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -70,6 +72,7 @@ def count_pixels(
     autocast: Autocast,
     stride: float,
     overlays: "Overlays",
+    windows: int = WINDOWS,
 ) -> PixelResults | None:
     """Counts of whole images over all ranks; `batches` are one image each, those of `EvalLoader`.
 
@@ -82,11 +85,9 @@ def count_pixels(
         index = ranks.rank + number * ranks.world
         if int(batch["index"][0]) != index:
             continue
-        label = batch["label"]
+        label, images = batch["label"], prepare(batch["image"]).to(dtype)
         with autocast():
-            logits = full_size_logits(
-                model, prepare(batch["image"]).to(dtype), (label.shape[-2], label.shape[-1]), stride
-            )
+            logits = full_size_logits(model, images, (label.shape[-2], label.shape[-1]), stride, windows)
         counter.add(label, logits)
         if index in overlays.wanted:
             overlays.add(batch["image"][0], label[0], logits[0].argmax(0))
