@@ -1,0 +1,227 @@
+"""The evidence of docs/results.md: what pre-training is worth on CIFAR-10, on two cores over night.
+
+    python benchmarks/evidence.py DIR [--jobs 2] [--json FILE] [--only SECTION...] [--hours H] [--page FILE.md]
+    python benchmarks/evidence.py --json FILE --page docs/results.md
+
+DIR holds train/CLASS/*.jpg and test/CLASS/*.jpg. The same command goes on after a kill: runs resume from their
+checkpoints, and finished ones are not run again. Every number goes to the JSON file with its command, commit, seed,
+machine and seconds; `--page` writes the page, its figure and a copy of the JSON file from that file alone.
+`--tiny` without DIR proves the plumbing on scikit-learn's digits; its numbers mean nothing.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evidence_page import write_evidence_page
+from evidence_plan import SECTIONS, Job, Plan
+
+from mae import limits
+from mae.config.overrides import key_of
+from mae.report.members import read_sweep
+from mae.runs.environment import revision, version
+from mae.runs.files import read_json, write_json
+from mae.runs.layout import SUMMARY
+from mae.tools.search_trial import end_with_parent
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "docs" / "results.json"  # the results that a new JSON file starts from
+POLL_S = 0.2
+
+
+class OutOfTime(Exception):
+    """The hours are over."""
+
+
+@dataclass
+class Process:
+    """A job under way."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    output: Path
+    began: float
+
+
+class Runner:
+    """Runs jobs, several at a time, and keeps the JSON file: name -> record."""
+
+    def __init__(self, images: Path, runs: Path, file: Path, records: dict[str, Any], jobs: int, end: float):
+        self.images, self.runs, self.file, self.records, self.jobs, self.end = images, runs, file, records, jobs, end
+        self.results: dict[str, Any] = {name: record["result"] for name, record in records.items()}
+        self.commit, self.machine = revision(), machine()
+
+    def is_finished(self, job: Job) -> bool:
+        """Whether the same command has left its result, and its directory, which other jobs may start from."""
+        record = self.records.get(job.name, {})
+        return bool(record.get("result")) and record["command"] == job.command and (self.runs / job.name).is_dir()
+
+    def wave(self, jobs: list[Job]) -> list[str]:
+        """Runs the jobs that are not finished; returns the names of those that failed.
+
+        Raises OutOfTime at the end of the hours. Then, as after Ctrl-C, what runs saves a checkpoint and stops.
+        """
+        waiting = [job for job in {job.name: job for job in jobs}.values() if not self.is_finished(job)]
+        threads = max(1, limits.cpus() // max(1, min(self.jobs, len(waiting))))
+        running: list[Process] = []
+        failed: list[str] = []
+        try:
+            while waiting or running:
+                if time.monotonic() > self.end:
+                    raise OutOfTime
+                while waiting and len(running) < self.jobs:
+                    running.append(self.start(waiting.pop(0), threads))
+                time.sleep(POLL_S)
+                for ended in [process for process in running if process.process.poll() is not None]:
+                    running.remove(ended)
+                    if not self.finish(ended):
+                        failed.append(ended.job.name)
+        finally:
+            for process in running:
+                process.process.terminate()
+            for process in running:
+                process.process.wait()
+                self.record(process, None)
+        return failed
+
+    def start(self, job: Job, threads: int) -> Process:
+        paths = {"DIR": self.images, "RUNS": self.runs}
+        words = [with_paths(word, paths) for word in job.words]
+        (self.runs / job.name).mkdir(parents=True, exist_ok=True)
+        output = self.runs / "output" / f"{job.name.replace('/', '-')}.txt"
+        output.parent.mkdir(exist_ok=True)
+        print(f"{time.strftime('%H:%M:%S')} {job.command}", flush=True)
+        with output.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=file,
+                stderr=file,
+                preexec_fn=end_with_parent,  # asks for a checkpoint where this process is killed
+            )
+        return Process(job, process, output, time.monotonic())
+
+    def finish(self, process: Process) -> bool:
+        """Records what a job has left; returns whether it succeeded."""
+        code = process.process.returncode
+        result = None if code else result_of(process.job, self.runs)
+        self.record(process, result)
+        if not result:
+            print(f"failed: {process.job.name} (exit code {code}): see {process.output}", flush=True)
+        return bool(result)
+
+    def record(self, process: Process, result: dict[str, Any] | None) -> None:
+        """Without a result the seconds alone, to which the next start adds its own."""
+        job, earlier = process.job, self.records.get(process.job.name, {})
+        before = earlier["seconds"] if earlier.get("command") == job.command and not earlier["result"] else 0.0
+        self.records[job.name] = {
+            "command": job.command,
+            "commit": self.commit,
+            "seed": job.seed,
+            "machine": self.machine,
+            "seconds": round(before + time.monotonic() - process.began, 1),
+            "result": result,
+        }
+        self.results[job.name] = result
+        write_json(self.file, self.records, indent=1)
+
+
+def with_paths(word: str, paths: Mapping[str, Path]) -> str:
+    """A word of a command with directories for `DIR` and `RUNS`, at its start or after its `=`."""
+    key, equals, value = word.rpartition("=")
+    first, slash, rest = value.partition("/")
+    return f"{key}{equals}{paths.get(first, first)}{slash}{rest}"
+
+
+def result_of(job: Job, runs: Path) -> dict[str, Any] | None:
+    """The summary of a run, the best values of a search, the rows of a benchmark; None where it left none."""
+    if job.searches:
+        sweep = read_sweep(runs / job.name)
+        if sweep.best is None:
+            return None
+        chosen = [word for word in sweep.best.record.overrides if key_of(word) in sweep.keys]
+        finished = sum(member.record.state == "finished" for member in sweep.members)
+        return {"overrides": chosen, "trials": len(sweep.members), "finished": finished} | sweep.best.results
+    if job.words[0] == "run.py":
+        return read_json(runs / job.name / SUMMARY) or None
+    return {"rows": json.loads((runs / job.name / "rows.json").read_text())}
+
+
+def machine() -> str:
+    """Processor, cores and versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
+    return f"{model}, {limits.cpus()} cores, torch {version('torch')}"
+
+
+def write_digits(directory: Path) -> Path:
+    """scikit-learn's digits as JPEG files of 32 pixels, in the folders that `DIR` has."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    for number, (pixels, label) in enumerate(zip(images[:400].reshape(-1, 8, 8), classes[:400], strict=True)):
+        folder = directory / ("train" if number % 4 else "test") / f"digit_{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((32, 32)).convert("RGB").save(folder / f"{number}.jpg")
+    return directory
+
+
+def run_sections(runner: Runner, sections: list[str], tiny: bool) -> list[str]:
+    """Runs the sections; returns the names of failed jobs, after which a section does not go on."""
+    plan, failed = Plan(runner.results, tiny), []
+    for section in sections:
+        for wave in SECTIONS[section](plan):
+            if bad := runner.wave(wave):
+                failed += bad
+                break
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("root", metavar="DIR", type=Path, nargs="?", help="the images; without it --page alone works")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
+    parser.add_argument("--json", type=Path, help="records; default: results.json in the directory of the runs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="then stop; the same command goes on")
+    parser.add_argument("--out", type=Path, help="directory of the runs; default: runs/evidence")
+    parser.add_argument("--page", type=Path, help="write this page from the JSON file")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, one epoch, two trials")
+    args = parser.parse_args()
+    runs = (args.out or Path("runs/evidence_tiny" if args.tiny else "runs/evidence")).absolute()
+    file = (args.json or runs / "results.json").absolute()
+    runs_anything = args.root is not None or args.tiny
+    if not runs_anything and (args.page is None or not file.exists()):
+        parser.error("give DIR, the folder of CIFAR-10's images, or a --json FILE that exists and the --page to write")
+    records = read_json(file if file.exists() or args.tiny else PUBLISHED)
+    failed: list[str] = []
+    if runs_anything:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops the runs as Ctrl-C does
+        images = args.root.absolute() if args.root else write_digits(runs / "images")
+        runner = Runner(images, runs, file, records, args.jobs, time.monotonic() + 3600 * args.hours)
+        try:
+            failed = run_sections(runner, args.only, args.tiny)
+        except OutOfTime:
+            print("The hours are over. The same command goes on.")
+        except KeyboardInterrupt:
+            return 130
+    if args.page:
+        write_evidence_page(args.page, records)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

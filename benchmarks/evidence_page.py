@@ -1,0 +1,236 @@
+"""The page of `benchmarks/evidence.py`, written from its JSON file alone."""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evidence_plan import LABELS, MEMBERS, STARTS
+
+from mae.report.intervals import interval
+from mae.report.paper_results import PUBLISHED
+from mae.runs.files import write_json, write_text
+
+Records = Mapping[str, Mapping[str, Any]]
+Lines = list[str]
+
+TITLES = {"mae": "masked autoencoder, `init=`", "scratch": "from scratch"}
+QUESTIONS = {
+    "untuned": "What is pre-training worth on 5,000 labels, at rates tried by hand?",
+    "scratch": "What is it worth where both starts are tuned with the same budget?",
+    "labels": "How does that hang on the number of labels?",
+    "probes": "What do a linear probe, k-NN and fine-tuning say of the same checkpoint?",
+    "table1": "Which findings of the paper's table 1 show at this scale?",
+    "speed": "What does a step of the decoder `cross` cost, beside `self`?",
+}
+# member of table 1 -> (its table, its row, the default's row) among the published results
+PAPER = {
+    "block_0.5": ("masking", "block_0.5", "random"),
+    "block": ("masking", "block", "random"),
+    "grid": ("masking", "grid", "random"),
+    "pixels_normalised": ("target", "pixels_normalised", "pixels_plain"),
+    "pca": ("target", "pca", "pixels_plain"),
+}
+STAGES = {"finetune": "fine-tuned", "linear": "linear probe"}
+INTRODUCTION = """\
+# Results on CIFAR-10
+
+`benchmarks/evidence.py` writes this page, and all numbers in it come from [its records]({json}). A record has the
+command, commit, seed, machine and seconds. `DIR` holds CIFAR-10 as `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; `RUNS`
+is the directory of the runs. The network is that of `experiment=cifar10_pretrain`.
+
+```
+python benchmarks/evidence.py DIR --hours 10          # all sections; the same command goes on the next night
+python benchmarks/evidence.py DIR --only probes       # one section
+python benchmarks/evidence.py --json runs/evidence/results.json --page docs/results.md
+```
+
+Killed runs resume from their checkpoints. Finished runs are not run again. We have not yet run all of it, so we cannot
+say how many hours it takes."""
+
+
+def write_evidence_page(page: Path, records: Records) -> None:
+    """Writes the page, a copy of the records beside it and, where section labels has run, its figure."""
+    results = {name: record for name, record in records.items() if record.get("result")}
+    write_json(page.with_suffix(".json"), records, indent=1)
+    figure = page.with_name(f"{page.stem}_labels.png")
+    texts = {
+        "untuned": starts_table(results, "untuned/{start}_seed_"),
+        "scratch": scratch(results),
+        "labels": labels(results, figure),
+        "probes": probes(results),
+        "table1": table1(results),
+        "speed": speed(results),
+    }
+    lines = [*INTRODUCTION.format(json=page.with_suffix(".json").name).splitlines(), ""]
+    lines += ["| section | question | state |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {QUESTIONS[name]} | {'run' if text else '**not run yet**'} |" for name, text in texts.items()
+    ]
+    for name, text in texts.items():
+        lines += ["", f"## {QUESTIONS[name]}", ""]
+        lines += text or [f"Not run yet: `python benchmarks/evidence.py DIR --only {name}`."]
+    write_text(page, "\n".join(lines) + "\n")
+
+
+def origin(results: Records, *prefixes: str) -> Lines:
+    """Where the numbers under a table are from."""
+    names = [name for name in results if name.startswith(prefixes)]
+    values = {key: list(dict.fromkeys(str(results[n].get(key) or "") for n in names)) for key in results[names[0]]}
+    seconds = sum(results[name]["seconds"] or 0 for name in names)
+    lines = ["", f"Commit {', '.join(values['commit'])}, on {'; '.join(values['machine'])}."]
+    lines += [f"{len(names)} records, {seconds / 3600:.1f} hours of runs in all."] if seconds else []
+    lines += [f"{text}." for text in values.get("origin", []) if text]
+    return [*lines, f"The first command is `{results[names[0]]['command']}`."]
+
+
+def scores(results: Records, prefix: str) -> list[float]:
+    """Top-1 of each seed."""
+    return [record["result"]["top1"] for name, record in results.items() if name.startswith(prefix)]
+
+
+def starts_table(results: Records, prefix: str) -> Lines:
+    """Top-1 on the test images from both starts; empty unless both have run."""
+    tops = {start: scores(results, prefix.format(start=start)) for start in STARTS}
+    if not all(tops.values()):
+        return []
+    lines = ["| start | top-1 of each seed | mean |", "|---|---|---|"]
+    lines += [f"| {TITLES[start]} | {each(top)} | {statistics.mean(top):.2f} |" for start, top in tops.items()]
+    return lines + origin(results, *(prefix.format(start=start) for start in STARTS))
+
+
+def each(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def scratch(results: Records) -> Lines:
+    """The two searches, and the gain over the better result from scratch."""
+    prefix = "labels/{start}_5000_seed_"
+    table = starts_table(results, prefix)
+    if not table:
+        return []
+    lines = ["Each start was searched with the same number of trials, on a tenth of the training images held out.", ""]
+    lines += [
+        "| start | trials | run to the end | best on held-out images | values | hours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for start in STARTS:
+        record = results[f"search_{start}"]
+        best, values = record["result"], " ".join(f"`{word}`" for word in record["result"]["overrides"])
+        lines.append(
+            f"| {TITLES[start]} | {best['trials']} | {best['finished']} | {best['top1']:.2f} | {values} | "
+            f"{record['seconds'] / 3600:.1f} |"
+        )
+    means = {name: statistics.mean(scores(results, name)) for name in (prefix.format(start=start) for start in STARTS)}
+    mae, tuned = means.values()
+    by_hand = scores(results, "untuned/scratch_seed_")
+    best_scratch = max(tuned, statistics.mean(by_hand)) if by_hand else tuned
+    gain = f"Pre-training gains {mae - best_scratch:.1f} points over the better mean from scratch, tuned or by hand."
+    return [
+        *lines,
+        "",
+        "With these values, trained on 5,000 labels and measured on the test images:",
+        "",
+        *table,
+        "",
+        gain,
+    ]
+
+
+def labels(results: Records, figure: Path) -> Lines:
+    """Top-1 against the number of labels, as a table and a figure."""
+    counts = [10 * (count or 5000) for count in LABELS]
+    tops = {(start, n): scores(results, f"labels/{start}_{n}_seed_") for start in STARTS for n in counts}
+    if not all(tops.values()):
+        return []
+    draw_labels(counts, tops, figure)
+    lines = [f"![Top-1 against the number of labels]({figure.name})", ""]
+    lines += ["| labels | " + " | ".join(TITLES[start] for start in STARTS) + " | gain |", "|---|---|---|---|"]
+    for n in counts:
+        mae, scratch = (statistics.mean(tops[start, n]) for start in STARTS)
+        columns = " | ".join(f"{each(tops[start, n])}, mean {statistics.mean(tops[start, n]):.2f}" for start in STARTS)
+        lines.append(f"| {n:,} | {columns} | {mae - scratch:+.1f} |")
+    epochs = ", ".join(f"{count} for {n:,} labels" for n, count in zip(counts, LABELS.values(), strict=True))
+    lines += ["", f"Epochs: {epochs}. The values are those that section scratch chose on 5,000 labels."]
+    return lines + origin(results, "labels/")
+
+
+def draw_labels(counts: list[int], tops: Mapping[tuple[str, int], list[float]], figure: Path) -> None:
+    """The mean of the seeds with the least and the greatest."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = drawing.subplots()
+    for start, colour in zip(STARTS, ("#2563a8", "#d9662b"), strict=True):
+        means = [statistics.mean(tops[start, n]) for n in counts]
+        spread = [
+            [mean - min(tops[start, n]) for n, mean in zip(counts, means, strict=True)],
+            [max(tops[start, n]) - mean for n, mean in zip(counts, means, strict=True)],
+        ]
+        axes.errorbar(counts, means, spread, marker="o", capsize=3, color=colour, label=TITLES[start].partition(",")[0])
+    axes.set(xscale="log", xlabel="labelled images", ylabel="top-1 accuracy (%)")
+    axes.legend()
+    drawing.savefig(figure, dpi=150)
+
+
+def probes(results: Records) -> Lines:
+    """Accuracies of one checkpoint with their intervals of 95 %."""
+    rows = {name: record["result"] for name, record in results.items() if name.startswith("probes/")}
+    if not rows:
+        return []
+    lines = [
+        "On at most 500 labels of a class. The interval of 95 % is that of the number of test images (Wilson).",
+        "",
+    ]
+    lines += ["| probe | top-1 | interval |", "|---|---|---|"]
+    for name, result in rows.items():
+        neighbours = result.get("knn")
+        k, top1 = max(neighbours.items(), key=lambda item: item[1]) if neighbours else (None, result["top1"])
+        low, high = interval(top1, result["val_images"])
+        title = name.removeprefix("probes/") + (f", {k} neighbours" if k else "")
+        lines.append(f"| {title} | {top1:.2f} | {low:.1f} to {high:.1f} |")
+    return lines + origin(results, "probes/")
+
+
+def table1(results: Records) -> Lines:
+    """Members beside the paper's, and whether the paper's difference to the default shows in every seed."""
+    tops = {
+        (member, stage): [s for name in sorted(results) for s in scores({name: results[name]}, f"table1/{member}_seed_")
+                          if name.endswith(f"/{stage}")]
+        for member in MEMBERS
+        for stage in STAGES
+    }  # fmt: skip
+    if not all(tops.values()):
+        return []
+    lines = ["A finding shows where both seeds differ from the default as the paper's ViT-L does on ImageNet.", ""]
+    lines += ["| member | " + " | ".join(f"{title} | the paper's | finding" for title in STAGES.values()) + " |"]
+    lines += ["|---" * 7 + "|"]
+    for member in MEMBERS:
+        cells = [cell for stage in STAGES for cell in cells_of(member, stage, tops)]
+        lines.append(f"| {member} | {' | '.join(cells)} |")
+    return lines + origin(results, "table1/")
+
+
+def cells_of(member: str, stage: str, tops: Mapping[tuple[str, str], list[float]]) -> tuple[str, str, str]:
+    """Ours, the paper's, and whether its difference to the default shows."""
+    ours = each(tops[member, stage])
+    if member not in PAPER:
+        return ours, "–", "–"
+    table, row, base = PAPER[member]
+    points = PUBLISHED[table]["finetune" if stage == "finetune" else "linprobe"].points
+    better = points[row] > points[base]
+    pairs = zip(tops[member, stage], tops["default", stage], strict=True)
+    agree = [(mine > default) is better for mine, default in pairs]
+    verdict = "shows" if all(agree) else "seeds differ" if any(agree) else "reversed"
+    return ours, f"{points[row]:.1f} (default {points[base]:.1f})", verdict
+
+
+def speed(results: Records) -> Lines:
+    """The rows of benchmarks/decoders.py."""
+    record = results.get("speed")
+    if record is None:
+        return []
+    lines = ["| measure | this decoder | `self` | ratio |", "|---|---|---|---|"]
+    rows = record["result"]["rows"]
+    lines += [f"| {r['name']} | {r['ours']:.4g} | {r['peer']:.4g} | {r['ratio']:.2f} |" for r in rows]
+    return lines + origin(results, "speed")

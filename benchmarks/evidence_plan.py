@@ -1,0 +1,185 @@
+"""What `benchmarks/evidence.py` runs: each section's commands, in waves that need each other's results.
+
+In a command `DIR` stands for the images and `RUNS` for the directory of all runs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[1]
+
+TRIALS = 16  # of each search
+SEEDS, TABLE_SEEDS = 3, 2
+STARTS = ("mae", "scratch")
+# labels of a class -> epochs: 500 labels take half the steps of 5,000, and 50,000 four times as many
+LABELS = {50: 100, 500: 20, None: 8}
+SEARCHED = (
+    "optimizer.base_lr=tag(log,interval(5e-4,2e-2))",
+    "optimizer.weight_decay=tag(log,interval(0.01,0.3))",
+    "optimizer.layer_decay=interval(0.6,1.0)",
+    "task.drop_path=interval(0.0,0.2)",
+    "task.label_smoothing=choice(0.0,0.1)",
+    "augmentation=pretrain,finetune",
+)
+# the rates of linear probes, of which the best on the test images counts
+PROBE_RATES = "task.learning_rates=[1.0,3.0,10.0,30.0,100.0]"
+TINY_NETWORK = ("model.embed_dim=48", "model.depth=1")
+
+# member of table 1 -> its changes of experiment=cifar10_pretrain; the paper's default does not normalise pixels
+PLAIN = "task.norm_pix_loss=false"
+MEMBERS = {
+    "default": (PLAIN,),
+    "block_0.5": (PLAIN, "masking=block", "task.mask_ratio=0.5"),
+    "block": (PLAIN, "masking=block"),
+    "grid": (PLAIN, "masking=grid"),
+    "pixels_normalised": ("task.norm_pix_loss=true",),
+    "pca": (PLAIN, "target=pca"),
+    "hog": (PLAIN, "target=hog"),
+    "cross": (PLAIN, "model.decoder=cross"),
+    "mask_ratio_0.5": (PLAIN, "task.mask_ratio=0.5"),
+    "mask_ratio_0.9": (PLAIN, "task.mask_ratio=0.9"),
+}
+TABLE_EPOCHS, TABLE_TUNING_EPOCHS = 5, 10
+DECODERS = ("cross, predict_ratio 0.75", "cross, predict_ratio 0.25")  # rows of benchmarks/decoders.py
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program of this repository with its arguments; `name` is its directory in RUNS and its key in the JSON."""
+
+    name: str
+    words: tuple[str, ...]  # after `python`
+    seed: int = 0
+
+    @property
+    def command(self) -> str:
+        return " ".join(["python", *(f"'{word}'" if set(word) & set("(), ") else word for word in self.words)])
+
+    @property
+    def searches(self) -> bool:
+        return self.words[:2] == ("-m", "mae.search")
+
+
+Waves = Iterator[list[Job]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sections, of which each yields a wave and goes on when `results` (name -> result) has it."""
+
+    results: Mapping[str, Mapping[str, Any]]
+    tiny: bool = False
+
+    def run(self, name: str, *overrides: str, seed: int = 0) -> Job:
+        """A run of run.py."""
+        return Job(name, ("run.py", *overrides, f"seed={seed}", f"output_dir=RUNS/{name}"), seed)
+
+    def network(self, experiment: str, epochs: int) -> tuple[str, ...]:
+        """An experiment on the images, validated at its end alone; tiny for a test of the plumbing."""
+        network = TINY_NETWORK if self.tiny else ()
+        count, warmup = (1, 0) if self.tiny else (epochs, max(1, epochs // 10))
+        schedule = (f"task.epochs={count}", f"task.warmup_epochs={warmup}", f"task.eval_every_epochs={count}")
+        return (f"experiment={experiment}", "data.root=DIR", *network, *schedule)
+
+    def pretraining(self, name: str = "pretrain", *changes: str, epochs: int = 15, seed: int = 0) -> Job:
+        return self.run(name, *self.network("cifar10_pretrain", epochs), *changes, seed=seed)
+
+    def finetuning(self, name: str, *changes: str, epochs: int = 20, seed: int = 0) -> Job:
+        return self.run(name, *self.network("cifar10_finetune", epochs), *changes, seed=seed)
+
+    def search(self, start: str) -> Job:
+        """A search on a tenth of the training images, held out: no test image chooses a value."""
+        network = self.network("cifar10_finetune", LABELS[500])
+        held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=5")
+        fixed = [word for word in network if not word.startswith(("data.root=", "task.eval_every_epochs="))]
+        trials = f"--trials={2 if self.tiny else TRIALS}"
+        words = ("-m", "mae.search", f"RUNS/search_{start}", trials, *fixed, *held_out, *initial(start), *SEARCHED)
+        return Job(f"search_{start}", words)
+
+    def tuned(self, start: str, per_class: int | None, seed: int) -> Job:
+        """A run on the test images with the values that the start's search chose."""
+        values = self.results[f"search_{start}"]["overrides"]
+        labels = f"data.per_class={'null' if per_class is None else per_class}"
+        name = f"labels/{start}_{10 * (per_class or 5000)}_seed_{seed}"
+        return self.finetuning(name, labels, *initial(start), *values, epochs=LABELS[per_class], seed=seed)
+
+    # ------------------------------------------------------------ sections
+
+    def untuned(self) -> Waves:
+        yield [self.pretraining()]
+        few = "data.per_class=500"
+        rates = {"mae": initial("mae"), "scratch": ("optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3")}
+        yield [
+            self.finetuning(f"untuned/{start}_seed_{seed}", few, *rates[start], seed=seed)
+            for seed in range(SEEDS)
+            for start in STARTS
+        ]
+
+    def scratch(self) -> Waves:
+        yield [self.pretraining()]
+        yield [self.search(start) for start in STARTS]
+        yield [self.tuned(start, 500, seed) for seed in range(SEEDS) for start in STARTS]
+
+    def labels(self) -> Waves:
+        yield from self.scratch()
+        yield [self.tuned(start, count, seed) for count in LABELS for seed in range(SEEDS) for start in STARTS]
+
+    def probes(self) -> Waves:
+        yield [self.pretraining()]
+        few = ("init=RUNS/pretrain", "data.per_class=500")
+        probes = [self.finetuning("probes/finetune", *few), self.run("probes/knn", "task=knn", *few)]
+        probes += [self.linear("probes/linear", *few)]
+        if has_attentive_probe():
+            probes += [self.linear("probes/attentive", *few, "task.probe=attentive")]
+        yield probes
+
+    def linear(self, name: str, *overrides: str, seed: int = 0) -> Job:
+        """A linear probe on features that are computed once; an attentive one reads all tokens of each image."""
+        cached = () if "task.probe=attentive" in overrides else ("task.cached_features=true", PROBE_RATES)
+        epochs = ("task.epochs=1", "task.warmup_epochs=0") if self.tiny else ("task.epochs=90",)
+        return self.run(name, "task=linprobe", *overrides, *epochs, *cached, seed=seed)
+
+    def table1(self) -> Waves:
+        cases = [(member, seed) for seed in range(TABLE_SEEDS) for member in MEMBERS]
+        names = {case: f"table1/{case[0]}_seed_{case[1]}" for case in cases}
+        yield [
+            self.pretraining(f"{name}/pretrain", *MEMBERS[member], epochs=TABLE_EPOCHS, seed=seed)
+            for (member, seed), name in names.items()
+        ]
+        few = "data.per_class=500"
+        yield [
+            job
+            for (_, seed), name in names.items()
+            for start in [f"init=RUNS/{name}/pretrain"]
+            for job in (
+                self.finetuning(f"{name}/finetune", few, start, epochs=TABLE_TUNING_EPOCHS, seed=seed),
+                self.linear(f"{name}/linear", few, start, seed=seed),
+            )
+        ]
+
+    def speed(self) -> Waves:
+        rounds = ("--rounds", "1", "--batch", "1") if self.tiny else ()
+        yield [Job("speed", ("benchmarks/decoders.py", "--json", "RUNS/speed/rows.json", *rounds, "--only", *DECODERS))]
+
+
+def initial(start: str) -> tuple[str, ...]:
+    return ("init=RUNS/pretrain",) if start == "mae" else ()
+
+
+def has_attentive_probe() -> bool:
+    """Whether this version's linear probe has the key task.probe."""
+    return "probe" in OmegaConf.load(ROOT / "conf" / "task" / "linprobe.yaml").task
+
+
+SECTIONS: dict[str, Callable[[Plan], Waves]] = {
+    "untuned": Plan.untuned,
+    "scratch": Plan.scratch,
+    "labels": Plan.labels,
+    "probes": Plan.probes,
+    "table1": Plan.table1,
+    "speed": Plan.speed,
+}
