@@ -200,6 +200,7 @@ def torchrun(*overrides: str, script: Path = ROOT / "run.py") -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_torchrun_takes_a_pipeline_from_stage_to_stage(tmp_path):
     base = [one for one in BASE if one.startswith(("model", "data", "device"))]
     short = '["task.batch_size=32","task.max_steps=2"]'

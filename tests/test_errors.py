@@ -24,7 +24,10 @@ BUG = r"This is a bug: {kind}: a deliberate mistake \(tests/faults/sitecustomize
 BUG += r"The traceback is in {log}; MAE_DEBUG=1 prints it\.\n"
 
 
-@pytest.mark.parametrize(("kind", "processes"), [("RuntimeError", 1), ("ValueError", 1), ("ValueError", 2)])
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [("ValueError", 2), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("RuntimeError", "ValueError"))],
+)
 def test_a_bug_is_called_one(tmp_path, kind, processes):
     run = tmp_path / "run"
     command = [*TINY_PRETRAIN, f"launcher.processes={processes}", f"output_dir={run}"]

@@ -75,7 +75,8 @@ def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow), signal.SIGINT]
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR2, signal.SIGINT))],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, number):
     run = tmp_path / "run"
@@ -91,7 +92,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, numb
     assert digest(run) == digest(undisturbed)
 
 
-@pytest.mark.parametrize("more", [["data.workers=thread"], ["data.workers=process"], ["launcher.processes=2"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["data.workers=thread"], marks=pytest.mark.slow),
+        pytest.param(["data.workers=process"], marks=pytest.mark.slow),
+        ["launcher.processes=2"],
+    ],
+)
 def test_ctrl_c_in_a_terminal_reaches_workers_and_ranks_too_and_stops_none_of_them(tmp_path, more):
     run = tmp_path / "run"
     process = started(run, "checkpoint.every_epochs=100", "task.epochs=60", "data.num_workers=2", *more)

@@ -151,7 +151,7 @@ def test_the_default_masking_leaves_a_run_its_directory():
     assert identity(composed(*TINY_PRETRAIN, "masking=grid"))["masking.name"] == "grid"
 
 
-@pytest.mark.parametrize("name", ["block", "green"])
+@pytest.mark.parametrize("name", ["block", pytest.param("green", marks=pytest.mark.slow)])
 def test_a_run_with_other_masks_resumes_and_is_cut_up_to_the_same_losses(tmp_path, name):
     base = [*TINY_PRETRAIN, f"masking={name}", "checkpoint.every_epochs=0.2", "checkpoint.keep=100"]
     if name == "block":

@@ -275,7 +275,9 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     return chain, key
 
 
-@pytest.mark.parametrize("way", ["proxy", pytest.param("insecure", marks=pytest.mark.slow), "authority"])
+@pytest.mark.parametrize(
+    "way", ["proxy", *(pytest.param(way, marks=pytest.mark.slow) for way in ("insecure", "authority"))]
+)
 def test_a_service_that_the_client_reaches_in_a_way_of_its_own_is_used(service, tmp_path, way, monkeypatch):
     """Through a proxy set for W&B alone; with a certificate that is not checked, or whose authority is the site's."""
     with contextlib.ExitStack() as stack:
