@@ -37,8 +37,8 @@ PUBLISHED = ROOT / "docs" / "results.json"  # the results that a new JSON file s
 POLL_S = 0.2
 
 
-class OutOfTime(Exception):
-    """The hours are over."""
+class Stopped(Exception):
+    """The hours are over, or a signal came."""
 
 
 @dataclass
@@ -57,7 +57,11 @@ class Runner:
     def __init__(self, images: Path, runs: Path, file: Path, records: dict[str, Any], jobs: int, end: float):
         self.images, self.runs, self.file, self.records, self.jobs, self.end = images, runs, file, records, jobs, end
         self.results: dict[str, Any] = {name: record["result"] for name, record in records.items()}
-        self.commit, self.machine = revision(), machine()
+        self.commit, self.machine, self.stopped = revision(), machine(), False
+
+    def stop(self, *_: object) -> None:
+        """Handles signals. A KeyboardInterrupt would be lost where it is raised in a callback of fork."""
+        self.stopped = True
 
     def is_finished(self, job: Job) -> bool:
         """Whether the same command has left its result, and its directory, which other jobs may start from."""
@@ -67,7 +71,7 @@ class Runner:
     def wave(self, jobs: list[Job]) -> list[str]:
         """Runs the jobs that are not finished; returns the names of those that failed.
 
-        Raises OutOfTime at the end of the hours. Then, as after Ctrl-C, what runs saves a checkpoint and stops.
+        Raises Stopped at the end of the hours or after a signal, when what runs has saved a checkpoint.
         """
         waiting = [job for job in {job.name: job for job in jobs}.values() if not self.is_finished(job)]
         threads = max(1, limits.cpus() // max(1, min(self.jobs, len(waiting))))
@@ -75,8 +79,8 @@ class Runner:
         failed: list[str] = []
         try:
             while waiting or running:
-                if time.monotonic() > self.end:
-                    raise OutOfTime
+                if self.stopped or time.monotonic() > self.end:
+                    raise Stopped
                 while waiting and len(running) < self.jobs:
                     running.append(self.start(waiting.pop(0), threads))
                 time.sleep(POLL_S)
@@ -106,6 +110,7 @@ class Runner:
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 stdout=file,
                 stderr=file,
+                start_new_session=True,  # Ctrl-C comes here alone
                 preexec_fn=end_with_parent,  # asks for a checkpoint where this process is killed
             )
         return Process(job, process, output, time.monotonic())
@@ -207,14 +212,15 @@ def main() -> int:
     records = read_json(file if file.exists() or args.tiny else PUBLISHED)
     failed: list[str] = []
     if runs_anything:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops the runs as Ctrl-C does
         images = args.root.absolute() if args.root else write_digits(runs / "images")
         runner = Runner(images, runs, file, records, args.jobs, time.monotonic() + 3600 * args.hours)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, runner.stop)
         try:
             failed = run_sections(runner, args.only, args.tiny)
-        except OutOfTime:
-            print("The hours are over. The same command goes on.")
-        except KeyboardInterrupt:
+        except Stopped:
+            print("Stopped. The same command goes on.")
+        if runner.stopped:
             return 130
     if args.page:
         write_evidence_page(args.page, records)

@@ -45,8 +45,8 @@ python benchmarks/evidence.py DIR --only probes       # one section
 python benchmarks/evidence.py --json runs/evidence/results.json --page docs/results.md
 ```
 
-Killed runs resume from their checkpoints. Finished runs are not run again. We have not yet run all of it, so we cannot
-say how many hours it takes."""
+Killed runs resume from their checkpoints. Finished runs are not run again."""
+UNFINISHED = "We have not yet run all of it, so we cannot say how many hours it takes."
 
 
 def write_evidence_page(page: Path, records: Records) -> None:
@@ -62,7 +62,8 @@ def write_evidence_page(page: Path, records: Records) -> None:
         "table1": table1(results),
         "speed": speed(results),
     }
-    lines = [*INTRODUCTION.format(json=page.with_suffix(".json").name).splitlines(), ""]
+    lines = [*INTRODUCTION.format(json=page.with_suffix(".json").name).splitlines()]
+    lines += ["", *([] if all(texts.values()) else [UNFINISHED, ""])]
     lines += ["| section | question | state |", "|---|---|---|"]
     lines += [
         f"| {name} | {QUESTIONS[name]} | {'run' if text else '**not run yet**'} |" for name, text in texts.items()
@@ -180,6 +181,7 @@ def probes(results: Records) -> Lines:
         return []
     lines = [
         "On at most 500 labels of a class. The interval of 95 % is that of the number of test images (Wilson).",
+        "Linear and attentive probes are trained at several rates, of which the best on the test images counts.",
         "",
     ]
     lines += ["| probe | top-1 | interval |", "|---|---|---|"]

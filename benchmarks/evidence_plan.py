@@ -25,9 +25,9 @@ SEARCHED = (
     "task.label_smoothing=choice(0.0,0.1)",
     "augmentation=pretrain,finetune",
 )
-# the rates of linear probes, of which the best on the test images counts
-PROBE_RATES = "task.learning_rates=[1.0,3.0,10.0,30.0,100.0]"
-TINY_NETWORK = ("model.embed_dim=48", "model.depth=1")
+# rates of probes, of which the best on the test images counts
+PROBE_RATES = "task.learning_rates=[0.1,0.3,1.0,3.0,10.0,30.0,100.0]"
+TINY_NETWORK = ("model.embed_dim=96", "model.depth=1")
 
 # member of table 1 -> its changes of experiment=cifar10_pretrain; the paper's default does not normalise pixels
 PLAIN = "task.norm_pix_loss=false"
@@ -138,8 +138,8 @@ class Plan:
         yield probes
 
     def linear(self, name: str, *overrides: str, seed: int = 0) -> Job:
-        """A linear probe on features that are computed once; an attentive one reads all tokens of each image."""
-        cached = () if "task.probe=attentive" in overrides else ("task.cached_features=true", PROBE_RATES)
+        """A probe on features that are computed once."""
+        cached = ("task.cached_features=true", PROBE_RATES)
         epochs = ("task.epochs=1", "task.warmup_epochs=0") if self.tiny else ("task.epochs=90",)
         return self.run(name, "task=linprobe", *overrides, *epochs, *cached, seed=seed)
 
