@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from conftest import TINY, TINY_PRETRAIN, composed, labels_of, of_type, run_here
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae import checkpoint
 from mae.config import rules
@@ -190,6 +191,32 @@ def test_the_average_follows_the_weights_and_stays_where_a_step_was_skipped():
     for old, average in zip(before, task.model.parameters(), strict=True):
         assert torch.allclose(average, old + 0.25, atol=1e-6)
     assert not any(p.requires_grad for p in task.model.parameters())
+
+
+def test_the_average_moves_as_lerp_does_in_a_few_calls_whatever_the_number_of_weights():
+    task = of_type(Finetune, build_task(composed(*TINY_FINETUNE, "task.ema_decay=0.9"), _Labelled()))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in task.live.parameters():
+            p.add_(torch.randn(p.shape, generator=generator))
+    expected = [a.lerp(p, 0.1) for a, p in zip(task.model.parameters(), task.live.parameters(), strict=True)]
+    with Calls() as calls:
+        task.after_step(torch.tensor(0.0))
+    assert len(calls.names) < 10 < len(expected), calls.names
+    for average, value in zip(task.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(average, value, rtol=1e-6, atol=1e-7)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called, each of which launches kernels on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [str(func)] if not func.is_view else []
+        return func(*args, **(kwargs or {}))
 
 
 class _Labelled(Source):

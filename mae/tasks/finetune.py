@@ -114,9 +114,11 @@ class Finetune(Classify):
     def after_step(self, skipped: Tensor) -> None:
         """Moves the average towards the weights, unless the step was skipped."""
         if self.ema_decay is not None:
-            share = ((1.0 - self.ema_decay) * (1.0 - skipped)).to(torch.float32)
-            for average, weight in zip(self.model.parameters(), self.live.parameters(), strict=True):
-                local_shard(average).lerp_(local_shard(weight), share.to(average.dtype))
+            averages = [local_shard(average) for average in self.model.parameters()]
+            moves = torch._foreach_sub([local_shard(weight) for weight in self.live.parameters()], averages)
+            share = (1.0 - self.ema_decay) * (1.0 - skipped)  # on the device, where `_foreach_lerp_` takes numbers
+            torch._foreach_mul_(moves, share.to(averages[0].dtype))
+            torch._foreach_add_(averages, moves)
 
     def extra_state(self) -> dict[str, object]:
         live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
