@@ -13,6 +13,7 @@ from mae.models.masking import count_visible
 from mae.models.target import ShapesOnly
 from mae.models.vit import encoder_sizes
 from mae.plan import Plan
+from mae.tools.bottlenecks import HostWork
 
 SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of the products that are timed: large enough to fill the device
 
@@ -64,13 +65,14 @@ def estimate_cost(
     machines: int,
     device: torch.device,
     dtype: torch.dtype,
+    host: HostWork,
     *,
     tflops: Annotated[float, "(0, inf)"] | None,
     utilisation: Annotated[float, "(0, 1]"],
     loader_images_per_second: Annotated[float, "(0, inf)"] | None,
     cost_per_hour: Annotated[float, "[0, inf)"] | None,
 ) -> dict[str, str]:
-    """Rows of a plan: time and cost, from the `operations` of a training image.
+    """Rows of a plan: time and cost, from the `operations` of a training image, and on a GPU what may hold it back.
 
     `tflops` is the rate of one device in matrix products, measured here where null. A step reaches the share
     `utilisation` of it. A rate measured on a CPU is that of the whole machine, however many processes share it.
@@ -78,7 +80,8 @@ def estimate_cost(
     """
     rate, source = (tflops, "given") if tflops else (matrix_rate(device, dtype) / 1e12, f"measured on this {device}")
     images, count = plan.images_seen(plan.steps), machines if device.type == "cpu" and not tflops else plan.devices
-    speed = rate * 1e12 * utilisation / operations * count  # images a second
+    of_device = rate * 1e12 * utilisation / operations  # images a second
+    speed = of_device * count
     reason = f"{rate:.3g} TFLOP/s a device ({source}) x {utilisation:.0%} x {count}: {speed:,.0f} images/s"
     if loader_images_per_second is not None and loader_images_per_second * machines < speed:
         speed = loader_images_per_second * machines
@@ -88,7 +91,7 @@ def estimate_cost(
     if cost_per_hour is not None:
         hours = seconds / 3600 * plan.devices
         rows["cost"] = f"about {hours * cost_per_hour:,.2f}: {hours:,.1f} device hours at {cost_per_hour:g}"
-    return rows
+    return rows | (host.rows(of_device, loader_images_per_second) if device.type == "cuda" else {})
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -16,7 +16,7 @@ from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
 from mae.launch.pipeline import check_stages
-from mae.models.layers import ON_GPU_ONLY, set_attention_kernel, set_checkpointing, set_residual_dtype
+from mae.models.layers import ON_GPU_ONLY, blocks_of, set_attention_kernel, set_checkpointing, set_residual_dtype
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import middle_ratio, ratios_of
 from mae.models.target import ShapesOnly
@@ -24,6 +24,7 @@ from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.base import build_task
 from mae.tasks.registry import TASKS
+from mae.tools.bottlenecks import host_work
 from mae.tools.cost import Flops, estimate_cost, forward_flops
 
 
@@ -159,6 +160,7 @@ def report(cfg: DictConfig) -> str:
     ]
     activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
+    host = host_work(cfg, len(blocks_of(model)), plan.devices, plan.micro_batch_size)
     count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
     rows = {
         "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
@@ -177,7 +179,7 @@ def report(cfg: DictConfig) -> str:
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         "number format": str(dtype).removeprefix("torch."),
-        **call(estimate_cost, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype),
+        **call(estimate_cost, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype, host),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
