@@ -115,10 +115,11 @@ class Finetune(Classify):
         """Moves the average towards the weights, unless the step was skipped."""
         if self.ema_decay is not None:
             averages = [local_shard(average) for average in self.model.parameters()]
-            moves = torch._foreach_sub([local_shard(weight) for weight in self.live.parameters()], averages)
+            weights = [local_shard(weight) for weight in self.live.parameters()]
             share = (1.0 - self.ema_decay) * (1.0 - skipped)  # on the device, where `_foreach_lerp_` takes numbers
-            torch._foreach_mul_(moves, share.to(averages[0].dtype))
-            torch._foreach_add_(averages, moves)
+            moves = torch._foreach_sub(weights, averages)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(moves, share.to(averages[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(averages, moves)  # pyright: ignore[reportPrivateImportUsage]
 
     def extra_state(self) -> dict[str, object]:
         live = {} if self.ema_decay is None else {"live": self.live.state_dict()}
