@@ -123,6 +123,9 @@ RECIPES = {  # command line -> what it must compose to
     "experiment=crossmae_finetune_vit_base": finetune(100, 5e-4, 0.65, 0.1),
     "experiment=crossmae_linprobe_vit_small": LINPROBE | {"task.epochs": 90, "task.global_pool": "avg"},
     "experiment=crossmae_linprobe_vit_base": LINPROBE | {"task.epochs": 90, "task.global_pool": "avg"},
+    "experiment=attentive_linprobe_vit_base": LINPROBE
+    | {"task.epochs": 90, "task.batch_size": 4096, "task.probe": "attentive", "task.probe_queries": 32}
+    | {"task.probe_projection": True, "task.layer": -1},
     "experiment=scratch_vit_base": SCRATCH | {"task.epochs": 300, "task.drop_path": 0.1},
     "experiment=scratch_vit_large": SCRATCH | {"task.epochs": 200, "task.drop_path": 0.2},
     "experiment=scratch_vit_huge": SCRATCH | {"task.epochs": 200, "task.drop_path": 0.2},

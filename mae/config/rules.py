@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mae.config import pretraining_rules
+from mae.config.probing_rules import probe_contradictions
 from mae.config.schema import signature, table
 from mae.config.values import pair
 from mae.plan import mixes
@@ -228,6 +229,7 @@ RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [
     _hub,
     _partial,
     *pretraining_rules.RULES,
+    probe_contradictions,
     _segment,
 ]
 

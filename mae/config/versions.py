@@ -34,6 +34,7 @@ class Migration:
 
 SHARDS = {"image_key": None, "label_key": None, "sample_key": "first_dot", "follow_links": False, "splits": "auto"}
 OF_TRAINING = {"residual_dtype": "float32"}
+PROBE = {"probe": "linear", "probe_queries": 32, "probe_projection": True, "layer": None}
 MIGRATIONS = (
     Migration(
         format=1,
@@ -57,7 +58,7 @@ MIGRATIONS = (
             },
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
             "task=finetune": OF_TRAINING,
-            "task=linprobe": OF_TRAINING,
+            "task=linprobe": OF_TRAINING | PROBE,
         },
     ),
 )

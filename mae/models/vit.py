@@ -96,6 +96,38 @@ class Encoder(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, h * p, w * q)
 
 
+class Classifier(VisionTransformer):
+    """timm's VisionTransformer, whose head may read a block's output, or all patch tokens."""
+
+    layer: int | None = None  # the block whose output the head reads; None: after the last norm
+    reads_patches = False  # whether the head gets all patch tokens (B, L, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.forward_head(self.head_tokens(x))
+
+    def head_tokens(self, images: Tensor) -> Tensor:
+        """The tokens (B, N, D) that `forward_head` takes."""
+        return self.forward_features(images) if self.layer is None else block_output(self, images, self.layer)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        return x[:, self.num_prefix_tokens :] if self.reads_patches else super().pool(x, pool_type)
+
+
+def block_output(model: VisionTransformer, images: Tensor, layer: int) -> Tensor:
+    """Tokens (B, N, D) after a block, 0 the first and -1 the last, without a norm."""
+    outputs = model.forward_intermediates(
+        images,
+        indices=[layer % len(model.blocks)],
+        return_prefix_tokens=True,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    assert isinstance(outputs, list)
+    patches, prefix = outputs[0]  # timm's annotation names only the first
+    return torch.cat([prefix, patches], 1)
+
+
 def classifier(
     *,
     img_size: int | list[int],
@@ -108,7 +140,7 @@ def classifier(
     num_classes: int,
     drop_path: float,
     global_pool: Literal["avg", "token", ""],
-) -> VisionTransformer:
+) -> Classifier:
     """A ViT classifier (B, C, H, W) -> (B, num_classes) whose state dict is exactly timm's.
 
     `global_pool="avg"`: mean of the patch tokens, `fc_norm`, head; no `norm` (reference, fine-tuning).
@@ -118,7 +150,7 @@ def classifier(
     """
     img, patch, _ = patch_grid(img_size, patch_size)
     check_heads("", embed_dim, num_heads)
-    model = VisionTransformer(
+    model = Classifier(
         img_size=img,
         patch_size=patch,  # type: ignore[arg-type]
         in_chans=in_chans,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae.data.source import Source
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
 from mae.metrics import Collector, Results
+from mae.models.vit import Classifier
 from mae.runs.summary import VAL_IMAGES
 from mae.tasks.base import Autocast, TrainedTask
 from mae.tasks.labels import write_class_names
@@ -19,7 +19,7 @@ from mae.tasks.results import track_results, write_results
 from mae.tracking.base import Tracker
 
 
-class Classify(TrainedTask[VisionTransformer]):
+class Classify(TrainedTask[Classifier]):
     """A trained task whose result is a classifier; a subclass defines `model` and `loss`."""
 
     def __init__(self, cfg: DictConfig, val_set: Source):

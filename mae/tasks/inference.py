@@ -22,8 +22,8 @@ from mae.data.sources.named import decoder_of
 from mae.data.sources.robustness import synsets
 from mae.data.transforms import CenterCrop
 from mae.errors import UserError
-from mae.models.vit import classifier
-from mae.tasks.linprobe import probe_head
+from mae.models.vit import block_output, classifier
+from mae.tasks.linprobe import add_probe
 from mae.weights.load import load_pretrained
 from mae.weights.read import PretrainedWeights
 
@@ -112,7 +112,7 @@ class ImageModel(nn.Module):
             tokens = network.forward_features(x)
             pooled = network.fc_norm(self._pooled(tokens, pooling))
         else:
-            pooled = self._pooled(self._block_output(x, layer), pooling)
+            pooled = self._pooled(block_output(network, x, layer), pooling)
         return pooled.float() if pooled.dtype is not torch.float64 else pooled
 
     def check(self, pooling_key: str, pooling: Pooling, layer_key: str, layer: int | None) -> None:
@@ -131,20 +131,6 @@ class ImageModel(nn.Module):
             return tokens[:, 0]
         patches = tokens[:, self.network.num_prefix_tokens :]
         return patches.mean(1) if pooling == "avg" else patches
-
-    def _block_output(self, x: Tensor, layer: int) -> Tensor:
-        """Tokens (B, N, D) after a block."""
-        outputs = self.network.forward_intermediates(
-            x,
-            indices=[layer % len(self.network.blocks)],
-            return_prefix_tokens=True,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        assert isinstance(outputs, list)
-        patches, prefix = outputs[0]  # timm's annotation names only the first
-        return torch.cat([prefix, patches], 1)
 
     @torch.no_grad()
     def logits(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
@@ -187,10 +173,10 @@ def load_network(cfg: DictConfig, pretrained: PretrainedWeights) -> VisionTransf
 def load_classifier(cfg: DictConfig, pretrained: PretrainedWeights, classes: int) -> VisionTransformer:
     """The classifier in a checkpoint, with as many classes as it has. Raises UserError where there is none."""
     head = pretrained.head
-    count, pool = (head.classes, head.pool) if head else (max(classes, 1), "avg")
+    count, pool = (head.classes, "" if head.queries else head.pool) if head else (max(classes, 1), "avg")
     model = call(classifier, cfg.model, num_classes=count, drop_path=0.0, global_pool=pool)
     if head is not None and head.batch_norm:
-        model.add_module("head", probe_head(model.embed_dim, count))
+        add_probe(model, count, head.queries, head.projection, head.layer)
     load_pretrained(model, pretrained, head="require")
     return model.eval()
 

@@ -1,4 +1,7 @@
-"""Linear probing (arXiv 2111.06377, A.1, table 10): a frozen encoder, BatchNorm without affine, one matrix."""
+"""Probing: a frozen encoder, BatchNorm without affine, one matrix (arXiv 2111.06377, A.1, table 10).
+
+An attentive probe pools the patch tokens by attention before them (arXiv 2506.10178).
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from mae.config.build import call
 from mae.data.source import Source
 from mae.errors import UserError
-from mae.models.vit import classifier
+from mae.models.probe import AttentivePool
+from mae.models.vit import Classifier, classifier
 from mae.tasks.base import Autocast
 from mae.tasks.classify import Classify
 from mae.tasks.init_weights import need_init, warn_of_statistics
@@ -33,20 +37,25 @@ class Linprobe(Classify):
         cfg: DictConfig,
         val_set: Source,
         *,
+        probe: Literal["linear", "attentive"],
+        probe_queries: Annotated[int, "[1, inf)"],
+        probe_projection: bool,
+        layer: int | None,
         global_pool: Literal["avg", "token"],
         cached_features: bool,  # read, like learning_rates, by `linprobe_cached`
         learning_rates: list[Annotated[float, "(0, inf)"]] | None,
     ):
         super().__init__(cfg, val_set)
-        classes = len(self.classes)
-        self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=global_pool)
-        self.model.add_module("head", probe_head(self.model.embed_dim, classes))
+        classes, queries = len(self.classes), probe_queries if probe == "attentive" else 0
+        pool = "" if queries else global_pool
+        self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=pool)
+        add_probe(self.model, classes, queries, probe_projection, layer)
         self.model.requires_grad_(False)
         self.head.requires_grad_(True)
 
     @property
     def head(self) -> nn.Sequential:
-        """The probe: a BatchNorm and a matrix."""
+        """The probe: a BatchNorm and a matrix, after an `AttentivePool` where it has one."""
         head = self.model.get_submodule("head")
         assert isinstance(head, nn.Sequential)
         return head
@@ -57,16 +66,20 @@ class Linprobe(Classify):
         warn_of_statistics(self.cfg, pretrained)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The head's input (B, D): the class token after `norm`, or the mean of the patch tokens."""
+        """The head's input (B, D): the class token, or the mean of the patch tokens.
+
+        Of an attentive probe the patch tokens (B, L, D)."""
         with torch.no_grad():
             return self.encode(self.images(batch))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features (B, D) of images (B, C, H, W)."""
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        """What `features` returns, of images (B, C, H, W)."""
+        return self.model.forward_head(self.model.head_tokens(images), pre_logits=True)
 
     def probe(self, features: Tensor) -> Tensor:
-        """Features (B, D) to logits, in the head's number format: batch statistics need more than half precision."""
+        """Features (B, D) or (B, L, D) to logits, in the head's number format.
+
+        Batch statistics need more than half precision."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(next(self.head.parameters()).dtype))
 
@@ -94,6 +107,21 @@ class Linprobe(Classify):
         return self
 
 
+def add_probe(model: Classifier, classes: int, queries: int, projection: bool, layer: int | None) -> None:
+    """Gives a classifier the head of a probe that reads block `layer`; `queries` 0: a linear one."""
+    model.layer, model.reads_patches = layer, queries > 0
+    width = model.embed_dim
+    model.add_module(
+        "head", attentive_head(width, classes, queries, projection) if queries else probe_head(width, classes)
+    )
+
+
+def attentive_head(width: int, classes: int, queries: int, projection: bool) -> nn.Sequential:
+    """The head of arXiv 2506.10178's reference (probe_heads.py): its matrix starts as torch's do."""
+    norm = RanksBatchNorm(width, affine=False, eps=BATCH_NORM_EPS)
+    return nn.Sequential(AttentivePool(width, queries, projection), norm, nn.Linear(width, classes))
+
+
 def probe_head(width: int, classes: int) -> nn.Sequential:
     """The reference's probe: BatchNorm without affine, then a matrix."""
     linear = nn.Linear(width, classes)
@@ -103,27 +131,47 @@ def probe_head(width: int, classes: int) -> nn.Sequential:
 
 
 class RanksBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the batches of all ranks together, on any device, for inputs (B, D) that need no gradient.
+    """BatchNorm over the batches of all ranks together, on any device, for inputs (B, D).
 
     torch's SyncBatchNorm wants a GPU. Statistics count unbiased, as there.
     """
 
     alone = False  # true during a trial step, which may fail on one rank alone
 
-    @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) to (B, D), normalised over all ranks' B in training."""
         if self.alone or not (self.training and dist.is_initialized()):
             return super().forward(input)
         count = torch.full((1,), len(input), dtype=torch.float64, device=input.device)
-        sums = torch.cat([input.sum(0, dtype=torch.float64), count])
-        dist.all_reduce(sums)
+        sums = sum_over_ranks(torch.cat([input.sum(0, dtype=torch.float64), count]))
         count, mean = sums[-1], sums[:-1] / sums[-1]
-        squares = ((input - mean) ** 2).sum(0)
-        dist.all_reduce(squares)
+        squares = sum_over_ranks(((input - mean) ** 2).sum(0))
         running_mean, running_var, seen, share = self.running_mean, self.running_var, self.num_batches_tracked, 0.1
         assert running_mean is not None and running_var is not None and seen is not None and self.momentum == share
-        running_mean.lerp_(mean.to(running_mean.dtype), share)
-        running_var.lerp_((squares / (count - 1)).to(running_var.dtype), share)
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), share)
+        running_var.lerp_((squares.detach() / (count.detach() - 1)).to(running_var.dtype), share)
         seen += 1
         return ((input - mean) / (squares / count + self.eps).sqrt()).to(input.dtype)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors; its gradient is the sum of all ranks' gradients, as in torch's SyncBatchNorm."""
+
+    @staticmethod
+    def forward(ctx: object, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(own: Tensor) -> Tensor:
+    """`SumOverRanks` with a type."""
+    total = SumOverRanks.apply(own)
+    assert isinstance(total, Tensor)
+    return total

@@ -1,6 +1,7 @@
 """Linear probing on features computed once, for several learning rates in one pass."""
 
 import contextlib
+import copy
 import logging
 import math
 import time
@@ -45,9 +46,30 @@ class Probes(nn.Module):
             other.load_state_dict(first[1].state_dict())
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, heads, classes)."""
         weight = torch.cat([head.weight for head in self.heads])  # type: ignore[arg-type]
         bias = torch.cat([head.bias for head in self.heads])  # type: ignore[arg-type]
         return F.linear(self.norm(features), weight, bias).unflatten(1, (-1, self.classes))
+
+    def whole(self, number: int) -> nn.Sequential:
+        """Norm and matrix of one rate, as a probe has them."""
+        return nn.Sequential(self.norm, self.heads[number])
+
+
+class AttentiveProbes(nn.Module):
+    """One attentive probe a learning rate: tokens (B, L, D) to logits (B, heads, classes)."""
+
+    def __init__(self, head: nn.Sequential, rates: list[float]):
+        super().__init__()
+        self.rates, self.heads = rates, nn.ModuleList(copy.deepcopy(head) for _ in rates)  # all start alike
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) to logits (B, heads, classes)."""
+        return torch.stack([head(tokens) for head in self.heads], 1)
+
+    def whole(self, number: int) -> nn.Module:
+        """The probe of one rate."""
+        return self.heads[number]
 
 
 def probe_features(
@@ -85,12 +107,14 @@ def probe_features(
 
     rates = learning_rates or [cfg.optimizer.base_lr]
     plan = call(make_plan, cfg.task, len(train_set), steps_in_epoch(len(train_set), batch_size, drop_last=True), 1)
-    probes = Probes(train.feature.shape[1], len(task.classes), rates).to(ranks.device)
+    if task.model.reads_patches:
+        probes = AttentiveProbes(task.head, rates)
+    else:
+        probes = Probes(train.feature.shape[1], len(task.classes), rates).to(ranks.device)
     _train(cfg, probes, train, plan)
-    results = _validate(probes, val)
+    results = _validate(probes, val, batch_size if task.model.reads_patches else len(val.label))
     best = max(range(len(rates)), key=lambda k: results[k].top(1))
-    task.head[0].load_state_dict(probes.norm.state_dict())
-    task.head[1].load_state_dict(probes.heads[best].state_dict())
+    task.head.load_state_dict(probes.whole(best).state_dict())
     top1_by_rate = {f"{rate:g}": each.top(1) for rate, each in zip(rates, results, strict=True)}
     seconds = time.perf_counter() - begun
     task.results = results[best]
@@ -101,13 +125,16 @@ def probe_features(
 
 def _features(cfg: DictConfig, task: Linprobe, ranks: Ranks, source: Source, dtype: torch.dtype) -> Features:
     """Features of a whole data set, on the device."""
+    if task.model.reads_patches:
+        size = len(source) * task.model.patch_embed.num_patches * task.model.embed_dim * 4
+        log.info("the tokens of %d images take %.2f GiB of each rank's memory", len(source), size / 2**30)
     loader = eval_loader(cfg, ranks, source, cfg.task.micro_batch_size or min(256, cfg.task.batch_size))
     features = extract(task.features, sent(loader, ranks), ranks, partial(device.autocast, dtype, ranks.device))
     loader.close()
     return Features(*(column.to(ranks.device) for column in features))
 
 
-def _groups(probes: Probes, cfg: DictConfig) -> list[dict[str, Any]]:
+def _groups(probes: Probes | AttentiveProbes, cfg: DictConfig) -> list[dict[str, Any]]:
     """Parameter groups, each head's rate as a scale of `optimizer.base_lr`."""
     return [
         group | {"lr_scale": rate / cfg.optimizer.base_lr}
@@ -116,7 +143,7 @@ def _groups(probes: Probes, cfg: DictConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _train(cfg: DictConfig, probes: Probes, train: Features, plan: Plan) -> None:
+def _train(cfg: DictConfig, probes: Probes | AttentiveProbes, train: Features, plan: Plan) -> None:
     """All heads at once: their losses are summed, so that each gets its own gradient."""
     optimizer = build(optim.OPTIMIZERS, cfg.optimizer, _groups(probes, cfg))
     schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs)
@@ -140,11 +167,12 @@ def _train(cfg: DictConfig, probes: Probes, train: Features, plan: Plan) -> None
 
 
 @torch.no_grad()
-def _validate(probes: Probes, val: Features) -> list[Results]:
-    """Results of each head. All ranks hold all features, so that nothing is gathered."""
+def _validate(probes: Probes | AttentiveProbes, val: Features, batch_size: int) -> list[Results]:
+    """Results of each head, of so many images at once. All ranks hold all features, so that nothing is gathered."""
     probes.eval()
     alone, results = Ranks(torch.device("cpu")), []
-    for logits in probes(val.feature).cpu().unbind(1):
+    logits_of_all = torch.cat([probes(features) for features in val.feature.split(batch_size)])
+    for logits in logits_of_all.cpu().unbind(1):
         collector = Collector()
         collector.add(val.sample_index.cpu(), val.label.cpu(), logits)
         result = collector.results(alone)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import count_visible
 from mae.models.target import ShapesOnly
-from mae.models.vit import encoder_sizes
+from mae.models.vit import Classifier, encoder_sizes
 from mae.plan import Plan
 from mae.tools.bottlenecks import HostWork
 
@@ -37,7 +37,8 @@ def forward_flops(
     sizes = encoder_sizes(model)
     images = torch.empty(1, sizes.in_chans, *sizes.img_size, device="meta")
     if not isinstance(model, MaskedAutoencoder):
-        return Flops(_count(lambda: model.forward_features(images)), 0)
+        tokens = model.head_tokens if isinstance(model, Classifier) else model.forward_features
+        return Flops(_count(lambda: tokens(images)), 0)
     assert mask_ratio is not None
     order = torch.empty(1, model.num_patches, dtype=torch.int64, device="meta")
     patches = torch.empty(*order.shape, model.patch_values, device="meta")

@@ -15,11 +15,13 @@ from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
 from mae.models.targets import PixelTarget
+from mae.models.vit import Classifier
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import sort_metadata, staged, target_of
 from mae.weights.export_graphs import to_onnx, to_torch_export
 from mae.weights.export_huggingface import to_huggingface
 from mae.weights.export_state import Architecture, architecture, encoder_weights, weights
+from mae.weights.heads import PROBED_LAYER
 from mae.weights.names import State
 
 TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
@@ -42,10 +44,22 @@ def export(model: nn.Module, *, format: str, path: str, facts: Facts) -> list[Pa
     """Writes `model` in a format of `EXPORT_FORMATS`. Raises UserError where that is not possible."""
     if format not in EXPORT_FORMATS:
         raise UserError(f"task.format={format} is not known: choose one of {', '.join(EXPORT_FORMATS)}.")
+    if isinstance(model, Classifier) and format in ("timm", "huggingface", "reference"):
+        _check_probe(model, format)
     classes = architecture(model).num_classes
     if facts.classes and classes and len(facts.classes) != classes:
         raise UserError(f"{len(facts.classes)} class names for {classes} logits: they must agree.")
     return EXPORT_FORMATS[format](model, path, facts)
+
+
+def _check_probe(model: Classifier, format: str) -> None:
+    """Raises UserError for a probe whose input the networks of other libraries do not have."""
+    if model.reads_patches or model.layer is not None:
+        what = "an attentive probe" if model.reads_patches else f"a probe of block {model.layer}"
+        raise UserError(
+            f"task.format={format} cannot express {what}: choose onnx, torch_export or safetensors, or export the "
+            "encoder (init= the run that was probed)."
+        )
 
 
 # ---------------------------------------------------------------- timm
@@ -159,6 +173,8 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
     stated |= {"num_heads": encoder.num_heads, "mean": list(facts.mean), "std": list(facts.std)}
     stated |= {"rescale_factor": 1 / facts.top} if facts.top else {}
     stated |= {"crop_pct": facts.crop} | ({"classes": facts.classes} if facts.classes else {})
+    if isinstance(model, Classifier) and model.layer is not None:
+        stated[PROBED_LAYER] = model.layer
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
         stated |= {"mask_ratio": facts.mask_ratio, "decoder": model.decoder_name, "mask_tokens": model.mask_tokens}

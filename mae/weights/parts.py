@@ -23,6 +23,7 @@ DECODER_KEYS = {
     "kind": ("decoder", "mask_tokens"),
     "size": ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
 }
+LAST_LAYER = ("head.weight", "head.1.weight", "head.2.weight")  # of a classifier, a linear and an attentive probe
 DECODE_HEAD = "decode_head."  # of a segmenter
 BATCH_NORM_EPS = 1e-6  # of the linear probe's BatchNorm; PyTorch's own default is 1e-5
 
@@ -98,10 +99,10 @@ def select_head(loading: Loading, mode: HeadMode) -> None:
     """Leaves the file's classifier in, in the form that the model's has, or drops it and says why."""
     target, pretrained = loading.target, loading.pretrained
     loading.drop(*(name for name in ("norm.", "fc_norm.") if f"{name}weight" not in target))
-    if "head.weight" not in target and "head.1.weight" not in target:
+    if not any(name in target for name in LAST_LAYER):
         loading.drop("head.")
         return
-    reason = _head_mismatch(target, pretrained)
+    reason = _head_mismatch(loading)
     if reason and mode == "require":
         raise UserError(
             f"{pretrained} cannot be evaluated: {reason}. Fine-tune it first (task=finetune), "
@@ -135,14 +136,18 @@ def select_decode_head(loading: Loading, mode: HeadMode) -> None:
         loading.notes.append(f"The head of segmentation starts afresh: {reason}.")
 
 
-def _head_mismatch(target: State, pretrained: PretrainedWeights) -> str:
+def _head_mismatch(loading: Loading) -> str:
     """Why the file's classifier is not one for the model, or ""."""
+    target, pretrained = loading.target, loading.pretrained
     theirs, pool = pretrained.head, "avg" if "fc_norm.weight" in target else "token"
-    classes = len(target["head.weight"] if "head.weight" in target else target["head.1.weight"])
+    pool = "patches" if "head.0.query" in target else pool
+    classes = next(len(target[name]) for name in LAST_LAYER if name in target)
     if theirs is None:
         return "it holds no classifier"
     if pretrained.head_difference:
         return pretrained.head_difference
+    if "patches" in (theirs.pool, pool) and theirs.pool != pool:
+        return f"its classifier is {'an' if theirs.pool == 'patches' else 'no'} attentive probe, unlike the model's"
     if theirs.pool != pool:
         reads = {"avg": "the mean of the patch tokens", "token": "the class token"}
         return (
@@ -151,6 +156,9 @@ def _head_mismatch(target: State, pretrained: PretrainedWeights) -> str:
         )
     if theirs.classes != classes:
         return f"its classifier knows {theirs.classes} classes, the model has {classes}"
+    if theirs.layer != (ours := getattr(loading.model, "layer", None)):
+        reads = ["the last norm" if layer is None else f"block {layer}" for layer in (theirs.layer, ours)]
+        return f"its classifier reads the output of {reads[0]}, the model's of {reads[1]}"
     if not theirs.batch_norm and "head.weight" not in target:
         return "its classifier has no BatchNorm before it, the model's has"
     return ""

@@ -7,39 +7,25 @@ into a model.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
 from mae.weights.files import Metadata, Opened, Settings, open_checkpoint, section
+from mae.weights.heads import (
+    LAST_LAYERS,
+    PROBED_LAYER,
+    DecodeHeadKind,
+    Head,
+    contents,
+    head_difference_of,
+    head_of,
+)
 from mae.weights.layouts import SINUSOID, Layout, convert, sinusoid, with_class_row
 from mae.weights.names import State
 from mae.weights.networks import check_network
 from mae.weights.preprocessing import Preprocessing, preprocessing_of
 from mae.weights.sizes import Sizes, sizes_of_state, stated_sizes
-
-
-class Head(NamedTuple):
-    """The classifier in a checkpoint: what it reads and how many classes it knows."""
-
-    classes: int
-    pool: Literal["avg", "token"]  # mean of patch tokens after `fc_norm`, or the class token after `norm`
-    batch_norm: bool  # the reference's linear probe: BatchNorm without affine before the matrix
-
-
-class DecodeHeadKind(NamedTuple):
-    """The head of a segmenter in a checkpoint."""
-
-    kind: str  # as `task.head` names it
-    classes: int
-
-
-# task.head -> the tensor of its last layer, which has a row for each class
-LAST_LAYERS = {
-    "linear": "decode_head.conv_seg.weight",
-    "dpt": "decode_head.segmentation_head.head.4.weight",
-    "upernet": "decode_head.segmentation_head.0.weight",
-}
 
 
 @dataclass
@@ -67,7 +53,8 @@ class PretrainedWeights:
 
     @property
     def head(self) -> Head | None:
-        return _head(self.state)
+        head = head_of(self.state)
+        return head if head is None else head._replace(layer=self._probed_layer())
 
     @property
     def decode_head(self) -> DecodeHeadKind | None:
@@ -119,6 +106,12 @@ class PretrainedWeights:
     def preprocessing(self) -> Preprocessing | None:
         """How the training's images were prepared, as the files beside the tensors say, or None."""
         return preprocessing_of(self.meta)
+
+    def _probed_layer(self) -> int | None:
+        """The block that a probe of ours reads, as the files beside the tensors say."""
+        task = section(self.meta.config, "task")
+        layer = task.get("layer") if task.get("name") == "linprobe" else self.meta.args.get(PROBED_LAYER)
+        return layer if isinstance(layer, int) else None
 
     def _settings(self, *keys: str) -> list[object]:
         """A setting of the training by any of its names, from a run's config, a config.json or saved arguments."""
@@ -182,8 +175,8 @@ def read_pretrained(path: str) -> PretrainedWeights:
     opened = open_checkpoint(path)
     head_difference, assumptions = check_network(opened, path)
     layout = convert(opened.tensors, opened.meta.args, path)
-    kind = f"{_family(opened, layout)}, {_contents(layout.state)}"
-    head_difference = head_difference or _head_difference(layout.state, opened.meta.config)
+    kind = f"{_family(opened, layout)}, {contents(layout.state)}"
+    head_difference = head_difference or head_difference_of(layout.state, opened.meta.config)
     notes = opened.notes + layout.notes
     if layout.family in ("timm", "Hugging Face ViT") and "decoder_pred.weight" not in layout.state:
         notes += assumptions
@@ -201,37 +194,3 @@ def _family(opened: Opened, layout: Layout) -> str:
     if opened.wrapper == "model" or "decoder_pred.weight" in layout.state or "head.1.weight" in layout.state:
         return "reference"
     return "timm"
-
-
-def _contents(state: State) -> str:
-    if "decoder_pred.weight" in state:
-        text = "pretrained (encoder and decoder)"
-    elif any(name in state for name in LAST_LAYERS.values()):
-        text = "segmenter"
-    elif head := _head(state):
-        read = "class token" if "cls_token" in state else "mean of all tokens"
-        read = "mean of the patch tokens" if head.pool == "avg" else read
-        text = f"{'linear probe' if head.batch_norm else 'classifier'} of {head.classes} classes ({read})"
-    else:
-        text = "pretrained (encoder only)"
-    return text if "cls_token" in state else f"{text}, no class token"
-
-
-def _head_difference(state: State, config: Settings) -> str:
-    """Why the tensors' classifier is none of ours, as a part of a sentence, or ""."""
-    pool = config.get("global_pool") or section(config, "model_args").get("global_pool")
-    norm, pooled_norm = "norm.weight" in state, "fc_norm.weight" in state
-    if _head(state) is None:
-        return ""
-    if norm == pooled_norm:
-        return f"its classifier has {'two norms' if norm else 'no norm'} before it"
-    if norm and (pool == "avg" or "cls_token" not in state):
-        return "its classifier reads the mean of tokens after their norm, and none here does (timm's fc_norm=False)"
-    return ""
-
-
-def _head(state: State) -> Head | None:
-    weight = state.get("head.weight", state.get("head.1.weight"))
-    if weight is None:
-        return None
-    return Head(weight.shape[0], "avg" if "fc_norm.weight" in state else "token", "head.0.running_var" in state)
