@@ -39,6 +39,7 @@ pytestmark = SUITE
 
 MODEL: dict[str, Any] = dict(img_size=64, patch_size=8, in_chans=3, embed_dim=192, depth=4, num_heads=3, mlp_ratio=4.0)
 DECODER: dict[str, Any] = dict(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4, norm_pix_loss=True)
+DECODER |= dict(decoder="self", mask_tokens="decoder")
 FORMATS = {
     "fp32": ("highest", torch.float32, 1e-5),
     "tf32": ("high", torch.float32, 2e-3),

@@ -65,7 +65,8 @@ def test_every_sweep_composes_from_any_directory(name, tmp_path):
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
     expected = ["7"] if key == "seed" else str(values).split(",")  # the command line wins over the file
     prefix = f"{key.rsplit('.', 1)[-1]}_"
-    named = given["members"] if key == "member" else [f"{prefix}{value}" for value in expected]
+    written = [repr(float(value)) if "e-" in value else value for value in expected]  # Hydra writes 3e-3 as 0.003
+    named = given["members"] if key == "member" else [f"{prefix}{value}" for value in written]
     assert members == sorted(named)
 
 
