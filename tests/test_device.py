@@ -176,10 +176,10 @@ def test_inductor_starts_no_more_workers_than_a_rank_has_cores(monkeypatch):
 
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(inductor, "compile_threads", 32)
     monkeypatch.setattr("mae.limits.cpus", lambda: 8)
-    compile_blocks(Block(8, 2), None)
-    assert inductor.compile_threads == 2
+    with inductor.patch(compile_threads=32):  # monkeypatch would delete the setting at the test's end
+        compile_blocks(Block(8, 2), None)
+        assert inductor.compile_threads == 2
 
 
 def test_features_go_to_the_host_as_they_come_and_are_compared_in_full_precision(monkeypatch):
