@@ -119,6 +119,7 @@ def logits(path, x: torch.Tensor, heads: int):
     known: dict[str, Any] = {**file.sizes}
     sizes = {key: known[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")}
     pool = file.head.pool if file.head else "token"
+    assert pool != "patches"
     model = classifier(
         **sizes, img_size=list(x.shape[2:]), num_heads=heads, num_classes=5, drop_path=0, global_pool=pool
     )
