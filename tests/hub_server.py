@@ -67,41 +67,41 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.models.setdefault(name, {})
             self.answer({"url": f"{self.hub.address}/{name}", "name": name})
             return
-        found = re.match(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path)
-        assert found is not None, self.path
-        if found[2] == "preupload":
+        match = re.match(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path)
+        assert match is not None, self.path
+        if match[2] == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
             self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
             return
         for line in body.splitlines():
             if (change := json.loads(line))["key"] == "file":
-                self.hub.models[found[1]][change["value"]["path"]] = base64.b64decode(change["value"]["content"])
-        address = f"{self.hub.address}/{found[1]}/commit/{self.sha(found[1])}"
-        self.answer({"success": True, "commitOid": self.sha(found[1]), "commitUrl": address})
+                self.hub.models[match[1]][change["value"]["path"]] = base64.b64decode(change["value"]["content"])
+        address = f"{self.hub.address}/{match[1]}/commit/{self.sha(match[1])}"
+        self.answer({"success": True, "commitOid": self.sha(match[1]), "commitUrl": address})
 
     def sha(self, model: str) -> str:
         text = json.dumps(sorted((n, hashlib.sha1(f).hexdigest()) for n, f in self.hub.models[model].items()))
         return hashlib.sha1(text.encode()).hexdigest()
 
     def do_GET(self) -> None:
-        found = re.match(r"/api/models/([^/]+/[^/?]+)(?:/(revision|tree)/([^/?]+))?", self.path)
+        match = re.match(r"/api/models/([^/]+/[^/?]+)(?:/(revision|tree)/([^/?]+))?", self.path)
         file = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", self.path)
-        model = found[1] if found else file[1] if file else None
+        model = match[1] if match else file[1] if file else None
         if self.refused(writes=False, model=model):
             return
         if model is None:
             self.answer({"error": "not here"}, 404)
             return
         files, sha = self.hub.models[model], self.sha(model)
-        if found and found[3] not in (None, "main", sha):
+        if match and match[3] not in (None, "main", sha):
             self.answer({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
-        elif found and found[2] == "tree":
+        elif match and match[2] == "tree":
             rows = [
                 {"type": "file", "path": n, "size": len(f), "oid": hashlib.sha1(f).hexdigest()}
                 for n, f in files.items()
             ]
             self.answer(rows)
-        elif found:
+        elif match:
             self.answer(
                 {"id": model, "modelId": model, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
             )

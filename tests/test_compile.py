@@ -168,9 +168,9 @@ def test_a_replay_does_not_overwrite_what_an_earlier_one_returned(monkeypatch, g
     noise = torch.rand(2, 4, task.model.num_patches)
     with torch.no_grad():
         first = task.model(images, 0.75, noise[0])
-        kept = first.loss.clone()
-        assert not torch.equal(task.model(images, 0.75, noise[1]).loss, kept)
-    assert torch.equal(first.loss, kept) and len(begun) == 2
+        loss = first.loss.clone()
+        assert not torch.equal(task.model(images, 0.75, noise[1]).loss, loss)
+    assert torch.equal(first.loss, loss) and len(begun) == 2
 
 
 def test_a_model_that_does_not_compile_whole_gives_way_to_its_blocks(tmp_path, monkeypatch, graphs):

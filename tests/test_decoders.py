@@ -68,15 +68,15 @@ def plain_embedding(model, images):
 def plain_cross_loss(model, images, noise, mask_ratio, predict_ratio):
     """CrossMAE's method, arXiv 2401.14391: patches stay in the image's order, a mask chooses the predicted ones."""
     length, index = model.num_patches, torch.arange(len(images))[:, None]
-    kept = int(length * (1 - mask_ratio))
+    visible = int(length * (1 - mask_ratio))
     left_out = int(length * (mask_ratio - (predict_ratio or mask_ratio)))
     order = noise.argsort(1)
-    x = plain_embedding(model, images)[index, order[:, :kept]]
+    x = plain_embedding(model, images)[index, order[:, :visible]]
     states = [torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)]
     for block in model.blocks:
         states.append(plain_block(block, states[-1]))
     mixtures = torch.stack(states, -1) @ model.wfm.linear.weight.T
-    mask = torch.zeros_like(noise).scatter(1, order[:, kept + left_out :], 1.0).bool()
+    mask = torch.zeros_like(noise).scatter(1, order[:, visible + left_out :], 1.0).bool()
     x = torch.stack([model.mask_token[0] + model.decoder_pos_embed[0, 1:][row] for row in mask])
     for number, block in enumerate(model.decoder_blocks):
         attn = block.cross_attn
@@ -90,8 +90,8 @@ def plain_cross_loss(model, images, noise, mask_ratio, predict_ratio):
 
 def plain_encoder_loss(model, images, noise, mask_ratio, predict_ratio):
     """Mask tokens in the encoder (paper, table 1c): a masked patch's embedding is replaced, nothing is left out."""
-    kept = int(model.num_patches * (1 - mask_ratio))
-    mask = torch.ones_like(noise).scatter(1, noise.argsort(1)[:, :kept], 0.0)
+    visible = int(model.num_patches * (1 - mask_ratio))
+    mask = torch.ones_like(noise).scatter(1, noise.argsort(1)[:, :visible], 0.0)
     hidden = model.mask_token + model.pos_embed[:, 1:]
     x = torch.where(mask[..., None].bool(), hidden, plain_embedding(model, images))
     x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
@@ -142,8 +142,8 @@ def test_loss_and_gradients_are_those_of_a_plain_forward(
 )
 def test_the_number_of_predicted_patches_is_the_published_codes(patches, mask_ratio, predict_ratio, count):
     assert count_predicted(patches, mask_ratio, predict_ratio) == count
-    kept, left_out = int(patches * (1 - mask_ratio)), int(patches * (mask_ratio - (predict_ratio or mask_ratio)))
-    assert count == patches - kept - left_out
+    visible, left_out = int(patches * (1 - mask_ratio)), int(patches * (mask_ratio - (predict_ratio or mask_ratio)))
+    assert count == patches - visible - left_out
 
 
 def test_a_share_of_the_patches_is_those_of_largest_noise():

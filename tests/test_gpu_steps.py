@@ -218,7 +218,7 @@ def test_16_a_run_on_uint16_images_of_five_channels_ends_with_pictures(tmp_path)
 
 # Three steps of each task that trains; the others read what these leave
 SHORT = [PLAIN, "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
-OTHER = [one for one in SMALL if not one.startswith("task.precision")]
+OTHER = [override for override in SMALL if not override.startswith("task.precision")]
 COMMANDS = {
     "pretrain": [*SMALL, *SHORT, "task.epochs=2", "task.warmup_epochs=1"],
     "finetune": [*SMALL, *SHORT, "task.mixup=0", "task.cutmix=0", "task.drop_path=0"],

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -88,14 +87,9 @@ def read_row(run: Path, folder: Path) -> Row | None:
         step=max((int(row.get("step", 0)) for row in record.metrics), default=int(numbers.get("steps", 0))),
         age=age,
         results=numbers,
-        keys=keys_of(cfg),
+        keys=identity(cfg),
         losses=training[:: -(-len(training) // POINTS)] if training else [],
     )
-
-
-def keys_of(cfg: DictConfig) -> dict[str, object]:
-    """The leaves that decide a run's result, by dotted key."""
-    return {key: value for key, value in identity(cfg).items() if not key.startswith("hydra.")}
 
 
 def main_result(numbers: dict[str, float], losses: Sequence[float]) -> tuple[str | None, float | None]:

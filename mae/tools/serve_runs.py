@@ -1,6 +1,7 @@
 """`mae runs --serve`: the table of runs and each run's page, made anew at each request, for this machine alone."""
 
 import json
+import os
 import sys
 from functools import partial
 from http import HTTPStatus
@@ -11,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 from mae.errors import UserError
 from mae.report.html import page
 from mae.report.run import page_data
-from mae.tools.runs import as_json, differing_keys, find_runs, order, read_row, read_rows
+from mae.tools.runs import as_json, differing_keys, find_runs, order, read_rows
 
 HOST = "127.0.0.1"
 
@@ -50,11 +51,7 @@ class RunsHandler(BaseHTTPRequestHandler):
 
     def run_named(self, name: str) -> Path | None:
         """The run of that name in the table: no other path is read."""
-        for run in find_runs(self.folder):
-            row = read_row(run, self.folder)
-            if row is not None and row.run == name:
-                return run
-        return None
+        return next((run for run in find_runs(self.folder) if os.path.relpath(run, self.folder) == name), None)
 
     def answer(self, text: str, kind: str) -> None:
         """Sends a text."""
