@@ -16,7 +16,7 @@ from torch import nn
 
 from mae import device as devices
 from mae.config import rules
-from mae.distributed.fsdp import local_shard, reshard
+from mae.distributed.fsdp import local_shard, reshard, whole
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.perf.activations import saved_for_backward
@@ -76,7 +76,7 @@ class Trial:
                 loss = self.task(batch)["loss"]
             loss.backward()
             self.task.eval()
-            with torch.no_grad():
+            with whole(self.task), torch.no_grad():
                 self.task.validate(batch, self.autocast)
 
     def saved_bytes(self, images: int) -> int:
