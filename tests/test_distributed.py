@@ -121,7 +121,8 @@ def spoiled(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     return trained(rank, folder, overrides)
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, sharding):
     overrides = [*BASE, f"launcher.sharding={sharding}", "task.max_steps=5"]
     told = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
@@ -140,6 +141,7 @@ def agreeing(rank: int, folder: Path) -> list[list[bool]]:
     return told
 
 
+@pytest.mark.slow
 def test_a_wish_of_one_rank_is_known_to_all_at_the_same_step(tmp_path):
     told = on_ranks(2, tmp_path, agreeing)
     assert told[0] == told[1]
@@ -161,6 +163,7 @@ def connecting(rank: int, folder: Path) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 def test_ranks_exchange_once_before_memory_is_measured(tmp_path):
     expected = ["init_process_group", "all_reduce of 1", "new_group"]
     assert [calls[:3] for calls in on_ranks(2, tmp_path, connecting)] == [expected, expected]
@@ -184,6 +187,7 @@ def different(rank: int, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
     assert all("ranks start from different weights" in told for told in on_ranks(2, tmp_path, different))
 
@@ -211,6 +215,7 @@ def test_torchrun_takes_a_pipeline_from_stage_to_stage(tmp_path):
     assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["pretrain", "finetune"]
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_run(tmp_path):
     overrides = [*BASE, "task.max_steps=4"]
     told = torchrun(*overrides, f"output_dir={tmp_path / 'torchrun'}")
@@ -427,6 +432,7 @@ def test_what_spread_weights_cannot_do_is_refused():
         composed(*TINY_PRETRAIN[:-1], "device=auto", "task.compile=graphs", "launcher.sharding=full")
 
 
+@pytest.mark.slow
 def test_a_probe_s_statistics_are_those_of_all_ranks(tmp_path):
     assert run_here(tmp_path / "encoder", *TINY_PRETRAIN, "task.epochs=1") == 0
     overrides = [*TINY, "task=linprobe", "task.batch_size=32", "task.epochs=2", "task.warmup_epochs=0"]

@@ -54,6 +54,7 @@ def check_job(job: Job, paths: Mapping[str, Path]) -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.slow
 def test_every_command_of_every_section_composes_and_passes_the_checks(tmp_path):
     paths = {"DIR": tmp_path / "images", "RUNS": tmp_path / "runs"}
     (paths["DIR"] / "train").mkdir(parents=True)

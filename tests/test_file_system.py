@@ -166,6 +166,7 @@ def test_without_flock_a_file_is_still_fetched_by_one_at_a_time(tmp_path, lacks)
     assert order == ["first", "other"]
 
 
+@pytest.mark.slow
 def test_without_flock_a_search_finishes(pretrained, tmp_path, lacks):
     lacks("flock")
     words = ["task=knn", f"init={pretrained}", *TINY, "task.k=[5]", "task.temperature=interval(0.05,0.1)"]

@@ -20,6 +20,7 @@ def suite(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=850)
 
 
+@pytest.mark.slow
 def test_the_suite_has_every_check_and_skips_all_of_them_with_a_reason_without_a_gpu():
     text = "".join(path.read_text() for path in MODULES)
     numbers = {int(number) for number in re.findall(r"^def test_(\d\d)_", text, re.MULTILINE)}

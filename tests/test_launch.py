@@ -36,9 +36,10 @@ def step_of(run: Path) -> int:
     return max((row["step"] for row in rows), default=0)
 
 
-def wait_for_step(run: Path, process: subprocess.Popen, step: int, seconds: float = 120) -> None:
+def wait_for_step(run: Path, process: subprocess.Popen, step: int, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
-    while step_of(run) < step and process.poll() is None and time.monotonic() < end:
+    while step_of(run) < step and process.poll() is None:
+        assert time.monotonic() < end, f"step {step_of(run)} of {step} after {seconds} s"
         time.sleep(0.02)
 
 
@@ -60,9 +61,10 @@ def undisturbed(tmp_path_factory) -> Path:
     return run
 
 
-def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path, kills):
     run, chance = tmp_path / "run", random.Random(9)
-    for _ in range(5):
+    for _ in range(kills):
         process = started(run)
         wait_for_step(run, process, step_of(run) + chance.randint(1, 12))
         time.sleep(chance.random() * 0.05)

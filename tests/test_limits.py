@@ -99,7 +99,7 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("files", ["ulimit -n 64", "ulimit -Sn 40"])
+@pytest.mark.parametrize("files", [pytest.param("ulimit -n 64", marks=pytest.mark.slow), "ulimit -Sn 40"])
 def test_few_open_files_are_enough_for_worker_processes(photos, tmp_path, files):
     many = ["data.workers=process", "data.num_workers=2", "data.prefetch=8", f"data.root={photos}"]
     done = limited(files, *TINY_PRETRAIN, *FEW, *many, f"output_dir={tmp_path}")

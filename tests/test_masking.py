@@ -175,6 +175,7 @@ def losses(run) -> list[float]:
     return [row["loss"] for row in read_json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_the_masks_of_one(tmp_path):
     base = [*TINY_PRETRAIN, "masking=green", "data.num_workers=0"]
     run_here(tmp_path / "one", *base)

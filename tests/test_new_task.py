@@ -81,6 +81,7 @@ def repository(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_trained_task_is_a_file_its_yaml_and_an_entry_of_the_registry(repository):
     """It trains on two ranks, and its scalar is logged as the mean over the window and the ranks."""
     done = run_copy(

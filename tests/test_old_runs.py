@@ -42,7 +42,7 @@ def test_there_are_three_versions():
     assert len(DATES) == 3
 
 
-@pytest.mark.parametrize(("name", "last"), [("pretrain", 10), ("finetune", 8)])
+@pytest.mark.parametrize(("name", "last"), [("pretrain", 10), pytest.param("finetune", 8, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_checkpoint(old, name, last):
     run = old / name
     before = json.loads((run / "summary.json").read_text())

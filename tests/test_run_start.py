@@ -209,6 +209,7 @@ def test_an_unfinished_run_goes_on_compiled_or_not_and_on_another_device(tmp_pat
 # ---------------------------------------------------------------- choices of groups, sweeps
 
 
+@pytest.mark.slow
 def test_a_model_file_with_another_name_in_it_is_taken_as_chosen(tmp_path):
     (tmp_path / "conf" / "model").mkdir(parents=True)
     text = (ROOT / "conf" / "model" / "vit_nano.yaml").read_text().replace("name: vit_nano", "name: my_vit")

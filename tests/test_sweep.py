@@ -106,6 +106,7 @@ def test_the_best_member_s_command_composes_to_its_config(ratios):
     assert again.task == kept.task and again.model == kept.model and again.seed == kept.seed
 
 
+@pytest.mark.slow
 def test_a_sweep_started_again_runs_only_what_is_missing(ratios):
     kept, lost = ratios / "mask_ratio_0.5", ratios / "mask_ratio_0.75"
     before = {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()}
@@ -234,6 +235,7 @@ def test_only_published_numbers_are_drawn_as_the_paper_s():
     assert depth["linprobe"].points == {1: 65.5, 2: 70.0, 4: 71.9, 8: 73.5, 12: 73.3}
 
 
+@pytest.mark.slow
 def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
     sizes = ["task.max_steps=1", "task.drop_last=true", "task.batch_size=1024,32"]
     told = run_cli("-m", *TINY_PRETRAIN, *sizes, f"hydra.sweep.dir={tmp_path / 's'}")
@@ -268,9 +270,8 @@ def agent_command(path: Path, values: dict) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "layer_decay" else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
 def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_path):
     path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
     ours = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
