@@ -31,7 +31,7 @@ def add(repository: Path, file: str, table: str | None, entry: str | None, code:
 def repository(tmp_path_factory) -> Path:
     copy = copy_program(tmp_path_factory.mktemp("repository"))
     blocks = list(BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()))
-    assert len(blocks) == 12
+    assert len(blocks) == 15
     for block in blocks:
         add(copy, block["file"], block["table"], block["entry"], block["code"])
     return copy
@@ -49,6 +49,15 @@ def test_what_the_recipes_add_runs_together(repository):
     assert (cfg.masking.width, cfg.optimizer.alpha, cfg.augmentation.most) == (2, 0.99, 2.0)
     summary = json.loads((repository / "run" / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["val_loss"] > 0
+
+
+def test_the_data_set_for_segmentation_is_segmented(repository):
+    small = [override for override in TINY if not override.startswith("data.")]
+    arguments = ["task=segment", "data=digit_ink", "data.img_size=16", "task.max_steps=2", "output_dir=segment"]
+    done = run_copy(repository, *small, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((repository / "segment" / "summary.json").read_text())["miou"] > 0
+    assert (repository / "segment" / "iou.csv").read_text().splitlines()[1].startswith("paper,")
 
 
 @pytest.mark.parametrize(

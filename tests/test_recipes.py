@@ -69,6 +69,19 @@ CROSSMAE = PRETRAIN | {
     "model.mask_tokens": "decoder",
     "model.decoder_depth": 12,
 }
+SEGMENT = {
+    "model.img_size": 512,
+    "task.head": "upernet",
+    "task.frozen": False,
+    "task.epochs": 100,
+    "task.batch_size": 16,
+    "task.warmup_epochs": 1.2,
+    "task.eval_size": 512,
+    "augmentation.scale": [0.5, 2.0],
+    "optimizer.base_lr": 1.6e-3,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.betas": [0.9, 0.999],
+}
 SIZES = {
     "vit_small": {"model.embed_dim": 384, "model.depth": 12, "model.num_heads": 6, "model.patch_size": 16},
     "vit_base": {"model.embed_dim": 768, "model.depth": 12, "model.num_heads": 12, "model.patch_size": 16},
@@ -126,6 +139,8 @@ RECIPES = {  # command line -> what it must compose to
     "experiment=attentive_linprobe_vit_base": LINPROBE
     | {"task.epochs": 90, "task.batch_size": 4096, "task.probe": "attentive", "task.probe_queries": 32}
     | {"task.probe_projection": True, "task.layer": -1},
+    "experiment=paper_segment_vit_base": SEGMENT | {"task.drop_path": 0.1, "optimizer.layer_decay": 0.65},
+    "experiment=paper_segment_vit_large": SEGMENT | {"task.drop_path": 0.2, "optimizer.layer_decay": 0.75},
     "experiment=scratch_vit_base": SCRATCH | {"task.epochs": 300, "task.drop_path": 0.1},
     "experiment=scratch_vit_large": SCRATCH | {"task.epochs": 200, "task.drop_path": 0.2},
     "experiment=scratch_vit_huge": SCRATCH | {"task.epochs": 200, "task.drop_path": 0.2},

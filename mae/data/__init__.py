@@ -7,6 +7,7 @@ from mae.data.sources.huggingface import hf
 from mae.data.sources.robustness import robustness
 from mae.data.sources.scientific import scientific_folder
 from mae.data.sources.segmentation import segmentation_bands, segmentation_folder
+from mae.data.sources.segmentation_sets import ade20k, cityscapes, oxford_pets, voc2012
 from mae.data.sources.table import table
 from mae.data.sources.torchvision import cifar10, cifar100, digits, fashion_mnist, stl10
 
@@ -34,4 +35,8 @@ SOURCES = {
     "digit_scenes": digit_scenes,
     "segmentation_folder": segmentation_folder,
     "segmentation_bands": segmentation_bands,
+    "ade20k": ade20k,
+    "cityscapes": cityscapes,
+    "oxford_pets": oxford_pets,
+    "voc2012": voc2012,
 }

@@ -11,7 +11,7 @@ from mae.errors import UserError
 
 STAGES = 4  # blocks that a decoder of several resolutions reads
 COARSEST = 32  # pixels of the image for one of DPT's coarsest features
-UPERNET_WIDTH = 512  # channels, as BEiT's recipe for UPerNet on a ViT-B has them
+UPERNET_WIDTH = 512  # channels, as in mmsegmentation on ResNets; BEiT's code has as many as the encoder
 CONV_SEG_STD = 0.01  # mmsegmentation's BaseDecodeHead: normal_init of conv_seg
 
 
