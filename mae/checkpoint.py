@@ -169,16 +169,18 @@ class Checkpoints:
         weights: Mapping[str, Tensor],
         trainer: Mapping[str, Any],
         best: bool = False,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Copies the state aside and writes it in the background; `best` lets `checkpoints/best` point there.
 
-        Raises the error of an earlier write.
+        The manifest holds `facts` beside its own. Raises the error of an earlier write.
         """
         self.wait()
         self.saved_at, self._told_late = time.monotonic(), False
         staged = {name: self._stage(f"weights/{name}", tensor) for name, tensor in weights.items()}
         rest = self._stage_tree("trainer", trainer)
-        self._thread = threading.Thread(target=self._write, args=(step, epoch, staged, rest, best), daemon=False)
+        about = {"step": step, "epoch": epoch, "saved": time.time(), **(facts or {})}
+        self._thread = threading.Thread(target=self._write, args=(step, staged, rest, about, best), daemon=False)
         self._thread.start()
 
     def _stage(self, key: str, tensor: Tensor) -> Tensor:
@@ -198,10 +200,12 @@ class Checkpoints:
             return type(value)(self._stage_tree(f"{key}/{i}", v) for i, v in enumerate(value))
         return value
 
-    def _write(self, step: int, epoch: float, weights: dict[str, Tensor], trainer: dict[str, Any], best: bool) -> None:
+    def _write(
+        self, step: int, weights: dict[str, Tensor], trainer: dict[str, Any], about: dict[str, Any], best: bool
+    ) -> None:
         try:
             path = self.run / "checkpoints" / step_name(step)
-            write(path, weights, trainer, {"step": step, "epoch": epoch, "saved": time.time()})
+            write(path, weights, trainer, about)
             if best:
                 point_to(path, self.run / "checkpoints" / BEST)
             self._remove_old(step)

@@ -118,7 +118,8 @@ class Training:
                     "images": self.images,
                     "config": OmegaConf.to_yaml(self.cfg),
                 }
-                self.saver.save(self.progress.step, self.epoch, weights, trainer, self.best_unsaved)
+                facts = self.task.weights_facts()
+                self.saver.save(self.progress.step, self.epoch, weights, trainer, self.best_unsaved, facts)
             self.best_unsaved = False
 
     def restore(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Contradictions in what a probe reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -9,12 +9,8 @@ def probe_contradictions(cfg: Mapping[str, Any]) -> Iterator[str]:
     task, width, depth = cfg["task"], cfg["model"]["embed_dim"], cfg["model"]["depth"]
     if task["name"] != "linprobe":
         return
-    layer, queries = task["layer"], task["probe_queries"]
-    if layer is not None and not -depth <= layer < depth:
-        yield (
-            f"task.layer={layer} is none of the {depth} blocks: {-depth} to {depth - 1}, or null for the output of the "
-            "last norm."
-        )
+    queries = task["probe_queries"]
+    yield from _layer_contradictions(task["layer"], depth)
     if task["probe"] != "attentive":
         return
     if width % queries:
@@ -29,3 +25,30 @@ def probe_contradictions(cfg: Mapping[str, Any]) -> Iterator[str]:
             "task.global_pool=avg is for task.probe=linear, and an attentive probe pools by its queries: set "
             "task.global_pool=token."
         )
+
+
+def probed_layers(layer: Sequence[int | None] | str | int | None, depth: int) -> list[int | None]:
+    """The layers that `task.layer` names; `all` are those of every block."""
+    if isinstance(layer, str):
+        return list(range(depth))
+    return [layer] if layer is None or isinstance(layer, int) else list(layer)
+
+
+def _layer_contradictions(layer: list[int | None] | str | int | None, depth: int) -> Iterator[str]:
+    layers = probed_layers(layer, depth)
+    for each in layers:
+        if each is not None and not -depth <= each < depth:
+            yield (
+                f"task.layer={each} is none of the {depth} blocks: {-depth} to {depth - 1}, or null for the output of "
+                "the last norm."
+            )
+            return
+    if not layers:
+        yield "task.layer must name one layer or more, got []."
+    blocks = [each if each is None else each % depth for each in layers]
+    for number, block in enumerate(blocks):
+        if block in blocks[:number]:
+            text = ["null" if each is None else str(each) for each in layers]
+            twice = " and ".join(text[k] for k, other in enumerate(blocks) if other == block)
+            yield f"task.layer=[{','.join(text)}] names one layer twice ({twice}): remove one of them."
+            return

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,7 +29,7 @@ from mae.runs.bad_step import read_replay
 from mae.runs.files import read_json_lines
 from mae.runs.layout import METRICS
 from mae.runs.locks import held_run
-from mae.runs.summary import Summary, is_finished
+from mae.runs.summary import BEST_LAYER, LAYERS, Summary, is_finished
 from mae.tasks import registry
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,18 @@ def closing_lines(run: Path, summary: Summary) -> str:
     if isinstance(value, list):
         value = " ".join(value)
     result = f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+    if BEST_LAYER in summary.results:
+        result += f" ({best_layer(summary.results)})"
     folder, commands = typed_path(run), registry.TASKS[summary.task].next_commands
     lines = [f"  {as_typed(command).replace('init=RUN', pasted('init', folder))}\n" for command in commands]
     return "".join(["Next:\n", *lines] if lines else [""]) + f"{result}  {folder}\n"
+
+
+def best_layer(results: Mapping[str, object]) -> str:
+    """Which layer's probe a run holds, as a fragment of a sentence."""
+    layer, layers = results[BEST_LAYER], results[LAYERS]
+    assert isinstance(layers, Mapping)
+    return f"task.layer={'null' if layer is None else layer}, the best of {len(layers)} on the validation images"
 
 
 def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, int]:

@@ -1,5 +1,6 @@
 """Vision transformers: the autoencoder's encoder, and classifiers, which are timm's VisionTransformer on our blocks."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,17 +116,27 @@ class Classifier(VisionTransformer):
 
 def block_output(model: VisionTransformer, images: Tensor, layer: int) -> Tensor:
     """Tokens (B, N, D) after a block, 0 the first and -1 the last, without a norm."""
+    return layer_tokens(model, images, [layer])[0]
+
+
+def layer_tokens(model: VisionTransformer, images: Tensor, layers: Sequence[int | None]) -> list[Tensor]:
+    """Tokens (B, N, D) after each of `layers` in one pass: blocks as in `block_output`, None after the last norm."""
+    depth = len(model.blocks)
+    blocks = [depth - 1 if layer is None else layer % depth for layer in layers]
+    numbers = sorted(set(blocks))
     outputs = model.forward_intermediates(
         images,
-        indices=[layer % len(model.blocks)],
+        indices=numbers,
         return_prefix_tokens=True,
         stop_early=True,
         output_fmt="NLC",
         intermediates_only=True,
     )
     assert isinstance(outputs, list)
-    patches, prefix = outputs[0]  # timm's annotation names only the first
-    return torch.cat([prefix, patches], 1)
+    if model.num_prefix_tokens:  # each is then a pair, of which timm's annotation names only the first
+        outputs = [torch.cat([prefix, patches], 1) for patches, prefix in outputs]
+    tokens = dict(zip(numbers, outputs, strict=True))
+    return [model.norm(tokens[k]) if layer is None else tokens[k] for layer, k in zip(layers, blocks, strict=True)]
 
 
 def classifier(

@@ -23,6 +23,7 @@ from mae.report.html import data_url, page
 from mae.report.record import compared, read_record, starts
 from mae.report.trend import still_learning
 from mae.runs.files import read_json_lines, write_text
+from mae.runs.layout import LAYERS_CSV
 from mae.tasks.registry import METRICS, TASKS, VAL_LOSS
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def page_data(run: Path) -> dict[str, object]:
         "command": record.command,
         "series": curves(run, cfg),
         "pictures": [slider for path in runs for slider in pictures(path)],
+        "layers": layer_table(run),
         "classes": next((tables for path in reversed(runs) if (tables := class_tables(path))), None),
         "config": compared(cfg, record.overrides),
         "events": [[f"step {row.get('step')}", str(row.get("event"))] for row in record.events] + bad_files(run),
@@ -158,6 +160,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def layer_table(run: Path) -> list[list[str]]:
+    """The header and rows of a probe of several layers; none of any other run."""
+    rows = rows_of(run / LAYERS_CSV)
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
 
 
 def class_tables(run: Path) -> dict[str, object] | None:

@@ -18,6 +18,7 @@ from mae.runs.layout import CHECKPOINTS, FORMAT, FORMAT_KEY
 log = logging.getLogger(__name__)
 
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
+PROBED_LAYER = "probed_layer"  # in a manifest and an export's metadata: the block whose output its classifier reads
 BEST = "best"  # a link to the checkpoint that validated best
 
 

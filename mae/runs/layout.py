@@ -15,5 +15,6 @@ LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 CLASSES = "classes.json"  # of a classifier: names in the order of its logits
+LAYERS_CSV = "layers.csv"  # of a probe of several layers
 BAD_STEP = "bad_step"  # the first step that was not finite, and its replay: see `mae.runs.bad_step`
 SLURM = "slurm"  # jobs, attempts and their verdicts

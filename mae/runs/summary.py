@@ -9,6 +9,7 @@ from typing import Any
 from mae.runs.files import read_json, write_json
 from mae.runs.layout import SUMMARY
 
+BEST_LAYER, LAYERS = "best_layer", "layers"  # among the results of a probe of several layers
 VAL_IMAGES = "val_images"  # among the results: how many validation images an accuracy is of
 
 

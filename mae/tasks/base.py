@@ -130,10 +130,14 @@ class TrainedTask(nn.Module, Generic[Network]):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `extra_state` returned."""
 
+    def weights_facts(self) -> dict[str, object]:
+        """What no tensor of `model` tells and a reader of its weights needs, for a checkpoint's manifest."""
+        return {}
+
     def on_train_end(self, run: Path, step: int, tracker: Tracker) -> None:
         """Writes what is made once, after the last validation. On rank 0 alone."""
 
-    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """The results in summary.json; `metrics` are those of the last validation."""
         return {name.removeprefix("val/"): value for name, value in metrics.items()}
 

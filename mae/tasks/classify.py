@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -71,6 +72,6 @@ class Classify(TrainedTask[Classifier]):
     def load_extra_state(self, state: Mapping[str, float]) -> None:
         self.best = state["best"]
 
-    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         images = {} if self.results is None else {VAL_IMAGES: len(self.results)}
         return super().summary(metrics) | {"best_top1": self.best} | images

@@ -3,7 +3,8 @@
 An attentive probe pools the patch tokens by attention before them (arXiv 2506.10178).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mae.config.build import call
 from mae.data.source import Source
 from mae.errors import UserError
+from mae.metrics import Results
 from mae.models.probe import AttentivePool
 from mae.models.vit import Classifier, classifier
 from mae.tasks.base import Autocast
@@ -27,29 +29,31 @@ from mae.weights.read import read_pretrained
 HEAD_STD = 0.01  # reference, main_linprobe, after MoCo v3
 
 
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What a probe is and reads, as in `conf/task/linprobe.yaml`."""
+
+    probe: Literal["linear", "attentive"]
+    probe_queries: Annotated[int, "[1, inf)"]
+    probe_projection: bool
+    layer: int | list[int | None] | Literal["all"] | None
+    global_pool: Literal["avg", "token"]
+    cached_features: bool  # read, like learning_rates, by `linprobe_cached`
+    learning_rates: list[Annotated[float, "(0, inf)"]] | None
+
+
 class Linprobe(Classify):
     """Learn a linear classifier on the features of the encoder that `init` names."""
 
     compiled = ("encode",)
+    several = False  # whether it probes several layers, and batches of features have an axis of them
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        val_set: Source,
-        *,
-        probe: Literal["linear", "attentive"],
-        probe_queries: Annotated[int, "[1, inf)"],
-        probe_projection: bool,
-        layer: int | None,
-        global_pool: Literal["avg", "token"],
-        cached_features: bool,  # read, like learning_rates, by `linprobe_cached`
-        learning_rates: list[Annotated[float, "(0, inf)"]] | None,
-    ):
+    def __init__(self, cfg: DictConfig, val_set: Source, settings: ProbeSettings, layer: int | None):
         super().__init__(cfg, val_set)
-        classes, queries = len(self.classes), probe_queries if probe == "attentive" else 0
-        pool = "" if queries else global_pool
+        classes, queries = len(self.classes), settings.probe_queries if settings.probe == "attentive" else 0
+        pool = "" if queries else settings.global_pool
         self.model = call(classifier, cfg.model, num_classes=classes, drop_path=0.0, global_pool=pool)
-        add_probe(self.model, classes, queries, probe_projection, layer)
+        add_probe(self.model, classes, queries, settings.probe_projection, layer)
         self.model.requires_grad_(False)
         self.head.requires_grad_(True)
 
@@ -59,6 +63,15 @@ class Linprobe(Classify):
         head = self.model.get_submodule("head")
         assert isinstance(head, nn.Sequential)
         return head
+
+    @property
+    def layer_heads(self) -> list[nn.Sequential]:
+        """The probe of each layer."""
+        return [self.head]
+
+    def take_results(self, results: Sequence[Results]) -> None:
+        """Takes the results of each layer as those of the last validation."""
+        self.results = results[0]
 
     def load_init(self) -> None:
         pretrained = read_pretrained(need_init(self.cfg))
@@ -91,7 +104,11 @@ class Linprobe(Classify):
                 "task=linprobe normalises over a batch, and one of a single image came: raise task.batch_size or "
                 "task.micro_batch_size, and keep task.drop_last=true."
             )
-        return {"loss": F.cross_entropy(self.probe(features), batch["label"])}
+        return self.objective(self.probe(features), batch["label"])
+
+    def objective(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """What `loss` returns, of what `probe` returns and labels (B,)."""
+        return {"loss": F.cross_entropy(logits, label)}
 
     def logits(self, batch: Mapping[str, Tensor], autocast: Autocast) -> Tensor:
         with autocast():

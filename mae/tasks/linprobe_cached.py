@@ -1,4 +1,4 @@
-"""Linear probing on features computed once, for several learning rates in one pass."""
+"""Probing on features computed once, for several learning rates and layers in one pass."""
 
 import contextlib
 import copy
@@ -7,7 +7,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.metrics import Collector, Results
 from mae.plan import Plan, make_plan, steps_in_epoch
-from mae.runs.summary import VAL_IMAGES, Summary
+from mae.runs.summary import LAYERS, VAL_IMAGES, Summary
 from mae.tasks.base import training_summary
 from mae.tasks.batches import both_sets, eval_loader, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.init_weights import same_weights
 from mae.tasks.linprobe import Linprobe, probe_head
+from mae.tasks.linprobe_layers import LayersProbe, linprobe
 from mae.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def probe_features(
     learning_rates: list[float] | None,
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> Summary:
-    """Features of centre-cropped images, then a head for each of `learning_rates` (x batch / 256).
+    """Features of centre-cropped images, then for each layer a head for each of `learning_rates` (x batch / 256).
 
     The head that validates best becomes the run's checkpoint. Every rank computes the same heads. Raises UserError
     where the training set is smaller than a batch.
@@ -90,7 +91,7 @@ def probe_features(
     begun = time.perf_counter()
     torch.manual_seed(cfg.seed)
     train_set, val_set = both_sets(cfg)
-    task = call(Linprobe, cfg.task, cfg, val_set)
+    task = call(linprobe, cfg.task, cfg, val_set)
     task.check_data(train_set, val_set)
     task.load_init()
     same_weights(ranks, task.model)
@@ -107,26 +108,61 @@ def probe_features(
 
     rates = learning_rates or [cfg.optimizer.base_lr]
     plan = call(make_plan, cfg.task, len(train_set), steps_in_epoch(len(train_set), batch_size, drop_last=True), 1)
-    if task.model.reads_patches:
-        probes = AttentiveProbes(task.head, rates)
-    else:
-        probes = Probes(train.feature.shape[1], len(task.classes), rates).to(ranks.device)
-    _train(cfg, probes, train, plan)
-    results = _validate(probes, val, batch_size if task.model.reads_patches else len(val.label))
-    best = max(range(len(rates)), key=lambda k: results[k].top(1))
-    task.head.load_state_dict(probes.whole(best).state_dict())
-    top1_by_rate = {f"{rate:g}": each.top(1) for rate, each in zip(rates, results, strict=True)}
+    probes = initial_probes(task, rates).to(ranks.device)
+    numbers = range(len(task.layer_heads))
+    outcomes = [_probe_layer(cfg, task, copy.deepcopy(probes), k, (train, val), plan) for k in numbers]
+    task.take_results([outcome.results for outcome in outcomes])
     seconds = time.perf_counter() - begun
-    task.results = results[best]
-    _write(run, ranks, tracker, task, plan, top1_by_rate)
-    extra = {"best_lr": rates[best], "top1_by_lr": top1_by_rate, VAL_IMAGES: len(results[best])}
-    return training_summary("linprobe", plan, seconds, results[best].metrics() | extra)
+    outcome = next(outcome for outcome in outcomes if outcome.results is task.results)
+    _write(run, ranks, tracker, task, plan, outcome.top1_by_rate)
+    extra = {"best_lr": outcome.rate, "top1_by_lr": outcome.top1_by_rate, VAL_IMAGES: len(outcome.results)}
+    if isinstance(task, LayersProbe):
+        extra |= task.layer_summary()
+        for row, each in zip(extra[LAYERS].values(), outcomes, strict=True):
+            row["best_lr"] = each.rate
+    return training_summary("linprobe", plan, seconds, outcome.results.metrics() | extra)
+
+
+class Outcome(NamedTuple):
+    """What probing a layer gave: the best of its rates."""
+
+    rate: float
+    results: Results
+    top1_by_rate: dict[str, float]
+
+
+def initial_probes(task: Linprobe, rates: list[float]) -> Probes | AttentiveProbes:
+    """A probe a rate, with initial weights."""
+    if task.model.reads_patches:
+        return AttentiveProbes(task.head, rates)
+    return Probes(task.model.embed_dim, len(task.classes), rates)
+
+
+def _probe_layer(
+    cfg: DictConfig,
+    task: Linprobe,
+    probes: Probes | AttentiveProbes,
+    number: int,
+    features: tuple[Features, Features],
+    plan: Plan,
+) -> Outcome:
+    """Trains the probes of a layer on the first of `features`, validates on the second, and gives `task` the best."""
+    if task.several:
+        train, val = (each._replace(feature=each.feature[:, number]) for each in features)
+    else:
+        train, val = features
+    _train(cfg, probes, train, plan)
+    results = _validate(probes, val, plan.batch_size if task.model.reads_patches else len(val.label))
+    best = max(range(len(results)), key=lambda k: results[k].top(1))
+    task.layer_heads[number].load_state_dict(probes.whole(best).state_dict())
+    top1_by_rate = {f"{rate:g}": each.top(1) for rate, each in zip(probes.rates, results, strict=True)}
+    return Outcome(probes.rates[best], results[best], top1_by_rate)
 
 
 def _features(cfg: DictConfig, task: Linprobe, ranks: Ranks, source: Source, dtype: torch.dtype) -> Features:
     """Features of a whole data set, on the device."""
     if task.model.reads_patches:
-        size = len(source) * task.model.patch_embed.num_patches * task.model.embed_dim * 4
+        size = len(source) * task.model.patch_embed.num_patches * task.model.embed_dim * 4 * len(task.layer_heads)
         log.info("the tokens of %d images take %.2f GiB of each rank's memory", len(source), size / 2**30)
     loader = eval_loader(cfg, ranks, source, cfg.task.micro_batch_size or min(256, cfg.task.batch_size))
     features = extract(task.features, sent(loader, ranks), ranks, partial(device.autocast, dtype, ranks.device))
@@ -190,9 +226,11 @@ def _write(
     tracker.start(0, step)
     tracker.log(position | {f"val/top1_lr_{rate}": value for rate, value in top1_by_rate.items()})
     assert task.results is not None
-    tracker.log(position | {f"val/{name}": value for name, value in task.results.metrics().items()})
+    by_layer = task.by_layer() if isinstance(task, LayersProbe) else {}
+    tracker.log(position | {f"val/{name}": value for name, value in task.results.metrics().items()} | by_layer)
     if ranks.main:
         task.log_images(run, step, epoch, tracker, contextlib.nullcontext)
         task.on_train_end(run, step, tracker)
         state = task.model.state_dict()
-        checkpoint.write(run / "checkpoints" / checkpoint.step_name(step), state, {}, {"step": step, "epoch": epoch})
+        about = {"step": step, "epoch": epoch, **task.weights_facts()}
+        checkpoint.write(run / "checkpoints" / checkpoint.step_name(step), state, {}, about)

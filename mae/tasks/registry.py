@@ -57,7 +57,7 @@ TASKS = {
         next_commands=(EVALUATE, "python run.py task=export init=RUN"),
     ),
     "linprobe": TaskEntry(
-        "tasks.linprobe:Linprobe",
+        "tasks.linprobe_layers:linprobe",
         "linear probe",
         trains=True,
         stage=True,

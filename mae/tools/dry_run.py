@@ -23,6 +23,7 @@ from mae.models.target import ShapesOnly
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.base import build_task
+from mae.tasks.linprobe_layers import LayersProbe
 from mae.tasks.registry import TASKS
 from mae.tools.bottlenecks import host_work
 from mae.tools.cost import Flops, estimate_cost, forward_flops
@@ -46,7 +47,11 @@ def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
     classes = [str(i) for i in range(cfg.data.num_classes or 0)]
     no_images = Arrays(torch.empty(0, 1, 1, 1), None, classes, "")  # of which only the classes matter
     with torch.device("meta"):
-        model = build_task(with_values(cfg, init=None), no_images).trained
+        task = build_task(with_values(cfg, init=None), no_images)
+    model = task.trained
+    if isinstance(task, LayersProbe):
+        model = task.model
+        model.add_module("heads", task.heads)  # which are counted too
     assert isinstance(model, MaskedAutoencoder | VisionTransformer)
     if isinstance(model, MaskedAutoencoder):
         model.target.to("meta")  # a teacher is read into memory

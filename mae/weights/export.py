@@ -16,12 +16,12 @@ from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
 from mae.models.targets import PixelTarget
 from mae.models.vit import Classifier
+from mae.runs.checkpoints import PROBED_LAYER
 from mae.weights.export_card import Facts, card
 from mae.weights.export_files import sort_metadata, staged, target_of
 from mae.weights.export_graphs import to_onnx, to_torch_export
 from mae.weights.export_huggingface import to_huggingface
 from mae.weights.export_state import Architecture, architecture, encoder_weights, weights
-from mae.weights.heads import PROBED_LAYER
 from mae.weights.names import State
 
 TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs

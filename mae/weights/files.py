@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from mae.errors import UserError
-from mae.runs.checkpoints import MANIFEST, WEIGHTS, checkpoints_of, damage
+from mae.runs.checkpoints import MANIFEST, PROBED_LAYER, WEIGHTS, checkpoints_of, damage
 from mae.runs.files import read_json
 from mae.runs.layout import CHECKPOINTS, CLASSES
 from mae.weights import unpickle
@@ -123,7 +123,10 @@ def _open_file(path: Path, verified: bool = False) -> Opened:
         opened = _select(_load_torch(path), path, "torch")
     if ours:
         opened.origin = "ours"
-        opened.meta.step = read_json(path.parent / MANIFEST).get("step")
+        manifest = read_json(path.parent / MANIFEST)
+        opened.meta.step = manifest.get("step")
+        if PROBED_LAYER in manifest:
+            opened.meta.args[PROBED_LAYER] = manifest[PROBED_LAYER]
         opened.meta.config = _read_config(path.parent.parent.parent / "config.yaml")
     else:
         opened.meta.config = _read_config(path.parent / "config.json")

@@ -30,7 +30,6 @@ LAST_LAYERS = {
     "dpt": "decode_head.segmentation_head.head.4.weight",
     "upernet": "decode_head.segmentation_head.0.weight",
 }
-PROBED_LAYER = "probed_layer"  # in an export's metadata: the block whose output its classifier reads
 
 
 def contents(state: State) -> str:

@@ -11,10 +11,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from mae.runs.checkpoints import PROBED_LAYER
 from mae.weights.files import Metadata, Opened, Settings, open_checkpoint, section
 from mae.weights.heads import (
     LAST_LAYERS,
-    PROBED_LAYER,
     DecodeHeadKind,
     Head,
     contents,
@@ -110,7 +110,7 @@ class PretrainedWeights:
     def _probed_layer(self) -> int | None:
         """The block that a probe of ours reads, as the files beside the tensors say."""
         task = section(self.meta.config, "task")
-        layer = task.get("layer") if task.get("name") == "linprobe" else self.meta.args.get(PROBED_LAYER)
+        layer = self.meta.args.get(PROBED_LAYER, task.get("layer") if task.get("name") == "linprobe" else None)
         return layer if isinstance(layer, int) else None
 
     def _settings(self, *keys: str) -> list[object]:

@@ -54,6 +54,14 @@ function slider(group) {
   return el("div", {class: "card pictures"}, el("h3", {}, group.name), image, last ? range : null, caption);
 }
 
+function layers(run) {
+  if (run.layers.length < 2) return [];
+  const [head, ...rows] = run.layers, best = Math.max(...rows.map((r) => Number(r[1])));
+  return [el("h2", {}, "Layers"), el("div", {class: "card", id: "layers"}, el("h3", {}, "A probe of each layer, from one pass of the encoder"),
+    el("table", {}, el("tr", {}, ...head.map((t) => el("th", {}, t))), ...rows.map((r) => el("tr", {class: Number(r[1]) === best ? "changed" : ""},
+      el("td", {}, el("code", {}, `task.layer=${r[0]}`)), ...r.slice(1).map((v) => el("td", {class: "number"}, shown(Number(v))))))))];
+}
+
 function classes(run) {
   const c = run.classes;
   if (!c) return [];
@@ -124,7 +132,7 @@ function oneRun(run) {
   const parts = [el("h1", {}, run.name, el("span", {class: `badge ${run.state}`}, run.state)), el("p", {class: "soft"}, run.about), tiles(run)];
   if (run.learning) parts.push(el("p", {id: "learning"}, el("b", {}, "Is it still learning? "), run.learning));
   if (run.pictures.length) parts.push(el("h2", {}, "Pictures"), ...run.pictures.map(slider));
-  parts.push(...curves([run]), ...classes(run), ...settings(run), ...pairs("Events", "events", run.events),
+  parts.push(...curves([run]), ...layers(run), ...classes(run), ...settings(run), ...pairs("Events", "events", run.events),
     ...pairs("Environment", "environment", run.environment));
   return parts;
 }
