@@ -4,6 +4,7 @@ Every key of a group has its type and range from the signature that it is checke
 from the YAML.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,15 +36,32 @@ class Key:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     pages = {"reference/config.md": config_page(), "reference/tasks.md": tasks_page(), "index.md": first_page()}
+    pages["tour.md"] = notebook_page(ROOT / "docs" / "tour.ipynb")
     pages |= {name.lower(): (ROOT / name).read_text().replace("](docs/", "](") for name in REPOSITORY_FILES}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
+def notebook_page(path: Path) -> str:
+    """A notebook's text, code, and outputs."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {"text/plain": output.get("text", [])})
+            if "image/png" in shown:
+                parts.append(f'<img alt="output" src="data:image/png;base64,{shown["image/png"]}">')
+            else:
+                parts.append(f"```text\n{''.join(shown['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def first_page() -> str:
     """The README, whose links lead to docs/ and to files beside it."""
     text = (ROOT / "README.md").read_text().replace("](docs/", "](").replace('src="docs/', 'src="')
+    text = text.replace("](tour.ipynb", "](tour.md")
     return text.replace("](CONTRIBUTING.md", "](contributing.md").replace("](CHANGELOG.md", "](changelog.md")
 
 
