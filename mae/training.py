@@ -155,10 +155,15 @@ def load_training(
         ranks.world,
         drop_last=cfg.task.drop_last,
         masking=task.masking,
-        mask_ratios=task.mask_ratios,
+        mask_ratios=() if task.phases else task.mask_ratios,
+        phases=task.phases,
     )
     transform, settings = build(AUGMENTATIONS, cfg.augmentation), call(LoaderSettings, cfg.data)
-    loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), ranks.device.type == "cuda")
+    for phase in task.phases:
+        log.info("task.img_size_schedule: images of %s", phase)
+    by_phase = [build(AUGMENTATIONS, {**cfg.augmentation, "img_size": [*phase.size]}) for phase in task.phases]
+    pinned = ranks.device.type == "cuda"
+    loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), pinned, by_phase)
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     check_batches(plan, cfg.task, cfg.data.repeats)
     return loader, plan

@@ -82,6 +82,7 @@ SEGMENT = {
     "optimizer.weight_decay": 0.05,
     "optimizer.betas": [0.9, 0.999],
 }
+FAST = {"task.epochs": 100, "task.warmup_epochs": 5, "task.mask_ratio": 0.9, "model.decoder_depth": 1}
 SIZES = {
     "vit_small": {"model.embed_dim": 384, "model.depth": 12, "model.num_heads": 6, "model.patch_size": 16},
     "vit_base": {"model.embed_dim": 768, "model.depth": 12, "model.num_heads": 12, "model.patch_size": 16},
@@ -114,6 +115,12 @@ RECIPES = {  # command line -> what it must compose to
     | {"task.norm_pix_loss": False, "task.clip_grad": 0.02, "masking.name": "block", "target.cell": 8}
     | {"optimizer.base_lr": 2e-4, "optimizer.min_lr": 1e-6, "optimizer.betas": [0.9, 0.999]}
     | {"augmentation.scale": [0.5, 1.0], "model.decoder": "linear", "model.mask_tokens": "encoder"},
+    "experiment=dailymae_pretrain_vit_base": PRETRAIN
+    | {"task.epochs": 800, "task.img_size_schedule": [[0, 160, 0.5], [200, 192, 0.66], [400, 224, 0.75]]},
+    "experiment=fast_pretrain_vit_base": PRETRAIN | FAST,
+    "experiment=fast_growing_pretrain_vit_base": PRETRAIN
+    | FAST
+    | {"task.img_size_schedule": [[0, 160, 0.8], [25, 192, 0.86], [50, 224, 0.9]]},
     "experiment=seed_pretrain_vit_base": PRETRAIN | {"task.epochs": 400, "task.micro_batch_size": 128},
     "experiment=seed_pretrain_vit_large": PRETRAIN | {"task.epochs": 400},
     "task=finetune model=vit_base": finetune(100, 5e-4, 0.65, 0.1),

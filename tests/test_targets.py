@@ -73,7 +73,7 @@ def make(name: str, script: Path, patches: Patches | None = None, **settings: ob
     """A target of small images, with the settings that its YAML has for them."""
     of = patches or Patches(GRID, SIDE, 3, name == "pixels", read_teacher=small_teacher)
     defaults: dict[str, dict[str, object]] = {
-        "pca": {"components": 5, "images": None},
+        "pca": {"components": 5, "images": None, "fitted": None},
         "hog": {"orientations": 9, "cell": 4},
         "features": {"teacher": "small", "layer": 2, "loss": "mse"},
         "tokens": {"file": str(script), "vocabulary": VOCABULARY},
@@ -152,7 +152,7 @@ def test_pictures_show_targets_and_predictions_apart(name, script):
 
 def test_pca_is_scikit_learns():
     sklearn = pytest.importorskip("sklearn.decomposition")
-    target = PcaTarget(Patches(GRID, SIDE, 3, False), components=7, images=None)
+    target = PcaTarget(Patches(GRID, SIDE, 3, False), components=7, images=None, fitted=None)
     patches = rows(rand(60, 3, 16, 24) * rand(1, 3, 16, 24, seed=2)).double() + 3
     target.estimate(patches.split(7), lambda sums: sums)
     theirs = sklearn.PCA(7, svd_solver="full").fit(patches.flatten(0, 1).numpy())
@@ -160,16 +160,59 @@ def test_pca_is_scikit_learns():
     np.testing.assert_allclose(target.mean.numpy(), theirs.mean_, atol=1e-6)
     expected = theirs.transform(patches[0].numpy())
     np.testing.assert_allclose(target.double()(patches[:1], patches[:1])[0].numpy(), expected, atol=1e-5)
-    halves = PcaTarget(Patches(GRID, SIDE, 3, False), components=7, images=None)  # as two ranks would
+    halves = PcaTarget(Patches(GRID, SIDE, 3, False), components=7, images=None, fitted=None)  # as two ranks would
     sums: list[Tensor] = []
     for half in (patches[:31], patches[31:]):
         halves.estimate([half], lambda values: sums.append(values) or values)
     halves.estimate([], lambda values: sums[0] + sums[1])
     torch.testing.assert_close(halves.basis.double(), target.basis, atol=1e-6, rtol=0)
-    whole = PcaTarget(Patches(GRID, SIDE, 3, False), components=192, images=None)
+    whole = PcaTarget(Patches(GRID, SIDE, 3, False), components=192, images=None, fitted=None)
     whole.estimate([patches], lambda values: values)
     back = whole.double().to_pixels(whole(patches, patches), patches)
     torch.testing.assert_close(back, patches, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["data.in_chans=1", "data.mean=[0.4]", "data.std=[0.2]", "model.patch_size=[4,8]"]]
+)
+def test_pca_of_the_pass_of_stats_is_that_of_the_start(tmp_path, more):
+    tiny = [*TINY, *more, "target=pca", "target.components=9", "target.images=50"]
+    of_stats = [override for override in tiny if not override.startswith("task.")]
+    assert run_here(tmp_path / "stats", "task=stats", *of_stats) == 0
+    one_step = [*TINY_PRETRAIN, *tiny, "task.max_steps=1"]
+    run_here(tmp_path / "start", *one_step)
+    run_here(tmp_path / "file", *one_step, f"target.fitted={tmp_path / 'stats'}")
+    weights = [checkpoint.read_weights(checkpoint.checkpoints_of(tmp_path / run)[-1]) for run in ("start", "file")]
+    for name in ("target.basis", "target.mean"):
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=2e-6, rtol=0)
+    log = (tmp_path / "file" / "log.txt").read_text()
+    assert f"fitted from {tmp_path / 'stats'}" in log and "training images" not in log
+    assert "fitting target=pca to 50 training images" in (tmp_path / "start" / "log.txt").read_text()
+
+
+def test_sums_of_other_patches_are_refused(tmp_path):
+    run_here(tmp_path, "task=stats", *(o for o in TINY if not o.startswith("task.")), "target=pca")
+    for fitted, patches, sentence in (
+        (
+            tmp_path,
+            Patches((2, 2), (8, 8), 3, False),
+            r"is of model.patch_size=\[4, 4\], and this model has \[8, 8\]: run",
+        ),
+        (
+            tmp_path,
+            Patches((2, 2), (4, 4), 3, False),
+            r"is of model.img_size=\[16, 16\], and this model has \[8, 8\]: run",
+        ),
+        (tmp_path, Patches((4, 4), (4, 4), 1, False), r"is of model.in_chans=3, and this model has 1: run task=stats"),
+        (tmp_path / "log.txt", Patches((4, 4), (4, 4), 3, False), r"log.txt holds no sums of patches: name a run of"),
+        (
+            tmp_path / "none",
+            Patches((4, 4), (4, 4), 3, False),
+            r"none holds no sums of patches: name a run of task=stats",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            PcaTarget(patches, components=3, images=None, fitted=str(fitted)).fit_from_file()
 
 
 def plain_hog(image: np.ndarray, cell: int) -> np.ndarray:

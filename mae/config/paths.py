@@ -22,6 +22,7 @@ KEYS = (
     "task.files",
     "target.teacher",
     "target.file",
+    "target.fitted",
 )
 TYPED = "paths.yaml"  # of a run: its relative paths as they were typed, and the directory in which they were
 DIRECTORY = "working_directory"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae.config.phase_rules import img_size_schedule
 from mae.config.schema import table
 from mae.config.values import near, pair
 
@@ -62,4 +63,4 @@ def _target(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield f"task.mask_ratio must be a number or [low, high] with low < high, got {ratio}."
 
 
-RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_masks, _decoder, _target]
+RULES: list[Callable[[Mapping[str, Any]], Iterator[str]]] = [_masks, _decoder, _target, img_size_schedule]

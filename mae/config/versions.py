@@ -48,6 +48,7 @@ MIGRATIONS = (
             "masking": {"name": "random"},
             "task=export": {"push_to_hub": None},
             "target": {"name": "pixels"},
+            "target=pca": {"fitted": None},
             "model": {"decoder": "self", "mask_tokens": "decoder"},
             "task=pretrain": {
                 **OF_TRAINING,
@@ -55,6 +56,7 @@ MIGRATIONS = (
                 "rankme": None,
                 "online_probe": False,
                 "online_probe_lr": 1.0e-3,
+                "img_size_schedule": None,
             },
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
             "task=finetune": OF_TRAINING,

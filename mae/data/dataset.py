@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ class Failure(NamedTuple):
 class Samples:
     """The samples of a batch while they are made, `count` rows."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, transform: Transform):
+        self.transform = transform
         self.images, self.targets = Stack(count), Stack(count)
         self.classes: list[int] = []  # of each image read, where targets are classes
         self.indices: list[int] = []  # of each image read
@@ -65,12 +67,18 @@ class Samples:
 
 
 class Reader(Dataset):
-    """A ticket to a batch: runs in the workers and makes every random choice."""
+    """A ticket to a batch: runs in the workers and makes every random choice.
 
-    def __init__(self, source: Source, transform: Transform, batches: Batches):
+    `by_phase` are the transforms of the phases of `batches`; a ticket of none has images of full size.
+    """
+
+    def __init__(self, source: Source, transform: Transform, batches: Batches, by_phase: Sequence[Transform] = ()):
         self.source, self.transform = source, transform
         self.seed, self.masking, self.repeats = batches.seed, batches.masking, batches.repeats
-        self.mask_ratios = batches.mask_ratios
+        self.by_phase = by_phase
+        self.masks: list[dict[str, object]] = [{"mask_ratio": ratio} for ratio in batches.mask_ratios]
+        if batches.phases:
+            self.masks = [{"mask_ratio": phase.mask_ratio, "grid": phase.grid} for phase in batches.phases]
 
     def __getitem__(self, ticket: Ticket) -> Loaded | Failure:
         try:
@@ -84,7 +92,8 @@ class Reader(Dataset):
         """The batch of a ticket; see `Loader`. Raises InterruptedError once `over` is set, when nobody waits for it."""
         self.source.prefetch(self.seed, ticket.epoch // self.repeats, ticket.indices)
         count = len(ticket.indices)
-        samples = Samples(count * self.repeats)
+        of_phase = None if ticket.ratio is None or not self.by_phase else self.by_phase[ticket.ratio]
+        samples = Samples(count * self.repeats, of_phase or self.transform)
         keys = [rng.keys(self.seed, ticket.epoch, ticket.indices, 16 * r) for r in range(self.repeats)]
         numbers = [rng.uniform(key, DRAWS + 1) for key in keys]
         lists = [n[:, 1:].tolist() for n in numbers]
@@ -104,8 +113,8 @@ class Reader(Dataset):
         if self.masking is not None:
             streams = [STREAM_NOISE + 16 * r for r in range(self.repeats)]
             keys = [rng.keys(self.seed, ticket.epoch, ticket.indices, stream) for stream in streams]
-            ratio = {} if ticket.ratio is None else {"mask_ratio": self.mask_ratios[ticket.ratio]}
-            batch["noise"] = torch.from_numpy(self.masking(np.concatenate(keys), **ratio))
+            settings = {} if ticket.ratio is None else self.masks[ticket.ratio]
+            batch["noise"] = torch.from_numpy(self.masking(np.concatenate(keys), **settings))
         if ticket.ratio is not None:
             batch["ratio"] = torch.empty(ticket.ratio, 0)  # a length, which the host knows without asking the device
         return Loaded(batch, samples.bad)
@@ -129,16 +138,17 @@ class Reader(Dataset):
         )
 
     def _put_crops(self, index: int, draws: list[Draw], rows: range, samples: Samples) -> None:
-        box = self.transform.box(draws[0]) if self.repeats == 1 else None  # else several boxes of one decoded image
+        transform = samples.transform
+        box = transform.box(draws[0]) if self.repeats == 1 else None  # else several boxes of one decoded image
         image, target = self.source.region(index, box) if box else self.source[index]
         if is_map(target) and target.shape[-2:] != image.shape[-2:]:
             sizes = [f"{h} x {w}" for h, w in (target.shape[-2:], image.shape[-2:])]
             raise BadImage(f"its target is a map of {sizes[0]} pixels, and the image has {sizes[1]}")
         for row, draw in zip(rows, draws, strict=True):
             region, region_target = image, target
-            if self.repeats > 1 and (box := self.transform.box(draw)):
+            if self.repeats > 1 and (box := transform.box(draw)):
                 region, region_target = inside(image, box), crop_target(target, box)
-            crop = self.transform(region, draw, samples.images.row(row))
+            crop = transform(region, draw, samples.images.row(row))
             self._check_type(crop, samples.images.tensor, index, samples)
             samples.images.put(row, crop)
             if isinstance(region_target, Tensor):
@@ -148,7 +158,7 @@ class Reader(Dataset):
             samples.classes.append(target)
 
     def _put_target(self, row: int, target: Tensor, draw: Draw, index: int, samples: Samples) -> None:
-        result = self.transform.target(target, draw) if is_map(target) else target
+        result = samples.transform.target(target, draw) if is_map(target) else target
         targets = samples.targets.tensor
         self._check_type(result, targets, index, samples)
         if targets is not None and result.shape != targets.shape[1:]:

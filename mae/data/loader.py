@@ -1,7 +1,7 @@
 """From sources to batches, and to any place in an epoch."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +34,9 @@ class Loader:
 
     A batch: image (B, C, H, W) as the source has it, flip (B,) bool, label and index (B,) int64, weight () float32 (see
     `Sampler`), and with `masking` also noise (B, L) float32; all on the host. With `mask_ratios` ratio is (k, 0): the
-    batch has the k-th of them. Where targets are no classes, label is (B, K) or (B, ..., H, W) of their type. Images
-    and maps are still to be mirrored where flip is true, on the device (see `mae.data.prepare`).
+    batch has the k-th of them. With `batches.phases` it is of the k-th of those, made by that of `by_phase`. Where
+    targets are no classes, label is (B, K) or (B, ..., H, W) of their type. Images and maps are still to be mirrored
+    where flip is true, on the device (see `mae.data.prepare`).
     `bad_csv` is where bad images are listed. `source` is afterwards what is left by `fraction`, `per_class`.
     """
 
@@ -47,6 +48,7 @@ class Loader:
         settings: LoaderSettings,
         bad_csv: str | Path | None = None,
         pin_memory: bool = False,
+        by_phase: Sequence[Transform] = (),
     ):
         batches = replace(batches, repeats=settings.repeats)
         self.source = reduced(source, settings.fraction, settings.per_class, batches.seed)
@@ -58,7 +60,7 @@ class Loader:
         )
         self._start = (0, 0)
         self._running: Iterator[Loaded | Failure] | None = None  # going on from `_start`
-        self._reader = Reader(self.source, transform, batches)
+        self._reader = Reader(self.source, transform, batches, by_phase)
         self._loader = makers(self._reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 

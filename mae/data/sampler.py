@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mae import rng
+from mae.data.phases import Phase, phase_at
 from mae.errors import UserError
 
 Order = Callable[[int, int], np.ndarray | None]  # (seed, epoch) -> a permutation of all indices, or None: shuffled
@@ -28,7 +29,7 @@ class Ticket(NamedTuple):
     epoch: int
     indices: np.ndarray  # (b,) int64
     weight: float  # of this micro-batch's mean in the step's; see `Sampler`
-    ratio: int | None = None  # which of `Batches.mask_ratios`
+    ratio: int | None = None  # which of `Batches.mask_ratios`, or of its phases
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Batches:
     repeats: int = 1  # samples made of an image each time it is decoded
     masking: Masking | None = None
     mask_ratios: tuple[float, ...] = ()  # of which each step has one; none: the masking's own
+    phases: tuple[Phase, ...] = ()  # in place of drawn ratios: the size and mask ratio of an epoch
 
 
 class Sampler:
@@ -67,7 +69,7 @@ class Sampler:
         self.count, self.repeats = count, repeats
         self.seed, self.rank, self.world = batches.seed, batches.rank, batches.world
         self.batch, self.micro = batch_size // repeats, batches.micro // repeats  # in different images
-        self.order, self.ratios = order, len(batches.mask_ratios)
+        self.order, self.ratios, self.phases = order, len(batches.mask_ratios), batches.phases
         self._cached: tuple[int, np.ndarray] | None = None
         if repeats > 1 or batches.drop_last:
             self.steps_per_epoch = count // batch_size
@@ -99,7 +101,12 @@ class Sampler:
         return tickets
 
     def ratio(self, epoch: int, step: int) -> int | None:
-        """Which mask ratio a step has, on all ranks and in all its micro-batches; None where there is no choice."""
+        """Which mask ratio a step has, on all ranks and in all its micro-batches; None where there is no choice.
+
+        With phases it is that of the epoch, and its number the phase's.
+        """
+        if self.phases:
+            return phase_at(self.phases, epoch)
         if not self.ratios:
             return None
         key = rng.keys(self.seed, epoch, np.array([step]), STREAM_RATIO)

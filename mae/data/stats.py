@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -82,18 +82,29 @@ class Statistics(NamedTuple):
         )
 
 
-def statistics(source: Source, indices: np.ndarray, workers: int = 1) -> Statistics:
+class Observer(Protocol):
+    """Who looks at the images of a pass beside their statistics."""
+
+    def crop(self, index: int, image: Tensor) -> Tensor | None:
+        """What it wants of an image, called by threads; None for nothing."""
+
+    def add(self, crop: Tensor) -> None:
+        """Takes what it wanted, in the order of the images."""
+
+
+def statistics(source: Source, indices: np.ndarray, workers: int = 1, observer: Observer | None = None) -> Statistics:
     """One pass over the images of these numbers, in float64, by `workers` threads.
 
     Every pixel counts alike, so that large images weigh more. Those that cannot be read are listed.
     """
 
-    def measured(index: int) -> tuple[Moments, tuple[int, int], str] | Bad:
+    def measured(index: int) -> tuple[Moments, tuple[int, int], str, Tensor | None] | Bad:
         try:
             image = source[index][0]
         except FAILURES as error:
             return Bad(index, source.name(index), reason(error))
-        return Moments.of(image), (image.shape[1], image.shape[2]), str(image.dtype).removeprefix("torch.")
+        crop = observer.crop(index, image) if observer else None
+        return Moments.of(image), (image.shape[1], image.shape[2]), str(image.dtype).removeprefix("torch."), crop
 
     total = Statistics(Moments(0, np.zeros(1), np.zeros(1)), 0, [], Counter(), "")
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -102,7 +113,9 @@ def statistics(source: Source, indices: np.ndarray, workers: int = 1) -> Statist
                 if isinstance(result, Bad):
                     total.bad.append(result)
                     continue
-                moments, size, dtype = result
+                moments, size, dtype, crop = result
+                if observer and crop is not None:
+                    observer.add(crop)
                 total = total.merged(Statistics(moments, 1, [], Counter([size]), dtype))
     return total
 

@@ -110,45 +110,64 @@ class MaskedAutoencoder(Encoder):
     ) -> MaskedLoss:
         """The target's mean loss over the masked patches of each image, or over those of largest noise.
 
-        `noise` is (B, L), new and uniform where None; the `int(L * (1 - mask_ratio))` smallest are visible.
+        Images may also be of one of `smaller_sizes`: their grid is then a corner of the model's own, whose positions it
+        has. `noise` is (B, L), new and uniform where None; the `int(L * (1 - mask_ratio))` smallest are visible.
         `predict_ratio` is the share of all patches that is predicted, None for all masked ones. Raises UserError where
         no patch is visible or none is masked, or where images have another size than the model.
         """
-        num_visible = count_visible(self.num_patches, mask_ratio)
-        if num_visible == self.num_patches:
-            raise UserError(f"task.mask_ratio {mask_ratio} removes none of {self.num_patches} patches: raise it.")
         patches = self.patchify(images)
-        order, mask = order_by_noise(self._noise(images, noise), num_visible)
-        predicted = order[:, self.num_patches - count_predicted(self.num_patches, mask_ratio, predict_ratio) :]
-        pred = self._predict(patches, order, num_visible, predicted.shape[1])
+        count = patches.shape[1]
+        num_visible = count_visible(count, mask_ratio)
+        if num_visible == count:
+            raise UserError(f"task.mask_ratio {mask_ratio} removes none of {count} patches: raise it.")
+        order, mask = order_by_noise(self._noise(patches, noise), num_visible)
+        predicted = order[:, count - count_predicted(count, mask_ratio, predict_ratio) :]
+        pred = self._predict(patches, self.grid_of(images), order, num_visible, predicted.shape[1])
         with torch.no_grad():
             target = _gather(self.target(images, patches), predicted)
         return MaskedLoss(self.target.loss(pred, target), mask)
 
     def predict(self, images: Tensor, mask_ratio: float, noise: Tensor | None = None) -> Prediction:
         """Predictions of all patches, visible ones too, in the image's order; arguments as in `forward`."""
-        num_visible = count_visible(self.num_patches, mask_ratio)
-        order, mask = order_by_noise(self._noise(images, noise), num_visible)
-        pred = self._predict(self.patchify(images), order, num_visible, self.num_patches)
+        patches = self.patchify(images)
+        num_visible = count_visible(patches.shape[1], mask_ratio)
+        order, mask = order_by_noise(self._noise(patches, noise), num_visible)
+        pred = self._predict(patches, self.grid_of(images), order, num_visible, patches.shape[1])
         return Prediction(_gather(pred, order.argsort(1)), mask)
 
-    def _noise(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        return torch.rand(images.shape[0], self.num_patches, device=images.device) if noise is None else noise
+    def _noise(self, patches: Tensor, noise: Tensor | None) -> Tensor:
+        return torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
 
-    def _predict(self, patches: Tensor, order: Tensor, num_visible: int, num_predicted: int) -> Tensor:
+    def _predict(
+        self, patches: Tensor, grid: tuple[int, int], order: Tensor, num_visible: int, num_predicted: int
+    ) -> Tensor:
         """Predictions of the last `num_predicted` patches in the `order` (B, L): visible first, then masked."""
-        rows = F.pad(order + 1, (1, 0))  # (B, 1 + L): rows of the position embedding, the class token's is 0
+        positions = self.own_positions(order, grid)
+        rows = F.pad(positions + 1, (1, 0))  # (B, 1 + L): rows of the position embedding, the class token's is 0
         first = rows.shape[1] - num_predicted
-        tokens = self.encode_masked(patches, order, num_visible)
+        tokens = self.encode_masked(_gather(patches, order[:, :num_visible]), positions)
         return self.decoder(tokens, Sequence(self.mask_token, self.decoder_pos_embed[0], rows, first))
 
-    def encode_masked(self, patches: Tensor, order: Tensor, num_visible: int) -> Tensor:
-        """What the decoder reads: tokens (B, N, D) of the class and visible patches, of all with mask tokens in the
-        encoder; for a decoder that reads all blocks (1 + depth, B, N, D)."""
-        visible = order[:, :num_visible]
-        x = self.embed(_gather(patches, visible), visible)
+    def own_positions(self, order: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Numbers (B, L) of patches in a `grid` of at most the model's, as numbers in the model's own grid.
+
+        Sine-cosine positions depend on row and column alone. So the rows of the model's own table are exactly the table
+        of the smaller grid.
+        """
+        if grid == self.grid_size:
+            return order
+        return order.div(grid[1], rounding_mode="floor") * self.grid_size[1] + order % grid[1]
+
+    def encode_masked(self, visible: Tensor, positions: Tensor) -> Tensor:
+        """What the decoder reads, of visible patches (B, K, p * p * C) and the `positions` (B, L) of all, theirs first.
+
+        That is tokens (B, N, D) of the class and visible patches, of all with mask tokens in the encoder; for a decoder
+        that reads all blocks (1 + depth, B, N, D).
+        """
+        num_visible = visible.shape[1]
+        x = self.embed(visible, positions[:, :num_visible])
         if self.mask_tokens == "encoder":
-            x = torch.cat([x, self.mask_token + self.pos_embed[0, 1:][order[:, num_visible:]]], dim=1)
+            x = torch.cat([x, self.mask_token + self.pos_embed[0, 1:][positions[:, num_visible:]]], dim=1)
         if not self.decoder.reads_blocks:
             return self.norm(self.run_blocks(x))
         states = [x]

@@ -38,6 +38,7 @@ class Target(nn.Module):
     size: int  # values predicted for a patch: the width of the decoder's output
     gives_ids: bool = False  # whether `forward` gives class indices
     settings: Mapping[str, object]  # of the group `target`, as an export states them
+    one_size: bool = False  # whether images must be of the model's own size, and so of `patches.grid`
     fit_images: int | None = None  # training images that `estimate` is shown; None: none are needed
 
     def __init__(self, patches: Patches):
@@ -54,6 +55,10 @@ class Target(nn.Module):
 
     def estimate(self, patches: Iterable[Tensor], total: Callable[[Tensor], Tensor]) -> None:
         """Fits buffers to patches (b, L, p * p * C) of training images. `total` sums a float64 tensor over ranks."""
+
+    def fit_from_file(self) -> bool:
+        """Fits buffers from a file that the group's keys name, where they name one. Raises UserError."""
+        return False
 
     def to_pixels(self, pred: Tensor, patches: Tensor) -> Tensor | None:
         """Predictions (B, L, size) as patches (B, L, p * p * C), for pictures; None where pixels cannot be had back."""

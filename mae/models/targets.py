@@ -44,6 +44,16 @@ class PixelTarget(Target):
         return pred * (var + 1e-6).sqrt() + mean
 
 
+PATCH_SUMS = "patch_sums.npz"  # of a run of task=stats
+SUMS_OF = ("patch_size", "img_size", "in_chans")  # what sums of patches belong to
+
+
+def product_sums(patches: Tensor) -> Tensor:
+    """The sum of [1, patch] times [1, patch] over patches (b, L, p * p * C), in float64."""
+    rows = F.pad(patches.double().flatten(0, 1), (1, 0), value=1.0)
+    return rows.T @ rows
+
+
 class PcaTarget(Target):
     """The first coefficients of a patch in the principal components of all patches (paper, table 1d)."""
 
@@ -51,26 +61,72 @@ class PcaTarget(Target):
     basis: Tensor  # (components, p * p * C), orthonormal rows
 
     def __init__(
-        self, patches: Patches, *, components: Annotated[int, "[1, inf)"], images: Annotated[int, "[1, inf)"] | None
+        self,
+        patches: Patches,
+        *,
+        components: Annotated[int, "[1, inf)"],
+        images: Annotated[int, "[1, inf)"] | None,
+        fitted: str | None,
     ):
         super().__init__(patches)
         if components > patches.values:
             raise UserError(
                 f"target.components={components} is more than the {patches.values} values of a patch: lower it."
             )
-        self.size, self.fit_images = components, images or np.iinfo(np.int64).max
+        self.size, self.fit_images, self.fitted = components, images or np.iinfo(np.int64).max, fitted
         self.register_buffer("mean", torch.zeros(patches.values))
         self.register_buffer("basis", torch.zeros(components, patches.values))
 
     def estimate(self, patches: Iterable[Tensor], total: Callable[[Tensor], Tensor]) -> None:
-        """Sums of patches and of their products in one pass, in float64. The largest entry of each component is
-        positive, as scikit-learn has it."""
+        """Sums of patches and of their products in one pass, in float64."""
         size = self.patches.values
-        sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)  # of [1, patch] times [1, patch]
+        sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
         for batch in patches:
-            rows = F.pad(batch.double().flatten(0, 1), (1, 0), value=1.0)
-            sums = sums.to(rows.device) + rows.T @ rows
-        sums = total(sums.to(self.mean.device)).cpu()
+            of_batch = product_sums(batch)
+            sums = sums.to(of_batch.device) + of_batch
+        self._fit(total(sums.to(self.mean.device)).cpu())
+
+    def fit_from_file(self) -> bool:
+        """From the sums of a run of task=stats. They are of values in [0, 1], and are turned into those of values as
+        the encoder sees them: an affine function of each channel."""
+        if self.fitted is None:
+            return False
+        sums = self._read_sums(Path(self.fitted).expanduser())
+        zeros = self.mean.new_zeros(1, self.patches.in_chans, 1, 1)
+        mean = self.patches.undo(zeros).double().flatten().cpu()
+        std = self.patches.undo(zeros + 1).double().flatten().cpu() - mean
+        pixels = self.patches.size[0] * self.patches.size[1]
+        affine = torch.diag(torch.cat([torch.ones(1, dtype=torch.float64), (1 / std).repeat(pixels)]))
+        affine[0, 1:] = (-mean / std).repeat(pixels)
+        self._fit(affine.T @ sums @ affine)
+        return True
+
+    def _read_sums(self, path: Path) -> Tensor:
+        """The sums (1 + p * p * C, 1 + p * p * C) of a file or of a run's directory."""
+        file = path / PATCH_SUMS if path.is_dir() else path
+        try:
+            with np.load(file) as content:
+                sums, stored = torch.from_numpy(content["sums"]), {key: content[key].tolist() for key in SUMS_OF}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"target.fitted={self.fitted} holds no sums of patches: name a run of task=stats target=pca."
+            ) from error
+        (height, width), (rows, columns) = self.patches.size, self.patches.grid
+        wanted = {
+            "patch_size": [height, width],
+            "img_size": [rows * height, columns * width],
+            "in_chans": self.patches.in_chans,
+        }
+        for key, value in wanted.items():
+            if stored[key] != value:
+                raise UserError(
+                    f"target.fitted={self.fitted} is of model.{key}={stored[key]}, and this model has {value}: run "
+                    "task=stats target=pca with the sizes of this one."
+                )
+        return sums
+
+    def _fit(self, sums: Tensor) -> None:
+        """Sets mean and basis. The largest entry of each component is positive, as scikit-learn has it."""
         count, first = sums[0, 0], sums[0, 1:]
         covariance = (sums[1:, 1:] - first[:, None] * first / count) / (count - 1)
         basis = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[: self.size]
@@ -116,8 +172,7 @@ class HogTarget(Target):
         strength = (dx**2 + dy**2).sqrt()
         counts = [self._by_cell(strength * (bins == k)) for k in range(self.orientations)]
         histogram = F.normalize(torch.stack(counts, -1), dim=-1)  # (B, C, rows of cells, columns of cells, n)
-        (rows, columns), (down_cells, across_cells) = self.patches.grid, self.cells
-        split = histogram.unflatten(3, (columns, across_cells)).unflatten(2, (rows, down_cells))
+        split = histogram.unflatten(3, (-1, self.cells[1])).unflatten(2, (-1, self.cells[0]))
         return split.permute(0, 2, 4, 3, 5, 1, 6).flatten(3).flatten(1, 2)
 
     def _by_cell(self, values: Tensor) -> Tensor:
@@ -138,6 +193,7 @@ class FeatureTarget(Target):
     The teacher is neither saved nor trained: it is no submodule, and is read again when a run goes on.
     """
 
+    one_size = True
     teacher: Teacher
 
     def __init__(
@@ -175,7 +231,7 @@ class FeatureTarget(Target):
 class TokenTarget(Target):
     """Token ids of the patches, from a TorchScript or ONNX file that maps images in [0, 1] to ids (B, L)."""
 
-    gives_ids = True
+    gives_ids, one_size = True, True
 
     def __init__(self, patches: Patches, *, file: str, vocabulary: Annotated[int, "[2, inf)"]):
         super().__init__(patches)

@@ -50,6 +50,7 @@ class Encoder(nn.Module):
         self.in_chans, self.num_patches = in_chans, self.grid_size[0] * self.grid_size[1]
         self.patch_values = self.patch_size[0] * self.patch_size[1] * in_chans
         self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim)  # type: ignore[arg-type]
+        self.smaller_sizes: tuple[tuple[int, int], ...] = ()  # of images that an autoencoder trains with beside its own
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = fixed_position(embed_dim, self.grid_size)
         self.blocks = nn.ModuleList(transformer_block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -80,15 +81,20 @@ class Encoder(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to patches (B, L, p * p * C), values in the order row, column, channel."""
-        if images.shape[1:] != (self.in_chans, *self.img_size):
+        channels, *size = images.shape[1:]
+        if channels != self.in_chans or (*size,) not in (self.img_size, *self.smaller_sizes):
             raise UserError(
                 f"Images are {' x '.join(map(str, images.shape[1:]))} (channels, height, width), but "
                 f"the model takes {self.in_chans} x {self.img_size[0]} x {self.img_size[1]}: "
                 "check model.in_chans and model.img_size."
             )
-        (h, w), (p, q) = self.grid_size, self.patch_size
+        (h, w), (p, q) = self.grid_of(images), self.patch_size
         x = images.reshape(-1, self.in_chans, h, p, w, q)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w, p * q * self.in_chans)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of images."""
+        return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Patches (B, L, p * p * C) back to images (B, C, H, W)."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -39,7 +40,7 @@ class Trial:
 
     cfg: DictConfig
     task: "TrainedTask[Any]"
-    masking: Callable[[np.ndarray], np.ndarray] | None  # keys of samples -> noise, see `mae.models.masking`
+    masking: Callable[..., np.ndarray] | None  # keys of samples -> noise, see `mae.models.masking`
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
     example_target: Callable[[int], torch.Tensor]  # targets of so many images
@@ -53,9 +54,16 @@ class Trial:
         """The mask ratios of which each step has one, the lowest first, which shows most patches."""
         return range(max(1, len(getattr(self.task, "mask_ratios", ()))))
 
+    @property
+    def costliest(self) -> int:
+        """The number of the ratio or phase whose steps need most memory."""
+        phases = self.task.phases
+        return max(self.ratios(), key=lambda k: (math.prod(phases[k].grid), -phases[k].mask_ratio)) if phases else 0
+
     def batch(self, images: int, ratio: int = 0) -> devices.Batch:
-        """A batch as the loader would send it."""
-        size = rules.pair(self.cfg.model.img_size)
+        """A batch as the loader would send it, of a ratio or phase."""
+        phase = self.task.phases[ratio] if self.task.phases else None
+        size = phase.size if phase else rules.pair(self.cfg.model.img_size)
         batch = {
             "image": torch.full((images, self.cfg.model.in_chans, *size), 128, dtype=torch.uint8),
             "label": self.example_target(images),
@@ -63,15 +71,16 @@ class Trial:
             "flip": torch.zeros(images, dtype=torch.bool),
         }
         if self.masking is not None:
-            batch["noise"] = torch.from_numpy(self.masking(np.arange(images, dtype=np.uint64)))
-        if len(self.ratios()) > 1:
+            settings = {"grid": phase.grid, "mask_ratio": phase.mask_ratio} if phase else {}
+            batch["noise"] = torch.from_numpy(self.masking(np.arange(images, dtype=np.uint64), **settings))
+        if phase or len(self.ratios()) > 1:
             batch["ratio"] = torch.empty(ratio, 0)
         return devices.send(batch, self.device)
 
-    def step(self, images: int, ratio: int = 0) -> None:
-        """Forward and backward, then forward without gradients, as a validation computes."""
+    def step(self, images: int, ratio: int | None = None) -> None:
+        """Forward and backward, then forward without gradients, as a validation computes. By default the costliest."""
         with unchanged(self.task):
-            batch = self.batch(images, ratio)
+            batch = self.batch(images, self.costliest if ratio is None else ratio)
             with self.autocast():
                 loss = self.task(batch)["loss"]
             loss.backward()
@@ -82,7 +91,7 @@ class Trial:
     def saved_bytes(self, images: int) -> int:
         """Bytes that autograd saves between forward and backward."""
         with unchanged(self.task), saved_for_backward(self.task.parameters()) as saved, self.autocast():
-            self.task(self.batch(images))
+            self.task(self.batch(images, self.costliest))
         return sum(saved.values())
 
     def fits(self, images: int, reserved: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mae.checkpoint import step_name
 from mae.config.build import call
+from mae.data.phases import Phase
 from mae.data.prepare import Prepare
 from mae.data.sampler import Masking
 from mae.data.source import Source
@@ -41,6 +42,7 @@ class TrainedTask(nn.Module, Generic[Network]):
     model: Network  # saved in checkpoints and validated
     masking: Masking | None = None  # gives each sample of a batch its noise
     mask_ratios: tuple[float, ...] = ()  # of which each step draws one, number batch["ratio"].shape[0]; lowest first
+    phases: tuple[Phase, ...] = ()  # sizes of the images by epoch; the mask ratios are then those of the phases
     whole_images = False  # whether validation batches are one image of full size each, not centre crops
     # methods that hold a whole forward pass beside the call of `trained`; task.compile=model makes each one graph, so
     # that they take tensors, and neither exchange with other ranks nor draw random numbers on the host

@@ -5,16 +5,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from mae.checkpoint import weights_digest
+from mae.data.phases import phases_of
 from mae.data.source import Source
 from mae.data.subsets import Subset, reduced
 from mae.device import Batch, exact, select_rows
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.metrics import Collector
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import bind_masking, middle_ratio, ratios_of
@@ -27,6 +28,7 @@ from mae.tasks.batches import eval_loader, sent
 from mae.tasks.init_weights import warn_of_statistics
 from mae.tasks.knn import KnnMonitor
 from mae.tasks.online_probe import OnlineProbe, check_probe_labels
+from mae.tasks.patch_sums import images_to_fit
 from mae.tasks.rankme import RankMe
 from mae.tracking.base import Tracker
 from mae.weights.load import load_pretrained
@@ -45,6 +47,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         val_set: Source,
         *,
         mask_ratio: Annotated[float, "(0, 1)"] | list[Annotated[float, "(0, 1)"]],
+        img_size_schedule: list[list[int | float | list[int]]] | None,
         predict_ratio: Annotated[float, "(0, 1)"] | None,
         norm_pix_loss: bool,
         num_images: Annotated[int, "[1, inf)"],
@@ -59,7 +62,15 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         super().__init__(cfg, val_set)
         self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss, self.prepare)
         self.mask_ratio, self.predict_ratio, self.num_images = middle_ratio(mask_ratio), predict_ratio, num_images
-        self.mask_ratios = ratios_of(mask_ratio, self.model.num_patches)
+        self.phases = phases_of(img_size_schedule, self.model.patch_size, self.mask_ratio)
+        self.model.smaller_sizes = tuple(phase.size for phase in self.phases)
+        if self.phases and self.model.target.one_size:
+            raise UserError(
+                f"task.img_size_schedule changes the size of images, and target={cfg.target.name} needs one: "
+                "set task.img_size_schedule=null, or choose target=pixels."
+            )
+        self.mask_ratios = tuple(phase.mask_ratio for phase in self.phases)
+        self.mask_ratios = self.mask_ratios or ratios_of(mask_ratio, self.model.num_patches)
         self.masking = bind_masking(cfg.masking, self.model.grid_size, self.mask_ratio)
         self.eval_mask_ratios = eval_mask_ratios
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
@@ -91,12 +102,14 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
     def estimate(self, train_set: Source, ranks: Ranks) -> None:
         """Fits the target, where it has anything to fit."""
         target = self.model.target
+        if target.fit_from_file():
+            log.info("target=%s: fitted from %s", self.cfg.target.name, self.cfg.target.fitted)
+            return
         if target.fit_images is None:
             return
         data = self.cfg.data
         source = reduced(train_set, data.fraction, data.per_class, self.cfg.seed)
-        count = min(target.fit_images, len(source))
-        source = Subset(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)))
+        source = Subset(source, images_to_fit(len(source), target.fit_images))
         log.info("fitting target=%s to %d training images", self.cfg.target.name, len(source))
         loader = eval_loader(self.cfg, ranks, source, FIT_BATCH)
         with torch.no_grad():
@@ -119,11 +132,11 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         """
         encode_masked, norm = self.model.encode_masked, self.model.norm
 
-        def noted(patches: Tensor, order: Tensor, num_visible: int) -> Tensor:
-            tokens = encode_masked(patches, order, num_visible)
+        def noted(patches: Tensor, positions: Tensor) -> Tensor:
+            tokens = encode_masked(patches, positions)
             if self.training:
                 last = tokens.detach()
-                visible = (last if last.ndim == 3 else norm(last[-1]))[:, 1 : 1 + num_visible]
+                visible = (last if last.ndim == 3 else norm(last[-1]))[:, 1 : 1 + patches.shape[1]]
                 self.feature = visible.mean(1)
             return tokens
 

@@ -19,6 +19,7 @@ from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.runs.summary import Summary, rate
+from mae.tasks.patch_sums import PatchSums
 from mae.tasks.results import write_csv
 from mae.tracking.base import Tracker
 
@@ -29,15 +30,17 @@ CHUNKS = 10  # after each of which progress is logged
 def stats(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
     """Measures all training images, and lists those that cannot be read in `bad_files.csv`.
 
+    With `target=pca` the same pass leaves the sums of patches from which the target is fitted.
     Raises UserError where none can be read.
     """
     begun = time.perf_counter()
     tracker.start(0, 0)
     source: Source = reduced(build(data.SOURCES, cfg.data, "train"), cfg.data.fraction, cfg.data.per_class, cfg.seed)
     own = np.arange(ranks.rank, len(source), ranks.world)
+    sums = PatchSums(cfg, len(source)) if cfg.target.name == "pca" else None
     measured: list[Statistics] = []
     for chunk in np.array_split(own, min(CHUNKS, max(1, len(own)))):
-        measured.append(statistics(source, chunk, worker_count(cfg.data.num_workers)))
+        measured.append(statistics(source, chunk, worker_count(cfg.data.num_workers), sums))
         if ranks.main:
             done = sum(each.images + len(each.bad) for each in measured) * ranks.world
             log.info("%d of %d images measured", min(done, len(source)), len(source))
@@ -45,6 +48,9 @@ def stats(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary
     total = functools.reduce(Statistics.merged, ranks.gather(of_rank))
     if not total.images:
         raise UserError(f"none of the {len(source)} images of data.name={cfg.data.name} can be read.")
+    if sums is not None:
+        sums.write(run, ranks.sum, ranks.main)
+        log.info("target=pca: `target=pca target.fitted=%s` is fitted to these patches", run)
     if ranks.main and total.bad:
         write_bad(run, total.bad)
         log.warning("%d of %d images cannot be read: see bad_files.csv", len(total.bad), len(source))

@@ -12,6 +12,7 @@ from mae.config import rules
 from mae.config.build import build, call
 from mae.config.check import with_values
 from mae.config.identity import run_directory
+from mae.data.phases import phases_of
 from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
@@ -183,6 +184,7 @@ def report(cfg: DictConfig) -> str:
         "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch of {plan.images:,} images)",
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
+        **phase_rows(cfg, model),
         "number format": str(dtype).removeprefix("torch."),
         **call(estimate_cost, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype, host),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
@@ -191,6 +193,15 @@ def report(cfg: DictConfig) -> str:
     }
     width = max(map(len, rows))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:
+    """A row of a plan for images that grow."""
+    if not isinstance(model, MaskedAutoencoder) or cfg.task.img_size_schedule is None:
+        return {}
+    phases = phases_of(cfg.task.img_size_schedule, model.patch_size, middle_ratio(cfg.task.mask_ratio))
+    largest = "; operations, time and memory here are those of model.img_size throughout"
+    return {"image sizes": ", ".join(map(str, phases)) + largest}
 
 
 def launcher_text(cfg: DictConfig) -> str:
