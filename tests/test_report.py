@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import look, needs_browser
+from browser import Browser, needs_browser
 from conftest import TINY, TINY_PRETRAIN, run_here
 
 from mae import engine
@@ -117,74 +118,130 @@ def test_long_curves_are_thinned_but_keep_their_end():
 
 # ---------------------------------------------------------------- in a real browser
 
-HAND = """
-const out = {};
-const chart = document.querySelector('.chart[data-title="loss"]'), svgs = chart.querySelector("svg");
-const box = svgs.getBoundingClientRect();
-const at = (x) => ({clientX: box.left + box.width * x, clientY: box.top + box.height / 2, bubbles: true});
-svgs.dispatchEvent(new MouseEvent("mousemove", at(0.5)));
-out.tip = chart.querySelector(".tip").textContent;
-const before = chart.querySelector(".curve").getAttribute("d");
-svgs.dispatchEvent(new MouseEvent("mousedown", at(0.4)));
-svgs.dispatchEvent(new MouseEvent("mouseup", at(0.7)));
-out.zoomed = chart.querySelector(".curve").getAttribute("d") !== before;
-svgs.dispatchEvent(new MouseEvent("dblclick", at(0.5)));
-out.back = chart.querySelector(".curve").getAttribute("d") === before;
-const range = document.querySelector("input[type=range]"), image = document.querySelector(".pictures img");
-const last = image.src;
-range.value = 0;
-range.dispatchEvent(new Event("input"));
-out.slid = image.src !== last;
-out.size = [image.naturalWidth > 100];
-document.body.dataset.out = JSON.stringify(out);
-"""
+LOSS = '.chart[data-title="loss"]'
+PLOT = f"{LOSS} .u-over"
+LEGEND = f"document.querySelector('{LOSS} .legend')"
+SCALES = f"document.querySelector('{LOSS}').chart.plot.scales"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @needs_browser
-def test_a_run_s_page_lives_in_a_browser(pretrained, tmp_path):
-    seen = look(pretrained / "report.html", tmp_path, HAND)
-    assert seen.console == [] and seen.requests == []
-    assert seen.count('class="card chart"') >= 6 and seen.count('class="curve"') >= 6
-    assert seen.count(r'<img alt="reconstruction" src="data:image') == 1 and 'data-ready="yes"' in seen.document
-    found = re.search(r'data-out="(.*?)"', seen.document)
-    assert found
-    out = json.loads(found[1].replace("&quot;", '"'))
-    assert out["zoomed"] and out["back"] and out["slid"] and re.match(r"step \d+loss: [\d.]+", out["tip"])
+def test_a_chart_shows_values_zooms_and_becomes_logarithmic(pretrained, browser):
+    (run,) = data_of(pretrained / "report.html")["runs"]
+    losses = dict(zip(run["series"]["loss"]["x"]["step"], run["series"]["loss"]["y"], strict=True))
+    browser.open(pretrained / "report.html")
+    assert browser.console == [] and browser.requests == []
+    assert browser.evaluate("document.querySelectorAll('.chart canvas').length") >= 6
+
+    def legend() -> dict[str, float]:
+        text = browser.evaluate(f"{LEGEND}.innerText")
+        return {name: float(value) for name, value in re.findall(r"(\S+) ([\d.]+)(?!\S)", text)}
+
+    def zoom() -> list[float]:
+        return browser.evaluate(f"[{SCALES}.x.min, {SCALES}.x.max]")
+
+    assert legend()["step"] == 10 and legend()["loss"] == pytest.approx(losses[10], rel=1e-3)
+    browser.hover(PLOT, 0.0)
+    assert legend()["step"] == 1 and legend()["loss"] == pytest.approx(losses[1], rel=1e-3)
+    browser.drag(PLOT, 0.4, 0.7)
+    assert zoom() == pytest.approx([1 + 0.4 * 9, 1 + 0.7 * 9], abs=0.1)
+    browser.click(PLOT, times=2)
+    assert zoom() == [1, 10]
+    assert browser.evaluate(f"{SCALES}.y.distr") == 1
+    browser.click("#log")
+    assert browser.evaluate(f"{SCALES}.y.distr") == 3
+    browser.click(f"{LOSS} .legend button")
+    assert browser.evaluate(f"document.querySelector('{LOSS}').chart.plot.series.map((s) => s.show)") == [
+        True,
+        False,
+        True,
+    ]
 
 
 @needs_browser
-def test_the_page_of_a_classifier_and_of_several_runs_live_in_a_browser(place, tmp_path):
-    seen = look(place / "finetune" / "report.html", tmp_path)
-    assert seen.console == [] and seen.requests == []
-    assert 'id="per-class"' in seen.document and 'id="confusion"' in seen.document
+def test_a_chart_is_read_by_the_keyboard(pretrained, browser):
+    browser.open(pretrained / "report.html")
+    browser.evaluate(f"document.querySelector('{LOSS} .canvas').focus()")
+    for _ in range(3):
+        browser.key("ArrowLeft")
+    assert browser.evaluate(f"{LEGEND}.querySelector('.at').textContent") == "step 7"
+    browser.drag(PLOT, 0.4, 0.7)
+    browser.key("Escape")
+    assert browser.evaluate(f"[{SCALES}.x.min, {SCALES}.x.max]") == [1, 10]
+
+
+@needs_browser
+def test_a_slider_shows_earlier_pictures(pretrained, browser):
+    browser.open(pretrained / "report.html")
+    source = "document.querySelector('.pictures img').src"
+    last = browser.evaluate(source)
+    assert (
+        last.startswith("data:image/")
+        and browser.evaluate("document.querySelector('.pictures img').naturalWidth") > 100
+    )
+    browser.evaluate("document.querySelector('.pictures input').focus()")
+    browser.key("ArrowLeft")
+    assert browser.evaluate(source) != last
+
+
+@needs_browser
+def test_the_page_of_a_classifier_and_of_several_runs_live_in_a_browser(place, tmp_path, browser):
+    browser.open(place / "finetune" / "report.html")
+    assert browser.console == [] and browser.requests == []
+    assert browser.evaluate("['per-class', 'confusion'].every((id) => document.getElementById(id))")
     out = tmp_path / "both.html"
     assert report.main([str(place / "finetune"), str(place / "sweep" / "mask_ratio_0.5"), "--out", str(out)]) == 0
-    seen = look(out, tmp_path)
-    assert seen.console == [] and seen.requests == [] and 'id="differences"' in seen.document
-
-
-SORT = """
-document.querySelectorAll("table.sortable th")[2].click();
-document.querySelectorAll("table.sortable th")[2].click();
-document.body.dataset.first = document.querySelector("table.sortable tbody tr").textContent;
-"""
+    browser.open(out)
+    assert browser.console == [] and browser.requests == []
+    names = browser.evaluate(f"[...{LEGEND}.querySelectorAll('button')].map((b) => b.textContent.split(' ')[0])")
+    assert names == ["finetune", "mask_ratio_0.5"]
+    assert browser.evaluate("document.getElementById('differences').textContent").startswith("key")
 
 
 @needs_browser
-def test_a_sweep_s_page_lives_in_a_browser(place, tmp_path):
-    seen = look(place / "sweep" / "report.html", tmp_path, SORT)
-    assert seen.console == [] and seen.requests == []
-    assert seen.count(r'<img src="data:image/svg\+xml') == 1 and seen.count(r"<path d=") >= 2
-    assert 'data-first="mask_ratio_0.75' in seen.document and 'id="best"' in seen.document
+def test_a_sweep_s_page_lives_in_a_browser(place, browser):
+    browser.open(place / "sweep" / "report.html")
+    assert browser.console == [] and browser.requests == []
+    assert browser.evaluate("document.querySelectorAll('figure img[src^=\"data:image/svg\"]').length") == 1
+    assert browser.evaluate("document.querySelectorAll('.parallel path').length") == 2
+    column = "table.sortable th:nth-child(3)"
+    for order, first in (("ascending", "mask_ratio_0.5"), ("descending", "mask_ratio_0.75")):
+        browser.click(f"{column} button")
+        assert browser.evaluate(f"document.querySelector('{column}').ariaSort") == order
+        assert browser.evaluate("document.querySelector('table.sortable td').textContent") == first
 
 
 @needs_browser
-def test_the_browser_test_would_notice_a_request_and_an_error(pretrained, tmp_path):
-    seen = look(pretrained / "report.html", tmp_path, "throw new Error('noticed'); ")
-    assert any("noticed" in line for line in seen.console)
-    seen = look(pretrained / "report.html", tmp_path, "fetch('http://127.0.0.1:9/x').catch(() => 0);")
-    assert any("Content Security Policy" in line for line in seen.console)  # which keeps the promise by itself
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_are_accessible_and_fit_a_phone(place, pretrained, browser, dark):
+    for path in (pretrained / "report.html", place / "finetune" / "report.html", place / "sweep" / "report.html"):
+        browser.open(path, dark=dark)
+        assert browser.violations() == []
+        browser.open(path, dark=dark, width=360, height=740)
+        assert browser.violations() == []
+        assert browser.evaluate("document.documentElement.scrollWidth") == 360
+        widths = browser.evaluate("[...document.querySelectorAll('.chart canvas')].map((c) => c.clientWidth)")
+        assert widths and max(widths) <= 340
+
+
+@needs_browser
+def test_the_browser_notices_a_request_an_error_and_a_violation(pretrained, tmp_path, browser):
+    page = pretrained / "report.html"
+    browser.open(page)
+    browser.evaluate("setTimeout(() => { throw new Error('noticed'); })")
+    browser.settle()
+    assert any("noticed" in line for line in browser.console)
+    browser.evaluate("fetch('http://127.0.0.1:9/x').catch(() => 0)")
+    assert any("Content Security Policy" in line for line in browser.console)  # which keeps the promise by itself
     bare = tmp_path / "bare.html"
-    bare.write_text((pretrained / "report.html").read_text().replace("Content-Security-Policy", "x"))
-    seen = look(bare, tmp_path, "fetch('http://127.0.0.1:9/x').catch(() => 0);")
-    assert seen.requests == ["http://127.0.0.1:9/x"]
+    bare.write_text(page.read_text().replace("Content-Security-Policy", "x").replace("--soft: #5d6a7c", "--soft: #eee"))
+    browser.open(bare)
+    browser.evaluate("fetch('http://127.0.0.1:9/x').catch(() => 0)")
+    assert browser.requests == ["http://127.0.0.1:9/x"]
+    assert any("color-contrast" in violation for violation in browser.violations())

@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,12 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, FLAGS, needs_browser
+from browser import Browser, needs_browser
 from conftest import ROOT
 
 from mae.cli import SUBCOMMANDS, call_subcommand, command
@@ -24,7 +27,8 @@ from mae.config.compose import composed
 from mae.config.saved import write_config
 from mae.program import PROGRAM
 from mae.runs.locks import held_run
-from mae.tools.runs import main, read_rows
+from mae.tools.run_rows import read_rows
+from mae.tools.runs import Selection, main
 from mae.tools.serve_runs import RunsHandler
 
 
@@ -110,37 +114,102 @@ def test_a_run_that_a_process_holds_is_running(tmp_path):
     assert state == "running"
 
 
-@pytest.fixture
-def address(runs) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RunsHandler, runs)) as server:
+@contextmanager
+def served(selection: Selection) -> Iterator[str]:
+    """The address of a server of a table."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RunsHandler, selection)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
 
-def test_the_served_page_follows_the_runs_and_reads_nothing_else(runs, address):
-    def fetch(path: str, **headers: str) -> str:
-        with urllib.request.urlopen(urllib.request.Request(address + path, headers=headers)) as answer:
-            return answer.read().decode()
+@pytest.fixture
+def address(runs) -> Iterator[str]:
+    with served(Selection(runs)) as address:
+        yield address
 
-    assert {row["run"] for row in json.loads(fetch("/runs.json"))["rows"]} == {"a", "b", "d", "sweep/c"}
-    assert json.loads(fetch("/run.json?name=sweep/c"))["runs"][0]["series"]["loss"]["y"] == [2.0]
+
+def fetch(url: str, **headers: str) -> dict:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_served_page_follows_the_runs_and_reads_nothing_else(runs, address):
+    assert {row["run"] for row in fetch(f"{address}/runs.json")["rows"]} == {"a", "b", "d", "sweep/c"}
+    (run,) = fetch(f"{address}/run.json?name=sweep/c")["runs"]
+    assert run["series"]["loss"]["y"] == [2.0] and run["state"] == "stale"
     with (runs / "sweep" / "c" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "loss": 1.5}\n')
-    assert json.loads(fetch("/run.json?name=sweep/c"))["runs"][0]["series"]["loss"]["y"] == [2.0, 1.5]
+    (run,) = fetch(f"{address}/run.json?name=sweep/c")["runs"]
+    assert run["series"]["loss"]["y"] == [2.0, 1.5] and run["state"] == "running"
     for path in ("/run?name=../runs/a", "/run?name=a/checkpoints/inner", "/etc/passwd"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            fetch(path)
+            fetch(address + path)
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        fetch("/runs.json", Host="elsewhere.example")
+        fetch(f"{address}/runs.json", Host="elsewhere.example")
+
+
+def test_the_served_table_has_the_chosen_runs_in_the_chosen_order(runs):
+    for selection, names in (
+        (Selection(runs, best="val_loss"), ["b", "a"]),
+        (Selection(runs, conditions=("task=pretrain", "task.mask_ratio=0.75")), ["b", "d"]),
+        (Selection(runs, sort="state"), ["d", "a", "b", "sweep/c"]),
+    ):
+        with served(selection) as address:
+            assert [row["run"] for row in fetch(f"{address}/runs.json")["rows"]] == names
+
+
+def test_the_command_serves_its_selection_on_loopback_alone(runs):
+    code = "import sys; from mae.tools.runs import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(runs), "--best", "val_loss", "--where", "task=pretrain", "--serve", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout
+        address = process.stdout.readline().split()[0].rstrip("/")
+        assert [row["run"] for row in fetch(f"{address}/runs.json")["rows"]] == ["b", "a"]
+        port = int(address.rpartition(":")[2])
+        with socket.socket() as elsewhere, pytest.raises(ConnectionRefusedError):
+            elsewhere.connect(("127.0.0.2", port))  # it would be answered if all addresses were listened on
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 @needs_browser
-def test_a_browser_shows_the_table_and_a_run(address, tmp_path):
-    for path, pattern in (("/", ">sweep/c</a>"), ("/run?name=a", 'class="card chart"')):
-        browser = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", address + path]
-        shown = subprocess.run(browser, capture_output=True, text=True, timeout=120)
-        assert pattern in shown.stdout and "CONSOLE" not in shown.stderr, shown.stderr
+@pytest.mark.slow
+def test_a_browser_shows_the_table_and_a_run_while_they_go_on(tmp_path):
+    runs = tmp_path / "runs"
+    live = write_run(runs / "live", losses=(0.9, 0.8, 0.7))
+    write_run(runs / "silent", losses=(0.9, 0.8), age_s=7200)
+    state = "[...document.querySelectorAll('#runs tbody tr')].map((r) => [r.cells[0].innerText, r.cells[1].innerText])"
+    steps = "document.querySelector('.chart[data-title=loss] .at').textContent"
+    zoom = "document.querySelector('.chart[data-title=loss]').chart.plot.scales.x.max"
+
+    def learn(step: int) -> None:
+        with (live / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 0.5}) + "\n")
+
+    with served(Selection(runs)) as address, Browser(tmp_path / "profile") as browser:
+        for dark in (False, True):
+            browser.open(address, dark=dark)
+            assert browser.evaluate(state) == [["live", "running"], ["silent", "stale"]]
+            assert browser.violations() == [] and browser.console == []
+        assert browser.evaluate("document.getElementById('about').textContent") == "2 runs, 1 running, 1 stale"
+        browser.evaluate("document.querySelector('#runs a').focus()")
+        learn(40)
+        browser.wait("document.querySelector('#runs tbody tr').cells[6].textContent === '40'")
+        assert browser.evaluate("document.activeElement.textContent") == "live"  # a reader's focus stays
+        write_run(runs / "new", losses=(0.1,))
+        browser.wait(f"{state}.length === 3")
+        browser.open(f"{address}/run?name=live")
+        assert browser.evaluate("document.querySelector('.badge').textContent") == "running"
+        browser.drag(".chart[data-title=loss] .u-over", 0.0, 0.5)
+        zoomed = browser.evaluate(zoom)
+        assert zoomed < 30
+        learn(50)
+        browser.wait(f"{steps} === 'step 50'")
+        assert browser.evaluate(zoom) == zoomed and browser.console == []
 
 
 def test_a_port_that_is_taken_is_refused_in_a_sentence(runs, address, capsys):

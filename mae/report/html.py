@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("chart.js", "sweep.js", "runs.js", "page.js")
+UPLOT = WEB / "uplot"  # the charts' library, 1.6.32 of npm, as it was published
+SCRIPTS = ("elements.js", "curves.js", "sweep.js", "runs.js", "page.js")
 LARGE = 120_000  # bytes of a PNG above which a lossy picture is tried
 # Browsers then load nothing from outside of the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -23,13 +24,16 @@ def page(title: str, data: Mapping[str, object], live: bool = False) -> str:
     A `live` page is served, and asks its server for new data.
     """
     text = json.dumps({"title": title, "live": live, **data}, allow_nan=False).replace("<", "\\u003c")
+    library = f"/*! uPlot\n{(UPLOT / 'LICENSE').read_text()}*/\n{(UPLOT / 'uPlot.iife.min.js').read_text()}"
     scripts = "\n".join((WEB / name).read_text().replace('"use strict";\n', "") for name in SCRIPTS)
+    styles = f"{(UPLOT / 'uPlot.min.css').read_text()}\n{(WEB / 'style.css').read_text()}"
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}{LIVE if live else ""}">\n'
         "<meta name='viewport' content='width=device-width'>\n<link rel='icon' href='data:,'>\n"
-        f"<title>{html.escape(title)}</title>\n<style>\n{(WEB / 'style.css').read_text()}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{styles}</style>\n</head>\n"
         f"<body>\n<main></main>\n<script type='application/json' id='data'>{text}</script>\n"
+        f"<script>\n{library}</script>\n"
         f'<script>\n"use strict";\n{scripts}</script>\n</body>\n</html>\n'
     )
 

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,117 +11,36 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mae.config.identity import identity
 from mae.config.overrides import parsed, values_of
-from mae.config.saved import read_config
 from mae.config.values import near
 from mae.errors import UserError
 from mae.program import usage_name
-from mae.report.record import read_record
-from mae.runs.layout import CHECKPOINTS, CONFIG, LOG, METRICS, SLURM
-from mae.runs.locks import RUN, is_free
-from mae.tasks.registry import METRICS as MAIN_METRICS
-
-NO_RUNS_BELOW = {CHECKPOINTS, SLURM, "images", "failed", "logs", "export", "wandb"}
-SILENT_S = 600  # an unfinished run that has written nothing for so long is stale
-POINTS = 60  # of a small curve
-FACTS = ("run", "state", "task", "model", "data", "result", "step", "age")
+from mae.tasks.registry import METRICS
+from mae.tools.run_rows import FACTS, Row, differing_keys, read_rows
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run of the table."""
+class Selection:
+    """Which runs below a folder the table has, and in which order."""
 
-    run: str  # its directory, relative to the table's
-    state: str  # finished, running, stale, interrupted, diverged, failed, pruned
-    task: str
-    model: str
-    data: str
-    metric: str | None  # the main metric's name, or `loss`
-    value: float | None
-    step: int
-    age: float  # seconds since it last wrote
-    results: dict[str, float]  # the numbers of summary.json
-    keys: dict[str, object]  # the leaves of its config that decide the result
-    losses: list[float]  # the training loss over the run, thinned
+    folder: Path
+    conditions: tuple[str, ...] = ()  # KEY=VALUE
+    best: str | None = None  # a result, best first
+    sort: str | None = None  # a column or key
+
+    def rows(self) -> list[Row]:
+        """The rows as the runs are now. Raises UserError for a key or result that no run has."""
+        return order(select(read_rows(self.folder), self.conditions), self.best, self.sort)
 
     @property
-    def result(self) -> str:
-        return "" if self.value is None else f"{self.metric} {self.value:.4g}"
-
-    def cell(self, column: str) -> object:
-        """A column's value, or that of a key or a result."""
-        if column in FACTS:
-            return getattr(self, column)
-        return self.results[column] if column in self.results else self.keys.get(column)
-
-
-def find_runs(folder: Path) -> Iterator[Path]:
-    """The directories of runs in and below a folder, members of sweeps and stages of pipelines too."""
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in NO_RUNS_BELOW and not name.startswith("."))
-        if CONFIG in files:
-            yield Path(path)
-
-
-def read_row(run: Path, folder: Path) -> Row | None:
-    """A run's row, or None where its config cannot be read: it is of another program, or just being written."""
-    try:
-        cfg = read_config(run)
-    except UserError:
-        return None
-    record, age = read_record(run), age_of(run)
-    numbers = {key: float(value) for key, value in record.summary.items() if isinstance(value, int | float)}
-    training = [row["loss"] for row in record.metrics if isinstance(row.get("loss"), int | float)]
-    metric, value = main_result(numbers, training)
-    return Row(
-        run=os.path.relpath(run, folder),
-        state=state_of(run, record.state, age),
-        task=cfg.task.name,
-        model=cfg.model.name,
-        data=cfg.data.name,
-        metric=metric,
-        value=value,
-        step=max((int(row.get("step", 0)) for row in record.metrics), default=int(numbers.get("steps", 0))),
-        age=age,
-        results=numbers,
-        keys=identity(cfg),
-        losses=training[:: -(-len(training) // POINTS)] if training else [],
-    )
-
-
-def main_result(numbers: dict[str, float], losses: Sequence[float]) -> tuple[str | None, float | None]:
-    """The main metric of a finished run, or the last training loss of another."""
-    for key in MAIN_METRICS:
-        if key in numbers:
-            return key, numbers[key]
-    return ("loss", losses[-1]) if losses else (None, None)
-
-
-def age_of(run: Path) -> float:
-    """Seconds since a run last wrote its metrics or its log."""
-    times = [path.stat().st_mtime for path in (run / METRICS, run / LOG, run / CONFIG) if path.exists()]
-    return max(0.0, time.time() - max(times))
-
-
-def state_of(run: Path, state: str, age: float) -> str:
-    """`running` where a process holds the run or it wrote lately, `stale` where it has neither ended nor written."""
-    if state == "finished":
-        return state
-    lock = run / RUN
-    if lock.exists() and not is_free(lock):
-        return "running"
-    if state == "unfinished":
-        return "stale" if age > SILENT_S else "running"
-    return state
-
-
-def differing_keys(rows: Iterable[Row]) -> list[str]:
-    """Keys whose values are not the same in all rows, but for those that columns show."""
-    tables = [row.keys for row in rows]
-    shown = {"task.name", "model.name", "data.name"}
-    keys = dict.fromkeys(key for table in tables for key in table)
-    return [key for key in keys if key not in shown and len({json.dumps(table.get(key)) for table in tables}) > 1]
+    def text(self) -> list[str]:
+        """The conditions and the order, in words."""
+        best = [f"best {self.best} first"] if self.best else []
+        return [
+            *(f"only {condition}" for condition in self.conditions),
+            *best,
+            *([f"by {self.sort}"] if self.sort else []),
+        ]
 
 
 def select(rows: Iterable[Row], conditions: Iterable[str]) -> list[Row]:
@@ -148,7 +65,7 @@ def order(rows: Iterable[Row], best: str | None, sort: str | None) -> list[Row]:
             raise UserError(
                 f"no run has a result {best}.{near(best, sorted({k for row in rows for k in row.results}))}"
             )
-        lower = best.endswith("loss") or (best in MAIN_METRICS and MAIN_METRICS[best].lower_is_better)
+        lower = best.endswith("loss") or (best in METRICS and METRICS[best].lower_is_better)
         finished = [row for row in rows if best in row.results]
         return sorted(finished, key=lambda row: row.results[best], reverse=not lower)
     if sort is None:
@@ -167,13 +84,6 @@ def check_known(key: str, rows: Sequence[Row]) -> None:
 def _comparable(value: object) -> tuple[int, float, str]:
     """Numbers before texts."""
     return (0, value, "") if isinstance(value, int | float) else (1, 0.0, str(value))
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of all runs below a folder. Raises UserError where it is not there."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory.")
-    return [row for run in find_runs(folder) if (row := read_row(run, folder)) is not None]
 
 
 def text_table(rows: Sequence[Row], results: Sequence[str]) -> Table:
@@ -212,12 +122,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--serve", nargs="?", type=int, const=8265, metavar="PORT", help="a live page on this machine")
     options = parser.parse_args(arguments)
+    selection = Selection(options.directory, tuple(options.where), options.best, options.sort)
     try:
-        rows = order(select(read_rows(options.directory), options.where), options.best, options.sort)
+        rows = selection.rows()
         if options.serve is not None:
             from mae.tools.serve_runs import serve
 
-            return serve(options.directory, options.serve)
+            return serve(selection, options.serve)
         if options.json:
             sys.stdout.write(json.dumps(as_json(rows), indent=1) + "\n")
         elif rows:

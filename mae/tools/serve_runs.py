@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 from mae.errors import UserError
 from mae.report.html import page
 from mae.report.run import page_data
-from mae.tools.runs import as_json, differing_keys, find_runs, order, read_rows
+from mae.tools.run_rows import age_of, differing_keys, find_runs, state_of
+from mae.tools.runs import Selection, as_json
 
 HOST = "127.0.0.1"
 
@@ -20,8 +21,8 @@ HOST = "127.0.0.1"
 class RunsHandler(BaseHTTPRequestHandler):
     """`/` is the table, `/runs.json` its rows, `/run?name=RUN` a run's page, `/run.json?name=RUN` that page's data."""
 
-    def __init__(self, folder: Path, *arguments: object):
-        self.folder = folder
+    def __init__(self, selection: Selection, *arguments: object):
+        self.selection, self.folder = selection, selection.folder
         super().__init__(*arguments)  # type: ignore[arg-type]  # the server's own arguments
 
     def do_GET(self) -> None:
@@ -36,7 +37,7 @@ class RunsHandler(BaseHTTPRequestHandler):
             if url.path == "/runs.json":
                 return self.answer(json.dumps(self.table()), "application/json")
             if url.path in ("/run", "/run.json") and (run := self.run_named(name)) is not None:
-                data = {"runs": [page_data(run)]}
+                data = {"runs": [live_data(run)]}
                 if url.path == "/run.json":
                     return self.answer(json.dumps(data), "application/json")
                 return self.answer(page(name, data, live=True), "text/html")
@@ -45,9 +46,15 @@ class RunsHandler(BaseHTTPRequestHandler):
         self.send_error(HTTPStatus.NOT_FOUND)
 
     def table(self) -> dict[str, object]:
-        """The rows, newest first, and the keys in which they differ."""
-        rows = order(read_rows(self.folder), None, None)
-        return {"rows": as_json(rows), "keys": differing_keys(rows) if len(rows) > 1 else []}
+        """The selected rows, the keys in which they differ, and the results that have a column."""
+        rows, best = self.selection.rows(), self.selection.best
+        keys = differing_keys(rows) if len(rows) > 1 else []
+        return {
+            "rows": as_json(rows),
+            "keys": keys,
+            "results": [best] if best else [],
+            "selection": self.selection.text,
+        }
 
     def run_named(self, name: str) -> Path | None:
         """The run of that name in the table: no other path is read."""
@@ -67,10 +74,16 @@ class RunsHandler(BaseHTTPRequestHandler):
         """Says nothing of each request."""
 
 
-def serve(folder: Path, port: int) -> int:
+def live_data(run: Path) -> dict[str, object]:
+    """What the page of a run shows; an unfinished run is `running` or `stale`, as in the table."""
+    data = page_data(run)
+    return data | {"state": state_of(run, str(data["state"]), age_of(run))}
+
+
+def serve(selection: Selection, port: int) -> int:
     """Serves the page until Ctrl-C; returns the exit code. Raises OSError where the port is taken."""
     try:
-        server = ThreadingHTTPServer((HOST, port), partial(RunsHandler, folder))
+        server = ThreadingHTTPServer((HOST, port), partial(RunsHandler, selection))
     except (OSError, OverflowError) as error:
         raise UserError(f"Port {port} cannot be listened on ({error}): choose another, as --serve 8266.") from error
     with server:

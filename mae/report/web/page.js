@@ -12,33 +12,53 @@ function groupOf(key, several) {
 const TITLES = {lr: "learning rate", grad_norm: "gradient norm", images_per_second: "images a second",
   data_wait: "share of time waiting for data", memory_mb: "memory, MB", loss: "loss", amp_scale: "AMP scale"};
 
-function curves(runs) {
-  const several = runs.length > 1, charts = el("div", {class: "grid"}), xs = new Set();
-  for (const run of runs) for (const s of Object.values(run.series)) Object.keys(s.x).forEach((x) => xs.add(x));
-  if (!xs.size) return [];
-  let x = "step";
-  function draw() {
-    const groups = new Map();
-    for (const run of runs) for (const [key, s] of Object.entries(run.series)) {
+// The charts of runs. `update` shows the same runs with more values: zoom, axes and hidden series stay.
+class Curves {
+  constructor(runs) {
+    this.axes = new Set(runs.flatMap((run) => Object.values(run.series).flatMap((s) => Object.keys(s.x))));
+    this.x = "step";
+    this.charts = new Map();  // group of metrics -> Chart
+    this.grid = el("div", {class: "grid"});
+    const choice = el("select", {id: "x", onchange: (event) => { this.x = event.target.value; this.draw(); }},
+      ...[...this.axes].map((name) => el("option", {value: name}, name.replace("_", " "))));
+    this.log = el("input", {type: "checkbox", id: "log", onchange: () => this.draw()});
+    this.nodes = [el("h2", {}, "Curves"), el("div", {class: "bar"}, el("label", {}, "against ", choice), el("label", {}, this.log, " logarithmic"),
+      el("span", {}, "drag to zoom in, double-click to see all, click a name to hide it, arrow keys read values")), this.grid];
+    this.update(runs);
+  }
+
+  update(runs) {
+    this.runs = runs;
+    this.draw();
+  }
+
+  groups() {
+    const several = this.runs.length > 1, groups = new Map();
+    for (const run of this.runs) for (const [key, s] of Object.entries(run.series)) {
       const group = groupOf(key, several);
       if (several && group.includes(" of each ")) continue;
       const label = several ? run.name : key.replace(/^(lr|grad_norm|weight_norm)\//, "");
       if (!groups.has(group)) groups.set(group, []);
-      groups.get(group).push({label, x: s.x[x] || s.x.step, y: s.y});
+      groups.get(group).push({label, x: s.x[this.x] || s.x.step, y: s.y});
     }
     const rank = ([group]) => group === "loss" ? 0 : group.includes("val/") ? 1 : group.includes("loss") ? 2 : group.includes("norm") ? 4 : 3;
-    const made = [...groups].sort((a, b) => rank(a) - rank(b)).map(([group, series]) => lineChart(TITLES[group] || group, series, x));
-    made.forEach((card) => card.setLogarithmic(log.checked));
-    charts.replaceChildren(...made);
+    return [...groups].sort((a, b) => rank(a) - rank(b));
   }
-  const choice = el("select", {id: "x", onchange: (e) => { x = e.target.value; draw(); }},
-    ...[...xs].map((name) => el("option", {value: name}, name.replace("_", " "))));
-  const log = el("input", {type: "checkbox", id: "log", onchange: () => {
-    charts.querySelectorAll(".chart").forEach((card) => card.setLogarithmic(log.checked));
-  }});
-  draw();
-  return [el("h2", {}, "Curves"), el("div", {class: "bar"}, el("label", {}, "against ", choice),
-    el("label", {}, log, " logarithmic"), el("span", {}, "drag to zoom in, double-click to see all, click a name to hide it")), charts];
+
+  draw() {
+    const groups = this.groups();
+    const cards = groups.map(([group, series]) => {
+      if (!this.charts.has(group)) this.charts.set(group, new Chart(TITLES[group] || group));
+      const chart = this.charts.get(group);
+      chart.show(series, this.x, this.log.checked);
+      return chart.card;
+    });
+    replace(this.grid, cards);
+  }
+}
+
+function curves(runs) {
+  return runs.some((run) => Object.keys(run.series).length) ? new Curves(runs).nodes : [];
 }
 
 function slider(group) {
@@ -75,7 +95,7 @@ function classes(run) {
         el("td", {class: "number"}, r.accuracy.toFixed(1) + " %"), el("td", {}, bar));
     });
     const table = (list) => el("table", {}, el("tr", {}, ...["class", "images", "accuracy", ""].map((t) => el("th", {}, t))), ...list);
-    const card = el("div", {class: "card", id: "per-class"}, el("h3", {}, "Accuracy of each class, the worst first"), table(body.slice(0, 40)));
+    const card = wide("Accuracy of each class", {id: "per-class"}, el("h3", {}, "Accuracy of each class, the worst first"), table(body.slice(0, 40)));
     if (body.length > 40) card.append(el("details", {}, el("summary", {}, `${body.length - 40} more`), table(body.slice(40))));
     parts.push(card);
   }
@@ -89,7 +109,7 @@ function confusion(c) {
   names.forEach((n) => { if (!order.includes(n)) order.push(n); });
   if (order.length > 30) {
     const wrong = c.confusion.filter(([t, p]) => t !== p).sort((a, b) => b[2] - a[2]).slice(0, 40);
-    return el("div", {class: "card", id: "confusion"}, el("h3", {}, "Most often confused"), el("table", {},
+    return wide("Most often confused", {id: "confusion"}, el("h3", {}, "Most often confused"), el("table", {},
       el("tr", {}, el("th", {}, "class"), el("th", {}, "taken for"), el("th", {}, "images")),
       ...wrong.map(([t, p, n]) => el("tr", {}, el("td", {}, t), el("td", {}, p), el("td", {class: "number"}, shown(n))))));
   }
@@ -98,11 +118,11 @@ function confusion(c) {
   const rows = order.map((t) => el("tr", {}, el("th", {}, t), ...order.map((p) => {
     const n = count.get(`${t}\n${p}`) || 0, share = n / (total.get(t) || 1);
     const cell = el("td", {title: `${t} taken for ${p}: ${n}`}, n ? String(n) : "");
-    if (n) cell.style.background = t === p ? `rgba(37,99,168,${0.12 + 0.75 * share})` : `rgba(217,102,43,${0.15 + 0.85 * Math.min(1, share * 4)})`;
-    if (n && t === p && share > 0.5) cell.style.color = "#fff";
+    const tint = t === p ? 8 + 37 * share : 10 + 35 * Math.min(1, share * 4);  // percent; the text stays readable
+    if (n) cell.style.background = `color-mix(in srgb, var(--curve-${t === p ? 0 : 1}) ${tint}%, var(--card))`;
     return cell;
   })));
-  return el("div", {class: "card", id: "confusion"}, el("h3", {}, "Confusion: rows the true class, columns the predicted one"),
+  return wide("Confusion", {id: "confusion"}, el("h3", {}, "Confusion: rows the true class, columns the predicted one"),
     el("table", {class: "confusion"}, el("thead", {}, el("tr", {}, el("th", {}), ...order.map((p) => el("th", {}, p)))), ...rows));
 }
 
@@ -112,7 +132,7 @@ function settings(run) {
   const changed = run.config.filter((c) => c.length > 2);
   const parts = [el("h2", {}, "Configuration")];
   if (run.command) parts.push(el("pre", {}, run.command));
-  parts.push(el("div", {class: "card", id: "config"},
+  parts.push(wide("Configuration", {id: "config"},
     el("h3", {}, changed.length ? "What differs from the defaults" : "Nothing differs from the defaults"), el("table", {}, ...changed.map(row)),
     el("details", {}, el("summary", {}, `all ${run.config.length} keys`), el("table", {}, ...run.config.map(row)))));
   return parts;
@@ -120,7 +140,7 @@ function settings(run) {
 
 function pairs(title, id, rows) {
   if (!rows.length) return [];
-  return [el("h2", {}, title), el("div", {class: "card", id}, el("table", {},
+  return [el("h2", {}, title), wide(title, {id}, el("table", {},
     ...rows.map(([k, v]) => el("tr", {}, el("td", {class: "soft"}, k), el("td", {class: "value"}, v)))))];
 }
 
@@ -128,12 +148,30 @@ function tiles(run) {
   return el("div", {class: "tiles"}, ...run.tiles.map(([name, value]) => el("div", {class: "tile"}, el("b", {}, shown(value)), el("span", {}, name))));
 }
 
+const SECTIONS = new Map();  // name -> the data and nodes of a section: the same data keep their nodes, open or scrolled
+
+function section(name, data, build) {
+  const text = JSON.stringify(data);
+  if (SECTIONS.get(name)?.text !== text) SECTIONS.set(name, {text, nodes: build()});
+  return SECTIONS.get(name).nodes;
+}
+
+let CURVES = null;  // of the page of one run
+
 function oneRun(run) {
-  const parts = [el("h1", {}, run.name, el("span", {class: `badge ${run.state}`}, run.state)), el("p", {class: "soft"}, run.about), tiles(run)];
-  if (run.learning) parts.push(el("p", {id: "learning"}, el("b", {}, "Is it still learning? "), run.learning));
-  if (run.pictures.length) parts.push(el("h2", {}, "Pictures"), ...run.pictures.map(slider));
-  parts.push(...curves([run]), ...layers(run), ...classes(run), ...settings(run), ...pairs("Events", "events", run.events),
-    ...pairs("Environment", "environment", run.environment));
+  const parts = [...section("head", [run.name, run.state, run.about, run.tiles, run.learning], () => [
+    el("h1", {}, run.name, el("span", {class: `badge ${run.state}`}, run.state)), el("p", {class: "soft"}, run.about), tiles(run),
+    ...(run.learning ? [el("p", {id: "learning"}, el("b", {}, "Is it still learning? "), run.learning)] : [])])];
+  if (run.pictures.length) parts.push(...section("pictures", [], () => [el("h2", {}, "Pictures")]));
+  for (const group of run.pictures) parts.push(...section(`picture ${group.name}`, group, () => [slider(group)]));
+  if (Object.keys(run.series).length) {
+    if (!CURVES) CURVES = new Curves([run]);
+    else section("curves", run.series, () => { CURVES.update([run]); return []; });
+    parts.push(...CURVES.nodes);
+  }
+  parts.push(...section("layers", run.layers, () => layers(run)), ...section("classes", run.classes, () => classes(run)), ...section("settings", run.config, () => settings(run)),
+    ...section("events", run.events, () => pairs("Events", "events", run.events)),
+    ...section("environment", run.environment, () => pairs("Environment", "environment", run.environment)));
   return parts;
 }
 
@@ -143,9 +181,9 @@ function several(runs, differences) {
   const results = keys.map((k) => el("tr", {}, el("td", {class: "soft"}, k),
     ...runs.map((r) => el("td", {}, shown((r.tiles.find(([n]) => n === k) || [])[1])))));
   const differ = differences.map(([key, ...values]) => el("tr", {}, el("td", {}, el("code", {}, key)), ...values.map((v) => el("td", {class: "value"}, el("code", {}, v)))));
-  const parts = [el("h2", {}, "Results"), el("div", {class: "card"}, el("table", {}, head(""), ...results)),
+  const parts = [el("h2", {}, "Results"), wide("Results", {}, el("table", {}, head(""), ...results)),
     el("h2", {}, "Where the configurations differ"),
-    el("div", {class: "card", id: "differences"}, differ.length ? el("table", {}, head("key"), ...differ) : el("p", {}, "Nowhere."))];
+    wide("Where the configurations differ", {id: "differences"}, differ.length ? el("table", {}, head("key"), ...differ) : el("p", {}, "Nowhere."))];
   parts.push(...curves(runs));
   for (const run of runs) if (run.pictures.length) parts.push(el("h2", {}, run.name), ...run.pictures.map(slider));
   for (const run of runs) if (run.classes) { const made = classes(run); made[0].textContent = `Classes: ${run.name}`; parts.push(...made); }
@@ -156,12 +194,12 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const MAIN = document.querySelector("main");
 if (DATA.table) {
   MAIN.append(...runTable(DATA.table));
-  follow("/runs.json", 3, (table) => MAIN.replaceChildren(...runTable(table)));
+  follow("/runs.json", 3, updateTable);
 } else if (DATA.sweep) {
   MAIN.append(el("h1", {}, DATA.title), el("p", {class: "soft"}, DATA.sweep.about), ...sweepParts(DATA.sweep), ...curves(DATA.runs));
 } else if (DATA.runs.length === 1) {
   MAIN.append(...oneRun(DATA.runs[0]));
-  if (DATA.live) follow(`/run.json${location.search}`, 5, (data) => MAIN.replaceChildren(...oneRun(data.runs[0])));
+  if (DATA.live) follow(`/run.json${location.search}`, 5, (data) => replace(MAIN, oneRun(data.runs[0])));
 }
 else MAIN.append(el("h1", {}, DATA.title), ...several(DATA.runs, DATA.differences));
 document.body.dataset.ready = "yes";

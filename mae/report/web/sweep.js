@@ -10,7 +10,7 @@ function mix(share) {  // from blue, the worst, over grey to orange, the best
 function parallel(sweep) {
   const W = 1180, H = 330, T = 46, B = 26, L = 90, R = 90;
   const axes = sweep.columns.filter((c) => sweep.members.some((m) => m.values[c] !== null && m.values[c] !== undefined));
-  const main = sweep.metric, root = svg("svg", {viewBox: `0 0 ${W} ${H}`});
+  const main = sweep.metric, root = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `parallel coordinates of ${sweep.members.length} members; the table below has their values`});
   const px = (k) => axes.length === 1 ? W / 2 : L + k / (axes.length - 1) * (W - L - R);
   const range = {};
   axes.forEach((c, k) => {
@@ -50,7 +50,7 @@ function parallel(sweep) {
     });
     root.append(path);
   }
-  return el("div", {class: "card parallel"}, root, told);
+  return el("div", {}, wide("Parallel coordinates", {class: "card parallel"}, root), told);
 }
 
 function memberTable(sweep) {
@@ -67,7 +67,7 @@ function memberTable(sweep) {
     return row;
   });
   let sorted = -1, down = false;
-  columns.forEach((c, k) => head.append(el("th", {onclick: () => {
+  const sort = (k) => {
     down = sorted === k ? !down : false;
     sorted = k;
     rows.sort((a, b) => {
@@ -75,10 +75,12 @@ function memberTable(sweep) {
       const order = typeof p === "number" && typeof q === "number" ? p - q : String(p).localeCompare(String(q), "en", {numeric: true});
       return down ? -order : order;
     });
+    [...head.children].forEach((th, i) => th.setAttribute("aria-sort", i !== k ? "none" : down ? "descending" : "ascending"));
     body.replaceChildren(...rows);
-  }}, c)));
+  };
+  columns.forEach((c, k) => head.append(el("th", {scope: "col"}, el("button", {type: "button", onclick: () => sort(k)}, c))));
   body.append(...rows);
-  return el("div", {class: "card"}, el("table", {class: "sortable"}, el("thead", {}, head), body));
+  return wide("Members", {}, el("table", {class: "sortable"}, el("thead", {}, head), body));
 }
 
 function paperTables(paper) {  // the tables of the paper, ours beside its numbers
@@ -87,7 +89,7 @@ function paperTables(paper) {  // the tables of the paper, ours beside its numbe
     const rows = table.rows.map((r) => el("tr", r.default ? {class: "default"} : {},
       el("td", {}, r.member ? el("a", {href: `${r.member}/report.html`}, r.text) : r.text),
       ...[0, 1].flatMap((k) => r.results.map((pair) => number(pair[k], k === 0)))));
-    return el("div", {class: "card paper"}, el("h3", {}, `(${table.letter}) ${table.title}`), el("table", {},
+    return wide(table.title, {class: "card paper"}, el("h3", {}, `(${table.letter}) ${table.title}`), el("table", {},
       el("tr", {}, el("th", {}), el("th", {colspan: 2}, "ours"), el("th", {colspan: 2}, "the paper's")),
       el("tr", {}, el("th", {}, "case"), ...["ft", "lin", "ft", "lin"].map((t) => el("th", {class: "number"}, t))), ...rows));
   });
