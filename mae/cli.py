@@ -4,6 +4,7 @@
 """
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -174,6 +175,11 @@ def command() -> int:
         sys.stdout.write(usage())
         if word == "help":
             return 0
+    if word == "--version":
+        sys.stdout.write(f"mae {version()}\n")
+        return 0
+    if sys.argv[1:] == ["-sc", "query=bash"] and len(os.environ.get("COMP_LINE", "").split()) <= 2:
+        sys.stdout.write(" ".join(SUBCOMMANDS) + "\n")  # before what Hydra completes: groups and keys
     subcommand = SUBCOMMANDS.get(word)
     if subcommand is None:
         return main()
@@ -197,6 +203,14 @@ def call_subcommand(subcommand: Subcommand, arguments: Sequence[str]) -> int:
             raise
         sys.stderr.write(f"{errors.explain(error)}\n")
         return 1
+
+
+def version() -> str:
+    """The version of the installed package, or that it is not installed."""
+    try:
+        return importlib.metadata.version("mae-experiments")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: pip install -e .)"
 
 
 def usage() -> str:

@@ -160,7 +160,9 @@ def test_the_served_table_has_the_chosen_runs_in_the_chosen_order(runs):
 
 
 def test_the_command_serves_its_selection_on_loopback_alone(runs):
-    code = "import sys; from mae.tools.runs import main; sys.exit(main(sys.argv[1:]))"
+    code = "import signal, sys; from mae.tools.runs import main; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore Ctrl-C
+    code += "sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(runs), "--best", "val_loss", "--where", "task=pretrain", "--serve", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -249,3 +251,31 @@ def test_a_subcommand_is_called_by_its_own_name(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         call_subcommand(SUBCOMMANDS["report"], ["--help"])
     assert capsys.readouterr().out.startswith("usage: mae report")
+
+
+COMPLETE = """
+complete_line() {  # prints the candidates for a line whose last word is being typed, as bash asks for them
+  COMP_LINE="$1" COMP_POINT=${#1} COMPREPLY=()
+  local words=($COMP_LINE)
+  COMP_CWORD=$(( ${#words[@]} - 1 ))
+  hydra_bash_completion
+  echo "${COMPREPLY[*]}"
+}
+"""
+
+
+@pytest.mark.slow
+def test_bash_completes_groups_keys_and_subcommands(tmp_path):
+    installed = tmp_path / "mae"
+    installed.write_text(f"#!{sys.executable}\nimport sys\nfrom mae.cli import command\nsys.exit(command())\n")
+    installed.chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    typed = {"task.mask": "task.mask_ratio=", "data=fash": "data=fashion_mnist"}
+    for program, expected in (("python run.py", typed), ("mae", typed | {"checkp": "checkpoints checkpoint."})):
+        lines = "\n".join(f"complete_line '{program} {word}'" for word in expected)
+        script = f'{COMPLETE}\neval "$({program} -sc install=bash)"\n{lines}\ncomplete -p {program.split()[0]}'
+        done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+        *candidates, rule = done.stdout.splitlines()
+        assert candidates == list(expected.values()), done.stderr
+        assert rule.endswith(f"-F hydra_bash_completion {program.split()[0]}")

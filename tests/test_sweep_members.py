@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from browser import look, needs_browser
+from browser import Browser, needs_browser
 from conftest import ROOT, TINY, composed, run_cli
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -239,13 +239,14 @@ def test_table_1_lays_ours_beside_the_paper_s(table):
 @needs_browser
 @pytest.mark.slow
 def test_the_page_of_table_1_lives_in_a_browser(table, tmp_path):
-    seen = look(table / "report.html", tmp_path)
-    assert seen.console == [] and seen.requests == []
-    assert seen.count('class="card paper"') == 6 and seen.count('tr class="default"') == 6
-    assert re.search(
-        r"128 \(ours 12\)</a></td><td class=\"number ours\">94.0</td><td class=\"number ours\">61.0", seen.document
-    )
-    assert "decoder_width_1_of_8 lies within its interval of 359 images" in seen.document
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(table / "report.html")
+        assert browser.console == [] and browser.requests == [] and browser.violations() == []
+        text = browser.evaluate("document.querySelector('main').innerText")
+        assert browser.evaluate("document.querySelectorAll('.card.paper').length") == 6
+        assert browser.evaluate("document.querySelectorAll('tr.default').length") == 6
+    assert re.search(r"128 \(ours 12\)\s+94\.0\s+61\.0", text)
+    assert "decoder_width_1_of_8 lies within its interval of 359 images" in text
 
 
 @pytest.mark.slow
