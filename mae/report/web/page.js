@@ -77,7 +77,7 @@ function slider(group) {
 function layers(run) {
   if (run.layers.length < 2) return [];
   const [head, ...rows] = run.layers, best = Math.max(...rows.map((r) => Number(r[1])));
-  return [el("h2", {}, "Layers"), el("div", {class: "card", id: "layers"}, el("h3", {}, "A probe of each layer, from one pass of the encoder"),
+  return [el("h2", {}, "Layers"), wide("Layers", {id: "layers"}, el("h3", {}, "A probe of each layer, from one pass of the encoder"),
     el("table", {}, el("tr", {}, ...head.map((t) => el("th", {}, t))), ...rows.map((r) => el("tr", {class: Number(r[1]) === best ? "changed" : ""},
       el("td", {}, el("code", {}, `task.layer=${r[0]}`)), ...r.slice(1).map((v) => el("td", {class: "number"}, shown(Number(v))))))))];
 }
