@@ -57,6 +57,8 @@ MIGRATIONS = (
                 "online_probe": False,
                 "online_probe_lr": 1.0e-3,
                 "img_size_schedule": None,
+                "init_channels": None,
+                "init_patch_size": None,
             },
             "task=pipeline": {"norm_pix_loss": None, "epochs": None, "augmentation": None},
             "task=finetune": OF_TRAINING,

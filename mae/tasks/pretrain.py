@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import DictConfig
@@ -31,6 +31,7 @@ from mae.tasks.online_probe import OnlineProbe, check_probe_labels
 from mae.tasks.patch_sums import images_to_fit
 from mae.tasks.rankme import RankMe
 from mae.tracking.base import Tracker
+from mae.weights.adapt import Adaptation
 from mae.weights.load import load_pretrained
 from mae.weights.read import read_pretrained
 
@@ -58,6 +59,8 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         rankme: Annotated[int, "[2, inf)"] | None,
         online_probe: bool,
         online_probe_lr: Annotated[float, "(0, inf)"],
+        init_channels: Literal["mean"] | list[list[Annotated[int, "[0, inf)"]]] | None,
+        init_patch_size: Literal["resize"] | None,
     ):
         super().__init__(cfg, val_set)
         self.model = build_autoencoder(cfg, cfg.target, norm_pix_loss, self.prepare)
@@ -73,6 +76,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         self.mask_ratios = self.mask_ratios or ratios_of(mask_ratio, self.model.num_patches)
         self.masking = bind_masking(cfg.masking, self.model.grid_size, self.mask_ratio)
         self.eval_mask_ratios = eval_mask_ratios
+        self.adaptation = Adaptation(init_channels, init_patch_size)
         self.samples: dict[str, Tensor] = {}  # validation images with their masks, the same in all pictures
         self.knn_settings = (knn_every_epochs, knn_images, knn_k)
         self.knn: KnnMonitor | None = None
@@ -92,10 +96,13 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
             check_probe_labels(self.cfg, train_set, val_set)
 
     def load_init(self) -> None:
-        """Loads the weights that `init` names, if any; a decoder that they lack keeps its initial weights."""
+        """Loads the weights that `init` names, if any; a decoder that they lack keeps its initial weights.
+
+        They may be of another size of image, and as the keys `init_*` allow of other channels and patches.
+        """
         if self.cfg.init is not None:
             pretrained = read_pretrained(self.cfg.init)
-            load_pretrained(self.model, pretrained)
+            load_pretrained(self.model, pretrained, adaptation=self.adaptation)
             if not pretrained.of_a_run:
                 warn_of_statistics(self.cfg, pretrained)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS, set_layer_norm_eps
 from mae.models.mae import MaskedAutoencoder
+from mae.weights.adapt import Adaptation, adapted
 from mae.weights.layouts import DECODER
 from mae.weights.parts import (
     DECODE_HEAD,
@@ -56,17 +57,21 @@ def load_pretrained(
     need_decoder: bool = False,
     head: HeadMode = "match",
     trained: bool = True,
+    adaptation: Adaptation | None = None,
 ) -> LoadReport:
     """Loads weights into a model, in place. Raises UserError, with the model unchanged, where they do not belong to it.
 
-    Position embeddings are interpolated where the grid differs. A MaskedAutoencoder loads a decoder of its size, and
-    must find one under `need_decoder`. A classifier loads a head with as many classes that reads the same tokens
-    (`"match"`), must find one (`"require"`, for evaluation), or keeps its own (`"fresh"`).
+    Position embeddings are interpolated where the grid differs, and the first layer is as `adaptation` allows. A
+    MaskedAutoencoder loads a decoder of its size, and must find one under `need_decoder`. A classifier loads a head
+    with as many classes that reads the same tokens (`"match"`), must find one (`"require"`, for evaluation), or keeps
+    its own (`"fresh"`).
 
     A model that nobody trains (`trained=False`, `"require"`, `need_decoder`) gets the eps of the file's LayerNorms; the
     checkpoint of a trained one would not record it.
     """
-    _check_sizes(pretrained, sizes_of_model(model))
+    if adaptation is not None:
+        pretrained = adapted(pretrained, sizes_of_model(model), adaptation)
+    _check_sizes(pretrained, sizes_of_model(model), adaptation)
     adopt_eps = not trained or need_decoder or head == "require"
     loading = Loading(model, pretrained, notes=[*pretrained.notes, *_eps_note(pretrained, adopt_eps)])
     select_decoder(loading, need_decoder)
@@ -112,7 +117,7 @@ def _eps_note(pretrained: PretrainedWeights, adopted: bool) -> list[str]:
     return [f"Its LayerNorms had eps {eps:g}; ours have {LAYER_NORM_EPS:g}, as the reference's."]
 
 
-def _check_sizes(pretrained: PretrainedWeights, ours: Sizes) -> None:
+def _check_sizes(pretrained: PretrainedWeights, ours: Sizes, adaptation: Adaptation | None) -> None:
     """Raises UserError where the encoders differ in size, naming the keys that would make them equal."""
     theirs = pretrained.sizes
     if keys := differing(SIZES, theirs, ours):
@@ -120,6 +125,7 @@ def _check_sizes(pretrained: PretrainedWeights, ours: Sizes) -> None:
         raise UserError(
             f"{pretrained} is a vision transformer with {has}, but the model has {wants}. "
             f"Set {' '.join(as_text(keys, theirs, 'model.{}={}'))}, or name another checkpoint."
+            + ("" if adaptation is None else adaptation.hint(keys))
         )
 
 

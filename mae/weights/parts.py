@@ -62,7 +62,9 @@ def select_decoder(loading: Loading, required: bool) -> None:
                 "needs none (task.reconstruction=false)."
             )
         loading.drop(*DECODER)
-        loading.notes.append("The file holds no decoder: ours starts afresh.")
+        own = pretrained.position_patch is None
+        what = "The file holds no decoder" if own else "A decoder of its first layer's own patches is not taken"
+        loading.notes.append(f"{what}: ours starts afresh.")
         return
     if mismatch := _decoder_mismatch(model, pretrained):
         what, settings = mismatch

@@ -38,6 +38,7 @@ class PretrainedWeights:
     notes: list[str]  # sentences on what was converted or left out
     meta: Metadata
     position: str = ""  # SINUSOID: the position tables are computed, not stored
+    position_patch: list[int] | None = None  # that its positions are of, where its first layer was adapted
     head_difference: str = ""  # why its classifier is none of ours, as a part of a sentence
 
     def __str__(self) -> str:
@@ -137,7 +138,7 @@ class PretrainedWeights:
         if "img_size" not in sizes:
             return None
         height, width = sizes["img_size"] if isinstance(sizes["img_size"], list) else [sizes["img_size"]] * 2
-        down, across = sizes["patch_size"]
+        down, across = self.position_patch or sizes["patch_size"]
         grid = height // down, width // across
         return grid if grid[0] * grid[1] == rows else None
 
@@ -180,7 +181,8 @@ def read_pretrained(path: str) -> PretrainedWeights:
     notes = opened.notes + layout.notes
     if layout.family in ("timm", "Hugging Face ViT") and "decoder_pred.weight" not in layout.state:
         notes += assumptions
-    return PretrainedWeights(path, kind, layout.state, notes, opened.meta, layout.position, head_difference)
+    meta, position = opened.meta, layout.position
+    return PretrainedWeights(path, kind, layout.state, notes, meta, position, head_difference=head_difference)
 
 
 def _family(opened: Opened, layout: Layout) -> str:
