@@ -15,7 +15,8 @@ def load(source: str | os.PathLike[str], **settings: object) -> "ImageModel":
     of the run, or what the file states; `settings` override them, such as `num_heads=12` or `mean=[0.5, 0.5, 0.5]`.
 
     `.preprocess(picture)` gives a normalised image (C, H, W). `.embed(pictures, pooling, layer)` gives features (B, D).
-    `.predict(pictures, k)` gives classes and probabilities, and `.classes` the names in the order of the logits.
+    `.predict(pictures, k)` gives classes and probabilities, and `.classes` the names in the order of the logits. Of a
+    segmenter `.predict(pictures)` gives a map (H, W) uint8 of each picture's size: the class of each pixel.
 
     Raises UserError where the source cannot be read or does not say what is needed.
     """

@@ -387,7 +387,7 @@ def test_refusals(tmp_path):
         export(vit(), format="timm", path=str(tmp_path / "file"), facts=FACTS)
 
 
-@pytest.mark.parametrize("format", EXPORT_FORMATS)
+@pytest.mark.parametrize("format", [name for name in EXPORT_FORMATS if name != "smp"])
 def test_card(tmp_path, format):
     model = vit(global_pool="token", depth=1)
     paths = export(model, format=format, path=str(tmp_path / "net"), facts=FACTS)

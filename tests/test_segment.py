@@ -1,5 +1,6 @@
 """Segmentation: windows, counting, losses, and a run from training to evaluation."""
 
+import csv
 import json
 import shutil
 
@@ -10,15 +11,21 @@ import torch.nn.functional as F
 from conftest import TINY, composed, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_evaluate import work_on
 
-from mae.config.build import call
+import mae
+from mae.config.build import build, call
+from mae.data import SOURCES
 from mae.data.prepare import Prepare
 from mae.data.source import IGNORED
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
+from mae.launch import launch
 from mae.metrics import PixelCounter
 from mae.models.segmenter import segmenter, sliding_logits, window_starts
 from mae.tasks.segment import dice_loss, pixel_loss
+from mae.tasks.segment_inference import SegmentationModel
 from mae.tasks.segment_maps import predict_maps
 
 TINY_SCENES = [
@@ -182,11 +189,17 @@ def test_evaluation_gives_the_figures_of_the_validation(trained, tmp_path):
     assert (tmp_path / "evaluate" / "images" / "segmentation.png").exists()
 
 
-def test_an_export_of_a_segmenter_is_refused_in_a_sentence(trained, tmp_path):
-    with pytest.raises(UserError) as caught:
-        scenes = [override for override in TINY_SCENES if not override.startswith("task.")]
-        run_here(tmp_path / "run", "task=export", *scenes, f"init={trained[0] / 'run'}", "launcher=inline")
-    assert "is a segmenter, which no format holds yet: use its checkpoint's model.safetensors" in str(caught.value)
+def test_an_exported_file_has_the_figures_of_its_run(trained, tmp_path):
+    scenes = [override for override in TINY_SCENES if not override.startswith("task.")]
+    file = tmp_path / "model.safetensors"
+    export = ["task=export", *scenes, f"init={trained[0] / 'run'}", "task.format=safetensors", f"task.path={file}"]
+    assert run_here(tmp_path / "export", *export) == 0
+    assert "pipeline_tag: image-segmentation" in (tmp_path / "model.md").read_text()
+    assert run_here(tmp_path / "evaluate", "task=evaluate", *TINY_SCENES, f"init={file}") == 0
+    figures, summary = (
+        json.loads((run / "summary.json").read_text()) for run in (tmp_path / "evaluate", trained[0] / "run")
+    )
+    assert all(figures[key] == summary[key] for key in ("miou", "pixel_accuracy", "loss"))
 
 
 def test_memory_that_does_not_suffice_for_whole_images_is_said_with_what_saves_it(trained, tmp_path, monkeypatch):
@@ -250,6 +263,76 @@ def test_what_cannot_be_segmented_is_said_in_a_sentence(arguments, sentence, tmp
     with pytest.raises(UserError) as caught:
         run_here(tmp_path / "run", *arguments, "launcher=inline")
     assert sentence in str(caught.value)
+
+
+# ---------------------------------------------------------------- maps of any images
+
+
+def test_maps_of_a_data_set_have_the_figures_of_its_evaluation(trained, tmp_path):
+    run = trained[0] / "run"
+    assert run_here(tmp_path / "run", "task=predict", *TINY_SCENES, f"init={run}", "task.split=val") == 0
+    source = build(SOURCES, composed(*TINY_SCENES).data, "val")
+    rows = list(csv.DictReader((tmp_path / "run" / "maps.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == [source.name(index) for index in range(5)]
+    right, total = 0, 0
+    for index, row in enumerate(rows):
+        with Image.open(tmp_path / "run" / row["map"]) as image:
+            assert image.mode == "P" and image.getpalette("RGB")[765:] == [255, 255, 255]
+            values = np.asarray(image)
+        truth = source[index][1].numpy()
+        right, total = right + int((values == truth).sum()), total + int((truth != IGNORED).sum())
+        assert row["class_1"] == source.classes[np.bincount(values.ravel()).argmax()]
+        assert float(row["share_1"]) == pytest.approx((values == np.bincount(values.ravel()).argmax()).mean(), abs=1e-6)
+    figures = json.loads((run / "summary.json").read_text())
+    assert 100 * right / total == pytest.approx(figures["pixel_accuracy"], rel=1e-6)
+    predicted = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert predicted["rows"] == 5 and sum(predicted["percent_of_pixels"].values()) == pytest.approx(100, abs=0.01)
+    assert (tmp_path / "run" / "images" / "maps.png").exists()
+    assert '"maps"' in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_maps_of_files_have_their_stems_and_are_those_of_mae_load(trained, tmp_path):
+    sizes = {"a.jpg": (30, 41), "a.png": (24, 24), "more/b.png": (9, 60)}
+    for number, (name, size) in enumerate(sizes.items()):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+    paths = [tmp_path / "photos" / name for name in sizes]
+    named = f"task.files=[{','.join(map(str, paths))}]"
+    command = ["task=predict", *TINY_SCENES, f"init={trained[0] / 'run'}", named, f"task.path={tmp_path / 'out'}"]
+    assert run_here(tmp_path / "run", *command) == 0
+    model = mae.load(trained[0] / "run")
+    assert isinstance(model, SegmentationModel) and len(model.classes) == 11 and model.classes[0] == "background"
+    for path, name, values in zip(paths, ("a.jpg.png", "a.png.png", "more/b.png"), model.predict(paths), strict=True):
+        with Image.open(tmp_path / "out" / "maps" / name) as image:
+            assert (
+                tuple(values.shape) == (image.height, image.width) == sizes[str(path.relative_to(tmp_path / "photos"))]
+            )
+            assert torch.equal(values, torch.from_numpy(np.array(image)))
+    assert model.embed(paths).shape == (3, 32) and model.predict(torch.zeros(2, 3, 30, 50))[1].shape == (30, 50)
+    with pytest.raises(UserError, match="holds files, which are not overwritten. Choose another"):
+        (tmp_path / "out" / "maps.csv").unlink()
+        run_here(tmp_path / "again", *command)
+
+
+@pytest.mark.slow
+def test_a_folder_without_maps_is_segmented_alike_by_one_rank_and_by_two(trained, tmp_path):
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "5.png").write_bytes(b"no image")
+    scenes = [override for override in TINY_SCENES if not override.startswith("data")]
+    folder = ["data=folder", f"data.root={tmp_path / 'photos'}", "data.img_size=24", "data.max_bad_fraction=0.5"]
+    command, texts = ["task=predict", *scenes, *folder, f"init={trained[0] / 'run'}"], []
+    for world in (1, 2):
+        run = tmp_path / f"on_{world}"
+        launch.prepare(composed(*command, f"output_dir={run}"), command)
+        work_on(world, run)
+        maps = sorted((run / "maps").iterdir())
+        assert [path.name for path in maps] == [f"{number}.png" for number in range(5)]
+        texts.append([(run / "maps.csv").read_text(), *(path.read_bytes() for path in maps)])
+    assert texts[0] == texts[1]
 
 
 # ---------------------------------------------------------------- decoders of segmentation-models-pytorch

@@ -21,6 +21,8 @@ class DecodeHead(nn.Module):
     blocks: Sequence[int]  # numbers of the blocks, rising
     batch_norm = False  # whether it normalises over a batch in training
     smallest_batch = 1  # images that one device must hold at a time in training
+    unit = 1  # pixels of which an image's sides must be multiples, beside whole patches
+    smallest_grid = 2  # patches along a side of an image that is computed by an exported graph
     normed = False  # whether it reads tokens after the encoder's `norm`; else the segmenter has none
 
     def __init__(self, encoder: VisionTransformer, num_classes: int):
@@ -55,7 +57,7 @@ class DPTHead(DecodeHead):
     sides are no multiple of 32, or the patch's side is no power of 2.
     """
 
-    batch_norm = True
+    batch_norm, unit = True, COARSEST
 
     def __init__(self, encoder: VisionTransformer, num_classes: int):
         super().__init__(encoder, num_classes)
@@ -88,6 +90,7 @@ class UPerNetHead(DecodeHead):
     """
 
     batch_norm = True
+    smallest_grid = 4  # half of it is pooled
     smallest_batch = 2  # its coarsest pool is one value an image
 
     def __init__(self, encoder: VisionTransformer, num_classes: int):

@@ -42,6 +42,11 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
         )
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    return torch.cat([pos_embed[:, :1], resize_rows(pos_embed[:, 1:], old_grid, new_grid)], dim=1)
+
+
+def resize_rows(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """A table (1, h * w, D) without a class row for another grid: bicubic, also where the grids are equal."""
+    grid = table.unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, h, w)
     grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)

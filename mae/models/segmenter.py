@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mae.models.decode_heads import DECODE_HEADS, DecodeHead
 from mae.models.layers import Block, LayerNorm, check_heads, patch_grid
+from mae.models.positions import resize_rows
 
 
 class Segmenter(VisionTransformer):
@@ -18,20 +19,36 @@ class Segmenter(VisionTransformer):
     """
 
     decode_head: DecodeHead
+    any_size = False  # whether images of any size are computed at once, with interpolated positions
 
     def features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Patch tokens (B, D, h, w) after each block that the head reads, and the tokens before them (B, P, D)."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-        (height, width), last = self.patch_embed.grid_size, self.decode_head.blocks[-1]
+        if self.any_size:
+            x, grid = self._embed_any_size(images)
+        else:
+            x, grid = self._pos_embed(self.patch_embed(images)), self.patch_embed.grid_size
+        x, last = self.norm_pre(self.patch_drop(x)), self.decode_head.blocks[-1]
         maps, prefixes = [], []
         for number, block in enumerate(self.blocks[: last + 1]):
             x = block(x)
             if number in self.decode_head.blocks:
                 tokens = self.norm(x)  # no norm where the head brings its own
                 patches = tokens[:, self.num_prefix_tokens :].transpose(1, 2)
-                maps.append(patches.unflatten(2, (height, width)))
+                maps.append(patches.unflatten(2, (grid[0], grid[1])))
                 prefixes.append(tokens[:, : self.num_prefix_tokens])
         return maps, prefixes
+
+    def _embed_any_size(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The first block's input (B, P + h * w, D) and the grid (h, w), for sides that are whole patches."""
+        patches = self.patch_embed.proj(images)
+        (height, width), first = patches.shape[2:], self.num_prefix_tokens
+        table = self.pos_embed
+        assert isinstance(table, Tensor)
+        x = patches.flatten(2).transpose(1, 2)
+        x = x + resize_rows(table[:, first:], self.patch_embed.grid_size, (height, width))  # type: ignore[arg-type]
+        if self.cls_token is not None:
+            x = torch.cat([(self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1), x], 1)  # len() would fix it
+        return x, (height, width)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (B, classes, H, W), of a lower resolution enlarged bilinearly."""

@@ -44,12 +44,17 @@ def eval_loader(
 
 
 def whole_loader(
-    cfg: DictConfig, ranks: Ranks, source: Source, eval_size: int | None, bad_csv: Path | None = None
+    cfg: DictConfig,
+    ranks: Ranks,
+    source: Source,
+    eval_size: int | None,
+    bad_csv: Path | None = None,
+    split: str = "val",
 ) -> EvalLoader:
     """The images of this rank at full size, one a batch, with their maps as they are; see `WholeImage`."""
     transform = call(WholeImage, {"img_size": cfg.model.img_size, "eval_size": eval_size})
     batches, settings = Batches(1, 1, cfg.seed, ranks.rank, ranks.world), call(LoaderSettings, cfg.data)
-    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda")
+    return EvalLoader(source, transform, batches, settings, bad_csv, ranks.device.type == "cuda", split=split)
 
 
 def bad_files_csv(run: Path, ranks: Ranks) -> Path:

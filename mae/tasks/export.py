@@ -19,6 +19,7 @@ from mae.models.mae import MaskedAutoencoder
 from mae.runs.summary import Summary
 from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import channels, image_top, need_init, read_from, warn_of_statistics
+from mae.tasks.segment_evaluate import load_segmenter
 from mae.tasks.visualize import load_autoencoder
 from mae.tracking.base import Tracker
 from mae.weights.export import export as write
@@ -37,7 +38,7 @@ def export(
     ranks: Ranks,
     tracker: Tracker,
     *,
-    format: Literal["timm", "huggingface", "reference", "safetensors", "onnx", "torch_export"],
+    format: Literal["timm", "huggingface", "reference", "safetensors", "onnx", "torch_export", "smp"],
     path: str | None,
     norm_pix_loss: bool | None,
     push_to_hub: str | None,
@@ -53,17 +54,13 @@ def export(
     if ranks.main:
         pretrained = read_pretrained(checkpoint)
         checkpoint = read_from(cfg, pretrained)
-        if pretrained.decode_head is not None:
-            raise UserError(
-                f"init={pretrained.path} is a segmenter, which no format holds yet: use its checkpoint's "
-                "model.safetensors, whose names are timm's and decode_head.*."
-            )
         classes, encoder_only = [], False
         with torch.no_grad():
-            if pretrained.head is not None:
-                model = load_classifier(cfg, pretrained, pretrained.head.classes)
+            if head := pretrained.decode_head or pretrained.head:
+                segmenter = pretrained.decode_head is not None
+                model = load_segmenter(cfg, pretrained) if segmenter else load_classifier(cfg, pretrained, head.classes)
                 names = pretrained.meta.classes
-                classes = names if len(names) == pretrained.head.classes else []
+                classes = names if len(names) == head.classes else []
             else:
                 model, encoder_only = autoencoder(cfg, pretrained, norm_pix_loss, need_decoder=format == "huggingface")
         restore_eps(pretrained, model)

@@ -4,7 +4,7 @@ Tasks embed and predict compute with the same object; task=evaluate takes its cl
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from mae.data.transforms import CenterCrop
 from mae.errors import UserError
 from mae.models.vit import block_output, classifier
 from mae.tasks.linprobe import add_probe
+from mae.tasks.segment_evaluate import load_segmenter
 from mae.weights.load import load_pretrained
 from mae.weights.read import PretrainedWeights
 
@@ -50,7 +51,8 @@ class ImageModel(nn.Module):
         super().__init__()
         self.kind, self.name, self.head_difference = pretrained.kind, pretrained.path, pretrained.head_difference
         self.network = load_network(cfg, pretrained)
-        self.classes = class_names(pretrained, self.network.num_classes)
+        head = pretrained.decode_head
+        self.classes = class_names(pretrained, head.classes if head else self.network.num_classes)
         self.prepare = call(Prepare, cfg.data)
         self.crop = call(CenterCrop, {"img_size": cfg.model.img_size, "crop_fraction": cfg.data.crop_fraction})
         self.data = cfg.data
@@ -63,12 +65,16 @@ class ImageModel(nn.Module):
 
         Raises UserError where it cannot be read.
         """
+        return self.decoded(picture, self.crop)
+
+    def decoded(self, picture: Picture, transform: Callable[[Tensor], Tensor]) -> Tensor:
+        """`transform` of a picture (C, H, W) as a source has it. Raises UserError where it cannot be read."""
         decoder = decoder_of(self.data)
         try:
             if not isinstance(picture, Image.Image):
-                return self.crop(decoder(read(os.path.expanduser(os.fspath(picture)))))
+                return transform(decoder(read(os.path.expanduser(os.fspath(picture)))))
             if isinstance(decoder, Decoder):
-                return self.crop(decoder.of_pillow(picture))
+                return transform(decoder.of_pillow(picture))
         except FAILURES as error:
             name = "the image" if isinstance(picture, Image.Image) else os.fspath(picture)
             raise UserError(f"{name} cannot be used: {reason(error)}.") from error
@@ -162,7 +168,9 @@ class ImageModel(nn.Module):
 
 
 def load_network(cfg: DictConfig, pretrained: PretrainedWeights) -> VisionTransformer:
-    """The classifier in a checkpoint, or without one its encoder, whose output is every token after `norm`."""
+    """The classifier or segmenter in a checkpoint, or its encoder, whose output is every token after `norm`."""
+    if pretrained.decode_head is not None:
+        return load_segmenter(cfg, pretrained)
     if pretrained.head is not None and not pretrained.head_difference:
         return load_classifier(cfg, pretrained, pretrained.head.classes)
     network = call(classifier, cfg.model, num_classes=0, drop_path=0.0, global_pool="")

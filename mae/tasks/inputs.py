@@ -21,6 +21,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.tasks.inference import ImageModel
 from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
+from mae.tasks.segment_inference import image_model
 from mae.weights.read import read_pretrained
 
 Which = Literal["all", "train", "val"]
@@ -46,7 +47,7 @@ def model_of_init(
 ) -> tuple[ImageModel, Callable[[], AbstractContextManager[object]], str]:
     """The model that `init` names on this rank's device, the number format of its forward pass, and its checkpoint."""
     pretrained, number_format = read_pretrained(need_init(cfg)), device.number_format(precision, ranks.device)
-    model = ImageModel(cfg, pretrained)
+    model = image_model(cfg, pretrained)
     same_weights(ranks, model.network)
     warn_of_statistics(cfg, pretrained)
     warn_of_crop(cfg, pretrained)

@@ -11,7 +11,8 @@ from mae.config.saved import read_config
 from mae.config.values import near
 from mae.errors import UserError
 from mae.tasks.inference import ImageModel
-from mae.weights.export import TIMM_NAMES
+from mae.tasks.segment_inference import image_model
+from mae.weights.export_state import TIMM_NAMES
 from mae.weights.read import PretrainedWeights, read_pretrained
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def load_model(source: str, settings: dict[str, object]) -> ImageModel:
     OmegaConf.set_readonly(cfg, False)
     for key, value in settings.items():
         cfg["model" if key in MODEL else "data"][key] = value
-    return ImageModel(cfg, pretrained)
+    return image_model(cfg, pretrained)
 
 
 def config_of_file(pretrained: PretrainedWeights, settings: dict[str, object]) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Labels of any images, labelled or not, to CSV or Parquet, with a contact sheet: each image once over all ranks."""
+"""Labels or maps of any images, labelled or not, with a contact sheet: each image once over all ranks."""
 
 import logging
 import time
@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from mae.data.source import Source
 from mae.distributed.ranks import Ranks
-from mae.runs.files import replacing
 from mae.runs.summary import Summary, rate
 from mae.tasks import charts
 from mae.tasks.batches import bad_files_csv, eval_loader, sent
@@ -28,7 +27,10 @@ from mae.tasks.inputs import (
     rank_batches,
     written_names,
 )
-from mae.tasks.results import ROWS, write_csv
+from mae.tasks.results import ROWS, write_table
+from mae.tasks.segment_inference import SegmentationModel
+from mae.tasks.segment_maps import WINDOWS
+from mae.tasks.segment_predict import PredictJob, write_maps
 from mae.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
@@ -57,51 +59,63 @@ def predict(
     batch_size: Annotated[int, "[1, inf)"],
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"],
 ) -> Summary:
-    """Writes file, class_1, probability_1 ... of each image; one that cannot be used has no row."""
+    """Writes file, class_1, probability_1 ... of each image; one that cannot be used has no row.
+
+    Of a segmenter it writes a map for each image, and file, map, class_1, share_1 ... of its pixels.
+    """
     begun = time.perf_counter()
     tracker.start(0, 0)
     if format == "parquet":
         need_pyarrow("task.format", "csv")
-    target = output_file(run, path, f"labels.{format}")
     sets = image_sets(cfg, files, split)
     model, autocast, checkpoint = model_of_init(cfg, ranks, precision)
-    model.need_classes()
-    labels = {}
-    for name, source in sets.items():
-        indices = rank_batches(len(source), batch_size, ranks.rank, ranks.world)
-        loader = eval_loader(cfg, ranks, source, batch_size, None, bad_files_csv(run, ranks), indices, name)
-        with autocast(), torch.no_grad():
-            batches = [
-                (batch["index"].cpu(), *model.top(model.logits(model.normalised(batch["image"])), top_k))
-                for batch in sent(loader, ranks)
-            ]
-        loader.close()
-        labels[name] = together(ranks, indices, batches)
-    count, rows = sum(map(len, sets.values())), sum(len(each.images) for each in labels.values())
-    if ranks.main:
-        columns = table_of(model, sets, labels)
-        write_table(target, columns)
-        picture = run / "images" / "labels.png"
-        contact_sheet(cfg, model, sets, labels, num_images, picture)
-        tracker.picture("labels", picture, 0, f"labels by {cfg.init}")
-        tracker.table("labels", [*columns], list(zip(*columns.values(), strict=True))[:ROWS], 0)
-        log.info("%d of %d images have labels, in %s", rows, count, target)
+    job = PredictJob(run, cfg, ranks, tracker, sets, autocast)
+    if isinstance(model, SegmentationModel):
+        target = output_file(run, path, f"maps.{format}")
+        results = write_maps(job, model, target, top_k, num_images, min(WINDOWS, batch_size))
+    else:
+        model.need_classes()
+        target = output_file(run, path, f"labels.{format}")
+        results = write_labels(job, model, target, top_k, num_images, batch_size)
     ranks.barrier()
-    seconds = time.perf_counter() - begun
-    first = Counter(model.classes[number] for each in labels.values() for number in each.classes[:, 0].tolist())
+    count, seconds = sum(map(len, sets.values())), time.perf_counter() - begun
     return Summary(
         "predict",
         seconds,
         images_seen=count,
         images_per_second=rate(count, seconds),
         checkpoint=checkpoint,
-        results={
-            "files": written_names(run, [target]),
-            "rows": rows,
-            "bad": count - rows,
-            "predicted": dict(first.most_common()),
-        },
+        results=results,
     )
+
+
+def write_labels(
+    job: PredictJob, model: ImageModel, target: Path, top_k: int, num_images: int, batch_size: int
+) -> dict[str, object]:
+    """The table of labels and the contact sheet; returns what the summary says of them."""
+    cfg, ranks, labels = job.cfg, job.ranks, {}
+    for name, source in job.sets.items():
+        indices = rank_batches(len(source), batch_size, ranks.rank, ranks.world)
+        loader = eval_loader(cfg, ranks, source, batch_size, None, bad_files_csv(job.run, ranks), indices, name)
+        with job.autocast(), torch.no_grad():
+            batches = [
+                (batch["index"].cpu(), *model.top(model.logits(model.normalised(batch["image"])), top_k))
+                for batch in sent(loader, ranks)
+            ]
+        loader.close()
+        labels[name] = together(ranks, indices, batches)
+    count, rows = sum(map(len, job.sets.values())), sum(len(each.images) for each in labels.values())
+    if ranks.main:
+        columns = table_of(model, job.sets, labels)
+        write_table(target, columns)
+        picture = job.run / "images" / "labels.png"
+        contact_sheet(cfg, model, job.sets, labels, num_images, picture)
+        job.tracker.picture("labels", picture, 0, f"labels by {cfg.init}")
+        job.tracker.table("labels", [*columns], list(zip(*columns.values(), strict=True))[:ROWS], 0)
+        log.info("%d of %d images have labels, in %s", rows, count, target)
+    first = Counter(model.classes[number] for each in labels.values() for number in each.classes[:, 0].tolist())
+    written = written_names(job.run, [target])
+    return {"files": written, "rows": rows, "bad": count - rows, "predicted": dict(first.most_common())}
 
 
 def together(ranks: Ranks, expected: np.ndarray, batches: list[tuple[torch.Tensor, ...]]) -> Labels:
@@ -127,17 +141,6 @@ def table_of(
         columns[f"class_{k + 1}"] = [model.classes[number] for number in classes[:, k].tolist()]
         columns[f"probability_{k + 1}"] = [round(value, 6) for value in probabilities[:, k].tolist()]
     return columns
-
-
-def write_table(target: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    """A CSV or Parquet file, by its suffix."""
-    with replacing(target) as temporary:
-        if target.suffix == ".csv":
-            write_csv(temporary, columns, zip(*columns.values(), strict=True))
-        else:
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pyarrow.table(dict(columns)), temporary)
 
 
 def contact_sheet(

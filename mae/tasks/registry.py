@@ -95,7 +95,11 @@ TASKS = {
         "segmentation",
         trains=True,
         metric=MIOU,
-        next_commands=(EVALUATE,),
+        next_commands=(
+            EVALUATE,
+            "python run.py task=predict init=RUN",
+            "python run.py task=export init=RUN task.format=onnx",
+        ),
     ),
 }
 METRICS = {entry.metric.key: entry.metric for entry in TASKS.values() if entry.metric is not None}

@@ -1,13 +1,14 @@
 """What a classifier's validation leaves behind: CSV files for people and reports, tables and a chart for trackers."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mae.data.source import Source
 from mae.metrics import Results
+from mae.runs.files import replacing
 from mae.tasks import charts
 from mae.tracking.base import Tracker
 
@@ -59,3 +60,14 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_table(target: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """A CSV or Parquet file, by its suffix."""
+    with replacing(target) as temporary:
+        if target.suffix == ".csv":
+            write_csv(temporary, columns, zip(*columns.values(), strict=True))
+        else:
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.table(dict(columns)), temporary)

@@ -22,6 +22,7 @@ from mae.tasks.segment_maps import WINDOWS, Overlays, count_pixels
 from mae.tasks.segment_results import track_pixels, write_pixels
 from mae.tracking.base import Tracker
 from mae.weights.files import section
+from mae.weights.heads import EVAL_WINDOWS
 from mae.weights.load import load_pretrained
 from mae.weights.read import PretrainedWeights
 
@@ -95,9 +96,9 @@ def load_segmenter(cfg: DictConfig, pretrained: PretrainedWeights) -> Segmenter:
 
 
 def window_settings(pretrained: PretrainedWeights) -> tuple[int | None, float]:
-    """`task.eval_size` and `task.eval_stride` of the run that a segmenter comes from."""
-    task = section(pretrained.meta.config, "task")
-    size, stride = task.get("eval_size"), task.get("eval_stride")
+    """`task.eval_size` and `task.eval_stride` of the run that a segmenter comes from, as it or its export says."""
+    stated = section(pretrained.meta.config, "task") or pretrained.meta.args
+    size, stride = (stated.get(key) for key in EVAL_WINDOWS)
     return size if isinstance(size, int) else None, stride if isinstance(stride, float) else EVAL_STRIDE
 
 

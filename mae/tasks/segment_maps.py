@@ -1,6 +1,6 @@
 """Maps of classes that a segmenter predicts: at an image's own size, by sliding window."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,13 +41,13 @@ def full_size_logits(
 
 def predict_maps(
     model: Segmenter,
-    prepare: Prepare,
+    prepare: Callable[[Tensor], Tensor],
     images: Iterable[Tensor],
     *,
     eval_size: int | None,
     eval_stride: float,
     autocast: Autocast = nullcontext,
-) -> Iterable[Tensor]:
+) -> Iterator[Tensor]:
     """The class of each pixel (H, W) uint8, on the host, of images (C, H, W) of any size as a source has them.
 
     The model is in evaluation mode, and on the same device as `prepare`. `eval_size` and `eval_stride` are the keys of

@@ -1,4 +1,4 @@
-"""Exports: the same weights as files of timm, Hugging Face, the reference, safetensors, ONNX and torch.export.
+"""Exports: the same weights as files of timm, Hugging Face, the reference, safetensors, ONNX, torch.export and smp.
 
 Every function takes (model, path, facts), writes whole files or none, and returns their paths. Weights keep
 their bits, except that a linear probe's BatchNorm is folded into its matrix where the format has none.
@@ -14,6 +14,7 @@ from torch import nn
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.models.mae import MaskedAutoencoder
+from mae.models.segmenter import Segmenter
 from mae.models.targets import PixelTarget
 from mae.models.vit import Classifier
 from mae.runs.checkpoints import PROBED_LAYER
@@ -21,22 +22,12 @@ from mae.weights.export_card import Facts, card
 from mae.weights.export_files import sort_metadata, staged, target_of
 from mae.weights.export_graphs import to_onnx, to_torch_export
 from mae.weights.export_huggingface import to_huggingface
-from mae.weights.export_state import Architecture, architecture, encoder_weights, weights
+from mae.weights.export_smp import check_segmenter, to_smp
+from mae.weights.export_state import Architecture, architecture, encoder_weights, timm_model, weights
+from mae.weights.files import section
+from mae.weights.heads import EVAL_WINDOWS
 from mae.weights.names import State
 
-TIMM_NAMES = {  # (patch, width, blocks, heads) of timm's plain ViTs
-    (16, 192, 12, 3): "vit_tiny_patch16_224",
-    (32, 384, 12, 6): "vit_small_patch32_224",
-    (16, 384, 12, 6): "vit_small_patch16_224",
-    (8, 384, 12, 6): "vit_small_patch8_224",
-    (32, 768, 12, 12): "vit_base_patch32_224",
-    (16, 768, 12, 12): "vit_base_patch16_224",
-    (8, 768, 12, 12): "vit_base_patch8_224",
-    (32, 1024, 24, 16): "vit_large_patch32_224",
-    (16, 1024, 24, 16): "vit_large_patch16_224",
-    (14, 1024, 24, 16): "vit_large_patch14_224",
-    (14, 1280, 32, 16): "vit_huge_patch14_224",
-}
 LIBRARY = "mae-experiments"  # in files of ours that have no config.json
 
 
@@ -46,6 +37,8 @@ def export(model: nn.Module, *, format: str, path: str, facts: Facts) -> list[Pa
         raise UserError(f"task.format={format} is not known: choose one of {', '.join(EXPORT_FORMATS)}.")
     if isinstance(model, Classifier) and format in ("timm", "huggingface", "reference"):
         _check_probe(model, format)
+    if isinstance(model, Segmenter) or format == "smp":
+        check_segmenter(model, format)
     classes = architecture(model).num_classes
     if facts.classes and classes and len(facts.classes) != classes:
         raise UserError(f"{len(facts.classes)} class names for {classes} logits: they must agree.")
@@ -85,25 +78,6 @@ def to_timm(model: nn.Module, path: str, facts: Facts) -> list[Path]:
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (stage / "README.md").write_text(card(model, facts, "timm", usage, encoder_alone=True))
     return [folder / file for file in ("README.md", "config.json", "model.safetensors")]
-
-
-def timm_model(net: Architecture) -> tuple[str, dict[str, object]]:
-    """timm's name for such a model, and what must be passed besides `num_classes`."""
-    size, (height, width) = net.encoder, net.encoder.patch_size
-    key = (height, size.embed_dim, size.depth, size.num_heads)
-    arguments: dict[str, object] = {"global_pool": net.global_pool}
-    plain = height == width and size.hidden == 4 * size.embed_dim and key in TIMM_NAMES
-    if not plain:
-        arguments |= {"patch_size": height if height == width else [height, width]}
-        arguments |= {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.num_heads}
-        arguments["mlp_ratio"] = size.hidden / size.embed_dim
-    if size.img_size != (224, 224):
-        arguments["img_size"] = list(size.img_size)
-    if size.in_chans != 3:
-        arguments["in_chans"] = size.in_chans
-    if not net.class_token:
-        arguments["class_token"] = False
-    return TIMM_NAMES[key] if plain else "vit_base_patch16_224", arguments
 
 
 def _timm_config(name: str, arguments: dict[str, object], net: Architecture, facts: Facts) -> dict[str, object]:
@@ -175,6 +149,9 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
     stated |= {"crop_pct": facts.crop} | ({"classes": facts.classes} if facts.classes else {})
     if isinstance(model, Classifier) and model.layer is not None:
         stated[PROBED_LAYER] = model.layer
+    if isinstance(model, Segmenter):
+        task = section(facts.config, "task")
+        stated |= {key: task[key] for key in EVAL_WINDOWS if task.get(key) is not None}
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
         stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
         stated |= {"mask_ratio": facts.mask_ratio, "decoder": model.decoder_name, "mask_tokens": model.mask_tokens}
@@ -189,4 +166,5 @@ EXPORT_FORMATS = {
     "safetensors": to_safetensors,
     "onnx": to_onnx,
     "torch_export": to_torch_export,
+    "smp": to_smp,
 }

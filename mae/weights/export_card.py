@@ -7,6 +7,7 @@ import yaml
 from torch import nn
 
 from mae.models.mae import MaskedAutoencoder
+from mae.models.segmenter import Segmenter
 from mae.runs.checkpoints import step_name
 from mae.runs.files import read_json
 from mae.weights.export_state import architecture
@@ -50,9 +51,12 @@ def card(model: nn.Module, facts: Facts, library: str, usage: str, encoder_alone
 
     `encoder_alone`: the format holds the encoder of a masked autoencoder without its decoder.
     """
-    classifier = architecture(model).num_classes > 0
-    kind = "image-classification" if classifier else "image-feature-extraction"
-    what = "image classifier" if classifier else "masked autoencoder (self-supervised)"
+    classes = architecture(model).num_classes
+    kind, what = "image-feature-extraction", "masked autoencoder (self-supervised)"
+    if isinstance(model, Segmenter):
+        kind, what = "image-segmentation", "semantic segmenter"
+    elif classes:
+        kind, what = "image-classification", "image classifier"
     encoder_alone = facts.encoder_only or (encoder_alone and isinstance(model, MaskedAutoencoder))
     alone = " This file holds the encoder alone." if encoder_alone else ""
     parts = [

@@ -30,6 +30,7 @@ LAST_LAYERS = {
     "dpt": "decode_head.segmentation_head.head.4.weight",
     "upernet": "decode_head.segmentation_head.0.weight",
 }
+EVAL_WINDOWS = ("eval_size", "eval_stride")  # keys of task=segment, also in an export's metadata: its sliding window
 
 
 def contents(state: State) -> str:
