@@ -250,7 +250,10 @@ def test_a_frozen_encoder_keeps_its_bits_and_its_head_learns(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["task=segment", *TINY, "task.batch_size=8"], "task=segment needs a map of classes for each image"),
+        (
+            ["task=segment", *TINY, "data=digits", "task.batch_size=8"],
+            "task=segment needs a map of classes for each image",
+        ),
         ([*TINY_SEGMENT, "augmentation=finetune"], "augmentation moves pixels in a way that the maps"),
         (["task=finetune", *TINY_SCENES, "task.batch_size=8"], "task=finetune needs labels"),
         (
