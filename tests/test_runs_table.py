@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from browser import Browser, needs_browser
 from conftest import ROOT
+from PIL import Image
 
 from mae.cli import SUBCOMMANDS, call_subcommand, command
 from mae.config.check import resolve
@@ -209,9 +210,13 @@ def test_a_browser_shows_the_table_and_a_run_while_they_go_on(tmp_path):
         browser.drag(".chart[data-title=loss] .u-over", 0.0, 0.5)
         zoomed = browser.evaluate(zoom)
         assert zoomed < 30
+        browser.evaluate("document.querySelector('#config details').open = true")
         learn(50)
-        browser.wait(f"{steps} === 'step 50'")
-        assert browser.evaluate(zoom) == zoomed and browser.console == []
+        (live / "images").mkdir()
+        Image.new("RGB", (8, 8)).save(live / "images" / "reconstruction_00000050.png")
+        browser.wait(f"{steps} === 'step 50' && document.querySelector('.pictures p')?.textContent === 'step 50'")
+        assert browser.evaluate(zoom) == zoomed and browser.evaluate("document.querySelector('#config details').open")
+        assert browser.console == []
 
 
 def test_a_port_that_is_taken_is_refused_in_a_sentence(runs, address, capsys):
