@@ -70,7 +70,8 @@ def peer(folder: Path, images: int, batch: int, workers: int) -> Iterator[int]:
 def ours(source: Source, images: int, batch: int, workers: int, repeats: int = 1) -> Iterator[int]:
     """Images in each batch of our way of loading."""
     transform = RandomResizedCrop(img_size=224, scale=[0.2, 1.0], ratio=[0.75, 4 / 3], min_crop=0.0, hflip=True)
-    settings = LoaderSettings(workers, "auto", 2, 120.0, 0.0, fraction=1.0, per_class=None, repeats=repeats)
+    training = {"fraction": 1.0, "per_class": None, "repeats": repeats, "decode_device": "cpu"}
+    settings = LoaderSettings(workers, "auto", 2, 120.0, 0.0, **training)
     masking = functools.partial(random_masking, grid=(14, 14), mask_ratio=0.75)
     tiled = Subset(source, np.tile(np.arange(len(source)), -(-images // len(source))))  # so that a round is long enough
     loader = Loader(

@@ -79,10 +79,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path / WEIGHTS)
 
 
-def read_trainer(path: Path) -> dict[str, Any]:
-    """Training state of a checkpoint; never runs code. Raises DamagedCheckpoint."""
+def read_trainer(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """Training state of a checkpoint; never runs code. Raises DamagedCheckpoint.
+
+    `mapped`: tensors stay in the file, and what is never read takes no memory.
+    """
     try:
-        return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+        return torch.load(path / TRAINER, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise DamagedCheckpoint(
             f"{path / TRAINER} is refused: it is damaged, or holds code where only numbers belong."

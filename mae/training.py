@@ -24,6 +24,7 @@ from mae.data.source import Source, fingerprint
 from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
 from mae.distributed.ranks import Ranks, assert_same
+from mae.errors import UserError
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
@@ -124,7 +125,7 @@ class Training:
 
     def restore(self, path: Path) -> None:
         """Restores all of a checkpoint but its weights, which `restore_weights` loads."""
-        trainer = checkpoint.read_trainer(path)
+        trainer = checkpoint.read_trainer(path, mapped=self.ranks.sharded)  # of which a rank copies its shards
         self.optimizer.load_state_dict(fsdp.local_optimizer_state(trainer["optimizer"], self.optimizer))
         if trainer["scaler"]:  # empty where the run had another number format, on another device
             self.scaler.load_state_dict(trainer["scaler"])
@@ -162,8 +163,11 @@ def load_training(
     for phase in task.phases:
         log.info("task.img_size_schedule: images of %s", phase)
     by_phase = [build(AUGMENTATIONS, {**cfg.augmentation, "img_size": [*phase.size]}) for phase in task.phases]
-    pinned = ranks.device.type == "cuda"
-    loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), pinned, by_phase)
+    on_gpu = ranks.device.type == "cuda"
+    if settings.decode_device == "cuda" and not on_gpu:
+        raise UserError(f"data.decode_device=cuda needs a GPU, and this run has {ranks.device.type}: set it to cpu.")
+    decode_on = ranks.device if settings.decode_device == "cuda" else None
+    loader = Loader(source, transform, batches, settings, bad_files_csv(run, ranks), on_gpu, by_phase, decode_on)
     plan = call(make_plan, cfg.task, len(loader.source), loader.steps_per_epoch, ranks.world, micro_batch_size=micro)
     check_batches(plan, cfg.task, cfg.data.repeats)
     return loader, plan
@@ -182,20 +186,12 @@ def set_up(
     torch.manual_seed(cfg.seed)  # the same initial weights everywhere
     train_set, val_set = both_sets(cfg)
     dtype = device.number_format(precision, ranks.device)
-    task = build_task(cfg, val_set)
-    task.check_data(train_set, val_set)
     restored = newest_valid(run)
+    task = initial_task(cfg, ranks, train_set, val_set, restored, dtype)
     if restored is None:
-        task.load_init()
-    task.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    task.train()  # a task may leave frozen modules in evaluation mode
-    if restored is not None:
-        restore_weights(restored, task.model)
-    else:
         task.estimate(train_set, ranks)
     if ranks.world > 1:  # a digest of large weights takes seconds
-        assert_same(ranks, checkpoint.weights_digest(task.model.state_dict()), "weights")
-    ranks.shard(task, dtype)
+        assert_same(ranks, checkpoint.weights_digest(fsdp.unsharded(task.model.state_dict())), "weights")
     micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load_training(run, cfg, ranks, train_set, task, micro)
     images = fingerprint(loader.source)
@@ -229,6 +225,31 @@ def set_up(
         tracker.event(f"resumed at step {t.progress.step}", t.progress.step)
     log.info("%s", plan.in_words(schedule.peak, str(dtype).removeprefix("torch."), str(ranks.device)))
     return t
+
+
+def initial_task(
+    cfg: DictConfig, ranks: Ranks, train_set: Source, val_set: Source, restored: Path | None, dtype: torch.dtype
+) -> TrainedTask[nn.Module]:
+    """The task on the device, sharded where asked, with initial weights, those of `init`, or of a checkpoint.
+
+    Of sharded weights the first rank alone holds all, on the host, and no device ever does.
+    """
+    with fsdp.without_memory(ranks.sharded and not ranks.main):
+        task = build_task(cfg, val_set)
+    task.check_data(train_set, val_set)
+    if dtype is torch.float64:
+        task.double()
+    with fsdp.loading_nowhere():
+        if restored is None:
+            task.load_init()
+        else:
+            restore_weights(restored, task.model)
+    task.train()  # a task may leave frozen modules in evaluation mode
+    if ranks.sharded:
+        ranks.shard(task, dtype)
+    else:
+        task.to(ranks.device)
+    return task
 
 
 def validation_loader(

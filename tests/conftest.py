@@ -92,7 +92,9 @@ def loader_arguments(size, micro, seed, rank, world, options: dict[str, Any]) ->
     from mae.data.settings import LoaderSettings
 
     batches = {key: options.pop(key) for key in ("drop_last", "masking", "mask_ratios") if key in options}
-    settings = call(LoaderSettings, {"fraction": 1.0, "per_class": None, "repeats": 1} | options)
+    settings = call(
+        LoaderSettings, {"fraction": 1.0, "per_class": None, "repeats": 1, "decode_device": "cpu"} | options
+    )
     return Batches(size, micro, seed, rank, world, **batches), settings
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "tracking": {"config", "runs", "tasks.registry"},
     "checkpoint": {"program", "runs"},
     "optim": {"device"},
-    "data": {"config", "limits", "program", "rng", "runs"},
+    "data": {"config", "device", "limits", "program", "rng", "runs"},
     "models": {"rng"},
     "weights": {"models", "runs"},
     "distributed": {"device", "models"},

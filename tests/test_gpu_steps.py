@@ -26,6 +26,7 @@ from gpu_suite import (
     own_settings,  # noqa: F401
     trained,
 )
+from test_device_decode import batches_of, loader_of, write_images
 from test_engine import Overflowing, Spoiled, saved, set_up_here
 from test_step import hungry
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,6 +204,21 @@ def test_15_batches_of_threads_are_those_of_processes_and_pinned_for_a_gpu(tmp_p
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert first["image"].is_pinned() is second["image"].is_pinned() is ON_GPU
+
+
+@pytest.mark.parametrize("augmentation", ["pretrain", "color_jitter"])
+def test_15_files_that_the_device_decodes_are_the_host_s_samples(tmp_path, augmentation):
+    write_images(tmp_path)
+    pairs = zip(
+        batches_of(loader_of(tmp_path, torch.device(DEVICE), augmentation=augmentation)),
+        batches_of(loader_of(tmp_path, None, augmentation=augmentation)),
+        strict=True,
+    )
+    for actual, expected in pairs:
+        assert all(torch.equal(actual[name], expected[name]) for name in ("index", "flip", "noise", "label"))
+        assert actual["image"].device.type == DEVICE and actual["image"].dtype == torch.uint8
+        difference = (actual["image"].cpu().float() - expected["image"].float()).abs()
+        assert difference.mean() < (8 if ON_GPU else 1e-6)  # of 255: nvJPEG enlarges the colours of a JPEG otherwise
 
 
 def test_16_a_run_on_uint16_images_of_five_channels_ends_with_pictures(tmp_path):

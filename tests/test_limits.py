@@ -189,7 +189,7 @@ def test_batches_of_an_augmentation_for_processes_alone_are_made_by_the_run_itse
     transform = Whole()
     transform.draws_itself = True
     reader = Reader(Empty(), transform, Batches(1, 1, 0))
-    settings = LoaderSettings(2, "auto", 2, 10.0, 0.0, 1.0, None, 1)
+    settings = LoaderSettings(2, "auto", 2, 10.0, 0.0, 1.0, None, 1, "cpu")
     monkeypatch.setattr(limits, "shared_memory", lambda: 1000)
     made = workers.makers(reader, workers.Tickets(lambda: iter(())), settings, 8, False)
     assert isinstance(made, torch.utils.data.DataLoader) and made.num_workers == 0

@@ -127,6 +127,8 @@ def _devices(cfg: Mapping[str, Any]) -> Iterator[str]:
         yield "device=mps is one device: launcher.processes must be 1."
     if cfg["task"].get("compile") == "graphs" and cfg["device"] in ("cpu", "mps"):
         yield f"task.compile=graphs needs a GPU: use off, blocks or model with device={cfg['device']}."
+    if cfg["data"].get("decode_device") == "cuda" and cfg["device"] in ("cpu", "mps"):
+        yield f"data.decode_device=cuda needs a GPU: use data.decode_device=cpu with device={cfg['device']}."
     yield from _graphs(cfg["task"], devices(cfg))
     level = cfg["task"].get("compile")
     if level in ("model", "graphs") and launcher["sharding"] != "none":

@@ -45,6 +45,7 @@ MIGRATIONS = (
             "data=cifar10_folder": {"splits": "auto"},
             "data=scientific": {"splits": "auto"},
             "": {"replay": None},
+            "data": {"decode_device": "cpu"},
             "masking": {"name": "random"},
             "task=export": {"push_to_hub": None},
             "target": {"name": "pixels"},

@@ -36,16 +36,16 @@ def resize(
     out: Tensor | None = None,
     scales: tuple[float, float] | tuple[None, None] = (None, None),
 ) -> Tensor:
-    """(C, H, W) -> (C, *size), bicubic with antialias. 8 bit stays 8 bit throughout, as in Pillow;
-    other integers go through float32 and are rounded and clipped. Colours of 8 bit that lie side by side are written
-    to `out` where that is laid out alike. `scales` are output pixels for one of the image, where `size` does not say
-    it: of an image that is resized and then cropped."""
+    """(C, H, W) -> (C, *size), bicubic with antialias. On the host 8 bit stays 8 bit throughout, as in Pillow;
+    other integers, and 8 bit on a GPU, go through float32 and are rounded and clipped. Colours of 8 bit that lie side
+    by side are written to `out` where that is laid out alike. `scales` are output pixels for one of the image, where
+    `size` does not say it: of an image that is resized and then cropped."""
     if image.shape[1:] == size and scales == (None, None):
         return image
     if 1 in image.shape[1:]:  # whose stride may be any, and the kernel reads outside of the image by it
         image = image.clone(memory_format=torch.contiguous_format)
     resized = torch.ops.aten._upsample_bicubic2d_aa
-    if image.dtype == torch.uint8 or image.is_floating_point():
+    if image.dtype == torch.uint8 and image.device.type == "cpu" or image.is_floating_point():
         if image.dtype == torch.uint8 and image.shape[0] in (3, 4):
             # With the colours of a pixel side by side: the same bits, faster. Where no `out` says so, the kernel judges
             # by the strides alone, of which `image[None]` has the wrong one for the batch.

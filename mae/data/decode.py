@@ -65,6 +65,17 @@ class Decoder:
                 raise BadImage(f"not a valid JPEG ({str(error).splitlines()[0]})") from error
         return image if box is None else inside(image, box)
 
+    def on_device(self, data: bytearray) -> tuple[int, int] | None:
+        """Height and width of a file that a GPU decodes as it is: a baseline JPEG that is not turned. None for another.
+
+        Raises BadImage where it is too large."""
+        header = jpeg.read_header(data)
+        if header is None or not (header.baseline and self._fast(header)):
+            return None
+        self._check_size(header.width, header.height)
+        turned = self.exif_orientation and header.exif and exif_orientation(data) != 1
+        return None if turned else (header.height, header.width)
+
     def _fast(self, header: jpeg.Header) -> bool:
         # Pillow makes grey from RGB, libjpeg from YCbCr: not the same bits
         return self.in_chans == 3 and header.components in (1, 3) or self.in_chans == 1 == header.components

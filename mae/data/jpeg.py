@@ -21,7 +21,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from mae.data.crops import Box
 
 # Start-of-frame markers of Huffman-coded JPEG: baseline, extended, progressive (ITU T.81, table B.1).
-FRAMES = {0xC0, 0xC1, 0xC2}
+BASELINE = 0xC0
+FRAMES = {BASELINE, 0xC1, 0xC2}
 
 
 class Header(NamedTuple):
@@ -29,6 +30,7 @@ class Header(NamedTuple):
     width: int
     components: int
     exif: bool  # an Exif segment comes before the frame
+    baseline: bool
 
 
 def read_header(data: bytearray) -> Header | None:
@@ -42,7 +44,8 @@ def read_header(data: bytearray) -> Header | None:
             at += 1
         elif marker in FRAMES:
             height, width = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
-            return Header(height, width, data[at + 9], exif) if data[at + 4] == 8 and height and width else None
+            eight_bits = data[at + 4] == 8 and height and width
+            return Header(height, width, data[at + 9], exif, marker == BASELINE) if eight_bits else None
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless or arithmetic: Pillow's to judge
         else:
@@ -57,6 +60,14 @@ def whole(data: bytearray, grey: bool) -> Tensor:
     image = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=mode)
     assert isinstance(image, Tensor)
     return image
+
+
+def all_on(device: torch.device, files: list[Tensor], grey: bool) -> list[Tensor]:
+    """The pixels of files (bytes,) on the host, decoded together on a device. Raises RuntimeError for one of them."""
+    mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
+    images = decode_jpeg(files, mode=mode, device=device)
+    assert isinstance(images, list)
+    return images
 
 
 def region(data: bytearray, grey: bool, box: Box) -> Tensor | None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mae.data.dataset import Batch, Failure, Loaded, Reader, Record
+from mae.data.device_decode import DeviceDecoder
 from mae.data.sampler import Batches, Sampler, Ticket
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source
@@ -38,6 +40,7 @@ class Loader:
     targets are no classes, label is (B, K) or (B, ..., H, W) of their type. Images and maps are still to be mirrored
     where flip is true, on the device (see `mae.data.prepare`).
     `bad_csv` is where bad images are listed. `source` is afterwards what is left by `fraction`, `per_class`.
+    With `decode_on` image lies on that device, which decodes the files (see `mae.data.device_decode`).
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Loader:
         bad_csv: str | Path | None = None,
         pin_memory: bool = False,
         by_phase: Sequence[Transform] = (),
+        decode_on: torch.device | None = None,
     ):
         batches = replace(batches, repeats=settings.repeats)
         self.source = reduced(source, settings.fraction, settings.per_class, batches.seed)
@@ -60,7 +64,8 @@ class Loader:
         )
         self._start = (0, 0)
         self._running: Iterator[Loaded | Failure] | None = None  # going on from `_start`
-        self._reader = Reader(self.source, transform, batches, by_phase)
+        self._reader = Reader(self.source, transform, batches, by_phase, files=decode_on is not None)
+        self._decoder = None if decode_on is None else DeviceDecoder(self._reader, decode_on)
         self._loader = makers(self._reader, Tickets(self._tickets), settings, batches.micro, pin_memory)
         weakref.finalize(self, shut, self._loader)  # at the latest when the program ends
 
@@ -76,7 +81,7 @@ class Loader:
         for number in range(start_step, self.steps_per_epoch):
             self._running = None  # left in the middle of a step, there is no going on
             count = self.sampler.micro_steps(number)
-            batches = (received(running, self.record, self.timeout_s) for _ in range(count))
+            batches = (received(running, self.record, self.timeout_s, self._decoder) for _ in range(count))
             yield Step(number, count, batches)
             for _ in batches:  # what the step's user left
                 pass
@@ -86,11 +91,14 @@ class Loader:
 
     def batches_of(self, epoch: int, step: int) -> list[Batch]:
         """The micro-batches of any step, made by this process itself; the workers go on as they were."""
-        return [self._reader.load(ticket).batch for ticket in self.sampler.micro_batches(epoch, step)]
+        loaded = [self._reader.load(ticket) for ticket in self.sampler.micro_batches(epoch, step)]
+        return [(self._decoder(batch) if self._decoder else batch).batch for batch in loaded]
 
     def close(self) -> None:
         """Ends the workers."""
         self._running = None
+        if self._decoder is not None:
+            self._decoder.summary()
         shut(self._loader)
 
 

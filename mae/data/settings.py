@@ -61,3 +61,4 @@ class LoaderSettings:
     fraction: Annotated[float, "(0, 1]"]  # this and what follows are for training alone
     per_class: Count | None
     repeats: Count
+    decode_device: Literal["cpu", "cuda"]

@@ -46,6 +46,7 @@ class Source:
     classes: list[str]  # names of the classes; empty where the images have none
     labels: np.ndarray | None = None  # (N,) int64, the class of each image; None where targets are no classes
     subset: list[int] | None = None  # the classes among which an evaluation decides; None: all
+    decoder: Decode | None = None  # of the images' files; None where images lie in memory
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -68,6 +69,12 @@ class Source:
 
     def raw(self, index: int) -> bytearray | None:
         """An image's encoded file; None where there is no file, as for images in memory. Raises BadImage."""
+        del index
+        return None
+
+    def encoded(self, index: int) -> tuple[bytearray, Target] | None:
+        """`raw` and the image's target; None where there is no file, or where the target is a map, which is cropped
+        with the image. Raises BadImage or OSError."""
         del index
         return None
 
@@ -112,10 +119,14 @@ class Encoded(Source):
 
     `decoder(data, box)` gives an image, or with a box only what lies inside it. Raises BadImage."""
 
-    decoder: Decode
+    decoder: Decode  # type: ignore[assignment]  # there is one
 
     def raw(self, index: int) -> bytearray:
         raise NotImplementedError
+
+    def encoded(self, index: int) -> tuple[bytearray, Target] | None:
+        target = self.target(index)
+        return None if is_map(target) else (self.raw(index), target)
 
     def target(self, index: int) -> Target:
         """The target of an image. A source with other targets than classes overrides it."""

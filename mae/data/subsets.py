@@ -14,6 +14,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.classes = source, indices, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
+        self.decoder = source.decoder
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -29,6 +30,9 @@ class Subset(Source):
 
     def raw(self, index: int) -> bytearray | None:
         return self.source.raw(int(self.indices[index]))
+
+    def encoded(self, index: int) -> tuple[bytearray, Target] | None:
+        return self.source.encoded(int(self.indices[index]))
 
     def order(self, seed: int, epoch: int, mask: np.ndarray | None = None) -> np.ndarray | None:
         wanted = np.zeros(len(self.source), bool)
@@ -59,6 +63,10 @@ class Renumbered(Subset):
 
     def region(self, index: int, box: Boxed) -> tuple[Tensor, Target]:
         return super().region(index, box)[0], self._target(index)
+
+    def encoded(self, index: int) -> tuple[bytearray, Target] | None:
+        encoded = super().encoded(index)
+        return None if encoded is None else (encoded[0], self._target(index))
 
     def _target(self, index: int) -> int:
         return UNLABELLED if self.labels is None else int(self.labels[index])

@@ -39,6 +39,7 @@ class Transform:
 
     hflip = False  # whether half of the samples, at random, are mirrored on the device
     draws_itself = False  # whether it uses the generators of the process, which threads share; see `seeded`
+    on_device = False  # whether `__call__` also takes images that lie on a GPU, for data.decode_device=cuda
 
     def box(self, draw: Draw) -> Boxed | None:
         """The box of the image that `__call__` gets instead of the whole, so that no more need be decoded; None: all of
@@ -66,6 +67,8 @@ class RandomResizedCrop(Transform):
     The paper's augmentation in pretraining and probing. `min_crop` is the least part of the area that still shows what
     the image is of, whatever `scale` says.
     """
+
+    on_device = True
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ def kept_fraction(size: tuple[int, int], fraction: float | None) -> float:
 
 class CenterCrop(Transform):
     """Resize to cover `img_size / crop_fraction`, centre crop: evaluation, and "none" of the paper's table 1e."""
+
+    on_device = True
 
     def __init__(self, *, img_size: int | list[int], crop_fraction: float | None):
         self.size = pair(img_size)
@@ -235,7 +240,7 @@ class RandAugment(RandomResizedCrop):
     hold (2 % of the numbers), since batches travel as uint8.
     """
 
-    draws_itself = True
+    draws_itself, on_device = True, False  # Pillow's operations
 
     def __init__(
         self,

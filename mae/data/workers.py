@@ -164,10 +164,11 @@ def shared_memory(reader: Reader, batches: int, images: int) -> tuple[int, int]:
     free = limits.shared_memory()
     if free is None or free >= SMALL or not len(reader.source):
         return 0, 1
-    batch = reader.load(Ticket(0, np.zeros(1, np.int64), 1.0)).batch
+    batch, _, files = reader.load(Ticket(0, np.zeros(1, np.int64), 1.0))
     size = batch["image"].nbytes + (batch["label"].nbytes if batch["label"].ndim > 1 else 0)
+    size += 0 if files is None else files.data.nbytes
     images = min(images, len(reader.source) * reader.repeats)
-    return batches * images * size // len(batch["image"]), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return batches * images * size // len(batch["index"]), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _leave_signals_to_main(worker: int) -> None:
@@ -199,11 +200,16 @@ def naming_killed_workers() -> Iterator[None]:
         raise
 
 
-def received(iterator: Iterator[Loaded | Failure], record: Record, timeout_s: float) -> Batch:
-    """The next batch, with errors about workers in plain words."""
+def received(
+    iterator: Iterator[Loaded | Failure],
+    record: Record,
+    timeout_s: float,
+    complete: Callable[[Loaded], Loaded] | None = None,
+) -> Batch:
+    """The next batch, with errors about workers in plain words. `complete` decodes the files that workers left."""
     try:
         with naming_killed_workers():
-            batch = next(iterator)
+            loaded = next(iterator)
     except (EOFError, ConnectionError) as error:  # a worker process could open no file to hand a batch over
         raise UserError(limits.too_many_open_files()) from error
     except (RuntimeError, TimeoutError, FutureTimeoutError) as error:
@@ -212,7 +218,7 @@ def received(iterator: Iterator[Loaded | Failure], record: Record, timeout_s: fl
                 f"no batch came within data.timeout_s={timeout_s:g} s: the storage under data.root may hang."
             ) from error
         raise
-    return record.receive(batch)
+    return record.receive(complete(loaded) if complete and isinstance(loaded, Loaded) else loaded)
 
 
 def shut(made_by: DataLoader | Threads) -> None:

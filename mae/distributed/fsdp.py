@@ -1,7 +1,9 @@
 """Weights, gradients and optimizer states sharded over ranks (FSDP2); whole for checkpoints and validation."""
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -11,10 +13,54 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mae.models.layers import blocks_of
 
 State = TypeVar("State")
+NO_COPY = ".*copying from a non-meta parameter"  # torch's warning where weights are loaded into `meta`
+_on_meta: ContextVar[bool] = ContextVar("on_meta", default=False)
+
+
+@contextmanager
+def without_memory(active: bool) -> Iterator[None]:
+    """Within, where `active`, new modules get parameters on the `meta` device, which `shard` fills from rank 0."""
+    if not active:
+        yield
+        return
+    hook = register_module_parameter_registration_hook(_to_meta)  # pyright: ignore[reportArgumentType]  # torch's types
+    token = _on_meta.set(True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _on_meta.reset(token)
+
+
+@contextmanager
+def with_memory() -> Iterator[None]:
+    """Within `without_memory`: new modules get memory all the same, since `shard` does not reach them."""
+    token = _on_meta.set(False)
+    try:
+        yield
+    finally:
+        _on_meta.reset(token)
+
+
+@contextmanager
+def loading_nowhere() -> Iterator[None]:
+    """Within, weights are loaded into parameters on `meta` without torch's warning: names and shapes alone are
+    checked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NO_COPY, UserWarning)
+        yield
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """What a module registers instead of a parameter; None for the parameter itself."""
+    if parameter is None or not _on_meta.get():
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 def gathers_half(dtype: torch.dtype, device: torch.device) -> bool:
@@ -25,6 +71,9 @@ def gathers_half(dtype: torch.dtype, device: torch.device) -> bool:
 def shard(task: nn.Module, device: torch.device, dtype: torch.dtype, ranks: int) -> None:
     """Shards the weights block by block over `ranks` neighbouring ranks, in place: parameters become DTensors.
 
+    Their values are those of rank 0, where the task has all its weights on the host; elsewhere they may be on `meta`.
+    A device holds no more than its shards and one whole block at a time.
+
     Further ranks hold copies of the shards. With a half `dtype` blocks gather their weights in it and reduce gradients
     in float32. What lies outside blocks is small, and images and losses want float32 there.
     """
@@ -34,14 +83,31 @@ def shard(task: nn.Module, device: torch.device, dtype: torch.dtype, ranks: int)
     policy = MixedPrecisionPolicy()
     if gathers_half(dtype, device):
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    in_blocks: set[nn.Module] = set()
     for block in blocks_of(task):
+        in_blocks.update(block.modules())
+        fill(block.modules(), device)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    fill([module for module in task.modules() if module not in in_blocks], device)
     fully_shard(task, mesh=mesh)
     for stack in task.modules():
         blocks = stack if isinstance(stack, nn.ModuleList | nn.Sequential) else ()
         for block, following in pairwise(blocks):
             if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
                 block.set_modules_to_forward_prefetch([following])
+
+
+def fill(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Moves the modules' own parameters and buffers to the device, with the values that they have on rank 0."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor.to(device)
+        own = own.contiguous()
+        dist.broadcast(own, 0)
+        return own
+
+    for module in modules:
+        module._apply(filled, recurse=False)
 
 
 @contextmanager
@@ -78,6 +144,11 @@ def forget_order(module: nn.Module) -> None:
         order = getattr(module._get_fsdp_state()._comm_ctx, "post_forward_order", None)
         if order is not None:  # it has run
             order.clear()
+
+
+def unsharded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that every rank holds whole, such as buffers."""
+    return {name: tensor for name, tensor in state.items() if not isinstance(tensor, DTensor)}
 
 
 def gathered(tree: State) -> State:

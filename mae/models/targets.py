@@ -213,7 +213,7 @@ class FeatureTarget(Target):
         self.layer, self.cosine, self.size = layer, loss == "cosine", network.width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureTarget":
-        self.teacher._apply(fn, recurse)
+        self.teacher._apply(fn)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()

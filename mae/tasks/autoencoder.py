@@ -42,7 +42,10 @@ def build_autoencoder(
 
 def read_teacher(cfg: DictConfig, name: str, grid: tuple[int, int]) -> Teacher:
     """The network that `target.teacher` names, on the host. Raises UserError where it sees other patches."""
-    with torch.device("cpu"):  # a plan builds its model without memory, and reads the teacher all the same
+    from mae.distributed.fsdp import with_memory  # seconds to import
+
+    # a plan, and all ranks but the first of a sharded run, build without memory, and read the teacher all the same
+    with torch.device("cpu"), with_memory():
         try:
             pretrained = read_pretrained(name)
         except UserError as error:

@@ -76,11 +76,15 @@ class TrainedTask(nn.Module, Generic[Network]):
 
     def load_init(self) -> None:
         """Loads the weights that `init` names, into the model on the host. Skipped where a run goes on from its own
-        checkpoint. Raises UserError."""
+        checkpoint. Raises UserError.
+
+        With `launcher.sharding` the weights of all ranks but the first are on the `meta` device, here and in the
+        constructor: they have shapes and no values, and get those of the first rank afterwards."""
 
     def estimate(self, train_set: Source, ranks: Ranks) -> None:
         """Fits what is no trained weight to the training images, the same on every rank; the model is on the device.
-        Skipped where a run goes on from its own checkpoint."""
+        Skipped where a run goes on from its own checkpoint. Weights may be sharded: within `fsdp.whole(self)` every
+        rank has all of them."""
 
     def example_target(self, images: int) -> Tensor:
         """What `label` of a batch of so many images could be, for trial steps. By default classes (B,)."""
