@@ -197,6 +197,20 @@ def test_probes_that_were_stopped_end_with_the_same_bits(encoder, tmp_path):
     assert summary(cut)["layers"] == summary(tmp_path / "whole")["layers"]
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(encoder, tmp_path):
+    command = [*PROBE, f"init={encoder}", LAYERS, "task.max_steps=4", "task.warmup_epochs=0"]
+    assert run_here(tmp_path / "one", *command) == 0
+    assert run_here(tmp_path / "two", *command, "launcher.processes=2") == 0
+    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert one["best_layer"] == two["best_layer"]
+    for layer, row in one["layers"].items():
+        assert two["layers"][layer]["loss"] == pytest.approx(row["loss"], rel=1e-3)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in ("head.0.running_var", "head.1.weight"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

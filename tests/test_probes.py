@@ -1,6 +1,7 @@
 """Probes: the attentive one against a plain computation, a block by choice, and what reads their runs."""
 
 import functools
+import json
 import math
 import re
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_PRETRAIN, composed, of_type, run_here
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, of_type, run_here
 from test_distributed import losses, on_ranks, trained
 from test_tasks import TINY_OTHER, said, summary, weights
 from torch import Tensor, nn
@@ -83,6 +84,19 @@ def test_an_attentive_probe_is_the_paper_s_function_in_loss_and_gradients(projec
 def test_the_published_head_has_as_many_parameters():
     """Its log of MAE's ViT-B (billpsomas/efficient-probing, logs/mae_base/ep.txt) counts 1,383,400."""
     assert sum(p.numel() for p in attentive_head(768, 1000, 32, projection=True).parameters()) == 1_383_400
+
+
+def test_the_table_of_the_how_to_is_that_of_its_records():
+    records = json.loads((ROOT / "docs" / "probes.json").read_text())
+    page, means = (ROOT / "docs" / "howto" / "probes.md").read_text(), {}
+    for kind in ("linear", "attentive"):
+        results = [records[f"{kind}_seed_{seed}"]["result"] for seed in range(3)]
+        assert all(result["top1"] == max(result["top1_by_lr"].values()) for result in results)
+        top1 = [result["top1"] for result in results]
+        means[kind] = sum(top1) / 3
+        rates = " ".join(f"{result['best_lr']:g}" for result in results)
+        assert f"| {kind} | {' '.join(f'{value:.2f}' for value in top1)} | {means[kind]:.2f} | {rates} |" in page
+    assert f"{means['attentive'] - means['linear']:.1f} points" in page
 
 
 # ---------------------------------------------------------------- runs
