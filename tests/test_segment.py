@@ -27,6 +27,7 @@ from mae.models.segmenter import segmenter, sliding_logits, window_starts
 from mae.tasks.segment import dice_loss, pixel_loss
 from mae.tasks.segment_inference import SegmentationModel
 from mae.tasks.segment_maps import predict_maps
+from mae.tools import dry_run
 
 TINY_SCENES = [
     *[override for override in TINY if not override.startswith("data.")],
@@ -369,6 +370,14 @@ def test_every_parameter_of_a_decoder_learns_and_its_output_is_of_the_image_s_si
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     assert list(model.decode_head.blocks) == ([0, 2, 3, 5] if head == "dpt" else [1, 2, 3, 5])
+
+
+def test_a_head_with_batch_norm_is_planned_by_dry_run():
+    pytest.importorskip("segmentation_models_pytorch")
+    cfg = composed(*TINY_SEGMENT, "task.head=upernet", "model.depth=4", "model.img_size=32", "data.img_size=32")
+    model = dry_run.model_on_meta(cfg)
+    few, many = (dry_run.activation_bytes(cfg, model, torch.float32, torch.device("cpu"), k) for k in (2, 8))
+    assert few > 0 and many == pytest.approx(4 * few, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,11 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
     """Bytes that autograd saves for the backward pass of `images` images, counted on tensors without memory.
 
-    Computed from one image and a second one, since autocast's copies of the weights are saved once.
+    Computed from two images and a third one, since autocast's copies of the weights are saved once, and a head with
+    batch norm takes no single image.
     """
-    first, both = (saved_bytes(cfg, model, dtype, target, count) for count in (1, 2))
-    return first + (images - 1) * (both - first)
+    two, three = (saved_bytes(cfg, model, dtype, target, count) for count in (2, 3))
+    return two + (images - 2) * (three - two)
 
 
 def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, count: int) -> int:
