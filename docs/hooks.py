@@ -73,6 +73,7 @@ def config_page() -> str:
         shown: dict[str, str] = {}  # key -> the row that an earlier option of the group has
         folder = CONF / group
         options = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+        comments = comments_of(options, group)
         parts.append(f"\n## {group}\n")
         if not options:
             section = section_of(CONF / "config.yaml", group)
@@ -84,11 +85,23 @@ def config_page() -> str:
                 types = schema.schema(group, name)
             except KeyError:  # a file that another one includes
                 continue
+            for key, entry in keys.items():
+                entry.comment = entry.comment or comments.get(key, "")
             rows = list(table_of(keys, types))
             new = [row for row in rows[2:] if shown.get(row.split("|")[1]) != row]
             shown |= {row.split("|")[1]: row for row in new}
             parts += [f"\n### {group}={path.stem}\n", *([*rows[:2], *new] if new else ["The same keys as above."])]
     return "\n".join(parts) + "\n"
+
+
+def comments_of(options: list[Path], group: str) -> dict[str, str]:
+    """Of each key the first comment that an option of its group has."""
+    comments: dict[str, str] = {}
+    for path in options:
+        for key, entry in keys_of(path, group).items():
+            if entry.comment:
+                comments.setdefault(key, entry.comment)
+    return comments
 
 
 def table_of(keys: dict[str, Key], types: dict[str, Any]) -> Iterator[str]:

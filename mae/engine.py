@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Too many non-finite steps in a row."""
+    """Too many non-finite steps in a row, or a validation loss at the end that is not finite."""
 
 
 def train(
@@ -135,12 +135,14 @@ def measure(t: Training, clock: Clock) -> dict[str, float]:
 
 
 def run_training(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summary:
-    """A trained task from start to summary."""
+    """A trained task from start to summary. Raises Diverged where the last validation's loss is not finite."""
     t = call(set_up, cfg.task, run, cfg, ranks, tracker)
     tracker.log(t.position() | {f"derived/{k}": v for k, v in t.plan.derived(t.schedule.peak).items()})
     with no_recompilation(t.task.trained):
         metrics = call(train, cfg.task, t) if t.progress.step < t.plan.steps else t.evaluate()
     t.loader.close()
+    if not math.isfinite(metrics.get("val/loss", 0.0)):
+        raise Diverged(f"val/loss is {metrics['val/loss']} after the last step.")
     if ranks.main:
         t.task.on_train_end(run, t.progress.step, tracker)
     return training_summary(cfg.task.name, t.plan, t.progress.seconds, t.task.summary(metrics))

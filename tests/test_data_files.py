@@ -514,7 +514,10 @@ def test_bad_files_are_replaced_and_reported_once(spoilt, tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
     loader = load(opened(spoilt), tmp_path, workers)
-    with pytest.raises(ValueError, match=r"data.max_bad_fraction=0.01 allows; the first: \S+ \(.*\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.max_bad_fraction=0.01 allows; the first: \S+ \(.*\)\. bad_files\.csv lists them\. Mend or remove",
+    ):
         for step in loader.steps(0):
             list(step)
     loader.close()

@@ -152,6 +152,13 @@ def test_a_run_that_diverges_names_the_block_and_the_command(tmp_path):
     assert f"`python run.py replay={tmp_path}` runs that step again and looks at every operation." in told
 
 
+def test_a_run_whose_loss_is_not_finite_at_its_end_has_diverged(tmp_path):
+    bad = ["optimizer=sgd", "optimizer.base_lr=1e30", "task.max_bad_steps=50"]
+    assert run_here(tmp_path, *TINY_PRETRAIN, *bad) == 3
+    assert "val/loss is nan after the last step." in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "summary.json").exists() and "diverged" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_several_processes_record_and_replay_as_one(images, tmp_path):
     run = tmp_path / "run"

@@ -60,6 +60,6 @@ def register() -> None:
     def member_dir(*, _root_: Any) -> str:
         return member_name(list(dict.fromkeys(params(_root_.hydra) + typed)), _root_.hydra.overrides.task)
 
-    OmegaConf.register_new_resolver("sweep_dir", lambda: "runs/" + safe("sweep-" + "-".join(typed)))
-    OmegaConf.register_new_resolver("member_dir", member_dir)
-    OmegaConf.register_new_resolver("all_members", lambda *, _root_: ",".join(map(str, _root_[MEMBERS])))
+    OmegaConf.register_new_resolver("sweep_dir", lambda: "runs/" + safe("sweep-" + "-".join(typed)), replace=True)
+    OmegaConf.register_new_resolver("member_dir", member_dir, replace=True)
+    OmegaConf.register_new_resolver("all_members", lambda *, _root_: ",".join(map(str, _root_[MEMBERS])), replace=True)

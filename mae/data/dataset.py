@@ -304,7 +304,8 @@ class Record:
             names = ", ".join(f"{b.name} ({b.reason})" for b in list(self.bad.values())[:3])
             raise UserError(
                 f"{len(self.bad)} of the {self.seen} images read so far cannot be used, more than "
-                f"data.max_bad_fraction={self.limit:g} allows; the first: {names}."
+                f"data.max_bad_fraction={self.limit:g} allows; the first: {names}. bad_files.csv lists them. "
+                "Mend or remove them, or raise data.max_bad_fraction."
             )
         return batch
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def page(title: str, data: Mapping[str, object], live: bool = False) -> str:
 
     A `live` page is served, and asks its server for new data.
     """
-    text = json.dumps({"title": title, "live": live, **data}, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(finite({"title": title, "live": live, **data}), allow_nan=False).replace("<", "\\u003c")
     library = f"/*! uPlot\n{(UPLOT / 'LICENSE').read_text()}*/\n{(UPLOT / 'uPlot.iife.min.js').read_text()}"
     scripts = "\n".join((WEB / name).read_text().replace('"use strict";\n', "") for name in SCRIPTS)
     styles = f"{(UPLOT / 'uPlot.min.css').read_text()}\n{(WEB / 'style.css').read_text()}"
@@ -36,6 +37,15 @@ def page(title: str, data: Mapping[str, object], live: bool = False) -> str:
         f"<script>\n{library}</script>\n"
         f'<script>\n"use strict";\n{scripts}</script>\n</body>\n</html>\n'
     )
+
+
+def finite(value: object) -> object:
+    """The value with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def data_url(path: Path) -> str:

@@ -226,6 +226,8 @@ def log_figures(figures: Mapping[str, Any]) -> None:
             most,
             printable(large),
         )
+    else:
+        log.info("no labels: pre-training needs none, task=finetune, linprobe and knn do")
     for side in ("height", "width"):
         log.info("%s %d to %d pixels, median %d", side, figures[side][0], figures[side][2], figures[side][1])
     if "step_images_per_second" in figures:

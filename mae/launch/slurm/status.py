@@ -10,7 +10,7 @@ from mae.config.build import call
 from mae.config.check import check_config, to_dict
 from mae.config.overrides import by_key, parsed, pasted, values_of
 from mae.config.saved import read_config
-from mae.errors import UserError
+from mae.errors import UserError, is_bug
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jobs, run_state, typed_path
@@ -65,7 +65,7 @@ def _in_order(path: Path) -> list[tuple[int, int, str]]:
 
 
 def status_table(folder: Path) -> str:
-    """A line a run: state, restarts, last metric, reason of a failure. Tracebacks of the first failures follow."""
+    """A line a run: state, restarts, last metric, reason of a failure. Tracebacks of bugs follow."""
     rows, tracebacks = [("run", "job", "state", "restarts", "last metric", "reason")], ""
     for run, (name, job) in jobs_of(runs_under(folder)).items():
         verdict = read_json(run / "slurm" / "verdict.json")
@@ -76,7 +76,7 @@ def status_table(folder: Path) -> str:
             reason = reason or job.reason
         rows.append((typed_path(run), name or "-", state, str(restarts), last_metric(run), reason.partition("\n")[0]))
         failure = read_failure(run)
-        if failure is not None and state == "FAILED":
+        if failure is not None and state == "FAILED" and is_bug(failure["error"]):  # else the reason says it all
             tracebacks += f"\n{typed_path(run)}: rank {failure['rank']} failed first\n{failure['traceback']}"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
