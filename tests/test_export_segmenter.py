@@ -24,12 +24,13 @@ WINDOWS = replace(FACTS, config={"task": {"name": "segment", "eval_size": 40, "e
 def tiny(head: Any = "linear", img_size: Any = 32, **changes) -> Segmenter:
     sizes: dict[str, Any] = SIZES | {"img_size": img_size, "num_classes": 5, "drop_path": 0.0} | changes
     model = scramble(segmenter(**sizes, head=head))
-    nn.init.normal_(model.pos_embed, std=0.5, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    nn.init.normal_(model.pos_embed, std=0.5, generator=generator)  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5, generator=generator)
+            nn.init.uniform_(module.running_var, 0.5, 2.0, generator=generator)
     return model
 
 

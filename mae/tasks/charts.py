@@ -58,12 +58,17 @@ def calibration(bins: np.ndarray, error: float, path: Path) -> None:
 
 
 def captioned(
-    images: Sequence[Tensor], captions: list[tuple[str, str]], title: str, path: Path, columns: int = 8
+    images: Sequence[Tensor],
+    captions: list[tuple[str, str]],
+    title: str,
+    path: Path,
+    columns: int = 8,
+    aspect: float = 1.0,
 ) -> None:
     """Images (C, H, W) in [0, 1] side by side, with two lines below each. Other than three channels show as their
-    mean."""
+    mean. `aspect` is the width over the height of their cells."""
     rows, columns = -(-len(images) // columns), min(columns, len(images))
-    figure = Figure(figsize=(1.5 * columns, 1.95 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.5 * aspect * columns, 1.95 * rows + 0.5), layout="constrained")
     names, font = drawable([textwrap.shorten(name, 22, placeholder="...") or "?" for name, _ in captions])
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.set_axis_off()

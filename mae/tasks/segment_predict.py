@@ -107,7 +107,8 @@ def write_maps(
         title = f"{job.cfg.model.name}: {len(cells)} of {written} images and their maps"
         if cells:  # else all that it would show are bad
             captions = [(cell.name, cell.share) for cell in cells]
-            charts.captioned([cell.picture for cell in cells], captions, title, picture, SHEET_COLUMNS)
+            both = [cell.picture for cell in cells]
+            charts.captioned(both, captions, title, picture, SHEET_COLUMNS, aspect=2.0)
             job.tracker.picture("maps", picture, 0, f"maps by {job.cfg.init}")
         log.info("%d of %d images have maps, in %s", written, count, folder)
     shares = {model.classes[k]: round(100 * int(total[k]) / max(1, int(total.sum())), 4) for k in np.argsort(-total)}
