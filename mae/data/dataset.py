@@ -142,11 +142,7 @@ class Reader(Dataset):
 
     def draws(self, ticket: Ticket) -> list[list[Draw]]:
         """Of each repeat what the transform may use for each image."""
-        keys, numbers = self._numbers(ticket)
-        return [
-            [Draw(row, int(key)) for row, key in zip(n[:, 1:].tolist(), k, strict=True)]
-            for k, n in zip(keys, numbers, strict=True)
-        ]
+        return draws_of(*self._numbers(ticket))
 
     def load_on_host(self, ticket: Ticket, number: int) -> Loaded:
         """The samples of one of a ticket's images, which no device decodes."""
@@ -165,8 +161,8 @@ class Reader(Dataset):
     def _load(self, ticket: Ticket, samples: Samples, over: threading.Event | None = None) -> Loaded:
         self.source.prefetch(self.seed, ticket.epoch // self.repeats, ticket.indices)
         count = len(ticket.indices)
-        _, numbers = self._numbers(ticket)
-        lists = self.draws(ticket)
+        keys, numbers = self._numbers(ticket)
+        lists = draws_of(keys, numbers)
         for row, index in enumerate(ticket.indices.tolist()):
             if over is not None and over.is_set():
                 raise InterruptedError("the pass is over")
@@ -262,6 +258,14 @@ class Reader(Dataset):
         types = [str(dtype).removeprefix("torch.") for dtype in (others.dtype, sample.dtype)]
         first, second = (self.source.name(k) for k in (samples.indices[0] if samples.indices else index, index))
         raise UserError(f"{first} holds {types[0]} and {second} {types[1]}: all files must be of one type.")
+
+
+def draws_of(keys: list[np.ndarray], numbers: list[np.ndarray]) -> list[list[Draw]]:
+    """Of each repeat the draws of samples with these keys (b,) and uniform numbers (b, 1 + DRAWS)."""
+    return [
+        [Draw(row, key) for row, key in zip(n[:, 1:].tolist(), k.tolist(), strict=True)]
+        for k, n in zip(keys, numbers, strict=True)
+    ]
 
 
 class Record:
