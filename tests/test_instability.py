@@ -160,13 +160,14 @@ def test_a_run_whose_loss_is_not_finite_at_its_end_has_diverged(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_record_and_replay_as_one(images, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_several_processes_record_and_replay_as_one(images, tmp_path, sharding):
     run = tmp_path / "run"
-    more = [f"data.root={images}", "launcher.processes=2", f"output_dir={run}"]
+    more = [f"data.root={images}", "launcher.processes=2", f"launcher.sharding={sharding}", f"output_dir={run}"]
     ended = run_cli(*RUN, *more)
     assert ended.returncode == 0, ended.stderr
     bad = bad_step.read_bad_step(run)
-    assert bad.step == 3 and bad.processes == 2 and len(bad.findings) == 2
+    assert bad.step == 3 and bad.processes == 2 and len(bad.findings) == (2 if sharding == "none" else 0)
     ended = run_cli(f"replay={run}")
     assert ended.returncode == 0, ended.stderr
     rank = bad.images.index(BAD) % 2

@@ -126,6 +126,23 @@ def whole(module: nn.Module) -> Iterator[None]:
         forget_order(module)
 
 
+@contextmanager
+def alone(module: nn.Module) -> Iterator[None]:
+    """Within, every rank holds all weights and its own gradients: passes forward and backward exchange nothing."""
+    sharded = isinstance(module, FSDPModule)
+    with whole(module):
+        if sharded:
+            module.set_requires_gradient_sync(False)
+            module.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            module.zero_grad(set_to_none=True)  # of the whole weights, which the shards do not own
+            if sharded:
+                module.set_requires_gradient_sync(True)
+                module.set_reshard_after_backward(True)
+
+
 def reshard(module: nn.Module) -> None:
     """Returns to shards after a pass without gradients, which leaves the root's weights whole on every rank."""
     for child in module.modules():

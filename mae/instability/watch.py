@@ -14,6 +14,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from mae import checkpoint
 from mae.device import Batch, Sender
+from mae.distributed.fsdp import alone
 from mae.tracking.norms import block_name
 from mae.training import Training
 
@@ -151,10 +152,14 @@ def untouched(t: Training) -> Iterator[None]:
 
 
 def examine(t: Training, batches: Sequence[Batch]) -> Finding:
-    """Forward and backward passes of this rank's micro-batches with the weights of this moment, which stay."""
+    """Forward and backward passes of this rank's micro-batches with the weights of this moment, which stay.
+
+    Sharded weights are gathered first. Otherwise a rank would see the buffers of the exchange, and the gradients of
+    others.
+    """
     finding, send = Finding(), Sender(t.ranks.device)
-    finding.weights = [short(name) for name, p in t.task.named_parameters() if not _finite(p)]
-    with untouched(t):
+    with untouched(t), alone(t.task):
+        finding.weights = [short(name) for name, p in t.task.named_parameters() if not _finite(p)]
         for batch in map(send, batches):
             if not _finite(batch["image"]) and finding.phase is None:
                 finding.phase = "images"
