@@ -46,7 +46,7 @@ def test_bf16_is_close_to_float32(decoder, mask_tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decoder", "mask_tokens"), [("cross", "decoder"), ("linear", "encoder")])
+@pytest.mark.parametrize(("decoder", "mask_tokens"), KINDS)
 def test_compiled_blocks_compute_the_same(decoder, mask_tokens):
     torch._dynamo.reset()
     model = autoencoder(decoder, mask_tokens).float()
@@ -57,7 +57,7 @@ def test_compiled_blocks_compute_the_same(decoder, mask_tokens):
     compile_blocks(model, None)
     before = counters["stats"]["unique_graphs"]
     compiled = model(images, 0.6, noise).loss
-    kinds = {"cross": 2, "linear": 1}[decoder]  # one of an encoder block, one of a decoder block
+    kinds = {"self": 3, "cross": 2, "linear": 1}[decoder]  # an encoder block, a decoder block, the last of `self`
     assert counters["stats"]["unique_graphs"] - before == kinds
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=0)
     for a, b in zip(torch.autograd.grad(compiled, params), expected, strict=True):

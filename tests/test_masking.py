@@ -1,9 +1,12 @@
 """Masks: exact numbers of visible patches, the same for a sample whoever asks, and the shapes that papers describe."""
 
+import functools
 import shutil
 
 import numpy as np
 import pytest
+import test_distributed
+import torch
 from conftest import (
     ROOT,
     TINY,
@@ -12,12 +15,12 @@ from conftest import (
     first_digits,
     make_loader,
     of_type,
-    run_cli,
     run_here,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from test_distributed import on_ranks, trained
 
 from mae import checkpoint, rng
 from mae.config.identity import identity
@@ -151,7 +154,10 @@ def test_the_default_masking_leaves_a_run_its_directory():
     assert identity(composed(*TINY_PRETRAIN, "masking=grid"))["masking.name"] == "grid"
 
 
-@pytest.mark.parametrize("name", ["block", pytest.param("green", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["block", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*MASKINGS} - {"block", "random"}))],
+)
 def test_a_run_with_other_masks_resumes_and_is_cut_up_to_the_same_losses(tmp_path, name):
     base = [*TINY_PRETRAIN, f"masking={name}", "checkpoint.every_epochs=0.2", "checkpoint.keep=100"]
     if name == "block":
@@ -176,12 +182,28 @@ def losses(run) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_the_masks_of_one(tmp_path):
-    base = [*TINY_PRETRAIN, "masking=green", "data.num_workers=0"]
-    run_here(tmp_path / "one", *base)
-    process = run_cli(*base, "launcher.processes=2", f"output_dir={tmp_path / 'two'}")
-    assert process.returncode == 0, process.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+@pytest.mark.parametrize("name", sorted({*MASKINGS} - {"random"}))
+def test_two_ranks_draw_the_masks_of_one(tmp_path, name):
+    overrides = [*TINY_PRETRAIN, f"masking={name}", "data.num_workers=0", "task.max_steps=3"]
+    for world in (1, 2):
+        on_ranks(world, tmp_path / str(world), functools.partial(trained, overrides=overrides))
+    whole = test_distributed.losses(tmp_path / "1")
+    assert len(whole) > 2 and test_distributed.losses(tmp_path / "2") == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["block", "green"])  # of all: masks are data, and no graph knows their kind
+def test_inductor_and_bf16_have_the_losses_of_plain_blocks(tmp_path, name):
+    base = [*TINY_PRETRAIN, f"masking={name}", "task.max_steps=3"]
+    torch._dynamo.reset()
+    run_here(tmp_path / "plain", *base)
+    run_here(tmp_path / "compiled", *base, "task.compile=blocks")
+    run_here(tmp_path / "half", *base, "task.precision=bf16")
+    log = (tmp_path / "compiled" / "log.txt").read_text()
+    assert "switched off" not in log and "compiled" in log
+    plain, compiled, half = (losses(tmp_path / run) for run in ("plain", "compiled", "half"))
+    assert compiled == pytest.approx(plain, rel=1e-4) and half == pytest.approx(plain, rel=0.05)
+    torch._dynamo.reset()
 
 
 def test_pictures_of_every_masking(tmp_path):

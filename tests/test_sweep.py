@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
+from matplotlib.figure import Figure
 
 from mae.config import sweep_names
 from mae.errors import UserError
 from mae.launch.pipeline import pretraining
-from mae.report import sweep
+from mae.report import sweep, sweep_figure
+from mae.report.flops import pretraining_flops
 from mae.report.members import Member, Sweep, read_sweep
 from mae.report.record import Record
+from mae.report.sweep_figure import Curve
+from mae.tools.dry_run import model_on_meta, operations
 
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 SMALL = [one for one in TINY if "precision" not in one]
@@ -220,6 +224,43 @@ def test_a_figure_shows_mean_and_deviation_over_seeds():
             members.append(one)
     (curve,) = sweep.figure_curves(Sweep(Path(), "s", ["task.mask_ratio", "seed"], members))
     assert curve.points == {0.5: [80.0, 84.0], 0.75: [80.0, 84.0]} and curve.stage == "linprobe"
+
+
+def test_a_range_of_mask_ratios_is_a_bar_among_numbers():
+    curve = Curve("top1", "linprobe", "task.mask_ratio", "", {0.5: [80.0], 0.75: [84.0], "[0.6, 0.9]": [86.0]})
+    axes = Figure().subplots()
+    sweep_figure.draw_panel(axes, [curve], composed())
+    bars = [line for line in axes.lines if list(line.get_xdata()) == [0.6, 0.9]]  # type: ignore[arg-type]
+    assert len(bars) == 1 and list(bars[0].get_ydata()) == [86.0, 86.0]  # type: ignore[arg-type]
+    assert [text.get_text() for text in axes.texts] == ["[0.6, 0.9]"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.5", "0.75"]
+    alone = Curve("top1", "linprobe", "task.mask_ratio", "", {"[0.6, 0.9]": [86.0]})
+    axes = Figure().subplots()
+    sweep_figure.draw_panel(axes, [alone], composed())
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["[0.6, 0.9]"]
+
+
+def test_operations_of_a_config_are_those_that_the_model_counts():
+    for more in ([], ["model.mask_tokens=encoder"], ["target=pca", "task.mask_ratio=0.6"], ["model.decoder_depth=3"]):
+        cfg = composed("task=pretrain", *more)
+        model = model_on_meta(cfg)
+        assert pretraining_flops(cfg) == operations(cfg, model)[0].total
+        assert pretraining_flops(composed("task=pipeline", *(m for m in more if "ratio" not in m))) is not None
+    for other in (["model.decoder=cross"], ["target=hog"], ["task.mask_ratio=[0.5,0.9]"]):
+        assert pretraining_flops(composed("task=pretrain", *other)) is None
+    assert pretraining_flops(composed("task=finetune", "init=unused")) is None
+
+
+def test_a_sweep_names_what_its_members_cost():
+    members = [member("decoder"), member("encoder")]
+    members[1].cfg = composed("model.mask_tokens=encoder")
+    found = Sweep(Path(), "s", [], members)
+    columns = sweep.flops_columns(found)
+    factor = columns["GFLOPs relative"]["encoder"]
+    assert columns["GFLOPs relative"]["decoder"] == 1 and factor > 1.5
+    expected = f"Operations an image in pre-training: encoder takes {factor:.2g} times those of decoder."
+    assert sweep.flops_sentence(found) == expected
+    assert sweep.flops_sentence(Sweep(Path(), "s", [], members[:1])) is None
 
 
 def test_only_published_numbers_are_drawn_as_the_paper_s():

@@ -12,6 +12,7 @@ from mae.config.sweep_names import short
 from mae.errors import UserError
 from mae.program import usage_name
 from mae.report import sweep_figure, table1
+from mae.report.flops import COLUMN, pretraining_flops, relative_flops
 from mae.report.html import data_url, page
 from mae.report.intervals import verdict
 from mae.report.members import Sweep, Value, lower_is_better, read_sweep
@@ -28,27 +29,61 @@ def write_table(sweep: Sweep) -> None:
     """Writes sweep.csv: a row a member."""
     with (sweep.directory / "sweep.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["member", "state", *sweep.keys, *sweep.metrics, "seconds", "command"])
+        costs = flops_columns(sweep)
+        writer.writerow(["member", "state", *sweep.keys, *sweep.metrics, *costs, "seconds", "command"])
         for m in sweep.members:
             values = [m.values[key] for key in sweep.keys]
             results = [m.results.get(name) for name in sweep.metrics]
             seconds = m.record.summary.get("seconds")
-            writer.writerow([m.name, m.record.state, *values, *results, seconds, m.record.command])
+            writer.writerow(
+                [
+                    m.name,
+                    m.record.state,
+                    *values,
+                    *results,
+                    *(cost.get(m.name) for cost in costs.values()),
+                    seconds,
+                    m.record.command,
+                ]
+            )
+
+
+def flops_columns(sweep: Sweep) -> dict[str, dict[str, float]]:
+    """Columns of a sweep whose members cost differently: operations of an image in pre-training, and over the
+    cheapest's. Member -> number of each."""
+    relative = relative_flops(sweep.members)
+    if not relative:
+        return {}
+    counts = {m.name: flops for m in sweep.members if (flops := pretraining_flops(m.cfg)) is not None}
+    return {
+        f"{COLUMN} an image": {name: round(count / 1e9, 6) for name, count in counts.items()},
+        f"{COLUMN} relative": {name: round(factor, 2) for name, factor in relative.items()},
+    }
+
+
+def flops_sentence(sweep: Sweep) -> str | None:
+    """What the dearest member costs beside the cheapest; None where all cost the same."""
+    relative = relative_flops(sweep.members)
+    if not relative:
+        return None
+    cheapest, dearest = (choose(relative, key=lambda name: relative[name]) for choose in (min, max))
+    return f"Operations an image in pre-training: {dearest} takes {relative[dearest]:.2g} times those of {cheapest}."
 
 
 def write_page(sweep: Sweep, figure: Path | None) -> None:
     """Writes report.html of a sweep."""
     names, best, metric = short(sweep.keys), sweep.best, sweep.metric
-    rows = []
+    rows, costs = [], flops_columns(sweep)
     for m in sweep.members:
         values = {names[key]: m.values[key] for key in sweep.keys} | m.results
+        values |= {column: numbers.get(m.name) for column, numbers in costs.items()}
         values["seconds"] = m.record.summary.get("seconds")
         link = f"{m.name}/{PAGE}" if (m.path / PAGE).exists() else None
         rows.append({"name": m.name, "state": m.record.state, "values": values, "report": link})
     finished = sum(m.record.state == "finished" for m in sweep.members)
     data: dict[str, object] = {
         "about": f"{finished} of {len(sweep.members)} members finished",
-        "columns": [*(names[key] for key in sweep.keys), *reversed(sweep.metrics), "seconds"],
+        "columns": [*(names[key] for key in sweep.keys), *reversed(sweep.metrics), *costs, "seconds"],
         "members": rows,
         "metric": metric,
         "lower_is_better": metric is not None and lower_is_better(metric),
@@ -123,6 +158,8 @@ def sweep_result(sweep: Sweep) -> str:
     written = [name for name in FILES if (sweep.directory / name).exists()]
     lines.append(f"{' '.join(written)} are in {sweep.directory}")
     if sentence := verdict(sweep):
+        lines.append(sentence)
+    if sentence := flops_sentence(sweep):
         lines.append(sentence)
     if best is not None and metric is not None:
         lines += ["Best member:", f"  {best.record.command}", f"{metric} {best.results[metric]:.4f}  {best.path}"]

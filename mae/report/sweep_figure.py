@@ -1,7 +1,8 @@
 """The figure of a sweep: results against the swept value, mean and deviation over seeds, published points beside."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,18 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     first = curves[0]
     values = list(dict.fromkeys(x for c in curves for x in c.points))
     numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
-    numeric = len(numbers) == len(values)
+    spans = {x: span for x in values if numbers and (span := span_of(x)) is not None}
+    numeric = len(numbers) + len(spans) == len(values)
+    if not numeric:
+        spans = {}
     wide = numeric and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
+    values = [x for x in values if x not in spans]
     positions = dict(zip(values, numbers if numeric else map(float, range(len(values))), strict=True))
     for number, curve in enumerate(curves):
-        draw_curve(axes, curve, positions, COLOURS[number % len(COLOURS)], line=bool(numbers))
+        colour, single = COLOURS[number % len(COLOURS)], {x: v for x, v in curve.points.items() if x not in spans}
+        if single:
+            draw_curve(axes, replace(curve, points=single), positions, colour, line=bool(numbers))
+        draw_spans(axes, curve, spans, colour)
     if wide and first.key != "task.mask_ratio":
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -90,6 +98,25 @@ def written(value: Value | None) -> str:
     """A swept value as an axis names it: 1, not 1.0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:g}" if number else str(value)
+
+
+def span_of(value: Value | None) -> tuple[float, float] | None:
+    """The ends of a swept range such as `[0.6, 0.9]`, which tables have as text; None of any other value."""
+    try:
+        ends = json.loads(value) if isinstance(value, str) and value.startswith("[") else []
+    except ValueError:
+        return None
+    two = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return (float(ends[0]), float(ends[1])) if two else None
+
+
+def draw_spans(axes: Axes, curve: Curve, spans: Mapping[Value | None, tuple[float, float]], colour: str) -> None:
+    """Draws the mean result of a range as a bar from one end to the other, with the range beside it."""
+    for value, ends in spans.items():
+        if value in curve.points:
+            mean = float(np.mean(curve.points[value]))
+            axes.plot(ends, [mean, mean], marker="|", markersize=9, linewidth=2.5, color=colour, alpha=0.6)
+            axes.annotate(str(value), (ends[1], mean), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def draw_curve(axes: Axes, curve: Curve, positions: Mapping[Value | None, float], colour: str, line: bool) -> None:

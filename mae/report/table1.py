@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from mae.report.flops import relative_flops
 from mae.report.intervals import interval
 from mae.report.members import Member, Sweep
 from mae.report.paper_results import PUBLISHED
 
 SWEEP = "table1"  # the sweep's name
+PAPER_FLOPS = 3.3  # of mask tokens in the encoder, over the default (table 1c)
 DEFAULT = "default"  # the member that all tables share
 STAGES = ("finetune", "linprobe")
 
@@ -113,7 +115,7 @@ def paper_tables(sweep: Sweep) -> PaperTables | None:
         points = {stage: PUBLISHED[table.published][stage].points for stage in STAGES}
         rows = [
             {
-                "text": row_text(table, text, members.get(name, [])),
+                "text": row_text(table, text, members.get(name, [])) + flops_text(table, name, members),
                 "default": name == DEFAULT,
                 "member": members[name][0].name if name in members else None,
                 "results": [[result(members.get(name, []), stage), points[stage][value]] for stage in STAGES],
@@ -130,6 +132,15 @@ def row_text(table: PaperTable, text: str, members: list[Member]) -> str:
         return text
     width = members[0].cfg.model.decoder_embed_dim
     return text if str(width) == text else f"{text} (ours {width})"
+
+
+def flops_text(table: PaperTable, name: str, members: Mapping[str, list[Member]]) -> str:
+    """The column FLOPs of table 1c as a part of the row: ours over the default's, and the paper's."""
+    if table.letter != "c" or name not in members or DEFAULT not in members:
+        return ""
+    default = members[DEFAULT][0]
+    factor = relative_flops([default, members[name][0]], default).get(members[name][0].name, 1.0)
+    return f", {factor:.1f}x FLOPs" + ("" if name == DEFAULT else f" (the paper's {PAPER_FLOPS:.1f}x)")
 
 
 def result(members: list[Member], stage: str) -> float | None:

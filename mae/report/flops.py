@@ -1,0 +1,49 @@
+"""Operations of an image in pre-training, from a run's config alone. `mae.tools.cost` counts the same on the model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mae.config.values import pair
+from mae.report.members import Member
+
+COLUMN = "GFLOPs"
+
+
+def pretraining_flops(cfg: Mapping[str, Any]) -> int | None:
+    """Matrix products of an image's forward pass, two operations a multiply-add; None of what has no formula here.
+
+    That is another task, another decoder than `self`, another target than `pixels` and `pca`, and mask ratios from a
+    range. Of images that grow it is the last size's.
+    """
+    task, model, target = cfg["task"], cfg["model"], cfg["target"]
+    ratio = task.get("mask_ratio") or (0.75 if task["name"] == "pipeline" else None)
+    known = model["decoder"] == "self" and target["name"] in ("pixels", "pca") and isinstance(ratio, int | float)
+    if task["name"] not in ("pretrain", "pipeline") or not known or "pretrain" not in task.get("stages", ["pretrain"]):
+        return None
+    (height, width), (down, across) = pair(model["img_size"]), pair(model["patch_size"])
+    patches, values = height // down * (width // across), down * across * model["in_chans"]
+    visible = int(patches * (1 - ratio))
+    dim, inner = model["embed_dim"], model["decoder_embed_dim"]
+    encoded = 1 + (patches if model["mask_tokens"] == "encoder" else visible)
+    total = 2 * visible * values * dim + model["depth"] * _block(encoded, encoded, dim, model["mlp_ratio"])
+    outputs, every, masked = target.get("components", values), 1 + patches, patches - visible
+    total += 2 * encoded * dim * inner + (model["decoder_depth"] - 1) * _block(every, every, inner, model["mlp_ratio"])
+    total += _block(masked, every, inner, model["mlp_ratio"]) + 2 * masked * inner * outputs
+    if target["name"] == "pca":
+        total += 2 * patches * values * outputs
+    return total
+
+
+def _block(queries: int, keys: int, width: int, mlp_ratio: float) -> int:
+    """A transformer's block that computes `queries` of its `keys` tokens."""
+    projections = 2 * (2 * queries + 2 * keys) * width * width
+    return projections + 4 * queries * keys * width + 4 * queries * width * int(width * mlp_ratio)
+
+
+def relative_flops(members: Sequence[Member], default: Member | None = None) -> dict[str, float]:
+    """Member -> its operations over those of the default, or of the cheapest; empty where all have as many."""
+    counts = {member.name: flops for member in members if (flops := pretraining_flops(member.cfg)) is not None}
+    if len(set(counts.values())) < 2:
+        return {}
+    least = counts.get(default.name) if default is not None else min(counts.values())
+    return {} if least is None else {name: count / least for name, count in counts.items()}
