@@ -5,6 +5,7 @@ A target is a subclass of `Target` and its entry in `TARGETS`. Its keyword-only 
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,11 @@ def product_sums(patches: Tensor) -> Tensor:
     """The sum of [1, patch] times [1, patch] over patches (b, L, p * p * C), in float64."""
     rows = F.pad(patches.double().flatten(0, 1), (1, 0), value=1.0)
     return rows.T @ rows
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Within, products are not computed in half precision. A plan's tensors, on `meta`, know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class PcaTarget(Target):
@@ -135,12 +141,12 @@ class PcaTarget(Target):
         self.basis.copy_(basis * largest.sign())
 
     def forward(self, images: Tensor, patches: Tensor) -> Tensor:
-        with torch.autocast(patches.device.type, enabled=False):
+        with full_precision(patches.device):
             return (patches - self.mean) @ self.basis.T
 
     def to_pixels(self, pred: Tensor, patches: Tensor) -> Tensor:
         """What the coefficients say of the pixels."""
-        with torch.autocast(pred.device.type, enabled=False):
+        with full_precision(pred.device):
             return pred.to(self.basis.dtype) @ self.basis + self.mean
 
 

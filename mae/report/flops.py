@@ -17,8 +17,9 @@ def pretraining_flops(cfg: Mapping[str, Any]) -> int | None:
     """
     task, model, target = cfg["task"], cfg["model"], cfg["target"]
     ratio = task.get("mask_ratio") or (0.75 if task["name"] == "pipeline" else None)
-    known = model["decoder"] == "self" and target["name"] in ("pixels", "pca") and isinstance(ratio, int | float)
-    if task["name"] not in ("pretrain", "pipeline") or not known or "pretrain" not in task.get("stages", ["pretrain"]):
+    pretrains = task["name"] == "pretrain" or task["name"] == "pipeline" and "pretrain" in task["stages"]
+    known = model["decoder"] == "self" and target["name"] in ("pixels", "pca")
+    if not isinstance(ratio, int | float) or not pretrains or not known:
         return None
     (height, width), (down, across) = pair(model["img_size"]), pair(model["patch_size"])
     patches, values = height // down * (width // across), down * across * model["in_chans"]
