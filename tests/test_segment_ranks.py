@@ -1,12 +1,18 @@
-"""Segmentation over two real ranks learns and measures what one does."""
+"""Segmentation over two real ranks: the figures of one, and the same bits after a kill."""
 
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed, run_here
-from test_distributed import losses, on_ranks, trained, weights
+from conftest import ROOT, composed, run_here
+from test_distributed import losses, on_ranks, ranks_of, trained, weights
 from test_evaluate import work_on
 from test_segment import TINY_SCENES, TINY_SEGMENT
 
@@ -45,3 +51,35 @@ def test_an_evaluation_counts_alike_on_one_rank_and_on_two(tmp_path):
         figures.append([summary[key] for key in ("miou", "pixel_accuracy", "mean_accuracy")])
         figures.append((run / "iou.csv").read_text())
     assert figures[:2] == figures[2:]
+
+
+def started(run: Path) -> subprocess.Popen[bytes]:
+    command = [*TINY_SEGMENT, "task.epochs=25", "checkpoint.every_epochs=1", "launcher.processes=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *command, f"output_dir={run}"], env=environment)
+
+
+def test_two_ranks_that_were_killed_go_on_to_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert started(whole).wait(240) == 0
+    process = started(killed)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((killed / "checkpoints").glob("step_*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        for pid in [*ranks_of(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        process.kill()
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    assert started(killed).wait(240) == 0
+    assert "goes on from" in (killed / "log.txt").read_text()
+    names = [path.name for path in sorted((whole / "checkpoints").glob("step_*"))]
+    files = [run / "checkpoints" / names[-1] / "model.safetensors" for run in (whole, killed)]
+    assert names[-1] == "step_00000075" and files[0].read_bytes() == files[1].read_bytes()
+    assert (
+        json.loads((whole / "summary.json").read_text())["miou"]
+        == json.loads((killed / "summary.json").read_text())["miou"]
+    )
