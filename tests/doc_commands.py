@@ -93,6 +93,7 @@ NOT_RUN = {
     r"experiment=paper_segment": "needs a published set in its layout; tests/test_segmentation_sets.py has small ones",
     r"-sc install=|model=vit_$": "is of completion; tests/test_runs_table.py completes in a shell",
     r" --serve$": "serves until it is stopped; tests/test_runs_table.py asks such a server",
+    r"init=RUNS/pretrain": "needs 200 images of each of CIFAR-10's classes; docs/howto/probes.md has its result",
     r"^torchrun ": "tests/test_distributed.py runs it, on two ranks",
     r" \.\.\.$|data=\.\.\.": "stands for commands of which others are run",
 }
@@ -116,6 +117,7 @@ STAND_INS = {
     "target.teacher=RUN_OR_FILE": "target.teacher=RUN",
     "target.layer=9": "target.layer=1",  # the stand-in has two blocks
     "init=FILE": "init=RUN_224",
+    "init=RUNS/pretrain": "init=RUN",
     'task.files=[photos/a.jpg,"more/*.png"]': 'task.files=[flat/a.jpg,"more/*.png"]',
     'task.files=["photos/*.jpg"]': 'task.files=["flat/*.jpg"]',
     "target.vocabulary=8192": "target.vocabulary=16",
