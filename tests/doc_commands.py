@@ -93,7 +93,7 @@ NOT_RUN = {
     r"experiment=paper_segment": "needs a published set in its layout; tests/test_segmentation_sets.py has small ones",
     r"-sc install=|model=vit_$": "is of completion; tests/test_runs_table.py completes in a shell",
     r" --serve$": "serves until it is stopped; tests/test_runs_table.py asks such a server",
-    r"init=RUNS/pretrain": "needs 200 images of each of CIFAR-10's classes; docs/howto/probes.md has its result",
+    r"init=(?:RUNS/pretrain|PRETRAINED)": "goes on with a run of the command before it, which takes minutes",
     r"^torchrun ": "tests/test_distributed.py runs it, on two ranks",
     r" \.\.\.$|data=\.\.\.": "stands for commands of which others are run",
 }

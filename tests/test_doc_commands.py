@@ -37,6 +37,7 @@ from mae.config import from_run
 from mae.config.check import check_config, resolve
 from mae.config.compose import composed
 from mae.config.overrides import key_of
+from mae.config.sweep_members import with_member
 from mae.launch.slurm.status import VERBS
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,8 @@ def composed_words(words: list[str]) -> DictConfig:
     """The checked config of a command, with the values of the run that it starts from."""
     chosen = from_run.with_groups(words)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return check_config(resolve(from_run.with_run_values(composed(chosen), chosen)))
+        cfg, _ = with_member(composed(chosen), chosen)
+        return check_config(resolve(from_run.with_run_values(cfg, chosen)))
 
 
 @pytest.mark.parametrize("command", cases(RUNS, run=True))
