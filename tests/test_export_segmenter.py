@@ -88,7 +88,7 @@ def test_graphs_take_images_of_any_size(tmp_path, head):
     path = export(model, format="safetensors", path=str(tmp_path / "plain"), facts=FACTS)[0]
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
     program = torch.export.load(tmp_path / "program" / "model.pt2").module()
-    for number, size in ((1, [32, 32]), (2, [64, 96]), (3, [96, 64])):
+    for number, size in ((1, [64, 64]), (2, [64, 96]), (3, [128, 64])):
         given = images(size, n=number)
         expected = loaded_at(path, head, size)(given)
         same_by_scale(torch.from_numpy(session.run(None, {"image": given.numpy()})[0]), expected, 1e-5)
