@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, composed, run_here
+from conftest import ROOT, TINY, composed, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -402,3 +402,13 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     with pytest.raises(UserError) as caught:
         segmenter(**SIZES, depth=4, num_classes=5, drop_path=0.0, head="dpt")
     assert "pip install 'mae-experiments[segment]'" in str(caught.value)
+
+
+def test_the_table_of_the_page_is_of_its_records():
+    records = json.loads((ROOT / "docs" / "segmentation.json").read_text())
+    page, means = (ROOT / "docs" / "segmentation.md").read_text(), {}
+    for kind, start in (("mae", "masked autoencoder"), ("scratch", "from scratch")):
+        miou = [records[f"{kind}_seed_{seed}"]["result"]["miou"] for seed in range(3)]
+        means[kind] = sum(miou) / 3
+        assert f"| {start} | {', '.join(f'{value:.1f}' for value in miou)} | **{means[kind]:.1f}** |" in page
+    assert means["mae"] > means["scratch"]
