@@ -404,6 +404,16 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     assert "pip install 'mae-experiments[segment]'" in str(caught.value)
 
 
+def test_dpt_on_a_frozen_encoder_without_a_class_token_is_refused(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    sizes = [*TINY_SEGMENT, "model.depth=4", "model.patch_size=4", "data.canvas=32", "data.img_size=32"]
+    model = call(segmenter, composed(*sizes).model, num_classes=11, drop_path=0.0, head="linear")
+    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decode_head", "cls_token"))}
+    torch.save({"model": encoder | {"pos_embed": encoder["pos_embed"][:, 1:]}}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"no class token, which task.head=dpt reads .* choose task.head=linear or"):
+        run_here(tmp_path / "run", *sizes, f"init={tmp_path / 'bare.pth'}", "task.head=dpt", "task.frozen=true")
+
+
 def test_the_table_of_the_page_is_of_its_records():
     records = json.loads((ROOT / "docs" / "segmentation.json").read_text())
     page, means = (ROOT / "docs" / "segmentation.md").read_text(), {}

@@ -23,6 +23,7 @@ class DecodeHead(nn.Module):
     smallest_batch = 1  # images that one device must hold at a time in training
     unit = 1  # pixels of which an image's sides must be multiples, beside whole patches
     smallest_grid = 2  # patches along a side of an image that is computed by an exported graph
+    reads_class_token = False
     normed = False  # whether it reads tokens after the encoder's `norm`; else the segmenter has none
 
     def __init__(self, encoder: VisionTransformer, num_classes: int):
@@ -57,7 +58,7 @@ class DPTHead(DecodeHead):
     sides are no multiple of 32, or the patch's side is no power of 2.
     """
 
-    batch_norm, unit = True, COARSEST
+    batch_norm, reads_class_token, unit = True, True, COARSEST
 
     def __init__(self, encoder: VisionTransformer, num_classes: int):
         super().__init__(encoder, num_classes)

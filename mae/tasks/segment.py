@@ -85,6 +85,11 @@ class Segment(TrainedTask[Segmenter]):
             return
         pretrained = read_pretrained(cfg.init)
         load_pretrained(self.model, pretrained, head="fresh" if self.frozen else "match")
+        if self.model.decode_head.reads_class_token and not self.model.num_prefix_tokens:
+            raise UserError(
+                f"{pretrained} has no class token, which task.head={cfg.task.head} reads and a frozen encoder does not "
+                "learn: choose task.head=linear or upernet, or set task.frozen=false."
+            )
         warn_of_statistics(cfg, pretrained)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
