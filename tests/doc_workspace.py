@@ -72,6 +72,7 @@ def make_runs(folder: Path) -> None:
     scenes = ["data=digit_scenes", "data.canvas=24", "data.img_size=24", "data.scenes=24", "data.val_scenes=5"]
     tiny = [override for override in TINY if not override.startswith("data.")]
     assert run_here(folder / "SEGMENT_RUN", "task=segment", *tiny, *scenes, *FAST) == 0
+    assert run_here(folder / "STATS", "task=stats", "target=pca", "data.fraction=0.1", "device=cpu") == 0
     shutil.copytree(folder / "RUN", folder / "INTERRUPTED")
     (folder / "INTERRUPTED" / "summary.json").unlink()
     shutil.rmtree(max((folder / "INTERRUPTED" / "checkpoints").glob("step_*")))
