@@ -387,9 +387,11 @@ def test_train_and_val_folders_are_recognised(tree):
         opened(tree.parent / "parted", "val")
 
 
-def test_flat_and_nested_folders_are_unlabelled(tree):
+def test_flat_and_nested_folders_are_unlabelled(tree, caplog):
     photo((20, 20)).save(tree / "top.jpg")
-    source = opened(tree)
+    with caplog.at_level("INFO"):
+        source = opened(tree)
+    assert "images have no labels, since top.jpg lies beside the 2 folders. Move what lies there" in caplog.text
     assert source.classes == [] and source.labels is None and source[0][1] == -1
     assert len(source) + len(opened(tree, "val")) == 13
 

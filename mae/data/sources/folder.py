@@ -85,10 +85,24 @@ def tree(split: Split, settings: TreeSettings, decoder: Decode, suffixes: tuple[
     otherwise = f" Type data.splits=off where {in_words(splits.names)} are classes."
     if classes is not None:
         refuse_unknown(folder, classes, suffixes, otherwise)
+    elif split == "train":
+        log_stray_images(train, suffixes)
     files = Files(listed(folder, classes, settings, suffixes), decoder)
     if splits.train is not None:
         log_split(top, "train" if folder == train else "val", splits, files)
     return files if splits.val is not None else held_out(files, settings.val_fraction, split)
+
+
+def log_stray_images(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Logs that folders are no classes because images lie beside them: one stray image suffices."""
+    names, images = folders_and_files(folder, suffixes)
+    if len(names) > 1 and images:
+        others = f" and {len(images) - 1} more" if len(images) > 1 else ""
+        log.info(
+            "data.root=%s: images have no labels, since %s%s beside the %d folders. Move what lies there for folders "
+            "to be classes.",
+            *(printable(str(folder)), printable(min(images)), f"{others} lie" if others else " lies", len(names)),
+        )
 
 
 def log_split(top: Path, split: str, splits: Splits, files: Files) -> None:
