@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path, kills):
     run, chance = tmp_path / "run", random.Random(9)
     for _ in range(kills):
