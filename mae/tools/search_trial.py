@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from filelock import BaseFileLock, Timeout
 
 from mae.config.overrides import assignment
+from mae.distributed.signals import Interruption
 from mae.runs.files import read_json, read_json_lines
 from mae.runs.locks import RUN as RUN_LOCK
 from mae.runs.locks import file_lock, is_free
@@ -87,21 +88,26 @@ def watch_trial(run: Path, trial: "Trial", overrides: list[str], settings: Searc
             command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent
         )
     key, reported, pruned = f"val/{settings.metric.removeprefix('val_')}", set(trial_steps(trial)), False
-    try:
-        while process.poll() is None:
-            time.sleep(POLL_S)
-            for row in read_json_lines(run / "metrics.jsonl"):
-                if row.get(key) is not None and row["step"] not in reported:
-                    reported.add(row["step"])
-                    trial.report(row[key], row["step"])
-                    if settings.prune and not pruned and trial.should_prune():
-                        pruned = True
-                        process.terminate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if process.returncode == 130 and not pruned:
+    with Interruption() as interruption:  # an exception could be lost in a callback of the database's client
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                if interruption.received:
+                    process.terminate()
+                    process.wait()
+                    break
+                for row in read_json_lines(run / "metrics.jsonl"):
+                    if row.get(key) is not None and row["step"] not in reported:
+                        reported.add(row["step"])
+                        trial.report(row[key], row["step"])
+                        if settings.prune and not pruned and trial.should_prune():
+                            pruned = True
+                            process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if interruption.received or process.returncode == 130 and not pruned:
         raise KeyboardInterrupt
     return pruned and not is_finished(run)
 
