@@ -72,10 +72,10 @@ def batches_of(loader):
 
 def assert_alike(actual, expected):
     assert len(actual) == len(expected) >= 4
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name, tensor in other.items():
-            assert torch.equal(one[name], tensor), name
+    for ours, reference in zip(actual, expected, strict=True):
+        assert ours.keys() == reference.keys()
+        for name, tensor in reference.items():
+            assert torch.equal(ours[name], tensor), name
 
 
 @pytest.mark.parametrize("options", [

@@ -49,16 +49,16 @@ def test_images_of_any_size_are_computed_as_by_the_same_weights_loaded_for_that_
     square, oblong = images((32, 32)), images((24, 56))
     expected = model(square), loaded_at(path, "linear", [24, 56])(oblong)
     model.any_size = True
-    for given, logits in zip((square, oblong), expected, strict=True):
-        same(model(given), logits, 1e-5)
+    for pictures, logits in zip((square, oblong), expected, strict=True):
+        same(model(pictures), logits, 1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", [3, 7, 12])
 def test_means_of_bins_are_those_of_adaptive_pooling(side):
-    given = images((side, side + 2))
+    pictures = images((side, side + 2))
     for bins in (1, 2, 3, 6):
-        same(MeansOfBins(bins)(given), nn.AdaptiveAvgPool2d(bins)(given))
+        same(MeansOfBins(bins)(pictures), nn.AdaptiveAvgPool2d(bins)(pictures))
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def test_segmentation_models_loads_a_dpt_and_gives_the_same_logits(tmp_path, cha
     paths = export(model, format="smp", path=str(tmp_path / "net"), facts=FACTS)
     assert sorted(path.name for path in paths) == ["README.md", "config.json", "model.safetensors"]
     peer = smp.from_pretrained(str(tmp_path / "net")).eval()
-    given = images(model.patch_embed.img_size, model.patch_embed.proj.in_channels)
-    same_by_scale(peer(given), model(given), 1e-5)
+    pictures = images(model.patch_embed.img_size, model.patch_embed.proj.in_channels)
+    same_by_scale(peer(pictures), model(pictures), 1e-5)
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     assert config["_model_class"] == "DPT" and config["classes"] == 5
 
@@ -89,10 +89,10 @@ def test_graphs_take_images_of_any_size(tmp_path, head):
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
     program = torch.export.load(tmp_path / "program" / "model.pt2").module()
     for number, size in ((1, [64, 64]), (2, [64, 96]), (3, [128, 64])):
-        given = images(size, n=number)
-        expected = loaded_at(path, head, size)(given)
-        same_by_scale(torch.from_numpy(session.run(None, {"image": given.numpy()})[0]), expected, 1e-5)
-        same_by_scale(program(given), expected, 1e-5)
+        pictures = images(size, n=number)
+        expected = loaded_at(path, head, size)(pictures)
+        same_by_scale(torch.from_numpy(session.run(None, {"image": pictures.numpy()})[0]), expected, 1e-5)
+        same_by_scale(program(pictures), expected, 1e-5)
 
 
 @pytest.mark.parametrize("format", ["timm", "huggingface", "reference", "smp"])
