@@ -4,7 +4,8 @@
     python benchmarks/evidence.py --json FILE --page docs/results.md
 
 DIR holds train/CLASS/*.jpg and test/CLASS/*.jpg. The same command goes on after a kill: runs resume from their
-checkpoints, and finished ones are not run again. Every number goes to the JSON file with its command, commit, seed,
+checkpoints, and finished ones are not run again, on another machine or in another directory neither: their records are
+enough. Every number goes to the JSON file with its command, commit, seed,
 machine and seconds; `--page` writes the page, its figure and a copy of the JSON file from that file alone.
 `--tiny` without DIR proves the plumbing on scikit-learn's digits; its numbers mean nothing.
 """
@@ -64,30 +65,46 @@ class Runner:
         self.stopped = True
 
     def is_finished(self, job: Job) -> bool:
-        """Whether the same command has left its result, and its directory, which other jobs may start from."""
+        """Whether the same command has left its result, here or where the records come from."""
         record = self.records.get(job.name, {})
-        return bool(record.get("result")) and record["command"] == job.command and (self.runs / job.name).is_dir()
+        return bool(record.get("result")) and record["command"] == job.command
+
+    def unfinished(self, jobs: list[Job]) -> list[Job]:
+        """The jobs to run, each behind the pre-training that it starts from where that has left no run here."""
+        names: dict[str, Job] = {}
+        for job in jobs:
+            if not self.is_finished(job):
+                if job.start and not (self.is_finished(job.start) and (self.runs / job.start.name).is_dir()):
+                    names.setdefault(job.start.name, job.start)
+                names.setdefault(job.name, job)
+        return list(names.values())
 
     def wave(self, jobs: list[Job]) -> list[str]:
-        """Runs the jobs that are not finished; returns the names of those that failed.
+        """Runs the jobs that are not finished; returns the names of those that failed or whose start did.
 
         Raises Stopped at the end of the hours or after a signal, when what runs has saved a checkpoint.
         """
-        waiting = [job for job in {job.name: job for job in jobs}.values() if not self.is_finished(job)]
-        threads = max(1, limits.cpus() // max(1, min(self.jobs, len(waiting))))
+        waiting = self.unfinished(jobs)
         running: list[Process] = []
         failed: list[str] = []
         try:
             while waiting or running:
                 if self.stopped or time.monotonic() > self.end:
                     raise Stopped
-                while waiting and len(running) < self.jobs:
-                    running.append(self.start(waiting.pop(0), threads))
+                awaited = {job.name for job in [*waiting, *(process.job for process in running)]}
+                ready = [job for job in waiting if not (job.start and job.start.name in awaited)]
+                chosen = ready[: self.jobs - len(running)]
+                threads = max(1, limits.cpus() // max(1, len(running) + len(chosen)))
+                for job in chosen:
+                    waiting.remove(job)
+                    running.append(self.start(job, threads))
                 time.sleep(POLL_S)
                 for ended in [process for process in running if process.process.poll() is not None]:
                     running.remove(ended)
                     if not self.finish(ended):
-                        failed.append(ended.job.name)
+                        stuck = [job for job in waiting if job.start == ended.job]
+                        failed += [ended.job.name, *(job.name for job in stuck)]
+                        waiting = [job for job in waiting if job not in stuck]
         finally:
             for process in running:
                 process.process.terminate()

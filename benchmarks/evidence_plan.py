@@ -1,16 +1,11 @@
-"""What `benchmarks/evidence.py` runs: each section's commands, in waves that need each other's results.
+"""What `benchmarks/evidence.py` runs: each section's commands, in waves that need the results of earlier waves.
 
 In a command `DIR` stands for the images and `RUNS` for the directory of all runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-
-ROOT = Path(__file__).parents[1]
 
 TRIALS = 16  # of each search
 SEEDS, TABLE_SEEDS = 3, 2
@@ -54,6 +49,7 @@ class Job:
     name: str
     words: tuple[str, ...]  # after `python`
     seed: int = 0
+    start: "Job | None" = None  # the pre-training whose checkpoint it reads
 
     @property
     def command(self) -> str:
@@ -74,9 +70,10 @@ class Plan:
     results: Mapping[str, Mapping[str, Any]]
     tiny: bool = False
 
-    def run(self, name: str, *overrides: str, seed: int = 0) -> Job:
+    def run(self, name: str, *overrides: str, seed: int = 0, start: Job | None = None) -> Job:
         """A run of run.py."""
-        return Job(name, ("run.py", *overrides, f"seed={seed}", f"output_dir=RUNS/{name}"), seed)
+        words = ("run.py", *overrides, *initial(start), f"seed={seed}", f"output_dir=RUNS/{name}")
+        return Job(name, words, seed, start)
 
     def network(self, experiment: str, epochs: int) -> tuple[str, ...]:
         """An experiment on the images, validated at its end alone; tiny for a test of the plumbing."""
@@ -88,8 +85,12 @@ class Plan:
     def pretraining(self, name: str = "pretrain", *changes: str, epochs: int = 15, seed: int = 0) -> Job:
         return self.run(name, *self.network("cifar10_pretrain", epochs), *changes, seed=seed)
 
-    def finetuning(self, name: str, *changes: str, epochs: int = 20, seed: int = 0) -> Job:
-        return self.run(name, *self.network("cifar10_finetune", epochs), *changes, seed=seed)
+    def finetuning(self, name: str, *changes: str, epochs: int = 20, seed: int = 0, start: Job | None = None) -> Job:
+        return self.run(name, *self.network("cifar10_finetune", epochs), *changes, seed=seed, start=start)
+
+    def start(self, name: str) -> Job | None:
+        """The pre-training that a start goes on from: one of STARTS."""
+        return self.pretraining() if name == "mae" else None
 
     def search(self, start: str) -> Job:
         """A search on a tenth of the training images, held out: no test image chooses a value."""
@@ -97,30 +98,38 @@ class Plan:
         held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=5")
         fixed = [word for word in network if not word.startswith(("data.root=", "task.eval_every_epochs="))]
         trials = f"--trials={2 if self.tiny else TRIALS}"
-        words = ("-m", "mae.search", f"RUNS/search_{start}", trials, *fixed, *held_out, *initial(start), *SEARCHED)
-        return Job(f"search_{start}", words)
+        pretraining = self.start(start)
+        words = (
+            "-m",
+            "mae.search",
+            f"RUNS/search_{start}",
+            trials,
+            *fixed,
+            *held_out,
+            *initial(pretraining),
+            *SEARCHED,
+        )
+        return Job(f"search_{start}", words, start=pretraining)
 
     def tuned(self, start: str, per_class: int | None, seed: int) -> Job:
         """A run on the test images with the values that the start's search chose."""
         values = self.results[f"search_{start}"]["overrides"]
         labels = f"data.per_class={'null' if per_class is None else per_class}"
         name = f"labels/{start}_{10 * (per_class or 5000)}_seed_{seed}"
-        return self.finetuning(name, labels, *initial(start), *values, epochs=LABELS[per_class], seed=seed)
+        return self.finetuning(name, labels, *values, epochs=LABELS[per_class], seed=seed, start=self.start(start))
 
     # ------------------------------------------------------------ sections
 
     def untuned(self) -> Waves:
-        yield [self.pretraining()]
         few = "data.per_class=500"
-        rates = {"mae": initial("mae"), "scratch": ("optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3")}
+        rates = {"mae": (), "scratch": ("optimizer.layer_decay=null", "optimizer.base_lr=2.4e-3")}
         yield [
-            self.finetuning(f"untuned/{start}_seed_{seed}", few, *rates[start], seed=seed)
+            self.finetuning(f"untuned/{start}_seed_{seed}", few, *rates[start], seed=seed, start=self.start(start))
             for seed in range(SEEDS)
             for start in STARTS
         ]
 
     def scratch(self) -> Waves:
-        yield [self.pretraining()]
         yield [self.search(start) for start in STARTS]
         yield [self.tuned(start, 500, seed) for seed in range(SEEDS) for start in STARTS]
 
@@ -129,35 +138,35 @@ class Plan:
         yield [self.tuned(start, count, seed) for count in LABELS for seed in range(SEEDS) for start in STARTS]
 
     def probes(self) -> Waves:
-        yield [self.pretraining()]
-        few = ("init=RUNS/pretrain", "data.per_class=500")
-        probes = [self.finetuning("probes/finetune", *few), self.run("probes/knn", "task=knn", *few)]
-        probes += [self.linear("probes/linear", *few)]
-        if has_attentive_probe():
-            probes += [self.linear("probes/attentive", *few, "task.probe=attentive")]
-        yield probes
+        few, start = "data.per_class=500", self.pretraining()
+        yield [
+            self.finetuning("probes/finetune", few, start=start),
+            self.run("probes/knn", "task=knn", few, start=start),
+            self.linear("probes/linear", few, start=start),
+            self.linear("probes/attentive", few, "task.probe=attentive", start=start),
+        ]
 
-    def linear(self, name: str, *overrides: str, seed: int = 0) -> Job:
+    def linear(self, name: str, *overrides: str, start: Job, seed: int = 0) -> Job:
         """A probe on features that are computed once."""
         cached = ("task.cached_features=true", PROBE_RATES)
         epochs = ("task.epochs=1", "task.warmup_epochs=0") if self.tiny else ("task.epochs=90",)
-        return self.run(name, "task=linprobe", *overrides, *epochs, *cached, seed=seed)
+        return self.run(name, "task=linprobe", *overrides, *epochs, *cached, seed=seed, start=start)
 
     def table1(self) -> Waves:
-        cases = [(member, seed) for seed in range(TABLE_SEEDS) for member in MEMBERS]
-        names = {case: f"table1/{case[0]}_seed_{case[1]}" for case in cases}
-        yield [
-            self.pretraining(f"{name}/pretrain", *MEMBERS[member], epochs=TABLE_EPOCHS, seed=seed)
-            for (member, seed), name in names.items()
-        ]
         few = "data.per_class=500"
+        cases = [(member, seed) for seed in range(TABLE_SEEDS) for member in MEMBERS]
+        starts = {
+            f"table1/{member}_seed_{seed}": self.pretraining(
+                f"table1/{member}_seed_{seed}/pretrain", *MEMBERS[member], epochs=TABLE_EPOCHS, seed=seed
+            )
+            for member, seed in cases
+        }
         yield [
             job
-            for (_, seed), name in names.items()
-            for start in [f"init=RUNS/{name}/pretrain"]
+            for name, start in starts.items()
             for job in (
-                self.finetuning(f"{name}/finetune", few, start, epochs=TABLE_TUNING_EPOCHS, seed=seed),
-                self.linear(f"{name}/linear", few, start, seed=seed),
+                self.finetuning(f"{name}/finetune", few, epochs=TABLE_TUNING_EPOCHS, seed=start.seed, start=start),
+                self.linear(f"{name}/linear", few, seed=start.seed, start=start),
             )
         ]
 
@@ -166,13 +175,8 @@ class Plan:
         yield [Job("speed", ("benchmarks/decoders.py", "--json", "RUNS/speed/rows.json", *rounds, "--only", *DECODERS))]
 
 
-def initial(start: str) -> tuple[str, ...]:
-    return ("init=RUNS/pretrain",) if start == "mae" else ()
-
-
-def has_attentive_probe() -> bool:
-    """Whether this version's linear probe has the key task.probe."""
-    return "probe" in OmegaConf.load(ROOT / "conf" / "task" / "linprobe.yaml").task
+def initial(start: Job | None) -> tuple[str, ...]:
+    return (f"init=RUNS/{start.name}",) if start else ()
 
 
 SECTIONS: dict[str, Callable[[Plan], Waves]] = {

@@ -63,7 +63,7 @@ def test_every_command_of_every_section_composes_and_passes_the_checks(tmp_path)
         for section in SECTIONS.values():
             for wave in section(Plan(results)):
                 assert len({job.name for job in wave}) == len(wave)
-                for job in wave:
+                for job in [each for listed in wave for each in (listed.start, listed) if each]:
                     same = job.seed > 0 or re.fullmatch("table1/(?!default).*/finetune", job.name)  # but seed and init
                     if not same and job.name not in results:
                         results[job.name] = check_job(job, paths)
@@ -77,17 +77,47 @@ def test_the_searches_have_the_same_budget_and_no_test_image():
     assert {"data.root=DIR/train", "data.val_fraction=0.1"} < set(mae.words)
 
 
+def records_of(*jobs: Job) -> dict[str, Any]:
+    return {job.name: {"command": job.command, "result": {"top1": 50.0}, "seconds": 1.0} for job in jobs}
+
+
 def test_a_job_is_not_run_again_where_the_same_command_has_left_its_result(tmp_path):
     job = Plan({}).pretraining()
-    record = {"command": job.command, "result": {"val_loss": 0.5}, "seconds": 1.0}
-    (tmp_path / "pretrain").mkdir()
 
     def finished(**changes: Any) -> bool:
-        return Runner(tmp_path, tmp_path, tmp_path / "r.json", {"pretrain": record | changes}, 1, 0.0).is_finished(job)
+        record = records_of(job)[job.name] | changes
+        return Runner(tmp_path, tmp_path, tmp_path / "r.json", {job.name: record}, 1, 0.0).is_finished(job)
 
     assert finished()
     assert not finished(result=None) and not finished(command=f"{job.command} seed=1")
-    assert Runner(tmp_path, tmp_path, tmp_path / "r.json", {"pretrain": record}, 1, 0.0).wave([job]) == []
+    assert Runner(tmp_path, tmp_path, tmp_path / "r.json", records_of(job), 1, 0.0).wave([job]) == []
+
+
+def test_a_pretraining_runs_again_only_where_a_job_needs_its_checkpoint(tmp_path):
+    jobs = next(Plan({}).probes())
+    start = jobs[0].start
+    assert start and all(job.start == start for job in jobs)
+
+    def names(*finished: Job) -> list[str]:
+        runner = Runner(tmp_path, tmp_path, tmp_path / "r.json", records_of(*finished), 1, 0.0)
+        return [job.name for job in runner.unfinished(jobs)]
+
+    every = [job.name for job in jobs]
+    assert names() == ["pretrain", *every]
+    assert names(start, *jobs[1:]) == ["pretrain", every[0]]  # its record came from another machine
+    assert names(start, *jobs) == []
+    (tmp_path / "pretrain").mkdir()
+    assert names(start, *jobs[1:]) == [every[0]]
+    assert names(*jobs[1:]) == ["pretrain", every[0]]  # the directory of a run that was killed
+
+
+def test_what_starts_from_a_pretraining_that_failed_is_not_run(tmp_path):
+    (tmp_path / "images").mkdir()
+    first = Job("pretrain", ("-c", "raise SystemExit(3)"))
+    jobs = [Job("needs", ("-c", "0"), start=first), Job("alone", ("-c", "raise SystemExit(4)"))]
+    runner = Runner(tmp_path, tmp_path / "runs", tmp_path / "r.json", {}, 2, float("inf"))
+    assert sorted(runner.wave(jobs)) == ["alone", "needs", "pretrain"]
+    assert {name: record["result"] for name, record in runner.records.items()} == {"pretrain": None, "alone": None}
 
 
 def test_the_page_in_the_documentation_is_that_of_its_records(tmp_path):
