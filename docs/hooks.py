@@ -170,9 +170,9 @@ def lines_of(lines: list[str]) -> dict[str, Key]:
 def tasks_page() -> str:
     """The table of tasks."""
     lines = ["# Tasks\n", "Generated from `mae/tasks/registry.py`.\n"]
-    lines += ["| `task=` | what it is | trains | needs |", "|---|---|---|---|"]
+    lines += ["| `task=` | what it does | trains | needs |", "|---|---|---|---|"]
     for name, entry in TASKS.items():
         needs = [word for word, needed in (("`init=`", entry.needs_init), ("labels", entry.needs_labels)) if needed]
-        metric = f"; main result `{entry.metric.key}` ({entry.metric.title})" if entry.metric else ""
-        lines.append(f"| `{name}` | {entry.title}{metric} | {'yes' if entry.trains else 'no'} | {', '.join(needs)} |")
+        metric = f" Main result: `{entry.metric.key}` ({entry.metric.title})." if entry.metric else ""
+        lines.append(f"| `{name}` | {entry.about}{metric} | {'yes' if entry.trains else 'no'} | {', '.join(needs)} |")
     return "\n".join(lines) + "\n"

@@ -30,6 +30,7 @@ from mae.launch import errors, launch  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
 from mae.program import PROGRAM, program  # noqa: E402
 
+MULTIRUN = {"-m", "--multirun"}
 INTERRUPTED = 130  # a run's exit code
 MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
 SWEEPS: set[str] = set()  # directories of those that this command runs: at their end a report is made of each
@@ -99,6 +100,7 @@ def start() -> int:
     try:
         if status.is_status_command(sys.argv[1:]):
             return status.status_command(sys.argv[1:])
+        sys.argv[1:] = flags_first(sys.argv[1:])
         refuse_directories(sys.argv[1:])
         sys.argv[1:] = from_run.with_groups(sys.argv[1:])
         compose_and_run()
@@ -116,12 +118,17 @@ def start() -> int:
     return 0
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """The arguments with `-m` before the overrides: Hydra's parser refuses one that stands between them."""
+    return sorted(arguments, key=lambda argument: argument not in MULTIRUN)
+
+
 def refuse_directories(arguments: list[str]) -> None:
     """Raises UserError for Hydra's own keys of directories that would do nothing."""
     keys = by_key(arguments)
     if "hydra.run.dir" in keys:
         raise UserError("hydra.run.dir is not the run's directory here: name that as output_dir=DIR.")
-    if "hydra.sweep.dir" in keys and not {"-m", "--multirun"} & set(arguments) and "hydra.mode" not in keys:
+    if "hydra.sweep.dir" in keys and not MULTIRUN & set(arguments) and "hydra.mode" not in keys:
         raise UserError("hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR.")
 
 

@@ -2,6 +2,7 @@
 same bits."""
 
 import functools
+import re
 import shutil
 from typing import Any
 
@@ -155,6 +156,21 @@ def test_schedules_that_cannot_be_are_refused_in_words(overrides, sentence):
     schedule, *more = overrides
     with pytest.raises(UserError, match=sentence):
         composed(*TINY_PRETRAIN, "task.epochs=3", f"task.img_size_schedule={schedule}", *more)
+
+
+def test_the_planned_time_of_growing_images_is_the_mean_of_their_sizes():
+    def images_a_second(*overrides: str) -> float:
+        plan = report(composed(*TINY_PRETRAIN, "task.epochs=4", "estimate.tflops=1", *overrides))
+        match = re.search(r"time .* ([\d,]+) images/s", plan)
+        assert match, plan
+        return float(match[1].replace(",", ""))
+
+    small, large = images_a_second("model.img_size=8", "task.mask_ratio=0.5"), images_a_second("model.img_size=16")
+    growing = images_a_second("model.img_size=16", "task.img_size_schedule=[[0,8,0.5],[3,16]]")
+    assert small > 1.5 * large
+    assert growing == pytest.approx(4 / (3 / small + 1 / large), rel=1e-4)
+    cut_short = images_a_second("model.img_size=16", "task.img_size_schedule=[[0,8,0.5],[3,16]]", "task.max_steps=2")
+    assert cut_short == pytest.approx(small, rel=1e-4)
 
 
 def test_a_target_of_one_size_is_refused_and_so_is_another_schedule_in_a_run_that_has_begun(tmp_path, caplog):

@@ -56,7 +56,14 @@ task:
   temperature: 2.0
 """
 ENTRY = """    "scaled": TaskEntry(
-        "tasks.scaled:Scaled", "scaled", trains=True, stage=True, needs_labels=True, classifier=True, metric=TOP1
+        "tasks.scaled:Scaled",
+        "scaled",
+        "Trains on scaled labels.",
+        trains=True,
+        stage=True,
+        needs_labels=True,
+        classifier=True,
+        metric=TOP1,
     ),
 """
 OVERRIDES = [*TINY, "task.epochs=2"]

@@ -93,6 +93,11 @@ def test_directories_of_hydra_that_would_do_nothing_are_refused(argument, messag
     assert ended.returncode == 1 and ended.stderr == f"{message}\n" and not list(tmp_path.iterdir())
 
 
+def test_the_flag_of_a_sweep_may_stand_between_overrides():
+    ended = run_cli("dry_run=true", "-m", "task=inspect,stats")
+    assert ended.returncode == 0 and all(f"{task}: no training." in ended.stdout for task in ("inspect", "stats"))
+
+
 # ---------------------------------------------------------------- paths
 
 

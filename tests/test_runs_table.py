@@ -76,6 +76,15 @@ def test_the_table_has_every_run_its_state_and_the_differing_keys(runs, capsys):
     assert "loss 2" in lines[3] and "2 h" in lines[3]
 
 
+def test_paths_in_the_table_are_relative_to_the_working_directory(tmp_path, monkeypatch, capsys):
+    for name, start in (("a", tmp_path / "runs" / "x=1"), ("b", Path("/elsewhere"))):
+        write_run(tmp_path / "runs" / name, "task=knn", f"init='{start}'")
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    inits = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert inits == {"a": "runs/x=1", "b": "/elsewhere"}
+
+
 def test_runs_are_filtered_and_sorted(runs, capsys):
     def names(*options: str) -> list[str]:
         assert main([str(runs), "--json", *options]) == 0

@@ -23,7 +23,8 @@ class TaskEntry:
     """Facts about one task."""
 
     path: str  # `module:name` in mae/: a TrainedTask, or a function of (run, cfg, ranks, tracker)
-    title: str
+    title: str  # in figures and tables
+    about: str  # a sentence for the reference: what it does and leaves
     trains: bool = False  # a TrainedTask, which `engine.train` takes through its steps
     stage: bool = False  # may be a stage of task=pipeline
     needs_init: bool = False
@@ -49,6 +50,7 @@ TASKS = {
     "finetune": TaskEntry(
         "tasks.finetune:Finetune",
         "fine-tuning",
+        "Trains a classifier on labels: the whole network or its last blocks, from `init` or from scratch.",
         trains=True,
         stage=True,
         needs_labels=True,
@@ -59,6 +61,7 @@ TASKS = {
     "linprobe": TaskEntry(
         "tasks.linprobe_layers:linprobe",
         "linear probe",
+        "Trains a linear or attentive classifier on the features of a frozen encoder, from one block or several.",
         trains=True,
         stage=True,
         needs_init=True,
@@ -68,10 +71,19 @@ TASKS = {
         metric=TOP1,
         next_commands=(EVALUATE,),
     ),
-    "knn": TaskEntry("tasks.knn:knn", "k-NN", stage=True, needs_init=True, needs_labels=True, metric=KNN),
+    "knn": TaskEntry(
+        "tasks.knn:knn",
+        "k-NN",
+        "Classifies validation images by the labels of the nearest training images; nothing is trained.",
+        stage=True,
+        needs_init=True,
+        needs_labels=True,
+        metric=KNN,
+    ),
     "pretrain": TaskEntry(
         "tasks.pretrain:Pretrain",
         "pre-training",
+        "Trains encoder and decoder to predict the masked patches; no labels are needed.",
         trains=True,
         stage=True,
         metric=VAL_LOSS,
@@ -80,19 +92,64 @@ TASKS = {
             "python run.py task.mask_ratio=0.5        # the same with one number changed",
         ),
     ),
-    "evaluate": TaskEntry("tasks.evaluate:evaluate", "evaluation", stage=True, needs_init=True, metric=TOP1),
-    "visualize": TaskEntry("tasks.visualize:visualize", "pictures", stage=True, needs_init=True, closing_key="page"),
-    "export": TaskEntry(
-        "tasks.export:export", "export", stage=True, needs_init=True, reads_images=False, closing_key="files"
+    "evaluate": TaskEntry(
+        "tasks.evaluate:evaluate",
+        "evaluation",
+        "Measures a classifier or segmenter on labelled images: accuracy, loss, calibration, and each class.",
+        stage=True,
+        needs_init=True,
+        metric=TOP1,
     ),
-    "stats": TaskEntry("tasks.stats:stats", "statistics", closing_key="use"),
-    "inspect": TaskEntry("tasks.inspect:inspect", "inspection", closing_key="files"),
-    "embed": TaskEntry("tasks.embed:embed", "features", needs_init=True, closing_key="files"),
-    "predict": TaskEntry("tasks.predict:predict", "labels", needs_init=True, closing_key="files"),
-    "pipeline": TaskEntry("launch.pipeline:pipeline", "pipeline"),
+    "visualize": TaskEntry(
+        "tasks.visualize:visualize",
+        "pictures",
+        "Draws original, masked image and reconstruction of some images, as PNG files and one page.",
+        stage=True,
+        needs_init=True,
+        closing_key="page",
+    ),
+    "export": TaskEntry(
+        "tasks.export:export",
+        "export",
+        "Writes the model as one file for timm, transformers, ONNX and others, with a model card.",
+        stage=True,
+        needs_init=True,
+        reads_images=False,
+        closing_key="files",
+    ),
+    "stats": TaskEntry(
+        "tasks.stats:stats",
+        "statistics",
+        "Measures mean and standard deviation of the training images, and lists the files that cannot be read.",
+        closing_key="use",
+    ),
+    "inspect": TaskEntry(
+        "tasks.inspect:inspect",
+        "inspection",
+        "Draws samples as the model sees them and counts classes and sizes, before anything is trained.",
+        closing_key="files",
+    ),
+    "embed": TaskEntry(
+        "tasks.embed:embed",
+        "features",
+        "Writes the features of each image as a table or an array.",
+        needs_init=True,
+        closing_key="files",
+    ),
+    "predict": TaskEntry(
+        "tasks.predict:predict",
+        "labels",
+        "Writes the most probable classes of each image, or the map of classes of a segmenter.",
+        needs_init=True,
+        closing_key="files",
+    ),
+    "pipeline": TaskEntry(
+        "launch.pipeline:pipeline", "pipeline", "Runs several tasks in order, each from the checkpoint before it."
+    ),
     "segment": TaskEntry(
         "tasks.segment:Segment",
         "segmentation",
+        "Trains a segmenter on images with maps of classes: the whole network, or a head on a frozen encoder.",
         trains=True,
         metric=MIOU,
         next_commands=(

@@ -87,6 +87,24 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
     return forward, round((once.total - once.target) * (1 + 2 * share + again)) + once.target
 
 
+def mean_operations(cfg: DictConfig, plan: Plan, of_largest: int) -> int:
+    """Operations of a training image, averaged over the images of a run whose sizes grow."""
+    schedule = cfg.task.get("img_size_schedule")
+    if schedule is None:
+        return of_largest
+    end = plan.steps / plan.steps_per_epoch
+    phases = phases_of(schedule, rules.pair(cfg.model.patch_size), middle_ratio(cfg.task.mask_ratio))
+    total = 0.0
+    for phase, last in zip(phases, [*(following.epoch for following in phases[1:]), end], strict=True):
+        epochs = min(last, end) - phase.epoch
+        if epochs > 0:
+            values = {"mask_ratio": phase.mask_ratio, "img_size_schedule": None}
+            model, task = {**cfg.model, "img_size": list(phase.size)}, {**cfg.task, **values}
+            sized = with_values(cfg, model=model, task=task)
+            total += epochs * operations(sized, model_on_meta(sized))[1]
+    return round(total / end)
+
+
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
     """Bytes that autograd saves for the backward pass of `images` images, counted on tensors without memory.
 
@@ -187,7 +205,16 @@ def report(cfg: DictConfig) -> str:
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         **phase_rows(cfg, model),
         "number format": str(dtype).removeprefix("torch."),
-        **call(estimate_cost, cfg.estimate, plan, in_training, cfg.launcher.get("nodes", 1), here, dtype, host),
+        **call(
+            estimate_cost,
+            cfg.estimate,
+            plan,
+            mean_operations(cfg, plan, in_training),
+            cfg.launcher.get("nodes", 1),
+            here,
+            dtype,
+            host,
+        ),
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
@@ -201,7 +228,7 @@ def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:
     if not isinstance(model, MaskedAutoencoder) or cfg.task.img_size_schedule is None:
         return {}
     phases = phases_of(cfg.task.img_size_schedule, model.patch_size, middle_ratio(cfg.task.mask_ratio))
-    largest = "; operations, time and memory here are those of model.img_size throughout"
+    largest = "; operations and memory here are those of model.img_size, time is that of all sizes"
     return {"image sizes": ", ".join(map(str, phases)) + largest}
 
 

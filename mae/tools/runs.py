@@ -94,9 +94,15 @@ def text_table(rows: Sequence[Row], results: Sequence[str]) -> Table:
         table.add_column(column, overflow="fold")
     for row in rows:
         values = [getattr(row, column) if column != "age" else age_text(row.age) for column in FACTS]
-        values += [row.results.get(name, "") for name in results] + [row.keys.get(key, "") for key in keys]
+        values += [row.results.get(name, "") for name in results] + [_from_here(row.keys.get(key, "")) for key in keys]
         table.add_row(*(str(value) for value in values))
     return table
+
+
+def _from_here(value: object) -> object:
+    """An absolute path below the working directory as one relative to it; any other value as it is."""
+    path = Path(value) if isinstance(value, str) else None
+    return path.relative_to(Path.cwd()) if path and path.is_absolute() and path.is_relative_to(Path.cwd()) else value
 
 
 def age_text(seconds: float) -> str:
