@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
 from matplotlib.figure import Figure
 
 from mae.config import sweep_names
+from mae.config.saved import write_config
 from mae.errors import UserError
 from mae.launch.pipeline import pretraining
 from mae.report import sweep, sweep_figure
-from mae.report.flops import pretraining_flops
+from mae.report.flops import pretraining_flops, relative_flops
 from mae.report.members import Member, Sweep, read_sweep
 from mae.report.record import Record
 from mae.report.sweep_figure import Curve
@@ -245,10 +247,24 @@ def test_operations_of_a_config_are_those_that_the_model_counts():
         cfg = composed("task=pretrain", *more)
         model = model_on_meta(cfg)
         assert pretraining_flops(cfg) == operations(cfg, model)[0].total
-        assert pretraining_flops(composed("task=pipeline", *(m for m in more if "ratio" not in m))) is not None
     for other in (["model.decoder=cross"], ["target=hog"], ["task.mask_ratio=[0.5,0.9]"]):
         assert pretraining_flops(composed("task=pretrain", *other)) is None
     assert pretraining_flops(composed("task=finetune", "init=unused")) is None
+    assert pretraining_flops(composed("task=pipeline")) is None
+
+
+def test_the_cost_of_a_pipeline_is_that_of_the_stage_that_pretrains(tmp_path):
+    members = [
+        Member(tmp_path / name, composed("task=pipeline"), Record("finished", {}, [], [], []))
+        for name in ("half", "most")
+    ]
+    for member, ratio in zip(members, (0.5, 0.75), strict=True):
+        (member.path / "pretrain").mkdir(parents=True)
+        write_config(member.path / "pretrain", composed("task=pretrain", f"task.mask_ratio={ratio}"))
+    half, most = (pretraining_flops(composed("task=pretrain", f"task.mask_ratio={r}")) for r in (0.5, 0.75))
+    assert half and most and relative_flops(members) == {"half": half / most, "most": 1.0}
+    shutil.rmtree(members[0].path)  # not begun
+    assert relative_flops(members) == {}
 
 
 def test_a_sweep_names_what_its_members_cost():

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mae.config.saved import read_config
 from mae.config.values import pair
 from mae.report.members import Member
+from mae.runs.layout import CONFIG
 
 COLUMN = "GFLOPs"
 
@@ -16,10 +18,9 @@ def pretraining_flops(cfg: Mapping[str, Any]) -> int | None:
     range. Of images that grow it is the last size's.
     """
     task, model, target = cfg["task"], cfg["model"], cfg["target"]
-    ratio = task.get("mask_ratio") or (0.75 if task["name"] == "pipeline" else None)
-    pretrains = task["name"] == "pretrain" or task["name"] == "pipeline" and "pretrain" in task["stages"]
+    ratio = task["mask_ratio"] if task["name"] == "pretrain" else None
     known = model["decoder"] == "self" and target["name"] in ("pixels", "pca")
-    if not isinstance(ratio, int | float) or not pretrains or not known:
+    if not isinstance(ratio, int | float) or not known:
         return None
     (height, width), (down, across) = pair(model["img_size"]), pair(model["patch_size"])
     patches, values = height // down * (width // across), down * across * model["in_chans"]
@@ -41,9 +42,21 @@ def _block(queries: int, keys: int, width: int, mlp_ratio: float) -> int:
     return projections + 4 * queries * keys * width + 4 * queries * width * int(width * mlp_ratio)
 
 
+def member_flops(members: Sequence[Member]) -> dict[str, int]:
+    """Member -> the operations of an image in its pre-training, without those of which none are known."""
+    configs = {member.name: _pretraining_config(member) for member in members}
+    return {name: flops for name, cfg in configs.items() if (flops := pretraining_flops(cfg)) is not None}
+
+
+def _pretraining_config(member: Member) -> Mapping[str, Any]:
+    """The config of a member, or of the stage of a pipeline that pre-trains."""
+    stage = member.path / "pretrain"
+    return read_config(stage) if (stage / CONFIG).is_file() else member.cfg
+
+
 def relative_flops(members: Sequence[Member], default: Member | None = None) -> dict[str, float]:
     """Member -> its operations over those of the default, or of the cheapest; empty where all have as many."""
-    counts = {member.name: flops for member in members if (flops := pretraining_flops(member.cfg)) is not None}
+    counts = member_flops(members)
     if len(set(counts.values())) < 2:
         return {}
     least = counts.get(default.name) if default is not None else min(counts.values())

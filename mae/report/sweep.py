@@ -12,7 +12,7 @@ from mae.config.sweep_names import short
 from mae.errors import UserError
 from mae.program import usage_name
 from mae.report import sweep_figure, table1
-from mae.report.flops import COLUMN, pretraining_flops, relative_flops
+from mae.report.flops import COLUMN, member_flops, relative_flops
 from mae.report.html import data_url, page
 from mae.report.intervals import verdict
 from mae.report.members import Sweep, Value, lower_is_better, read_sweep
@@ -54,7 +54,7 @@ def flops_columns(sweep: Sweep) -> dict[str, dict[str, float]]:
     relative = relative_flops(sweep.members)
     if not relative:
         return {}
-    counts = {m.name: flops for m in sweep.members if (flops := pretraining_flops(m.cfg)) is not None}
+    counts = member_flops(sweep.members)
     return {
         f"{COLUMN} an image": {name: round(count / 1e9, 6) for name, count in counts.items()},
         f"{COLUMN} relative": {name: round(factor, 2) for name, factor in relative.items()},
