@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence_plan import LABELS, MEMBERS, STARTS
+from evidence_plan import LABELS, MEMBERS, STARTS, TRIAL_EPOCHS
 
 from mae.report.intervals import interval
 from mae.report.paper_results import PUBLISHED
@@ -110,7 +110,11 @@ def scratch(results: Records) -> Lines:
     table = starts_table(results, prefix)
     if not table:
         return []
-    lines = ["Each start was searched with the same number of trials, on a tenth of the training images held out.", ""]
+    lines = [
+        f"Each start was searched with as many trials of {TRIAL_EPOCHS} epochs, on a tenth of the training images held "
+        "out. Trials worse than the median are ended early.",
+        "",
+    ]
     lines += [
         "| start | trials | run to the end | best on held-out images | values | hours |",
         "|---|---|---|---|---|---|",

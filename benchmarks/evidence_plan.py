@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRIALS = 16  # of each search
+TRIALS, TRIAL_EPOCHS = 12, 10  # of each search; half the epochs of the runs that it is for
 SEEDS, TABLE_SEEDS = 3, 2
 STARTS = ("mae", "scratch")
 # labels of a class -> epochs: 500 labels take half the steps of 5,000, and 50,000 four times as many
@@ -94,8 +94,8 @@ class Plan:
 
     def search(self, start: str) -> Job:
         """A search on a tenth of the training images, held out: no test image chooses a value."""
-        network = self.network("cifar10_finetune", LABELS[500])
-        held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=5")
+        network = self.network("cifar10_finetune", TRIAL_EPOCHS)
+        held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=3")
         fixed = [word for word in network if not word.startswith(("data.root=", "task.eval_every_epochs="))]
         trials = f"--trials={2 if self.tiny else TRIALS}"
         pretraining = self.start(start)

@@ -65,8 +65,8 @@ class Cluster:
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """A command's output, on the login node; empty where it fails."""
-        told = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=timeout)
-        return told.stdout if told.returncode == 0 else ""
+        ended = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=timeout)
+        return ended.stdout if ended.returncode == 0 else ""
 
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`."""

@@ -34,24 +34,24 @@ def finished(tmp_path_factory) -> Path:
 def test_help_and_cfg_answer_without_torch():
     for arguments, expected in ((["--help"], "python run.py resume=RUN"), (["--cfg", "job"], "mask_ratio: 0.75")):
         begin = time.perf_counter()
-        told = run_cli(*arguments)
-        assert told.returncode == 0 and expected in told.stdout
+        ended = run_cli(*arguments)
+        assert ended.returncode == 0 and expected in ended.stdout
         assert time.perf_counter() - begin < 20  # under a second on an idle machine; this bound is for a busy one
 
 
 def test_the_last_line_names_the_result_and_the_directory(tmp_path):
-    told = run_cli(*TINY_PRETRAIN, "task.max_steps=2", f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(*TINY_PRETRAIN, "task.max_steps=2", f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert told.stdout.splitlines()[-1] == f"val_loss {summary['val_loss']:.4f}  run"
-    assert "task=finetune init=run" in told.stdout
-    assert "step 2/2" in told.stderr and "\x1b" not in told.stderr  # plain lines when piped
+    assert ended.stdout.splitlines()[-1] == f"val_loss {summary['val_loss']:.4f}  run"
+    assert "task=finetune init=run" in ended.stdout
+    assert "step 2/2" in ended.stderr and "\x1b" not in ended.stderr  # plain lines when piped
 
 
 def test_a_finished_run_is_not_run_again(finished):
     before = (finished / "metrics.jsonl").read_bytes()
-    told = run_cli(*TINY_PRETRAIN, f"output_dir={finished}")
-    assert told.returncode == 0 and "finished already" in told.stderr
+    ended = run_cli(*TINY_PRETRAIN, f"output_dir={finished}")
+    assert ended.returncode == 0 and "finished already" in ended.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -61,33 +61,33 @@ def test_resume_takes_the_saved_config(finished, tmp_path):
     (run / "summary.json").unlink()
     whole = checkpoint.checkpoints_of(run)[-1]
     shutil.rmtree(whole)
-    told = run_cli(f"resume={run}", "data.num_workers=1")
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(f"resume={run}", "data.num_workers=1")
+    assert ended.returncode == 0, ended.stderr
     assert (run / "summary.json").exists() and "data.num_workers=1" in (run / "overrides.yaml").read_text()
 
 
 def test_dry_run_builds_nothing_on_disk(tmp_path):
     before = set(tmp_path.rglob("*"))
-    told = run_cli("dry_run=true", "model=vit_huge", "data=imagenet", "launcher.processes=8", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
-    assert "657,074,508" in told.stdout and "4096 = micro batch 512 x accumulation 1 x devices 8" in told.stdout
-    assert "250,400 (313 an epoch of 1,281,167 images)" in told.stdout
+    ended = run_cli("dry_run=true", "model=vit_huge", "data=imagenet", "launcher.processes=8", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "657,074,508" in ended.stdout and "4096 = micro batch 512 x accumulation 1 x devices 8" in ended.stdout
+    assert "250,400 (313 an epoch of 1,281,167 images)" in ended.stdout
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_dry_run_of_a_pipeline_names_its_stages():
-    told = dry_run.report(composed("task=pipeline", "dry_run=true", "output_dir=x"))
-    assert told == ("pipeline: pretrain, linprobe, finetune, in x. The plan of a stage: task=STAGE dry_run=true.\n")
+    text = dry_run.report(composed("task=pipeline", "dry_run=true", "output_dir=x"))
+    assert text == ("pipeline: pretrain, linprobe, finetune, in x. The plan of a stage: task=STAGE dry_run=true.\n")
 
 
 def test_dry_run_tells_time_and_cost():
-    told = run_cli(
+    ended = run_cli(
         *("dry_run=true", "model=vit_base", "data=imagenet", "launcher.processes=8", "estimate.tflops=312"),
         *("estimate.cost_per_hour=2", "device=cpu", "task.precision=fp32"),
     )
-    rows = dict(line.split("  ", 1) for line in told.stdout.splitlines() if "  " in line)
+    rows = dict(line.split("  ", 1) for line in ended.stdout.splitlines() if "  " in line)
     # 57.16 GFLOPs x 1,281,167 x 800 epochs / (8 x 312e12 x .35)
-    assert "about 18.6 hours, computed: 312 TFLOP/s a device (given) x 35% x 8" in rows["time"], told
+    assert "about 18.6 hours, computed: 312 TFLOP/s a device (given) x 35% x 8" in rows["time"], ended
     assert "149.1 device hours at 2" in rows["cost"]
     from mae.tools import dry_run
 
@@ -95,8 +95,8 @@ def test_dry_run_tells_time_and_cost():
     assert "the loader's 288 images/s hold the devices back" in dry_run.report(fast)
     here = dry_run.report(composed("dry_run=true", "device=cpu"))
     assert "measured on this cpu" in here and "cost" not in here
-    told = run_cli("dry_run=true", "estimate.utilisation=35")
-    assert told.returncode == 1 and "estimate.utilisation must lie in (0, 1], got 35" in told.stderr
+    ended = run_cli("dry_run=true", "estimate.utilisation=35")
+    assert ended.returncode == 1 and "estimate.utilisation must lie in (0, 1], got 35" in ended.stderr
 
 
 def planned(*overrides: str) -> dict[str, str]:
@@ -161,20 +161,20 @@ def test_dry_run_agrees_with_the_model_and_with_measured_flops():
 
 
 def test_checkpoints_are_listed(finished):
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "mae.checkpoint", str(finished)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     path = checkpoint.checkpoints_of(finished)[-1]
     digest = checkpoint.weights_digest(checkpoint.read_weights(path))
-    assert told.stdout.splitlines()[-1].split() == ["10", "2.00", told.stdout.split()[-3], "yes", digest]
+    assert ended.stdout.splitlines()[-1].split() == ["10", "2.00", ended.stdout.split()[-3], "yes", digest]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readme_s_run_learns_in_time(tmp_path):
     begin = time.perf_counter()
-    told = run_cli(cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
+    assert ended.returncode == 0, ended.stderr
     (run,) = (tmp_path / "runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -185,24 +185,24 @@ def test_the_readme_s_run_learns_in_time(tmp_path):
 
 
 def test_a_sweep_runs_its_members_and_names_the_one_that_failed(tmp_path):
-    told = run_cli(
+    ended = run_cli(
         "-m", *TINY_PRETRAIN, "task.max_steps=1", "task.mask_ratio=0.5,0.999", f"hydra.sweep.dir={tmp_path / 's'}"
     )
-    assert told.returncode == 1
+    assert ended.returncode == 1
     assert (tmp_path / "s" / "mask_ratio_0.5" / "summary.json").exists()
-    assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in told.stderr and "Traceback" not in told.stderr
+    assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in ended.stderr and "Traceback" not in ended.stderr
 
 
 # ---------------------------------------------------------------- bad ones
 
 
-def in_plain_words(told: subprocess.CompletedProcess[str], message: str) -> None:
+def in_plain_words(ended: subprocess.CompletedProcess[str], message: str) -> None:
     """Not zero, the sentence, and no traceback."""
-    assert told.returncode != 0
-    assert message in told.stderr, told.stderr
-    assert "Traceback" not in told.stderr + told.stdout
-    said = [line for line in told.stderr.splitlines() if line.strip() and "step" not in line]
-    assert len(said) <= 2, told.stderr
+    assert ended.returncode != 0
+    assert message in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    said = [line for line in ended.stderr.splitlines() if line.strip() and "step" not in line]
+    assert len(said) <= 2, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def fails_here(tmp_path: Path, *overrides: str) -> str:
     """The sentence that a run in this process ends with."""
     with pytest.raises(ValueError) as caught:
         run_here(tmp_path / "run", *overrides)
-    told = str(caught.value)
-    assert len(told.splitlines()) <= 4
-    return told
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 4
+    return text
 
 
 def test_an_empty_folder(tmp_path):
@@ -261,8 +261,8 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_a_folder_of_one_image(tmp_path):
-    told = fails_here(tmp_path, *FOLDER, f"data.root={photos(tmp_path / 'photos', 1)}")
-    assert "data.root" in told and ("one image" in told or "1 image" in told)
+    text = fails_here(tmp_path, *FOLDER, f"data.root={photos(tmp_path / 'photos', 1)}")
+    assert "data.root" in text and ("one image" in text or "1 image" in text)
 
 
 def test_a_folder_that_may_not_be_read():
@@ -294,15 +294,15 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
 
 def test_too_few_images_for_a_batch(tmp_path):
     root = photos(tmp_path / "photos", 12)
-    told = fails_here(tmp_path, *FOLDER, f"data.root={root}", "task.drop_last=true")
-    assert "task.batch_size=32" in told
+    text = fails_here(tmp_path, *FOLDER, f"data.root={root}", "task.drop_last=true")
+    assert "task.batch_size=32" in text
 
 
 def test_a_directory_with_another_config_lists_the_differences_and_is_left_alone(finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    told = run_cli(*TINY_PRETRAIN, "task.mask_ratio=0.5", "optimizer.base_lr=1e-3", f"output_dir={finished}")
-    assert told.returncode == 1 and "holds a run of another config" in told.stderr
-    assert "task.mask_ratio: 0.75 -> 0.5" in told.stderr and "optimizer.base_lr: 0.012 -> 0.001" in told.stderr
+    ended = run_cli(*TINY_PRETRAIN, "task.mask_ratio=0.5", "optimizer.base_lr=1e-3", f"output_dir={finished}")
+    assert ended.returncode == 1 and "holds a run of another config" in ended.stderr
+    assert "task.mask_ratio: 0.75 -> 0.5" in ended.stderr and "optimizer.base_lr: 0.012 -> 0.001" in ended.stderr
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 

@@ -173,8 +173,8 @@ def test_a_missing_key_is_named():
 
 
 def test_all_mistakes_are_listed_at_once():
-    told = refused(task__mask_ratoi=0.5, seed="x", data__nmu_workers=1)
-    assert len(told.splitlines()) == 3 and "Did you mean num_workers?" in told
+    text = refused(task__mask_ratoi=0.5, seed="x", data__nmu_workers=1)
+    assert len(text.splitlines()) == 3 and "Did you mean num_workers?" in text
 
 
 def test_a_typo_inside_a_yaml_file_is_found(tmp_path):

@@ -466,9 +466,9 @@ def test_parquet_files_that_we_pack_are_read_by_datasets_as_a_stream_and_in_runs
     assert "1 of 55 images cannot be used, more than data.max_bad_fraction=0.01 allows" in capsys.readouterr().err
     command.append("data.max_bad_fraction=0.05")
     assert pack.main(command) == 0
-    assert "train: " in (told := capsys.readouterr().out) and "3 shards" in told
+    assert "train: " in (text := capsys.readouterr().out) and "3 shards" in text
     head, _ = flat.read(out / "train" / "index.bin")
-    assert head["format"] == "mae-parquet-1" and sum(head["counts"]) + told.count("1 bad") >= 54
+    assert head["format"] == "mae-parquet-1" and sum(head["counts"]) + text.count("1 bad") >= 54
     for name, digest in zip(head["names"], head["sha256"], strict=True):
         assert hashlib.sha256((out / "train" / name).read_bytes()).hexdigest() == digest
 

@@ -52,8 +52,8 @@ def test_packing_that_stopped_in_val_goes_on_there(root, tmp_path, capsys, monke
     assert "train is packed already" in capsys.readouterr().err
     made = (tmp_path / "out" / "train" / "index.bin").stat().st_mtime_ns
     assert pack.main(given) == 0
-    told = capsys.readouterr().out
-    assert "val: 20 images in 2 shards" in told and "train" not in told
+    text = capsys.readouterr().out
+    assert "val: 20 images in 2 shards" in text and "train" not in text
     assert (tmp_path / "out" / "train" / "index.bin").stat().st_mtime_ns == made
     assert pack.main(given) == 1
     assert capsys.readouterr().err.endswith(
@@ -64,7 +64,7 @@ def test_packing_that_stopped_in_val_goes_on_there(root, tmp_path, capsys, monke
 def test_only_shards_with_bad_files_are_written_anew(root, tmp_path, capsys, monkeypatch):
     mended = fails(monkeypatch, OSError(errno.EIO, "Input/output error"), "/train/ant/3.png")
     assert pack.main(command(root, tmp_path / "out")) == 1
-    assert "1 of 20 images cannot be used" in (told := capsys.readouterr().err) and "Input/output error" in told
+    assert "1 of 20 images cannot be used" in (text := capsys.readouterr().err) and "Input/output error" in text
     train = tmp_path / "out" / "train"
     (kept,) = train.glob("*.tar")
     assert [note.name for note in (train / "packing").glob("*.note")] == [f"{kept.name}.note"]
@@ -79,8 +79,8 @@ def test_an_image_that_takes_too_much_memory_is_a_bad_file(root, tmp_path, capsy
     fails(monkeypatch, MemoryError(), "/train/ant/3.png")
     given = command(root, tmp_path / "out", "--workers", workers)
     assert pack.main(given) == 1
-    told = capsys.readouterr().err
-    assert "the first: ant/3.png (it takes more memory than there is)" in told and told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert "the first: ant/3.png (it takes more memory than there is)" in text and text.count("\n") == 1
     assert pack.main([*given, "data.max_bad_fraction=0.05"]) == 0
     assert "1 bad files left out" in capsys.readouterr().out
     assert "ant/3.png" in (tmp_path / "out" / "train" / "bad_files.csv").read_text()

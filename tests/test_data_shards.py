@@ -812,8 +812,8 @@ def test_a_place_that_cannot_be_read_is_not_packed_as_if_it_were_empty(tmp_path,
 
     monkeypatch.setattr(folder, "read", stale)
     assert pack.main(command) == 1
-    told = capsys.readouterr().err
-    assert "27 of 27 images cannot be used, more than data.max_bad_fraction=0.01" in told and "Stale file" in told
+    text = capsys.readouterr().err
+    assert "27 of 27 images cannot be used, more than data.max_bad_fraction=0.01" in text and "Stale file" in text
     monkeypatch.setattr(folder, "read", plain)
     assert pack.main(command) == 0 and "27 images in 3 shards" in capsys.readouterr().out
 

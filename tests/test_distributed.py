@@ -80,8 +80,8 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     numbers = sum(local_shard(p).numel() for p in t.task.model.parameters())
     digest = checkpoint.weights_digest(gathered(t.task.model.state_dict()))
     ranks.close()
-    told = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
-    return told | {"held": numbers}
+    text = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
+    return text | {"held": numbers}
 
 
 def losses(folder: Path) -> list[float]:
@@ -125,8 +125,8 @@ def spoiled(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, sharding):
     overrides = [*BASE, f"launcher.sharding={sharding}", "task.max_steps=5"]
-    told = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
-    assert told[0]["digest"] == told[1]["digest"] or sharding == "full"
+    results = on_ranks(2, tmp_path, functools.partial(spoiled, overrides=overrides))
+    assert results[0]["digest"] == results[1]["digest"] or sharding == "full"
     events = [row["event"] for row in files.read_json_lines(tmp_path / "run" / "events.jsonl")]
     assert events[:1] == ["skipped 1 steps whose loss or gradient was not finite"]
     assert len(events) == 2 and events[1].startswith("step 3 was the first that was not finite.")
@@ -136,16 +136,16 @@ def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, s
 
 def agreeing(rank: int, folder: Path) -> list[list[bool]]:
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
-    told = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
+    text = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
     ranks.close()
-    return told
+    return text
 
 
 @pytest.mark.slow
 def test_a_wish_of_one_rank_is_known_to_all_at_the_same_step(tmp_path):
-    told = on_ranks(2, tmp_path, agreeing)
-    assert told[0] == told[1]
-    assert told[0] == [[False, False], [False, False], [False, False], [True, False], [False, True]]
+    results = on_ranks(2, tmp_path, agreeing)
+    assert results[0] == results[1]
+    assert results[0] == [[False, False], [False, False], [False, False], [True, False], [False, True]]
 
 
 def connecting(rank: int, folder: Path) -> list[str]:
@@ -189,7 +189,7 @@ def different(rank: int, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
-    assert all("ranks start from different weights" in told for told in on_ranks(2, tmp_path, different))
+    assert all("ranks start from different weights" in text for text in on_ranks(2, tmp_path, different))
 
 
 def torchrun(*overrides: str, script: Path = ROOT / "run.py") -> subprocess.CompletedProcess[str]:
@@ -210,23 +210,23 @@ def test_torchrun_takes_a_pipeline_from_stage_to_stage(tmp_path):
     short = '["task.batch_size=32","task.max_steps=2"]'
     stages = ["task=pipeline", "task.stages=[pretrain,finetune]"]
     stages += [f"task.overrides.{name}={short}" for name in ("pretrain", "finetune")]
-    told = torchrun(*base, *stages, f"output_dir={tmp_path}")
-    assert told.returncode == 0, told.stderr
+    ended = torchrun(*base, *stages, f"output_dir={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
     assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["pretrain", "finetune"]
 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_same_run(tmp_path):
     overrides = [*BASE, "task.max_steps=4"]
-    told = torchrun(*overrides, f"output_dir={tmp_path / 'torchrun'}")
-    assert told.returncode == 0, told.stderr
+    ended = torchrun(*overrides, f"output_dir={tmp_path / 'torchrun'}")
+    assert ended.returncode == 0, ended.stderr
     assert launch.launch(composed(*overrides, f"output_dir={tmp_path / 'here'}"), []) == 0
     rows = [
         [r["loss"] for r in files.read_json_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
         for n in ("torchrun", "here")
     ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6) and len(rows[0]) == 4
-    assert told.stdout.count("val_loss") == 1
+    assert ended.stdout.count("val_loss") == 1
 
 
 # ---------------------------------------------------------------- spread weights
@@ -473,9 +473,9 @@ def test_a_rank_that_hangs_ends_the_run_and_says_where(tmp_path):
     script = tmp_path / "hanging.py"
     script.write_text(HANGING.format(root=str(ROOT)))
     overrides = [*BASE, "launcher.timeout_s=12", f"output_dir={tmp_path / 'run'}"]
-    told = torchrun(*overrides, script=script)
-    assert told.returncode == 1
-    assert "process 1 has not moved for" in told.stderr and "launcher.timeout_s=12" in told.stderr
+    ended = torchrun(*overrides, script=script)
+    assert ended.returncode == 1
+    assert "process 1 has not moved for" in ended.stderr and "launcher.timeout_s=12" in ended.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "stuck_in_a_mount" in log and log.count("rank 0: process") == 0
 
@@ -498,11 +498,11 @@ def test_a_stopped_rank_is_named_by_one_that_waits_for_it(tmp_path):
             time.sleep(0.1)
         victim = ranks_of(process.pid)[1]
         os.kill(victim, signal.SIGSTOP)
-        _, told = process.communicate(timeout=100)
+        _, text = process.communicate(timeout=100)
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "process 1 has not moved for" in told and "it was stopped, or lost" in told
+    assert "process 1 has not moved for" in text and "it was stopped, or lost" in text
     with pytest.raises(ProcessLookupError):
         os.kill(victim, 0)
 

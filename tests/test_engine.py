@@ -175,8 +175,8 @@ def test_divergence_ends_with_a_sentence_and_a_code(tmp_path, capfd):
         tmp_path, *TINY_PRETRAIN, "optimizer=sgd", "optimizer.base_lr=1e30", "task.max_bad_steps=2", "task.epochs=9"
     )
     assert code == 3
-    told = (tmp_path / "log.txt").read_text()
-    assert "not finite" in told and "optimizer.base_lr" in told
+    text = (tmp_path / "log.txt").read_text()
+    assert "not finite" in text and "optimizer.base_lr" in text
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -347,12 +347,12 @@ class Overflowing(torch.nn.Module):
 
 
 def test_the_loss_told_is_that_of_the_steps_taken(tmp_path):
-    told = []
+    text = []
     for every in (1, 2):
         t = set_up_here(tmp_path / str(every), "task.max_steps=2", f"task.log_every_steps={every}")
         t.tracker = jsonl.JsonLines(t.run)
         t.model = Overflowing(t.task)
         engine.call(engine.train, t.cfg.task, t)
-        told.append([row["loss"] for row in files.read_json_lines(t.run / "metrics.jsonl") if "loss" in row])
-    (first, skipped), (both,) = told
+        text.append([row["loss"] for row in files.read_json_lines(t.run / "metrics.jsonl") if "loss" in row])
+    (first, skipped), (both,) = text
     assert skipped is None and both == first

@@ -69,7 +69,7 @@ def test_one_two_and_three_ranks_give_identical_figures_on_101_images(tmp_path):
     folder_of(root / "train", {name: 1 for name in "abcde"})
     folder_of(root / "val", {"a": 21, "b": 20, "c": 20, "d": 20, "e": 20})
     init = saved(tmp_path / "model.pth", 5)
-    told, rows = [], []
+    results, rows = [], []
     for world in (1, 2, 3):
         run = tmp_path / f"on_{world}"
         command = [
@@ -82,14 +82,14 @@ def test_one_two_and_three_ranks_give_identical_figures_on_101_images(tmp_path):
         ]
         launch.prepare(composed(*command, f"output_dir={run}", "data.num_workers=0"), command)
         work_on(world, run)
-        told.append({key: summary(run)[key] for key in FIGURES})
+        results.append({key: summary(run)[key] for key in FIGURES})
         rows.append((run / "predictions.csv").read_text())
-    assert told[0] == told[1] == told[2]
-    assert told[0]["images_seen"] == 101
+    assert results[0] == results[1] == results[2]
+    assert results[0]["images_seen"] == 101
     assert rows[0] == rows[1] == rows[2]
     table = list(csv.DictReader(rows[0].splitlines()))
     assert len(table) == 101 and table[0]["file"] == "a/000.png" and table[0]["label"] == "a"
-    assert told[0]["top1"] == pytest.approx(100 * sum(row["correct"] == "True" for row in table) / 101)
+    assert results[0]["top1"] == pytest.approx(100 * sum(row["correct"] == "True" for row in table) / 101)
     assert (tmp_path / "on_1" / "images" / "confusion.png").is_file()
     per_class = list(csv.DictReader((tmp_path / "on_1" / "per_class.csv").read_text().splitlines()))
     assert [int(row["images"]) for row in per_class] == [21, 20, 20, 20, 20]
@@ -163,8 +163,8 @@ def test_data_with_some_of_the_classes_is_matched_by_name(tmp_path):
     assert {row["predicted"] for row in rows} <= {"ant", "bee", "cat", "dog"}
 
 
-@pytest.mark.parametrize(("given", "told"), [("[0.4,0.4,0.4]", True), ("[0.5]", False)])
-def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, given, told):
+@pytest.mark.parametrize(("given", "warned"), [("[0.4,0.4,0.4]", True), ("[0.5]", False)])
+def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, given, warned):
     init = tmp_path / "net"  # a folder of timm's
     init.mkdir()
     safetensors.torch.save_file(tiny_classifier(2).state_dict(), init / "model.safetensors")
@@ -183,7 +183,7 @@ def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, give
     sentence = "of data.mean=[0.5,0.5,0.5], and these are normalised by [0.4, 0.4, 0.4]: set data.mean=[0.5,0.5,0.5] to"
     for name in ("out", "near"):
         text = (tmp_path / name / "log.txt").read_text()
-        assert (sentence in text) == ("was trained on images of data." in text) == told
+        assert (sentence in text) == ("was trained on images of data." in text) == warned
 
 
 def test_parquet_holds_the_same_rows(tmp_path):
@@ -328,14 +328,14 @@ def test_corruptions_give_mce_by_alexnet_s_errors(tmp_path, archives):
     for name in ALEXNET_ERRORS:
         for severity in range(1, 6):
             image(tmp_path / "c" / ("digital" if archives else ".") / name / str(severity) / wnid / "x.JPEG")
-    told = evaluate(tmp_path / "out", saved(tmp_path / "m.pth", 1000), tmp_path / "c", "data=imagenet_c")
-    assert told["images_seen"] == 75 and set(told["corruption_errors"]) == set(ALEXNET_ERRORS)
+    results = evaluate(tmp_path / "out", saved(tmp_path / "m.pth", 1000), tmp_path / "c", "data=imagenet_c")
+    assert results["images_seen"] == 75 and set(results["corruption_errors"]) == set(ALEXNET_ERRORS)
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))
     wrong = {
         name: [r["correct"] == "False" for r in rows if r["file"].startswith(name + "/")] for name in ALEXNET_ERRORS
     }
     expected = [100 * 100 * sum(hits) / len(hits) / ALEXNET_ERRORS[name] for name, hits in wrong.items()]
-    assert told["mce"] == pytest.approx(sum(expected) / 15)
+    assert results["mce"] == pytest.approx(sum(expected) / 15)
 
 
 def test_mce_is_that_of_alexnet_for_alexnet_and_absent_where_a_corruption_is():

@@ -23,7 +23,7 @@ from mae.tools.search import first_values, spaces
 sys.path.append(str(ROOT / "benchmarks"))
 from evidence import Runner, with_paths  # noqa: E402
 from evidence_page import write_evidence_page  # noqa: E402
-from evidence_plan import MEMBERS, SECTIONS, Job, Plan  # noqa: E402
+from evidence_plan import MEMBERS, SECTIONS, TRIALS, Job, Plan  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "evidence.py"
 PUBLISHED = ROOT / "docs" / "results.json"
@@ -42,7 +42,7 @@ def check_job(job: Job, paths: Mapping[str, Path]) -> dict[str, Any]:
     """Composes a job's command; a search leaves the first of its values."""
     words = [with_paths(word, paths) for word in job.words]
     if job.searches:
-        assert words[2:4] == [str(paths["RUNS"] / job.name), "--trials=16"]
+        assert words[2:4] == [str(paths["RUNS"] / job.name), f"--trials={TRIALS}"]
         searched, fixed = spaces(words[4:])
         first = list(first_values(searched))
         compose_run([*fixed, *first], paths["RUNS"] / job.name)

@@ -157,19 +157,19 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_group_that_is_not_here_is_named(tmp_path):
     run = made(tmp_path / "run", "{name: mine}", "{name: digits}")
-    told = run_cli("task=knn", f"init={run}", "--cfg", "job")
-    assert told.returncode == 1 and "model=mine does not exist." in told.stderr
+    ended = run_cli("task=knn", f"init={run}", "--cfg", "job")
+    assert ended.returncode == 1 and "model=mine does not exist." in ended.stderr
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "model" / "mine.yaml").write_text("defaults: [vit_nano]\nname: mine\n")
-    told = run_cli("task=knn", f"init={run}", f"hydra.searchpath=[file://{tmp_path}/conf]", "--cfg", "job")
-    assert told.returncode == 0 and "name: mine" in told.stdout
+    ended = run_cli("task=knn", f"init={run}", f"hydra.searchpath=[file://{tmp_path}/conf]", "--cfg", "job")
+    assert ended.returncode == 0 and "name: mine" in ended.stdout
 
 
 def test_the_printed_next_command_evaluates_on_the_run_s_data(parent, tmp_path):
-    told = run_cli(
+    ended = run_cli(
         "task=evaluate", f"init={parent}", "task.batch_size=8", f"output_dir={tmp_path / 'run'}", cwd=tmp_path
     )
-    assert told.returncode == 0, told.stderr
+    assert ended.returncode == 0, ended.stderr
     rows = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
     assert {row["label"] for row in rows} == {"ant", "bee", "cat"} and len(rows) == 6
     assert "from_init" not in (tmp_path / "run" / "overrides.yaml").read_text()

@@ -81,11 +81,11 @@ def test_stats_of_a_folder_are_those_of_its_pixels_on_one_rank_and_two(tmp_path)
 
 
 def test_stats_as_a_user_types_it(tmp_path):
-    told = run_cli("task=stats", *on(photos(tmp_path / "photos")), "output_dir=run", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
+    ended = run_cli("task=stats", *on(photos(tmp_path / "photos")), "output_dir=run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     found = summary(tmp_path / "run")
-    assert told.stdout.strip().splitlines()[-1] == f"use {found['use']}  run" and "data.mean=[" in found["use"]
-    assert "1 of 13 images cannot be read" in told.stderr or not found["bad"]
+    assert ended.stdout.strip().splitlines()[-1] == f"use {found['use']}  run" and "data.mean=[" in found["use"]
+    assert "1 of 13 images cannot be read" in ended.stderr or not found["bad"]
 
 
 def test_stats_of_a_channel_that_never_changes(tmp_path):

@@ -70,10 +70,10 @@ def test_a_run_leaves_its_first_bad_step_with_its_images_a_checkpoint_and_where_
     assert bad.checkpoint == 2  # the newest before it, though the run has removed its own
     assert [path.name for path in checkpoints.checkpoints_of(run)] == ["step_00000018"]
     assert [checkpoints.damage(path) for path in checkpoints.checkpoints_of(run / "bad_step")] == [""]
-    (told,) = [event for event in events(run) if "was the first" in event]
-    assert "step 4 was the first that was not finite. Its images with the weights of step 4: The first value" in told
-    assert "in the forward pass, in blocks.0.norm1 (block blocks.0), as the result of native_layer_norm" in told
-    assert f"`python run.py replay={run}` runs it again." in told
+    (text,) = [event for event in events(run) if "was the first" in event]
+    assert "step 4 was the first that was not finite. Its images with the weights of step 4: The first value" in text
+    assert "in the forward pass, in blocks.0.norm1 (block blocks.0), as the result of native_layer_norm" in text
+    assert f"`python run.py replay={run}` runs it again." in text
     assert sum("skipped 1 steps" in event for event in events(run)) == 3  # of which the first alone is recorded
 
 
@@ -147,9 +147,9 @@ def test_a_run_that_diverges_names_the_block_and_the_command(tmp_path):
     assert run_here(tmp_path, *TINY_PRETRAIN, *bad) == 3
     block = bad_step.read_bad_step(tmp_path).block
     assert block is not None
-    told = (tmp_path / "log.txt").read_text()
-    assert f"The first value that is not finite arose in {block}, at step 3." in told
-    assert f"`python run.py replay={tmp_path}` runs that step again and looks at every operation." in told
+    text = (tmp_path / "log.txt").read_text()
+    assert f"The first value that is not finite arose in {block}, at step 3." in text
+    assert f"`python run.py replay={tmp_path}` runs that step again and looks at every operation." in text
 
 
 def test_a_run_whose_loss_is_not_finite_at_its_end_has_diverged(tmp_path):
@@ -304,13 +304,13 @@ def test_a_run_without_a_bad_step_has_nothing_to_replay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ("task.precision=bf16", "task.precision cannot be changed together with replay="),
         ("output_dir=elsewhere", "output_dir cannot be set together with replay="),
         ("resume=elsewhere", "resume cannot be changed together with replay="),
     ],
 )
-def test_what_contradicts_a_replay_is_refused(run, more, told):
-    with pytest.raises(UserError, match=told):
+def test_what_contradicts_a_replay_is_refused(run, more, message):
+    with pytest.raises(UserError, match=message):
         from_run.replayed(composed(f"replay={run}", more), [f"replay={run}", more])

@@ -56,8 +56,8 @@ def told_losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    told = run_cli(*OFTEN, f"output_dir={run}")
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(*OFTEN, f"output_dir={run}")
+    assert ended.returncode == 0, ended.stderr
     return run
 
 
@@ -70,8 +70,8 @@ def test_kill_9_at_random_moments_changes_no_bit(undisturbed, tmp_path, kills):
         time.sleep(chance.random() * 0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    told = run_cli(*OFTEN, f"output_dir={run}")
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(*OFTEN, f"output_dir={run}")
+    assert ended.returncode == 0, ended.stderr
     assert digest(run) == digest(undisturbed)
     assert told_losses(run) == told_losses(undisturbed)
 
@@ -85,12 +85,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path, numb
     process = started(run, "checkpoint.every_epochs=100")
     wait_for_step(run, process, 5)
     process.send_signal(number)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "the same command goes on from it" in told and "Traceback" not in told
+    ended, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, ended
+    assert "the same command goes on from it" in ended and "Traceback" not in ended
     assert len(checkpoint.checkpoints_of(run)) == 1 and not (run / "summary.json").exists()
-    told = run_cli(*OFTEN, "checkpoint.every_epochs=100", f"output_dir={run}")
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(*OFTEN, "checkpoint.every_epochs=100", f"output_dir={run}")
+    assert ended.returncode == 0, ended.stderr
     assert digest(run) == digest(undisturbed)
 
 
@@ -107,8 +107,8 @@ def test_ctrl_c_in_a_terminal_reaches_workers_and_ranks_too_and_stops_none_of_th
     process = started(run, "checkpoint.every_epochs=100", "task.epochs=60", "data.num_workers=2", *more)
     wait_for_step(run, process, 5)
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from it" in told, told
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from it" in text, text
     assert len(checkpoint.checkpoints_of(run)) == 1 and living(run) == []
 
 
@@ -120,15 +120,15 @@ def test_ctrl_c_while_ranks_begin_ends_them(tmp_path):
         time.sleep(0.02)
     time.sleep(1.5)  # they import torch: none takes signals itself yet
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and living(run) == [], told
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and living(run) == [], text
 
 
 def test_the_failure_of_a_rank_takes_the_place_of_those_it_left_alone(tmp_path):
     for rank, lost in ((0, True), (1, False), (2, True), (3, False)):
         write_failure(tmp_path, rank, RuntimeError(f"of {rank}"), lost)
-        told = json.loads((tmp_path / "failure.json").read_text())
-        assert told["rank"] == min(rank, 1) and told["error"] == f"RuntimeError: of {min(rank, 1)}"
+        results = json.loads((tmp_path / "failure.json").read_text())
+        assert results["rank"] == min(rank, 1) and results["error"] == f"RuntimeError: of {min(rank, 1)}"
 
 
 def living(run: Path) -> list[int]:
@@ -161,8 +161,8 @@ def test_several_processes_killed_together_go_on_to_the_same_bits(tmp_path):
                 os.kill(pid, signal.SIGKILL)
             process.wait()
             process = started(run, *two)
-        told, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, told
+        text, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, text
     assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
     assert told_losses(tmp_path / "whole") == told_losses(tmp_path / "cut")
 
@@ -175,8 +175,8 @@ def test_sigterm_to_a_run_of_two_saves_once(tmp_path, victim):
     ranks = ranks_of(run)
     assert len(ranks) == 2
     os.kill(ranks[0] if victim == "one" else process.pid, signal.SIGTERM)
-    told, _ = process.communicate(timeout=100)
-    assert process.returncode not in (0, 1), told
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode not in (0, 1), text
     assert len(checkpoint.checkpoints_of(run)) == 1 and checkpoints.newest_valid(run) is not None
     assert living(run) == []
 
@@ -188,9 +188,9 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path):
     victim = ranks_of(run)[0]
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    told, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and time.monotonic() - begin < 60
-    assert "it was killed by SIGKILL" in told and "Traceback" not in told
+    assert "it was killed by SIGKILL" in text and "Traceback" not in text
     assert living(run) == []
 
 
@@ -203,8 +203,8 @@ def test_a_rank_that_fails_ends_the_run_in_its_own_words(tmp_path, monkeypatch, 
     monkeypatch.setenv("MAE_TEST_FOLDER", str(tmp_path))
     process = started(run, "launcher.processes=3", "task.batch_size=48", "task.epochs=100")
     wait_for_step(run, process, 3)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Process 1 of the run failed" in told and says in told, told
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Process 1 of the run failed" in text and says in text, text
     assert living(run) == []
 
 
@@ -223,12 +223,12 @@ def test_ranks_end_where_their_launcher_alone_is_killed(tmp_path):
 
 def test_a_user_s_error_in_several_processes_is_one_sentence(tmp_path):
     (tmp_path / "photos").mkdir()
-    told = run_cli(
+    ended = run_cli(
         *TINY_PRETRAIN,
         "data=folder",
         f"data.root={tmp_path / 'photos'}",
         "launcher.processes=2",
         f"output_dir={tmp_path / 'run'}",
     )
-    assert told.returncode == 1 and "no image lies under" in told.stderr
-    assert "Traceback" not in told.stderr.splitlines()[-1]
+    assert ended.returncode == 1 and "no image lies under" in ended.stderr
+    assert "Traceback" not in ended.stderr.splitlines()[-1]

@@ -227,12 +227,12 @@ def test_two_ranks_learn_what_one_does(encoder, tmp_path):
     """The statistics before its matrix are those of all ranks, in the gradient of the queries too."""
     command = [*PROBE, f"init={encoder}", "task.max_steps=6", "task.warmup_epochs=0", "optimizer.base_lr=5"]
     assert run_here(tmp_path / "one" / "run", *command) == 0
-    told = on_ranks(2, tmp_path / "two", functools.partial(trained, overrides=command))
+    results = on_ranks(2, tmp_path / "two", functools.partial(trained, overrides=command))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
     one, two = (weights(tmp_path / name / "run") for name in ("one", "two"))
     for name in ("head.0.query", "head.0.value.weight", "head.1.running_var", "head.2.weight"):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    assert told[0]["digest"] == told[1]["digest"]
+    assert results[0]["digest"] == results[1]["digest"]
 
 
 # ---------------------------------------------------------------- what is refused

@@ -106,8 +106,8 @@ def test_workers_that_begin_at_the_same_moment_open_one_study(tmp_path):
         time.sleep(0.01)
     go.touch()
     for worker in workers:
-        told = worker.communicate(timeout=60)[1]
-        assert worker.returncode == 0, told
+        text = worker.communicate(timeout=60)[1]
+        assert worker.returncode == 0, text
     assert trials_of(tmp_path / "search") == []
 
 

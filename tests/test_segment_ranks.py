@@ -28,8 +28,8 @@ def test_two_ranks_learn_what_one_does_and_measure_the_same(tmp_path):
     command = [*TINY_SEGMENT, "augmentation.scale=[1.0,1.0]", "task.drop_path=0", "task.eval_every_epochs=1"]
     command += ["optimizer.base_lr=0.01", "task.log_every_steps=1"]
     for world in (1, 2):
-        told = on_ranks(world, tmp_path / str(world), functools.partial(trained, overrides=command))
-        assert len({each["digest"] for each in told}) == 1 and told[0]["steps"] == 6
+        results = on_ranks(world, tmp_path / str(world), functools.partial(trained, overrides=command))
+        assert len({each["digest"] for each in results}) == 1 and results[0]["steps"] == 6
     one, two = tmp_path / "1", tmp_path / "2"
     assert len(losses(one)) >= 6 and losses(one) == pytest.approx(losses(two), rel=1e-4)
     for name, tensor in weights(one / "run").items():

@@ -279,8 +279,8 @@ def test_status_lists_a_sweep_that_ran_here_too(tmp_path):
     ],
 )
 def test_questions_that_cannot_be_answered(tmp_path, words, sentence):
-    told = run_cli(*(word.replace("{empty}", str(tmp_path)) for word in words))
-    assert told.returncode == 1 and sentence in told.stderr and "Traceback" not in told.stderr
+    ended = run_cli(*(word.replace("{empty}", str(tmp_path)) for word in words))
+    assert ended.returncode == 1 and sentence in ended.stderr and "Traceback" not in ended.stderr
 
 
 # ---------------------------------------------------------------- what is submitted, and what is refused
@@ -340,8 +340,8 @@ def test_what_the_nodes_cannot_give_is_named(override, sentence):
 
 
 def test_nodes_are_read_from_sinfo(monkeypatch):
-    told = "main*|n1|64|512000|2-00:00:00|gpu:a100:8(S:0-1),nvme:1\ncpu|n2|128+|256000+|infinite|(null)\n"
-    monkeypatch.setattr(queue, "command", lambda *_, **__: (0, told, ""))
+    text = "main*|n1|64|512000|2-00:00:00|gpu:a100:8(S:0-1),nvme:1\ncpu|n2|128+|256000+|infinite|(null)\n"
+    monkeypatch.setattr(queue, "command", lambda *_, **__: (0, text, ""))
     assert check.nodes() == [
         Node("main", True, "n1", 64, 512000, 8, 2880.0),
         Node("cpu", False, "n2", 128, 256000, 0, float("inf")),
@@ -352,9 +352,9 @@ def test_nodes_are_read_from_sinfo(monkeypatch):
 
 
 def test_without_sbatch_one_sentence_says_so(tmp_path):
-    told = run_cli(*SLURM, f"output_dir={tmp_path / 'run'}", env={"PATH": str(tmp_path)})
-    assert told.returncode == 1 and told.stderr.startswith("launcher=slurm needs SLURM's sbatch, which is not on the")
-    assert len(told.stderr.splitlines()) == 1
+    ended = run_cli(*SLURM, f"output_dir={tmp_path / 'run'}", env={"PATH": str(tmp_path)})
+    assert ended.returncode == 1 and ended.stderr.startswith("launcher=slurm needs SLURM's sbatch, which is not on the")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_a_warning_that_is_shorter_than_a_save_is_refused(tmp_path):
@@ -398,8 +398,8 @@ def test_every_option_reaches_sbatch(monkeypatch, tmp_path):
     given |= {"additional_parameters": "{mail-type: FAIL}", "setup": "[module load cuda]", "partition": "main"}
     added = given.pop("additional_parameters")
     words = [f"launcher.{key}={value}" for key, value in given.items()]
-    told = script(monkeypatch, tmp_path, *words, f"+launcher.additional_parameters={added}")
-    lines = [line.removeprefix("#SBATCH --") for line in told.splitlines()]
+    text = script(monkeypatch, tmp_path, *words, f"+launcher.additional_parameters={added}")
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines()]
     expected = "account=a qos=q constraint=c exclude=n3 reservation=r mem=1536M nodes=2 ntasks-per-node=4 requeue "
     expected += "gpus-per-node=4 cpus-per-task=3 time=77 signal=USR2@33 mail-type=FAIL partition=main open-mode=append"
     assert set(expected.split()) <= set(lines) and "module load cuda" in lines
@@ -425,8 +425,8 @@ def test_a_new_flag_of_sbatch_is_a_field_and_a_line_of_yaml(tmp_path):
 
 
 def test_a_container_s_python_is_used(monkeypatch, tmp_path):
-    told = script(monkeypatch, tmp_path, "launcher.python='apptainer exec image.sif python'")
-    assert "\napptainer exec image.sif python -u -c " in told
+    text = script(monkeypatch, tmp_path, "launcher.python='apptainer exec image.sif python'")
+    assert "\napptainer exec image.sif python -u -c " in text
 
 
 AROUND = {  # of a job in which somebody types the command
@@ -502,8 +502,8 @@ def test_what_a_user_wants_to_see_of_slurm_does_not_change_what_is_read(monkeypa
 
 
 def test_a_sweep_is_one_bounded_array(monkeypatch, tmp_path):
-    told = script(monkeypatch, tmp_path, "launcher.array_parallelism=2", members=6)
-    assert "#SBATCH --array=0-5%2" in told.splitlines()
+    text = script(monkeypatch, tmp_path, "launcher.array_parallelism=2", members=6)
+    assert "#SBATCH --array=0-5%2" in text.splitlines()
     assert json.loads((tmp_path / "sweep" / "3" / "slurm" / "job.json").read_text())["job"] == "7_3"
     last = (tmp_path / "sweep" / "slurm" / "8_submission.sh").read_text()
     assert "#SBATCH --dependency=afterany:7" in last and "mae.sweep" in last  # table, figure and page at the end
@@ -533,8 +533,8 @@ def test_the_programs_that_a_job_runs_name_modules_and_functions_that_exist(prog
 
 def test_ranks_are_numbered_as_slurm_numbers_tasks():
     env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_CPUS_PER_TASK": "4"}
-    told = job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    assert told == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "4"}
+    text = job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert text == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "4"}
     assert job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0"  # SLURM gave it one of its own
     assert job.ranks_from(env | {"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": ""})["LOCAL_RANK"] == "1"
 
@@ -565,5 +565,5 @@ def test_the_newest_whole_checkpoint_is_found_without_torch(tmp_path):
 
 def test_the_login_node_needs_no_torch():
     code = "import sys; from mae.launch.slurm import job, status, submit; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "False" and launch.LAUNCHERS["slurm"] is submit.slurm
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False" and launch.LAUNCHERS["slurm"] is submit.slurm

@@ -57,11 +57,11 @@ class Job:
 
     def start(self, *overrides: str, checkout: Path = ROOT, cwd: Path | None = None) -> subprocess.Popen:
         """Types the command; what it says goes to a file."""
-        self.told = (self.folder / "told.txt").open("w+")
+        self.output = (self.folder / "output.txt").open("w+")
         return subprocess.Popen(
             self.command(*overrides, checkout=checkout),
             env=self.cluster.env | {"OMP_NUM_THREADS": "1"},
-            stdout=self.told,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
             cwd=cwd or checkout,
         )
@@ -70,15 +70,15 @@ class Job:
         """Types the command and waits for it; returns what it says."""
         process = self.start(*overrides, cwd=cwd)
         process.wait(seconds)
-        self.told.seek(0)
-        text = self.told.read()
+        self.output.seek(0)
+        text = self.output.read()
         assert process.returncode == code, text + self.log()
         return text
 
     def ask(self, *words: str, code: int = 0) -> str:
-        told = run_cli(*words, env=self.cluster.env)
-        assert told.returncode == code, told.stdout + told.stderr
-        return told.stdout + told.stderr
+        ended = run_cli(*words, env=self.cluster.env)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended.stdout + ended.stderr
 
     @property
     def id(self) -> str:
@@ -143,8 +143,8 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    told = run_cli(*STEPS, "launcher.processes=2", f"output_dir={run}")
-    assert told.returncode == 0, told.stderr
+    ended = run_cli(*STEPS, "launcher.processes=2", f"output_dir={run}")
+    assert ended.returncode == 0, ended.stderr
     return run
 
 
@@ -152,8 +152,8 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_two_nodes_by_two_tasks_equal_four_local_processes(job):
-    told = job.type(*TINY_PRETRAIN, "launcher.nodes=2", "launcher.tasks_per_node=2", "launcher.wait=true")
-    assert "Submitted job" in told and "tail -F" in told and told.splitlines()[-1].startswith("val_loss")
+    text = job.type(*TINY_PRETRAIN, "launcher.nodes=2", "launcher.tasks_per_node=2", "launcher.wait=true")
+    assert "Submitted job" in text and "tail -F" in text and text.splitlines()[-1].startswith("val_loss")
     local = job.folder / "local"
     assert run_cli(*TINY_PRETRAIN, "launcher.processes=4", f"output_dir={local}").returncode == 0
     assert losses(job.run) == losses(local) and len(losses(local)) > 10 and digest(job.run) == digest(local)
@@ -264,7 +264,7 @@ def test_disturbed_in_every_way_in_a_random_order_a_job_ends_with_the_same_bits(
             job.cluster.start_node(job.lost_node)
     job.say(pace=0)
     code = process.wait(120)
-    text = (job.folder / "told.txt").read_text()
+    text = (job.folder / "output.txt").read_text()
     assert code == 0 and text.splitlines()[-1].startswith("val_loss"), text + job.log()
     assert digest(job.run) == digest(undisturbed) and losses(job.run) == losses(undisturbed)
     wait_for("the end of the job", lambda: job.cluster.field(job.id, "JobState") == "COMPLETED", 30)
@@ -286,9 +286,9 @@ def test_a_rank_that_raises_fails_the_job_at_once_and_status_shows_why(job):
     job.wait_for_step(3)
     begin = time.monotonic()
     assert process.wait(60) == 1 and time.monotonic() - begin < 30
-    told = (job.folder / "told.txt").read_text()
+    message = (job.folder / "output.txt").read_text()
     assert (
-        told.splitlines()[-1]
+        message.splitlines()[-1]
         .partition(" (")[0]
         .endswith("FAILED: rank 1: This is a bug: RuntimeError: a deliberate mistake")
     )
@@ -309,8 +309,8 @@ def test_a_crash_before_any_checkpoint_is_not_tried_again(job):
     job.wait_for_step(2)
     os.kill(job.tasks()[-1], signal.SIGKILL)
     assert process.wait(60) == 1
-    told = (job.folder / "told.txt").read_text()
-    assert "a task crashed: Killed (no checkpoint was written since the job began" in told, told + job.log()
+    text = (job.folder / "output.txt").read_text()
+    assert "a task crashed: Killed (no checkpoint was written since the job began" in text, text + job.log()
     assert job.cluster.field(job.id, "Restarts") == "0" and job.tasks() == []
 
 
@@ -323,8 +323,8 @@ def test_ranks_that_never_come_are_named_and_a_waiting_rank_hears_signals(job):
     job.cluster.run("scancel", "--signal=USR2", job.id)
     wait_for("the next attempt", lambda: job.attempt.endswith(".1"), 40)
     assert process.wait(90) == 1
-    told = (job.folder / "told.txt").read_text()
-    assert "Rank 1 (node2) never came to the rendezvous at node1:" in told and "within 12 s" in told, told + job.log()
+    text = (job.folder / "output.txt").read_text()
+    assert "Rank 1 (node2) never came to the rendezvous at node1:" in text and "within 12 s" in text, text + job.log()
 
 
 # ---------------------------------------------------------------- two attempts at once
@@ -344,7 +344,7 @@ def test_an_older_attempt_that_lives_on_stops_and_never_writes(job, undisturbed)
         wait_for("the end of the old attempt", lambda: not set(old) & set(job.tasks()), 5)
         assert job.step <= taken + 1  # the line that was under way, at most
         job.say(pace=0)
-        assert process.wait(100) == 0, (job.folder / "told.txt").read_text() + job.log()
+        assert process.wait(100) == 0, (job.folder / "output.txt").read_text() + job.log()
     finally:
         job.cluster.kill_node(host)
         job.cluster.start_node(host)
@@ -359,18 +359,18 @@ def test_a_sweep_is_one_array_and_a_failed_member_ends_no_other(job):
     sweep = job.folder / "sweep"
     job.say(**{"raise": "0 5"})  # which the last member alone reaches
     lengths = ["task.max_steps=1,2,3,4,5,6", "launcher.array_parallelism=2", f"hydra.sweep.dir={sweep}"]
-    told = job.type("-m", *TINY_PRETRAIN, *lengths, "launcher.wait=true", code=1, seconds=280)
+    text = job.type("-m", *TINY_PRETRAIN, *lengths, "launcher.wait=true", code=1, seconds=280)
     assert (
-        "6 jobs, 2 at a time" in told and ": FAILED: rank 0: This is a bug: RuntimeError: a deliberate mistake" in told
+        "6 jobs, 2 at a time" in text and ": FAILED: rank 0: This is a bug: RuntimeError: a deliberate mistake" in text
     )
-    assert "FAILED" in job.cluster.run("sacct", "-X", "-n", "-o", "State", "-j", told.split("job ")[1].split(":")[0])
+    assert "FAILED" in job.cluster.run("sacct", "-X", "-n", "-o", "State", "-j", text.split("job ")[1].split(":")[0])
     assert len(list(sweep.glob("*/summary.json"))) == 5
     table = job.ask(f"status={sweep}").splitlines()
     assert [line.split()[2] for line in table[1:7]] == ["FINISHED"] * 5 + ["FAILED"]
     assert "val_loss" in table[1] and "a deliberate mistake" in table[6] and "Traceback" in "\n".join(table[7:])
     (job.folder / "raise").unlink()
-    told = job.ask(f"retry_failed={sweep}", "launcher.wait=true", "launcher.timeout_min=30")
-    assert "1 node x 1 task" in told and len(list(sweep.glob("*/summary.json"))) == 6
+    text = job.ask(f"retry_failed={sweep}", "launcher.wait=true", "launcher.timeout_min=30")
+    assert "1 node x 1 task" in text and len(list(sweep.glob("*/summary.json"))) == 6
     assert "Nothing" in job.ask(f"retry_failed={sweep}") and "Nothing" in job.ask(f"cancel={sweep}")
     wait_for("the sweep's last job", lambda: (sweep / "sweep.csv").exists() and (sweep / "sweep.svg").exists(), 60, 0.5)
     assert sum("finished" in row for row in (sweep / "sweep.csv").read_text().splitlines()) >= 5
@@ -379,8 +379,8 @@ def test_a_sweep_is_one_array_and_a_failed_member_ends_no_other(job):
 def test_members_wait_for_the_pretraining_that_init_auto_makes(job):
     sweep = job.folder / "sweep"
     asked = [*TINY, "task=knn", "init=auto", "task.k=[5]", "seed=0,1", f"hydra.sweep.dir={sweep}"]
-    told = job.type("-m", *asked, cwd=job.folder)  # queued all at once
-    assert "init=auto: pre-training comes first" in told and "2 jobs" in told
+    text = job.type("-m", *asked, cwd=job.folder)  # queued all at once
+    assert "init=auto: pre-training comes first" in text and "2 jobs" in text
     assert not list(job.folder.glob("**/summary.json"))
     wait_for("both members", lambda: len(list(sweep.glob("*/summary.json"))) == 2, 200, 0.5)
     done = list(sweep.glob("*/summary.json"))
@@ -415,7 +415,7 @@ def test_a_job_runs_what_was_submitted_whatever_is_edited_later(job):
     mine = checkout / "conf" / "launcher" / "slurm_mine.yaml"
     mine.write_text("defaults: [slurm, _self_]\nadditional_parameters: {hold: true}\n")
     process = job.start(*TINY_PRETRAIN, "launcher=slurm_mine", "task.max_steps=2", checkout=checkout)
-    assert process.wait(60) == 0, (job.folder / "told.txt").read_text()
+    assert process.wait(60) == 0, (job.folder / "output.txt").read_text()
     shutil.rmtree(checkout / "conf")
     for path in (checkout / "mae").rglob("*.py"):
         path.write_text("raise RuntimeError('edited')\n")
@@ -453,8 +453,8 @@ def test_hydra_s_own_launcher_works_and_sees_a_crash_in_any_rank(job):
             job.say(**{"raise": "1 2"})
         words = [*TINY_PRETRAIN, *plugin, f"hydra.sweep.dir={job.folder / name}", "task.max_steps=4"]
         command = [sys.executable, str(ROOT / "run.py"), "-m", *words]
-        told = subprocess.run(command, env=job.cluster.env, capture_output=True, text=True, timeout=120)
-        assert told.returncode == code, told.stdout + told.stderr
+        ended = subprocess.run(command, env=job.cluster.env, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == code, ended.stdout + ended.stderr
         assert bool(list((job.folder / name).glob("*/summary.json"))) == (not code)
     assert "a deliberate mistake" in next((job.folder / "bad").glob("*/failure.json")).read_text()
     assert "FAILED" in job.cluster.run("sacct", "-X", "-n", "-o", "State")
@@ -467,10 +467,10 @@ def test_workers_of_a_search_on_two_nodes_share_its_trials(job):
     options = ["--trials", "6", "--metric", "val_loss", "--no-prune", *TINY_PRETRAIN, *searched]
     workers = ["srun", "--label", "--nodes=2", "--ntasks=2", sys.executable, "-m", "mae.search", str(job.run), *options]
     env = job.cluster.env | {"OMP_NUM_THREADS": "1"}
-    told = subprocess.run(workers, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert told.returncode == 0, told.stdout + told.stderr
+    ended = subprocess.run(workers, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(list(job.run.glob("trial_*/summary.json"))) == 6
-    assert all(f"{task}: trial " in told.stderr for task in (0, 1)), told.stderr
+    assert all(f"{task}: trial " in ended.stderr for task in (0, 1)), ended.stderr
     assert len((job.run / "sweep.csv").read_text().splitlines()) == 7
 
 
@@ -493,8 +493,8 @@ def test_workers_of_a_search_on_two_nodes_share_its_trials(job):
 )
 def test_what_the_cluster_cannot_run_is_refused_in_a_sentence(job, override, sentence):
     split = [override] if "{" in override else override.split()
-    told = job.type(
+    text = job.type(
         *STEPS, *(o.replace("LOCAL", f"{job.cluster.folder}/local/run") for o in split), "task.batch_size=40", code=1
     )
-    assert sentence in told and "Traceback" not in told and len(told.splitlines()) <= 2, told
+    assert sentence in text and "Traceback" not in text and len(text.splitlines()) <= 2, text
     assert job.cluster.run("squeue", "-h") == ""

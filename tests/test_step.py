@@ -97,18 +97,18 @@ def test_an_attention_backend_of_gpus_alone_is_refused_on_a_cpu(tmp_path):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(tmp_path):
     assert run_here(tmp_path / "plain", *TINY_PRETRAIN) == 0
-    told = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'compiled'}")
-    assert told.returncode == 0, told.stderr
-    assert "switched off" not in told.stderr
+    ended = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'compiled'}")
+    assert ended.returncode == 0, ended.stderr
+    assert "switched off" not in ended.stderr
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_where_blocks_cannot_be_compiled_the_run_goes_on_with_a_warning(tmp_path):
     env = {"CXX": str(tmp_path / "no_compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    told = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'run'}", env=env)
-    assert told.returncode == 0, told.stderr
-    assert "task.compile=blocks is switched off: compiling the blocks failed" in told.stderr
+    ended = run_cli(*TINY_PRETRAIN, "task.compile=blocks", f"output_dir={tmp_path / 'run'}", env=env)
+    assert ended.returncode == 0, ended.stderr
+    assert "task.compile=blocks is switched off: compiling the blocks failed" in ended.stderr
     assert run_here(tmp_path / "plain", *TINY_PRETRAIN) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 

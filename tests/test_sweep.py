@@ -64,8 +64,8 @@ def test_only_what_has_several_values_is_swept():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_sweep_composes_from_any_directory(name, tmp_path):
-    told = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
+    ended = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     members = sorted(p.name for p in (tmp_path / "runs" / f"sweep_{name}").iterdir() if p.is_dir())
     given = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
@@ -83,9 +83,9 @@ def test_every_sweep_composes_from_any_directory(name, tmp_path):
 def ratios(tmp_path_factory) -> Path:
     """The working directory of a finished sweep of two pipelines."""
     place = tmp_path_factory.mktemp("ratios")
-    told = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=place)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.splitlines()[-1].split("  ")[1].startswith("runs/sweep_mask_ratio/mask_ratio_")
+    ended = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].split("  ")[1].startswith("runs/sweep_mask_ratio/mask_ratio_")
     return place / "runs" / "sweep_mask_ratio"
 
 
@@ -119,8 +119,8 @@ def test_a_sweep_started_again_runs_only_what_is_missing(ratios):
     figure, rows = (ratios / "sweep.svg").read_bytes(), table(ratios)
     for path in (lost / "summary.json", lost / "finetune" / "summary.json"):
         path.unlink()
-    told = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=ratios.parent.parent)
-    assert told.returncode == 0, told.stderr
+    ended = run_cli("-m", "+sweeps=mask_ratio", "task.mask_ratio=0.5,0.75", *QUICK, cwd=ratios.parent.parent)
+    assert ended.returncode == 0, ended.stderr
     assert {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()} == before
     same = ("member", "state", "task.mask_ratio", "finetune top1", "linprobe top1", "pretrain val_loss", "command")
     assert [[row[k] for k in same] for row in table(ratios)] == [[row[k] for k in same] for row in rows]
@@ -134,9 +134,9 @@ def test_the_end_is_made_again_from_the_directories_alone(ratios):
         (ratios / name).unlink()
     (ratios / "multirun.yaml").rename(ratios / "kept.yaml")
     command = [sys.executable, "-m", "mae.sweep", str(ratios)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (ratios / "kept.yaml").rename(ratios / "multirun.yaml")
-    assert told.returncode == 0 and "finetune top1" in told.stdout.splitlines()[-1]
+    assert ended.returncode == 0 and "finetune top1" in ended.stdout.splitlines()[-1]
     assert [row["task.mask_ratio"] for row in table(ratios)] == ["0.5", "0.75"]
     assert (ratios / "sweep.png").exists() and (ratios / "report.html").exists()
 
@@ -152,9 +152,9 @@ def test_a_directory_without_runs_is_said(tmp_path, capsys):
 @pytest.mark.slow
 def test_one_checkpoint_is_made_once_for_all_members(tmp_path):
     small = [*TINY, "task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
-    told = run_cli("-m", "+sweeps=layer_decay", "optimizer.layer_decay=0.5,1.0", *small, cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
-    assert told.stderr.count("init=auto: pre-training comes first") == 1
+    ended = run_cli("-m", "+sweeps=layer_decay", "optimizer.layer_decay=0.5,1.0", *small, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("init=auto: pre-training comes first") == 1
     (parent,) = (tmp_path / "runs").glob("pretrain-*")
     members = read_sweep(tmp_path / "runs" / "sweep_layer_decay").members
     assert [str(m.cfg.init) for m in members] == [str(parent)] * 2
@@ -181,8 +181,8 @@ def test_a_sweep_killed_in_the_middle_goes_on(tmp_path):
     process.kill()
     process.wait()
     done = (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns
-    told = run_cli(*arguments, cwd=tmp_path)
-    assert told.returncode == 0 and "goes on from" in told.stderr
+    ended = run_cli(*arguments, cwd=tmp_path)
+    assert ended.returncode == 0 and "goes on from" in ended.stderr
     assert (place / "mask_ratio_0.5" / "metrics.jsonl").stat().st_mtime_ns == done
     assert [row["state"] for row in table(place)] == ["finished", "finished"]
 
@@ -295,11 +295,11 @@ def test_only_published_numbers_are_drawn_as_the_paper_s():
 @pytest.mark.slow
 def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
     sizes = ["task.max_steps=1", "task.drop_last=true", "task.batch_size=1024,32"]
-    told = run_cli("-m", *TINY_PRETRAIN, *sizes, f"hydra.sweep.dir={tmp_path / 's'}")
-    assert told.returncode == 1 and "Traceback" not in told.stderr
+    ended = run_cli("-m", *TINY_PRETRAIN, *sizes, f"hydra.sweep.dir={tmp_path / 's'}")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
     states = {row["member"]: row["state"] for row in table(tmp_path / "s")}
     assert states == {"batch_size_1024": "failed", "batch_size_32": "finished"}
-    assert "1 of 2 members are not finished" in told.stdout
+    assert "1 of 2 members are not finished" in ended.stdout
 
 
 def test_members_that_have_not_begun_make_no_report(tmp_path):
@@ -342,10 +342,10 @@ def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_pat
     if {"override /task": "pipeline"} in ours.get("defaults", []):
         odd = {"init": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "data.max_bad_fraction": 1e-07}
     command = agent_command(path, {key: theirs[0]} | odd)
-    told = subprocess.run(
+    ended = subprocess.run(
         [*command, "dry_run=true"], cwd=ROOT, env=os.environ | {"WANDB_SWEEP_ID": "s"}, text=True, capture_output=True
     )
-    assert told.returncode == 0, told.stderr
-    told = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, text=True, capture_output=True)
-    cfg = yaml.safe_load(told.stdout)
+    assert ended.returncode == 0, ended.stderr
+    ended = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, text=True, capture_output=True)
+    cfg = yaml.safe_load(ended.stdout)
     assert cfg["data"]["hflip"] is True and cfg["data"]["mean"] == [0.25, 0.5, 0.75]

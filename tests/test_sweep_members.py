@@ -215,11 +215,11 @@ def test_each_row_of_table_1_is_a_member_and_a_published_result():
 
 
 def test_table_1_lays_ours_beside_the_paper_s(table):
-    found = read_sweep(table)
-    assert found.keys == ["table1"] and [m.name for m in found.members] == [
+    swept = read_sweep(table)
+    assert swept.keys == ["table1"] and [m.name for m in swept.members] == [
         "default", "decoder_width_1_of_8", "masking_grid"
     ]  # fmt: skip
-    layout = table1.paper_tables(found)
+    layout = table1.paper_tables(swept)
     assert layout is not None
     rows = {each["letter"]: each["rows"] for each in layout["tables"]}
     assert rows["a"][3] == {
@@ -233,7 +233,7 @@ def test_table_1_lays_ours_beside_the_paper_s(table):
     )
     assert "The default's 95 % intervals of 359 images: 92.2 to 96.8 % (ft)" in str(layout["about"])
     assert not (table / "sweep.png").exists() and (table / "sweep.csv").exists()
-    assert table1.paper_tables(Sweep(Path(), "s", ["x"], found.members)) is None
+    assert table1.paper_tables(Sweep(Path(), "s", ["x"], swept.members)) is None
 
 
 @needs_browser
@@ -257,10 +257,10 @@ def test_a_sweep_over_members_runs_and_is_made_again_from_its_directories(tmp_pa
     ended = run_cli("-m", "+sweeps=masking", "member=grid,block_0.5", *small, *stages, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     directory = tmp_path / "runs" / "sweep_masking"
-    found = read_sweep(directory)
-    assert found.keys == ["masking"] and [m.name for m in found.members] == ["block_0.5", "grid"]
-    assert found.members[0].cfg.masking.name == "block" and found.members[0].cfg.task.mask_ratio == 0.5
+    swept = read_sweep(directory)
+    assert swept.keys == ["masking"] and [m.name for m in swept.members] == ["block_0.5", "grid"]
+    assert swept.members[0].cfg.masking.name == "block" and swept.members[0].cfg.task.mask_ratio == 0.5
     assert " is best; " in ended.stdout and "interval of 359 images" in (directory / "report.html").read_text()
     (directory / "multirun.yaml").unlink()
     again = read_sweep(directory)
-    assert again.keys == found.keys and [m.values for m in again.members] == [m.values for m in found.members]
+    assert again.keys == swept.keys and [m.values for m in again.members] == [m.values for m in swept.members]

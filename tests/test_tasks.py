@@ -89,7 +89,7 @@ def folder_of(root: Path, classes: dict[str, int], size: int = 16) -> Path:
 
 
 def test_a_fine_tuned_run_has_its_summary_its_best_checkpoint_and_its_classes(finetuned):
-    told = summary(finetuned)
+    results = summary(finetuned)
     keys = {
         "task",
         "steps",
@@ -102,8 +102,8 @@ def test_a_fine_tuned_run_has_its_summary_its_best_checkpoint_and_its_classes(fi
         "top5",
         "loss",
     }
-    assert keys <= told.keys() and told["task"] == "finetune" and told["steps"] == 3
-    assert 0 <= told["top1"] <= told["top5"] <= 100
+    assert keys <= results.keys() and results["task"] == "finetune" and results["steps"] == 3
+    assert 0 <= results["top1"] <= results["top5"] <= 100
     assert (finetuned / "checkpoints" / "best" / "model.safetensors").is_file()
     assert json.loads((finetuned / "classes.json").read_text()) == [str(digit) for digit in range(10)]
     assert "recognised as ours, pretrained (encoder and decoder)" in (finetuned / "log.txt").read_text()
@@ -472,8 +472,8 @@ def test_an_export_needs_no_images_and_holds_what_the_checkpoint_does(pretrained
     assert json.loads((target / "config.json").read_text())["norm_pix_loss"] is True
     again = exported(tmp_path / "b", target, "huggingface")  # a pretrained file now
     assert json.loads((again / "config.json").read_text()) == json.loads((target / "config.json").read_text())
-    told = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False, "mask_ratio": 0.9}
-    (target / "config.json").write_text(json.dumps(told))
+    text = json.loads((target / "config.json").read_text()) | {"norm_pix_loss": False, "mask_ratio": 0.9}
+    (target / "config.json").write_text(json.dumps(text))
     again = exported(tmp_path / "c", target, "huggingface")
     assert json.loads((again / "config.json").read_text())["norm_pix_loss"] is False
     assert json.loads((again / "config.json").read_text())["mask_ratio"] == 0.9
@@ -514,19 +514,19 @@ def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):
     command = [*TINY_OTHER, "task=pipeline", "task.stages=[pretrain,linprobe,finetune,evaluate]"]
     command += [f"task.overrides.{name}={json.dumps(given)}" for name, given in own.items()]
     assert run_here(tmp_path, *command) == 0
-    told = summary(tmp_path)
-    assert list(told["stages"]) == ["pretrain", "linprobe", "finetune", "evaluate"]
-    assert told["top1"] == told["stages"]["evaluate"]["top1"] == told["stages"]["finetune"]["top1"]
-    assert {"val_loss", "top5", "steps", "seconds"} <= told.keys()
+    results = summary(tmp_path)
+    assert list(results["stages"]) == ["pretrain", "linprobe", "finetune", "evaluate"]
+    assert results["top1"] == results["stages"]["evaluate"]["top1"] == results["stages"]["finetune"]["top1"]
+    assert {"val_loss", "top5", "steps", "seconds"} <= results.keys()
     assert composed(*command).model == composed("data=digits", *TINY_OTHER).model
 
-    before = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in told["stages"]}
+    before = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in results["stages"]}
     for left in (tmp_path / "summary.json", tmp_path / "evaluate" / "summary.json"):
         left.unlink()
     assert run_here(tmp_path, *command) == 0
-    after = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in told["stages"]}
+    after = {name: (tmp_path / name / "metrics.jsonl").stat().st_mtime_ns for name in results["stages"]}
     assert [name for name in before if before[name] != after[name]] == ["evaluate"]
-    assert summary(tmp_path)["top1"] == told["top1"]
+    assert summary(tmp_path)["top1"] == results["top1"]
 
 
 def test_another_image_size_of_a_stage_reaches_its_model(tmp_path):

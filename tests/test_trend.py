@@ -21,14 +21,14 @@ def noise(share: float, size: float) -> float:
 
 
 def test_a_loss_that_falls_is_extrapolated_by_its_slope():
-    told = still_learning(curve(lambda share: 1 - 0.5 * share + noise(share, 0.001)))
-    assert told.startswith("Yes: over the last tenth of the run the training loss falls by 0.05 (10 %)")
-    assert "at this slope would bring it down by 0.05 more, to 0.45" in told and "expect less" in told
+    text = still_learning(curve(lambda share: 1 - 0.5 * share + noise(share, 0.001)))
+    assert text.startswith("Yes: over the last tenth of the run the training loss falls by 0.05 (10 %)")
+    assert "at this slope would bring it down by 0.05 more, to 0.45" in text and "expect less" in text
 
 
 def test_a_flat_loss_is_no():
-    told = still_learning(curve(lambda share: 0.5 + noise(share, 0.0005)))
-    assert told == "No: over the last tenth of the run the training loss changes by less than 0.5 %."
+    text = still_learning(curve(lambda share: 0.5 + noise(share, 0.0005)))
+    assert text == "No: over the last tenth of the run the training loss changes by less than 0.5 %."
 
 
 def test_a_rising_loss_is_no():
@@ -38,24 +38,24 @@ def test_a_rising_loss_is_no():
 
 
 def test_noise_hides_a_slope():
-    told = still_learning(curve(lambda share: 0.5 - 0.01 * share + noise(share, 0.1)))
-    assert told.startswith("Cannot tell: over the last tenth") and "its noise alone can do that" in told
+    text = still_learning(curve(lambda share: 0.5 - 0.01 * share + noise(share, 0.1)))
+    assert text.startswith("Cannot tell: over the last tenth") and "its noise alone can do that" in text
 
 
 def test_too_few_points_are_said_with_the_keys_that_give_more():
-    told = still_learning(curve(lambda share: 1 - share / 2, count=20))
-    assert told.startswith("Cannot tell: the last tenth of the run has 0 points of the validation loss and 3")
-    assert "task.eval_every_epochs or task.log_every_steps" in told
+    text = still_learning(curve(lambda share: 1 - share / 2, count=20))
+    assert text.startswith("Cannot tell: the last tenth of the run has 0 points of the validation loss and 3")
+    assert "task.eval_every_epochs or task.log_every_steps" in text
     assert still_learning([{"step": 4, "val/knn_20": 3.0}]) == ""
 
 
 @pytest.mark.parametrize("falls", [0.0, 0.5])
 def test_a_rate_that_has_decayed_is_no_proof(falls):
-    told = still_learning(curve(lambda share: 1 - falls * share, lr=cosine))
-    assert told.startswith("Yes:" if falls else "Cannot tell: the training loss is flat")
+    text = still_learning(curve(lambda share: 1 - falls * share, lr=cosine))
+    assert text.startswith("Yes:" if falls else "Cannot tell: the training loss is flat")
     assert (
-        "the learning rate has decayed to 0.84 % of its peak" in told
-        and "A run of more task.epochs would show it." in told
+        "the learning rate has decayed to 0.84 % of its peak" in text
+        and "A run of more task.epochs would show it." in text
     )
 
 
