@@ -16,7 +16,7 @@ from peers import MASK_RATIO
 from mae.config.check import check_config, resolve
 from mae.models.mae import MaskedAutoencoder
 from mae.tools.cost import forward_flops
-from mae.tools.dry_run import model_on_meta
+from mae.tools.planned_model import model_on_meta
 
 ROOT = Path(__file__).parents[1]
 

@@ -28,12 +28,11 @@ from mae.config.overrides import by_key, key_of  # noqa: E402
 from mae.errors import DEBUG, UserError  # noqa: E402
 from mae.launch import errors, launch  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
+from mae.launch.sweep import INTERRUPTED, SweepOfCommand  # noqa: E402
 from mae.program import PROGRAM, program  # noqa: E402
 
 MULTIRUN = {"-m", "--multirun"}
-INTERRUPTED = 130  # a run's exit code
-MEMBERS = []  # (config, overrides) of a sweep's members for a cluster: submitted together at the end
-SWEEPS: set[str] = set()  # directories of those that this command runs: at their end a report is made of each
+SWEEP = SweepOfCommand()
 
 
 class Failed(Exception):
@@ -48,6 +47,10 @@ def compose_and_run(cfg: DictConfig) -> None:
     except Exception as error:
         if DEBUG:
             raise
+        if collects_members():
+            here = HydraConfig.get()
+            SWEEP.refuse(Path(here.sweep.dir, here.sweep.subdir), errors.explain(error))
+            return
         sys.stderr.write(f"{errors.explain(error)}\n")
         code = 1
     if code and plugin.in_plugin_job():
@@ -60,8 +63,17 @@ def compose_and_run(cfg: DictConfig) -> None:
         sys.exit(code)
 
 
+def collects_members() -> bool:
+    """Whether Hydra calls us for each member of a sweep in this process and waits for no result: then all of them are
+    checked before the first one runs. Plugins, such as the sweeper of Optuna, run each as it comes."""
+    here = HydraConfig.get()
+    targets = [str(choice.get("_target_")) for choice in (here.launcher, here.sweeper)]
+    own = [target.startswith("hydra._internal.core_plugins.basic_") for target in targets]
+    return here.mode == RunMode.MULTIRUN and all(own)
+
+
 def run(cfg: DictConfig) -> int:
-    """Checks a composed config and launches it; returns the exit code."""
+    """Checks a composed config and launches it, or leaves it to the end of a sweep; returns the exit code."""
     if plugin.in_plugin_job():
         plugin.join()
     here = HydraConfig.get()
@@ -79,13 +91,17 @@ def run(cfg: DictConfig) -> int:
     if checked.dry_run:
         from mae.tools import dry_run
 
-        sys.stdout.write(dry_run.report(checked))
+        text, seconds = dry_run.plan_text(checked)
+        sys.stdout.write(text)
+        if here.mode == RunMode.MULTIRUN:
+            sys.stdout.write("\n")
+            SWEEP.plan(Path(here.sweep.dir, here.sweep.subdir), seconds)
         return 0
-    if here.mode == RunMode.MULTIRUN and launch.queues(checked):
-        MEMBERS.append((checked, overrides))
+    if collects_members() or here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        SWEEP.members.append((checked, overrides))
         return 0
     if here.mode == RunMode.MULTIRUN:
-        SWEEPS.add(here.sweep.dir)
+        SWEEP.directories.add(here.sweep.dir)
     return launch.launch(checked, overrides)
 
 
@@ -104,8 +120,7 @@ def start() -> int:
         refuse_directories(sys.argv[1:])
         sys.argv[1:] = from_run.with_groups(sys.argv[1:])
         compose_and_run()
-        if MEMBERS:
-            return launch.launch_sweep(MEMBERS)
+        return SWEEP.run()
     except Failed as failed:
         return failed.args[0]
     except KeyboardInterrupt:
@@ -115,7 +130,6 @@ def start() -> int:
             raise
         sys.stderr.write(f"{errors.explain(error)}\n")
         return 1
-    return 0
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -132,21 +146,17 @@ def refuse_directories(arguments: list[str]) -> None:
         raise UserError("hydra.sweep.dir is of a sweep, which -m starts: name a run's directory as output_dir=DIR.")
 
 
-def end_sweeps() -> None:
-    """Leaves table, figure and report in the directory of each sweep."""
-    for directory in sorted(SWEEPS):
-        from mae.report import sweep
-
-        sys.stdout.write(sweep.finish_sweep(Path(directory)))
-
-
-def main() -> int:
-    """`python run.py ...`; returns the exit code."""
+def compose() -> int:
+    """A command without a subcommand: a run, a sweep or the status of one; returns the exit code."""
     sweep_names.register()
     register_resolvers()
     exit_code = start()
     if os.environ.get("RANK", "0") == "0":
-        end_sweeps()
+        if SWEEP.planned:
+            from mae.tools import dry_run
+
+            sys.stdout.write(dry_run.total(SWEEP.planned.values()))
+        SWEEP.end()
     return exit_code
 
 
@@ -177,6 +187,11 @@ SUBCOMMANDS = {
 def command() -> int:
     """`mae ...`, the installed command; returns the exit code."""
     os.environ.setdefault(PROGRAM, "mae")
+    return main()
+
+
+def main() -> int:
+    """`python run.py ...`; returns the exit code."""
     word, *arguments = sys.argv[1:] or [""]
     if word in ("-h", "--help", "help"):
         sys.stdout.write(usage())
@@ -189,13 +204,13 @@ def command() -> int:
         sys.stdout.write(" ".join(SUBCOMMANDS) + "\n")  # before what Hydra completes: groups and keys
     subcommand = SUBCOMMANDS.get(word)
     if subcommand is None:
-        return main()
+        return compose()
     if subcommand.key:
         if not arguments:
             sys.stderr.write(f"usage: {program()} {word} {subcommand.usage}\n")
             return 2
         sys.argv[1:] = [f"{subcommand.key}={arguments[0]}", *arguments[1:]]
-        return main()
+        return compose()
     sys.argv = [f"{program()} {word}", *arguments]
     return call_subcommand(subcommand, arguments)
 
@@ -221,9 +236,9 @@ def version() -> str:
 
 
 def usage() -> str:
-    """The subcommands of `mae`."""
-    lines = [f"  mae {word:11} {entry.usage:15} {entry.does}" for word, entry in SUBCOMMANDS.items()]
-    return "\n".join(["Commands:", "", *lines, "  mae KEY=VALUE ...           a run, as below", ""]) + "\n"
+    """The subcommands."""
+    lines = [f"  {program()} {word:11} {entry.usage:15} {entry.does}" for word, entry in SUBCOMMANDS.items()]
+    return "\n".join(["Commands:", "", *lines, f"  {program()} KEY=VALUE ...           a run, as below", ""]) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -268,16 +269,27 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+PROCESS_STATUS = Path("/proc/self/status")  # of Linux
+
+
 def forget_peak_memory(device: torch.device) -> None:
-    """Resets `peak_memory` where the device can."""
+    """Resets `peak_memory` where the device can, so that a run does not report what an earlier one in this process
+    took."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif PROCESS_STATUS.exists():
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # of what is freed; see `keep_freed_memory`
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if PROCESS_STATUS.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", PROCESS_STATUS.read_text())):
+        return int(match[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

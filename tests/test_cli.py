@@ -19,6 +19,8 @@ from PIL import Image
 from mae import checkpoint
 from mae.launch import launch
 from mae.tools import cost, dry_run
+from mae.tools.cost import forward_flops
+from mae.tools.planned_model import model_on_meta, parameters
 
 # ---------------------------------------------------------------- good command lines
 
@@ -77,7 +79,21 @@ def test_dry_run_builds_nothing_on_disk(tmp_path):
 
 def test_dry_run_of_a_pipeline_names_its_stages():
     text = dry_run.report(composed("task=pipeline", "dry_run=true", "output_dir=x"))
-    assert text == ("pipeline: pretrain, linprobe, finetune, in x. The plan of a stage: task=STAGE dry_run=true.\n")
+    rows = dict(line.split("  ", 1) for line in text.splitlines())
+    assert list(rows) == ["run", "pretrain", "linprobe", "finetune", "all stages", "writes to"]
+    assert all("steps, about" in rows[stage] for stage in ("pretrain", "linprobe", "finetune"))
+    assert rows["writes to"].strip() == "x" and "of training, computed" in rows["all stages"]
+    assert "knn         no training" in dry_run.report(composed("task=pipeline", "task.stages=[pretrain,knn]"))
+
+
+def test_dry_run_of_a_sweep_adds_up_its_members_and_leaves_nothing_behind(tmp_path):
+    words = ["task.epochs=2,3", "estimate.tflops=0.001", "dry_run=true", "device=cpu"]
+    ended = run_cli("-m", *words, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    minutes = [float(each) for each in re.findall(r"time +about ([\d.]+) minutes", ended.stdout)]
+    total = re.search(r"^2 members: about ([\d.]+) minutes of training, one after another$", ended.stdout, re.M)
+    assert len(minutes) == 2 and total and float(total[1]) == pytest.approx(sum(minutes), rel=0.01)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
 def test_dry_run_tells_time_and_cost():
@@ -150,14 +166,12 @@ def test_dry_run_does_not_count_a_machine_twice_that_processes_share(monkeypatch
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mae.tools import dry_run
-
     cfg = composed("model=vit_huge", "data=imagenet", "dry_run=true")
-    model = dry_run.model_on_meta(cfg)
-    assert sum(dry_run.parameters(model)) == 657_074_508
+    model = model_on_meta(cfg)
+    assert sum(parameters(model)) == 657_074_508
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, 224, 224, device="meta"), 0.75, torch.empty(1, 256, device="meta"))
-    assert dry_run.forward_flops(model, 0.75).total == counter.get_total_flops()
+    assert forward_flops(model, 0.75).total == counter.get_total_flops()
 
 
 def test_checkpoints_are_listed(finished):
@@ -184,13 +198,32 @@ def test_the_readme_s_run_learns_in_time(tmp_path):
     logging.getLogger(__name__).info("%.0f s, val_loss %.4f", time.perf_counter() - begin, summary["val_loss"])
 
 
-def test_a_sweep_runs_its_members_and_names_the_one_that_failed(tmp_path):
+def test_a_sweep_refuses_a_member_before_it_runs_the_others(tmp_path):
     ended = run_cli(
         "-m", *TINY_PRETRAIN, "task.max_steps=1", "task.mask_ratio=0.5,0.999", f"hydra.sweep.dir={tmp_path / 's'}"
     )
     assert ended.returncode == 1
     assert (tmp_path / "s" / "mask_ratio_0.5" / "summary.json").exists()
-    assert "task.mask_ratio=0.999 keeps 0 of the 16 patches" in ended.stderr and "Traceback" not in ended.stderr
+    refused, ran = (
+        ended.stderr.index(text)
+        for text in (
+            "member mask_ratio_0.999 is refused: task.mask_ratio=0.999 keeps 0 of the 16 patches",
+            "member 1 of 1: mask_ratio_0.5",
+        )
+    )
+    assert refused < ran and "Traceback" not in ended.stderr
+    assert ended.stdout.splitlines()[-1] == "Refused, see above: mask_ratio_0.999."
+    assert not (tmp_path / "s" / "mask_ratio_0.999").exists()
+
+
+def test_a_sweep_whose_members_are_all_refused_shows_no_earlier_result(tmp_path):
+    shutil.copytree(ROOT / "tests" / "runs", tmp_path / "s")  # of an earlier command
+    ended = run_cli("-m", *TINY_PRETRAIN, "task.mask_ratio=1.5,2.5", f"hydra.sweep.dir={tmp_path / 's'}")
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert [line.split(":")[0] for line in ended.stderr.splitlines()] == [
+        "member mask_ratio_1.5 is refused",
+        "member mask_ratio_2.5 is refused",
+    ]
 
 
 # ---------------------------------------------------------------- bad ones

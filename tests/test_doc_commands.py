@@ -39,6 +39,7 @@ from mae.config.compose import composed
 from mae.config.overrides import key_of
 from mae.config.sweep_members import with_member
 from mae.launch.slurm.status import VERBS
+from mae.launch.sweep import SweepOfCommand
 
 pytestmark = pytest.mark.slow
 README = "README.md"
@@ -100,8 +101,7 @@ def exit_code(start: Callable[[], object]) -> int:
 def run_main(words: list[str], monkeypatch, main: Callable[[], int]) -> int:
     """The program's own function in this process; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["run.py", *words])
-    monkeypatch.setattr(cli, "MEMBERS", [])
-    monkeypatch.setattr(cli, "SWEEPS", set())
+    monkeypatch.setattr(cli, "SWEEP", SweepOfCommand())
     return exit_code(main)
 
 

@@ -20,7 +20,7 @@ from mae.runs.files import read_json_lines
 from mae.runs.summary import Summary
 from mae.tasks.base import build_task
 from mae.tasks.linprobe_layers import LayersProbe
-from mae.tools.dry_run import model_on_meta, operations, parameters
+from mae.tools.planned_model import model_on_meta, operations, parameters
 from mae.weights.parts import drop_class_token
 
 PROBE = [*TINY, "task=linprobe", "task.batch_size=32", "optimizer.base_lr=1", "task.log_every_steps=1"]

@@ -12,7 +12,7 @@ from mae.models.layers import blocks_of, set_checkpointing, set_residual_dtype
 from mae.models.vit import classifier
 from mae.perf.activations import saved_for_backward
 from mae.runs.files import read_json_lines
-from mae.tools.dry_run import activation_bytes, model_on_meta
+from mae.tools.planned_model import activation_bytes, model_on_meta
 
 
 def small_classifier() -> nn.Module:

@@ -24,7 +24,7 @@ from mae.report.flops import pretraining_flops, relative_flops
 from mae.report.members import Member, Sweep, read_sweep
 from mae.report.record import Record
 from mae.report.sweep_figure import Curve
-from mae.tools.dry_run import model_on_meta, operations
+from mae.tools.planned_model import model_on_meta, operations
 
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 SMALL = [one for one in TINY if "precision" not in one]
@@ -235,11 +235,27 @@ def test_a_range_of_mask_ratios_is_a_bar_among_numbers():
     bars = [line for line in axes.lines if list(line.get_xdata()) == [0.6, 0.9]]  # type: ignore[arg-type]
     assert len(bars) == 1 and list(bars[0].get_ydata()) == [86.0, 86.0]  # type: ignore[arg-type]
     assert [text.get_text() for text in axes.texts] == ["[0.6, 0.9]"]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.5", "0.75"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.5", "0.75", "0.1"]  # the paper's point
     alone = Curve("top1", "linprobe", "task.mask_ratio", "", {"[0.6, 0.9]": [86.0]})
     axes = Figure().subplots()
     sweep_figure.draw_panel(axes, [alone], composed())
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["[0.6, 0.9]"]
+
+
+def test_paths_on_an_axis_are_shown_by_what_differs():
+    parts = sweep_figure.differing_parts
+    assert parts(["runs/a/ratio_0.5/pretrain", "runs/a/ratio_0.9/pretrain"]) == ["ratio_0.5", "ratio_0.9"]
+    assert parts(["a/b", "a/b/c"]) == ["b", "b/c"] and parts(["a/b"]) == ["a/b"] and parts(["x", "y"]) == ["x", "y"]
+
+
+def test_panels_of_a_key_have_one_range(tmp_path):
+    curves = [
+        Curve(f"{stage} top1", stage, "task.mask_ratio", "", {0.5: [80.0], 0.75: [84.0]})
+        for stage in ("finetune", "linprobe")  # of which the second alone has a published point at 0.1
+    ]
+    figure = sweep_figure.figure_of(curves, composed())
+    limits = {axes.get_xlim() for axes in figure.axes}
+    assert len(limits) == 1 and limits.pop()[0] < 0.1
 
 
 def test_operations_of_a_config_are_those_that_the_model_counts():

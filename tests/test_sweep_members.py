@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from mae.config import sweep_members, sweep_names
 from mae.config.check import check_config, resolve
 from mae.errors import UserError
-from mae.launch.pipeline import check_stages
+from mae.launch.pipeline import stage_configs
 from mae.launch.prepare import prepare
 from mae.report import sweep, sweep_figure, table1
-from mae.report.intervals import interval, verdict
+from mae.report.intervals import SEEDS_SENTENCE, interval, verdict
 from mae.report.members import Member, Sweep, Value, images_of, read_sweep
 from mae.report.paper_results import PUBLISHED
 from mae.report.record import Record
@@ -84,7 +84,7 @@ def test_all_members_of_a_sweep_and_their_stages_pass_the_check(name):
         cfg, _ = chosen(f"+sweeps={name}", f"{key}={value}")
         configs.append(OmegaConf.to_yaml(cfg))
         if cfg.task.name == "pipeline":
-            check_stages(cfg)
+            stage_configs(cfg)
     assert len(set(configs)) == len(members) > 2 or name in ("mask_token", "segment")
 
 
@@ -101,9 +101,9 @@ def test_a_pipeline_s_own_keys_reach_its_pre_training_alone(tmp_path):
     expected = ["task.mask_ratio=0.5", "task.norm_pix_loss=False", "task.epochs=5.0", "augmentation=none"]
     assert arguments == {"pretrain": [*expected, "task.batch_size=64"], "linprobe": [], "finetune": []}
     with pytest.raises(UserError, match="stage pretrain: task.warmup_epochs=2 is longer than task.epochs=1: lower it"):
-        check_stages(composed("task=pipeline", "task.epochs=1"))
+        stage_configs(composed("task=pipeline", "task.epochs=1"))
     with pytest.raises(UserError, match="task.augmentation is of stage pretrain, which is not among task.stages."):
-        check_stages(composed("task=pipeline", "task.augmentation=none", "task.stages=[knn]", "init=x"))
+        stage_configs(composed("task=pipeline", "task.augmentation=none", "task.stages=[knn]", "init=x"))
 
 
 # ---------------------------------------------------------------- intervals
@@ -126,15 +126,48 @@ def member(name: str, images: int | None = None, task: str = "task=linprobe", **
 
 def test_the_verdict_names_all_that_the_images_cannot_tell_from_the_best():
     a, b, c = member("a", 359, top1=97.0), member("b", 359, top1=95.0), member("c", 359, top1=80.0)
-    limits = "its interval of 359 images (94.6 to 98.3 %)."
+    limits = f"its interval of 359 images (94.6 to 98.3 %). {SEEDS_SENTENCE}"
     assert verdict(Sweep(Path(), "s", ["x"], [a, b, c])) == f"a is best; b lies within {limits}"
     c.results["top1"] = 96.0
     assert verdict(Sweep(Path(), "s", ["x"], [a, b, c])) == f"a is best; b and c lie within {limits}"
     b.results["top1"] = c.results["top1"] = 50.0
     assert verdict(Sweep(Path(), "s", ["x"], [a, b, c])) == f"a is best; no other member lies within {limits}"
+    b.results["top1"] = 97.0
+    equal = (
+        f"a and b are best; no other member lies within their interval of 359 images (94.6 to 98.3 %). {SEEDS_SENTENCE}"
+    )
+    assert verdict(Sweep(Path(), "s", ["x"], [a, b, c])) == equal
+    assert verdict(Sweep(Path(), "s", ["x"], [a])) is None  # nothing to compare
     assert verdict(Sweep(Path(), "s", ["x", "seed"], [a, b])) is None  # several seeds say more
     assert verdict(Sweep(Path(), "s", ["x"], [member("a", top1=97.0)])) is None  # of an earlier version
     assert verdict(Sweep(Path(), "s", ["x"], [member("a", 359, "task=pretrain", val_loss=0.3)])) is None
+
+
+def test_members_that_guess_are_not_compared():
+    a, b = member("a", 359, top1=12.0), member("b", 359, top1=9.0)
+    sentence = verdict(Sweep(Path(), "s", ["x"], [a, b]))
+    assert sentence and sentence.startswith(
+        "No member has learned: a is best, and 10 %, what guessing among 10 classes"
+    )
+    a.results["top1"] = 20.0
+    assert verdict(Sweep(Path(), "s", ["x"], [a, b])) != sentence
+
+
+def test_the_best_by_another_result_is_named_where_it_is_another_member():
+    a, b = (member(name, 359) for name in "ab")
+    a.results |= {"finetune top1": 90.0, "linprobe top1": 50.0, "pretrain val_loss": 0.4}
+    b.results |= {"finetune top1": 80.0, "linprobe top1": 60.0, "pretrain val_loss": 0.3}
+    assert sweep.other_bests(Sweep(Path(), "s", ["x"], [a, b])) == ["By linprobe top1 b is best: 60.00."]
+    b.results["linprobe top1"] = 50.0
+    assert sweep.other_bests(Sweep(Path(), "s", ["x"], [a, b])) == []
+
+
+def test_members_that_have_not_started_are_counted(tmp_path):
+    run = prepare(check_config(OmegaConf.merge(composed(), {"output_dir": str(tmp_path / "a")})), ["seed=0"])  # type: ignore[arg-type]
+    (tmp_path / "b").mkdir()  # as Hydra makes it, before the first member runs
+    text = sweep.finish_sweep(tmp_path)
+    assert "2 of 2 members are not finished" in text and "  b: not started" in text and f"  {run.name}: unfin" in text
+    assert "b,not started" in (tmp_path / "sweep.csv").read_text()
 
 
 def test_accuracies_alone_are_of_a_number_of_images():

@@ -28,7 +28,8 @@ from mae.models.teacher import Teacher
 from mae.models.vit import classifier
 from mae.runs.files import read_json_lines
 from mae.tasks.autoencoder import build_autoencoder
-from mae.tools.dry_run import model_on_meta, operations, report
+from mae.tools.dry_run import report
+from mae.tools.planned_model import model_on_meta, operations
 from mae.weights import files as weight_files
 
 SIZES: dict[str, Any] = dict(

@@ -27,7 +27,7 @@ from mae.launch.slurm.submit import slurm, submit, submit_last
 from mae.program import as_typed
 from mae.runs.bad_step import read_replay
 from mae.runs.files import read_json_lines
-from mae.runs.layout import METRICS
+from mae.runs.layout import CONFIG, METRICS, SWEEP_RECORD
 from mae.runs.locks import held_run
 from mae.runs.summary import BEST_LAYER, LAYERS, Summary, is_finished
 from mae.tasks import registry
@@ -66,7 +66,8 @@ def run_prepared(run: Path, cfg: DictConfig, overrides: list[str], main: bool) -
     """Runs a prepared directory unless it is finished, and prints its closing lines; returns the exit code."""
     if is_finished(run):
         change = data_changed(run, cfg) or checkpoint_changed(run, cfg)
-        sys.stderr.write(f"This run is finished already; another seed= or output_dir= starts a new one.{change}\n")
+        another = "" if is_part(run) else "; another seed= or output_dir= starts a new one"
+        sys.stderr.write(f"This run is finished already{another}.{change}\n")
     elif cfg.task.name == "pipeline":
         code = run_pipeline(run, cfg, overrides, launch, main)
         if not code and cfg.launcher.name == "slurm" and not is_finished(run):  # its stages are queued
@@ -85,6 +86,11 @@ def run_prepared(run: Path, cfg: DictConfig, overrides: list[str], main: bool) -
     if main and summary is not None:
         sys.stdout.write(learning_line(run, summary) + closing_lines(run, summary))
     return 0
+
+
+def is_part(run: Path) -> bool:
+    """Whether a run is a stage of a pipeline or a member of a sweep, which end in closing lines of their own."""
+    return any((run.parent / name).is_file() for name in (CONFIG, SWEEP_RECORD))
 
 
 def data_changed(run: Path, cfg: DictConfig) -> str:
@@ -129,7 +135,7 @@ def closing_lines(run: Path, summary: Summary) -> str:
         result += f" ({best_layer(summary.results)})"
     folder, commands = typed_path(run), registry.TASKS[summary.task].next_commands
     lines = [f"  {as_typed(command).replace('init=RUN', pasted('init', folder))}\n" for command in commands]
-    return "".join(["Next:\n", *lines] if lines else [""]) + f"{result}  {folder}\n"
+    return "".join(["Next:\n", *lines] if lines and not is_part(run) else [""]) + f"{result}  {folder}\n"
 
 
 def best_layer(results: Mapping[str, object]) -> str:

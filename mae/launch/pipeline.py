@@ -4,8 +4,9 @@ A finished stage is not run again; an interrupted one resumes. The pipeline runs
 each stage to the launcher. It imports no torch.
 """
 
-import logging
+import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,6 @@ from mae.errors import UserError
 from mae.launch.slurm.state import job_id
 from mae.runs.summary import Summary, rate
 from mae.tasks.registry import METRICS, TASKS, names
-
-log = logging.getLogger(__name__)
 
 FIXED = ("model", "data", "launcher", "task", "output_dir", "init", "resume")  # keys that a stage cannot override
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
@@ -84,7 +83,8 @@ def pipeline(
     summaries: dict[str, Summary] = {}
     jobs: dict[str, str] = {}
     for number, (name, stage) in enumerate(configs.items(), start=1):
-        log.info("stage %d of %d: %s", number, len(configs), name)
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"stage {number} of {len(configs)}: {name}\n")
         if job := jobs.get(parent_of(name, stages) or ""):
             stage = with_values(stage, launcher={**stage.launcher, "dependency": f"afterok:{job}"})
         if code := launch(stage, [f"task={name}", *own_names(cfg, choices), *arguments[name]]):
@@ -139,11 +139,10 @@ def stage_arguments(*, stages: list[str], pretrain: PretrainKeys, overrides: dic
     return arguments
 
 
-def check_stages(cfg: DictConfig, choices: Mapping[str, str] = EMPTY) -> None:
-    """Raises UserError where a stage of a pipeline's config is not possible."""
+def stage_configs(cfg: DictConfig, choices: Mapping[str, str] = EMPTY) -> dict[str, DictConfig]:
+    """Stage -> its config. Raises UserError where a stage of a pipeline's config is not possible."""
     stages, arguments = cfg.task.stages, call(stage_arguments, cfg.task)
-    for name in stages:
-        stage_config(run_directory(cfg), cfg, name, stages, arguments[name], choices)
+    return {name: stage_config(run_directory(cfg), cfg, name, stages, arguments[name], choices) for name in stages}
 
 
 def stage_config(

@@ -18,6 +18,7 @@ from mae.config.sweep_members import MEMBER, listed_values, sweep_name
 from mae.config.sweep_names import params, swept
 from mae.errors import UserError
 from mae.report.record import Record, read_record
+from mae.runs.layout import SWEEP_RECORD
 from mae.runs.summary import VAL_IMAGES
 from mae.tasks.registry import METRICS, TASKS
 
@@ -51,6 +52,7 @@ class Sweep:
     name: str
     keys: list[str]
     members: list[Member]
+    not_started: list[str] = field(default_factory=list)  # names of members that have only an empty directory
 
     @property
     def metrics(self) -> list[str]:
@@ -63,12 +65,17 @@ class Sweep:
 
     @property
     def best(self) -> Member | None:
-        """The finished member with the best main result."""
-        metric = self.metric
-        finished = [m for m in self.members if metric in m.results and m.record.state == "finished"]
-        if metric is None or not finished:
-            return None
-        return (min if lower_is_better(metric) else max)(finished, key=lambda m: m.results[metric])
+        """The finished member with the best main result, the first of equals."""
+        return self.best_by(self.metric) if self.metric else None
+
+    def best_by(self, metric: str) -> Member | None:
+        """The finished member with the best result of a name, the first of equals."""
+        finished = self.finished(metric)
+        return (min if lower_is_better(metric) else max)(finished, key=lambda m: m.results[metric], default=None)
+
+    def finished(self, metric: str) -> list[Member]:
+        """The finished members that have a result of this name."""
+        return [m for m in self.members if metric in m.results and m.record.state == "finished"]
 
 
 def lower_is_better(metric: str) -> bool:
@@ -142,14 +149,15 @@ def read_sweep(directory: Path) -> Sweep:
                 member.values[label] = plain_value(config[key]) if key in config else None
     order = {label: listed_values(axis, key) for key, label in labels.items()}
     members.sort(key=lambda member: [sort_key(value, order[label]) for label, value in member.values.items()])
-    return Sweep(directory, directory.absolute().name, [*labels.values()], members)
+    empty = sorted(path.name for path in directory.iterdir() if path.is_dir() and not any(path.iterdir()))
+    return Sweep(directory, directory.absolute().name, [*labels.values()], members, empty)
 
 
 def recorded_keys(directory: Path) -> list[str]:
     """The swept keys in the record of a search, or of Hydra's sweep; empty where there is no record."""
     if (directory / SEARCHED).exists():
         return [str(key) for key in OmegaConf.load(directory / SEARCHED)]
-    path = directory / "multirun.yaml"
+    path = directory / SWEEP_RECORD
     if not path.exists():
         return []
     record = OmegaConf.load(path)

@@ -22,6 +22,7 @@ from mae.report.table1 import paper_tables
 from mae.runs.files import write_text
 
 FILES = ("sweep.csv", "sweep.png", "sweep.svg", PAGE)
+NOT_STARTED = "not started"
 CURVES = 24  # members whose curves are in the page
 
 
@@ -46,6 +47,7 @@ def write_table(sweep: Sweep) -> None:
                     m.record.command,
                 ]
             )
+        writer.writerows([name, NOT_STARTED] for name in sweep.not_started)
 
 
 def flops_columns(sweep: Sweep) -> dict[str, dict[str, float]]:
@@ -82,7 +84,7 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
         rows.append({"name": m.name, "state": m.record.state, "values": values, "report": link})
     finished = sum(m.record.state == "finished" for m in sweep.members)
     data: dict[str, object] = {
-        "about": f"{finished} of {len(sweep.members)} members finished",
+        "about": f"{finished} of {len(sweep.members) + len(sweep.not_started)} members finished",
         "columns": [*(names[key] for key in sweep.keys), *reversed(sweep.metrics), *costs, "seconds"],
         "members": rows,
         "metric": metric,
@@ -147,14 +149,26 @@ def finish_sweep(directory: Path) -> str:
         return f"{error}\n"
 
 
+def other_bests(sweep: Sweep) -> list[str]:
+    """The best member by each accuracy but the main result, where that is another member; a line each."""
+    lines = []
+    for metric in sweep.metrics[1:]:
+        best = sweep.best_by(metric)
+        if best is not None and best is not sweep.best and not lower_is_better(metric):
+            lines.append(f"By {metric} {best.name} is best: {best.results[metric]:.2f}.")
+    return lines
+
+
 def sweep_result(sweep: Sweep) -> str:
     """The members that are not finished, and the best one."""
     lines, best, metric = [], sweep.best, sweep.metric
-    unfinished = [m for m in sweep.members if m.record.state != "finished"]
+    unfinished = {m.name: m.record.state for m in sweep.members if m.record.state != "finished"}
+    unfinished |= dict.fromkeys(sweep.not_started, NOT_STARTED)
     if unfinished:
-        count = f"{len(unfinished)} of {len(sweep.members)} members"
-        lines.append(f"{count} are not finished; the same command continues them:")
-        lines += [f"  {m.name}: {m.record.state}" for m in unfinished]
+        count = f"{len(unfinished)} of {len(sweep.members) + len(sweep.not_started)} members"
+        verb = "is" if len(unfinished) == 1 else "are"
+        lines.append(f"{count} {verb} not finished; the same command continues them:")
+        lines += [f"  {name}: {state}" for name, state in unfinished.items()]
     written = [name for name in FILES if (sweep.directory / name).exists()]
     lines.append(f"{' '.join(written)} are in {sweep.directory}")
     if sentence := verdict(sweep):
@@ -162,7 +176,12 @@ def sweep_result(sweep: Sweep) -> str:
     if sentence := flops_sentence(sweep):
         lines.append(sentence)
     if best is not None and metric is not None:
-        lines += ["Best member:", f"  {best.record.command}", f"{metric} {best.results[metric]:.4f}  {best.path}"]
+        lines += other_bests(sweep)
+        lines += [
+            "Best member (this command makes it again in a directory of its own):",
+            f"  {best.record.command}",
+            f"{metric} {best.results[metric]:.4f}  {best.path}",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,10 @@
 """The figure of a sweep: results against the swept value, mean and deviation over seeds, published points beside."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -41,17 +41,29 @@ class Curve:
 
 def draw_figure(curves: list[Curve], cfg: DictConfig, png: Path, svg: Path) -> bool:
     """Writes the figure as PNG and SVG. Returns false, and writes nothing, where there is no result yet."""
-    panels = list(dict.fromkeys((c.metric, c.key) for c in curves))
-    if not panels:
+    if not curves:
         return False
-    figure = Figure(figsize=(5.6 * len(panels), 4.0), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw_panel(axes, [c for c in curves if (c.metric, c.key) == panel], cfg)
+    figure = figure_of(curves, cfg)
     for path in (png, svg):
         with replacing(path) as temporary:
             metadata = {"Date": None} if path is svg else None
             figure.savefig(temporary, dpi=130, format=path.suffix[1:], metadata=metadata)
     return True
+
+
+def figure_of(curves: list[Curve], cfg: DictConfig) -> Figure:
+    """A panel for each result. The panels of a key have one range, though published points may stand in one alone."""
+    panels = list(dict.fromkeys((c.metric, c.key) for c in curves))
+    figure = Figure(figsize=(5.6 * len(panels), 4.0), layout="constrained")
+    axes_of_key: dict[str, list[Axes]] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(axes, [c for c in curves if (c.metric, c.key) == panel], cfg)
+        axes_of_key.setdefault(panel[1], []).append(axes)
+    for alike in axes_of_key.values():
+        lows, highs = zip(*(axes.get_xlim() for axes in alike), strict=True)
+        for axes in alike:
+            axes.set_xlim(min(lows), max(highs))
+    return figure
 
 
 def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
@@ -74,24 +86,26 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
     if wide and first.key != "task.mask_ratio":
         axes.set_xscale("log")
         axes.minorticks_off()
+    stage = TASKS[first.stage].title if first.stage in TASKS else first.stage
+    published = PUBLISHED.get(first.key, {}).get(first.stage)
+    at = {} if published is None else published_positions(published, positions, numeric, cfg)
     if not numeric or not first.scatter:
-        texts = [NAMES.get((first.key, written(x)), written(x)) for x in values]
+        texts = differing_parts([NAMES.get((first.key, written(x)), written(x)) for x in values])
         labels, font = drawable(texts)
         long = not numeric and sum(map(len, texts)) > LONG_LABELS
-        axes.set_xticks([*positions.values()], labels, **font, **(ROTATED if long else {}))
+        theirs = [x for x in at if x not in positions.values()]
+        labels += [f"{x:g}" for x in theirs]
+        axes.set_xticks([*positions.values(), *theirs], labels, **font, **(ROTATED if long else {}))
     axes.set(xlabel=first.key, ylabel=METRICS[first.metric.split(" ")[-1]].title)
-    stage = TASKS[first.stage].title if first.stage in TASKS else first.stage
     make_drawable(axes.set_title(f"{stage}: {cfg.model.name} on {cfg.data.name}", fontsize=11))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if first.key == "seed":
         draw_spread(axes, first, cfg)
-    published = PUBLISHED.get(first.key, {}).get(first.stage)
-    at = {} if published is None else published_positions(published, positions, numeric, cfg)
     if published is not None and at:
         draw_published(axes, published, at, line=bool(numbers) and len(at) > 2)
     elif axes.get_legend_handles_labels()[1]:
-        _legend(axes, *axes.get_legend_handles_labels())
+        legend_below(axes, *axes.get_legend_handles_labels())
 
 
 def written(value: Value | None) -> str:
@@ -201,10 +215,24 @@ def draw_published(axes: Axes, published: Published, points: Mapping[float, floa
     left_handles, left_labels = axes.get_legend_handles_labels()
     handles, labels = right.get_legend_handles_labels()
     handles, labels = left_handles + handles, left_labels + labels
+    legend_below(axes, handles, labels)
+
+
+def legend_below(axes: Axes, handles: Sequence[Artist], labels: list[str]) -> None:
+    """A legend under the axis, where it covers no point and is not taken for one."""
     turned = any(label.get_rotation() for label in axes.get_xticklabels())
-    _legend(axes, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.34 if turned else -0.16))
-
-
-def _legend(axes: Axes, handles: Sequence[Artist], labels: list[str], **options: Any) -> None:
-    for text in axes.legend(handles, labels, fontsize=8, frameon=False, **options).get_texts():
+    anchor = (0.5, -0.34 if turned else -0.16)
+    legend = axes.legend(handles, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=anchor)
+    for text in legend.get_texts():
         make_drawable(text)
+
+
+def differing_parts(texts: Sequence[str]) -> list[str]:
+    """Paths without the folders at their start and end that all of them share; other texts as they are."""
+    folders = [text.split("/") for text in texts]
+    shortest = min(map(len, folders))
+    if len(set(texts)) < 2 or shortest < 2:
+        return list(texts)
+    start = min(len(os.path.commonprefix(folders)), shortest - 1)
+    end = min(len(os.path.commonprefix([names[::-1] for names in folders])), shortest - start - 1)
+    return ["/".join(names[start : len(names) - end]) for names in folders]

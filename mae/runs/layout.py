@@ -18,3 +18,4 @@ CLASSES = "classes.json"  # of a classifier: names in the order of its logits
 LAYERS_CSV = "layers.csv"  # of a probe of several layers
 BAD_STEP = "bad_step"  # the first step that was not finite, and its replay: see `mae.runs.bad_step`
 SLURM = "slurm"  # jobs, attempts and their verdicts
+SWEEP_RECORD = "multirun.yaml"  # beside the members of a sweep: Hydra's record of it

@@ -1,5 +1,6 @@
 """Estimates of a run's time and cost, from its operations and a rate. Computed, not measured."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
@@ -16,6 +17,13 @@ from mae.plan import Plan
 from mae.tools.bottlenecks import HostWork
 
 SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of the products that are timed: large enough to fill the device
+
+
+class Cost(NamedTuple):
+    """An estimate of a run's time."""
+
+    rows: dict[str, str]  # of a plan
+    seconds: float
 
 
 class Flops(NamedTuple):
@@ -72,8 +80,8 @@ def estimate_cost(
     utilisation: Annotated[float, "(0, 1]"],
     loader_images_per_second: Annotated[float, "(0, inf)"] | None,
     cost_per_hour: Annotated[float, "[0, inf)"] | None,
-) -> dict[str, str]:
-    """Rows of a plan: time and cost, from the `operations` of a training image, and on a GPU what may hold it back.
+) -> Cost:
+    """Time and cost, from the `operations` of a training image, and on a GPU what may hold it back.
 
     `tflops` is the rate of one device in matrix products, measured here where null. A step reaches the share
     `utilisation` of it. A rate measured on a CPU is that of the whole machine, however many processes share it.
@@ -92,9 +100,10 @@ def estimate_cost(
     if cost_per_hour is not None:
         hours = seconds / 3600 * plan.devices
         rows["cost"] = f"about {hours * cost_per_hour:,.2f}: {hours:,.1f} device hours at {cost_per_hour:g}"
-    return rows | (host.rows(of_device, loader_images_per_second) if device.type == "cuda" else {})
+    return Cost(rows | (host.rows(of_device, loader_images_per_second) if device.type == "cuda" else {}), seconds)
 
 
+@functools.cache  # the plan of a sweep asks for each of its runs
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Operations a second of large matrix products, the best of those that fit in `seconds`."""
     side = SIDE.get(device.type, 1024)

@@ -1,33 +1,28 @@
 """`dry_run=true`: the plan of a config, computed without data, memory or a file on disk."""
 
-import copy
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae import data, device, optim
 from mae.config import rules
 from mae.config.build import build, call
-from mae.config.check import with_values
 from mae.config.identity import run_directory
 from mae.data.phases import phases_of
-from mae.data.source import Arrays
 from mae.data.subsets import reduced
 from mae.errors import UserError
-from mae.launch.pipeline import check_stages
-from mae.models.layers import ON_GPU_ONLY, blocks_of, set_attention_kernel, set_checkpointing, set_residual_dtype
+from mae.launch.pipeline import stage_configs
+from mae.models.layers import blocks_of
 from mae.models.mae import MaskedAutoencoder
-from mae.models.masking import middle_ratio, ratios_of
-from mae.models.target import ShapesOnly
-from mae.perf.activations import saved_for_backward
+from mae.models.masking import middle_ratio
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
-from mae.tasks.base import build_task
-from mae.tasks.linprobe_layers import LayersProbe
 from mae.tasks.registry import TASKS
 from mae.tools.bottlenecks import host_work
-from mae.tools.cost import Flops, estimate_cost, forward_flops
+from mae.tools.cost import duration_text, estimate_cost
+from mae.tools.planned_model import activation_bytes, mean_operations, model_on_meta, operations, parameters
 
 
 def count_images(cfg: DictConfig) -> int:
@@ -41,102 +36,6 @@ def count_images(cfg: DictConfig) -> int:
         known = max(1, round(known * cfg.data.fraction))
         return known if cfg.data.per_class is None else min(known, cfg.data.per_class * cfg.data.num_classes)
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
-
-
-def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
-    """The task's model, in training mode, without memory for its weights."""
-    classes = [str(i) for i in range(cfg.data.num_classes or 0)]
-    no_images = Arrays(torch.empty(0, 1, 1, 1), None, classes, "")  # of which only the classes matter
-    with torch.device("meta"):
-        task = build_task(with_values(cfg, init=None), no_images)
-    model = task.trained
-    if isinstance(task, LayersProbe):
-        model = task.model
-        model.add_module("heads", task.heads)  # which are counted too
-    assert isinstance(model, MaskedAutoencoder | VisionTransformer)
-    if isinstance(model, MaskedAutoencoder):
-        model.target.to("meta")  # a teacher is read into memory
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
-            module.eval()
-    return model
-
-
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """(encoder or classifier, decoder): all tensors of the state dict that are parameters, fixed ones included."""
-    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    decoder = model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set()
-    of_decoder = sum(count for name, count in counts.items() if name in decoder)
-    return sum(counts.values()) - of_decoder, of_decoder
-
-
-def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) -> tuple[Flops, int]:
-    """Operations of one image: in a forward pass, and in training.
-
-    A backward pass takes twice a forward pass; frozen blocks have none.
-    """
-    mask_ratio = middle_ratio(cfg.task.mask_ratio) if "mask_ratio" in cfg.task else None
-    ratios = mask_ratio, cfg.task.get("predict_ratio")
-    forward = forward_flops(copy.deepcopy(model).eval(), *ratios)
-    if cfg.task.name == "linprobe":
-        return forward, forward.total
-    trained = cfg.task.get("finetune_blocks")
-    share = 1.0 if trained is None else trained / cfg.model.depth
-    again = share if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
-    once = forward_flops(model, *ratios)  # in training mode: task.patch_drop leaves patches out
-    return forward, round((once.total - once.target) * (1 + 2 * share + again)) + once.target
-
-
-def mean_operations(cfg: DictConfig, plan: Plan, of_largest: int) -> int:
-    """Operations of a training image, averaged over the images of a run whose sizes grow."""
-    schedule = cfg.task.get("img_size_schedule")
-    if schedule is None:
-        return of_largest
-    end = plan.steps / plan.steps_per_epoch
-    phases = phases_of(schedule, rules.pair(cfg.model.patch_size), middle_ratio(cfg.task.mask_ratio))
-    total = 0.0
-    for phase, last in zip(phases, [*(following.epoch for following in phases[1:]), end], strict=True):
-        epochs = min(last, end) - phase.epoch
-        if epochs > 0:
-            values = {"mask_ratio": phase.mask_ratio, "img_size_schedule": None}
-            model, task = {**cfg.model, "img_size": list(phase.size)}, {**cfg.task, **values}
-            sized = with_values(cfg, model=model, task=task)
-            total += epochs * operations(sized, model_on_meta(sized))[1]
-    return round(total / end)
-
-
-def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
-    """Bytes that autograd saves for the backward pass of `images` images, counted on tensors without memory.
-
-    Computed from two images and a third one, since autocast's copies of the weights are saved once, and a head with
-    batch norm takes no single image.
-    """
-    two, three = (saved_bytes(cfg, model, dtype, target, count) for count in (2, 3))
-    return two + (images - 2) * (three - two)
-
-
-def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, count: int) -> int:
-    """Bytes that autograd saves for `count` images, as the model would compute on the device `target`."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import; autocast does nothing on `meta`
-
-    model = copy.deepcopy(model)
-    set_checkpointing(model, cfg.task.checkpointing)
-    set_residual_dtype(model, torch.bfloat16 if cfg.task.residual_dtype == "bf16" else None)
-    elsewhere = cfg.task.attention_kernel == "auto" and target.type != "cpu"
-    fused = elsewhere or cfg.task.attention_kernel in ON_GPU_ONLY
-    set_attention_kernel(model, "fused" if fused else cfg.task.attention_kernel)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
-        images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
-        with saved_for_backward(model.parameters()) as saved, torch.autocast("cpu", dtype, dtype.itemsize == 2):
-            if isinstance(model, MaskedAutoencoder):
-                ratios = ratios_of(cfg.task.mask_ratio, model.num_patches) or (cfg.task.mask_ratio,)
-                noise = torch.empty(count, model.num_patches)
-                model.target = ShapesOnly(model.target)
-                model(images, ratios[0], noise, cfg.task.get("predict_ratio"))  # the lowest shows most patches
-            else:
-                model(images)
-    return sum(saved.values())
 
 
 def planned_device(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
@@ -164,14 +63,55 @@ def plan_of(cfg: DictConfig) -> Plan:
     return plan
 
 
+class PlanText(NamedTuple):
+    """A plan as text, a line for each fact, and the seconds of training that it takes."""
+
+    text: str
+    seconds: float
+
+
 def report(cfg: DictConfig) -> str:
-    """The plan as text, a line for each fact."""
+    """The plan of a config as text."""
+    return plan_text(cfg).text
+
+
+def total(seconds: Collection[float]) -> str:
+    """The closing line of a sweep's plan, from the seconds of its members."""
+    count = f"{len(seconds)} member{'s' * (len(seconds) > 1)}"
+    return f"{count}: about {duration_text(sum(seconds))} of training, one after another\n"
+
+
+def plan_text(cfg: DictConfig) -> PlanText:
+    """The plan of a run, or those of a pipeline's stages in short."""
     if cfg.task.name == "pipeline":
-        check_stages(cfg)
-        stages = ", ".join(cfg.task.stages)
-        return f"pipeline: {stages}, in {run_directory(cfg)}. The plan of a stage: task=STAGE dry_run=true.\n"
+        return pipeline_plan(cfg)
     if not TASKS[cfg.task.name].trains:
-        return f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n"
+        return PlanText(f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n", 0.0)
+    rows, seconds = training_plan(cfg)
+    return PlanText(in_columns(rows), seconds)
+
+
+def in_columns(rows: Mapping[str, str]) -> str:
+    """Names and texts in two columns."""
+    width = max(map(len, rows))
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+
+
+def pipeline_plan(cfg: DictConfig) -> PlanText:
+    """Steps and time of each stage, and the time of all."""
+    rows, total = {"run": f"pipeline {cfg.model.name} on {cfg.data.name}"}, 0.0
+    for name, stage in stage_configs(cfg).items():
+        rows[name] = "no training"
+        if TASKS[name].trains:
+            _, seconds = training_plan(stage)
+            rows[name], total = f"{plan_of(stage).steps:,} steps, about {duration_text(seconds)}", total + seconds
+    rows["all stages"] = f"about {duration_text(total)} of training, computed; the plan of a stage: task=STAGE"
+    rows["writes to"] = str(run_directory(cfg))
+    return PlanText(in_columns(rows), total)
+
+
+def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
+    """The facts about a training run, by name, and its seconds."""
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     forward, in_training = operations(cfg, model)
@@ -187,6 +127,8 @@ def report(cfg: DictConfig) -> str:
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
     host = host_work(cfg, len(blocks_of(model)), plan.devices, plan.micro_batch_size)
     count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
+    machines, mean = cfg.launcher.get("nodes", 1), mean_operations(cfg, plan, in_training)
+    cost = call(estimate_cost, cfg.estimate, plan, mean, machines, here, dtype, host)
     rows = {
         "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
         "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
@@ -205,22 +147,12 @@ def report(cfg: DictConfig) -> str:
         "epochs": f"{plan.steps / plan.steps_per_epoch:g} of {plan.epochs:g}, {cfg.task.warmup_epochs:g} of warm-up",
         **phase_rows(cfg, model),
         "number format": str(dtype).removeprefix("torch."),
-        **call(
-            estimate_cost,
-            cfg.estimate,
-            plan,
-            mean_operations(cfg, plan, in_training),
-            cfg.launcher.get("nodes", 1),
-            here,
-            dtype,
-            host,
-        ),
+        **cost.rows,
         "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
     }
-    width = max(map(len, rows))
-    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())
+    return rows, cost.seconds
 
 
 def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:

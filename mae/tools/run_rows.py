@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae.config.compose import is_group
 from mae.config.identity import identity
+from mae.config.overrides import key_of
 from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.report.record import read_record
@@ -37,6 +39,7 @@ class Row:
     results: dict[str, float]  # the numbers of summary.json
     keys: dict[str, object]  # the leaves of its config that decide the result
     losses: list[float]  # the training loss over the run, thinned
+    typed: tuple[str, ...] = ()  # keys of its command line
 
     @property
     def result(self) -> str:
@@ -79,6 +82,7 @@ def read_row(run: Path, folder: Path) -> Row | None:
         age=age,
         results=numbers,
         keys=identity(cfg),
+        typed=tuple(key_of(override) for override in record.overrides),
         losses=training[:: -(-len(training) // POINTS)] if training else [],
     )
 
@@ -110,11 +114,15 @@ def state_of(run: Path, state: str, age: float) -> str:
 
 
 def differing_keys(rows: Iterable[Row]) -> list[str]:
-    """Keys whose values are not the same in all rows, but for those that columns show."""
-    tables = [row.keys for row in rows]
+    """Keys whose values are not the same in all rows, but for those that columns show, and those that follow from the
+    tasks: a key that no command line names differs only because another one does."""
+    rows = list(rows)
     shown = {"task.name", "model.name", "data.name"}
-    keys = dict.fromkeys(key for table in tables for key in table)
-    return [key for key in keys if key not in shown and len({json.dumps(table.get(key)) for table in tables}) > 1]
+    typed = {f"{key}.name" if is_group(key) else key for row in rows for key in row.typed}
+    keys = dict.fromkeys(key for row in rows for key in row.keys if key not in shown)
+    if typed:
+        keys = {key: None for key in keys if any(f"{key}.".startswith(f"{name}.") for name in typed)}
+    return [key for key in keys if len({json.dumps(row.keys.get(key)) for row in rows}) > 1]
 
 
 def read_rows(folder: Path) -> list[Row]:

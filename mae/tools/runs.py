@@ -94,7 +94,8 @@ def text_table(rows: Sequence[Row], results: Sequence[str]) -> Table:
         table.add_column(column, overflow="fold")
     for row in rows:
         values = [getattr(row, column) if column != "age" else age_text(row.age) for column in FACTS]
-        values += [row.results.get(name, "") for name in results] + [_from_here(row.keys.get(key, "")) for key in keys]
+        values += [f"{row.results[name]:.4g}" if name in row.results else "" for name in results]
+        values += [_from_here(row.keys.get(key, "")) for key in keys]
         table.add_row(*(str(value) for value in values))
     return table
 
@@ -139,9 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(json.dumps(as_json(rows), indent=1) + "\n")
         elif rows:
             width = None if sys.stdout.isatty() else 10_000
-            Console(width=width, soft_wrap=width is not None).print(
-                text_table(rows, [options.best] if options.best else [])
-            )
+            others = [options.best] if options.best and any(row.metric != options.best for row in rows) else []
+            Console(width=width, soft_wrap=width is not None).print(text_table(rows, others))
         else:
             sys.stdout.write(f"{options.directory} holds no runs that match.\n")
     except (UserError, OSError) as error:
