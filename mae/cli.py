@@ -98,6 +98,7 @@ def run(cfg: DictConfig) -> int:
             SWEEP.plan(Path(here.sweep.dir, here.sweep.subdir), seconds)
         return 0
     if collects_members() or here.mode == RunMode.MULTIRUN and launch.queues(checked):
+        launch.check_start(checked, overrides)
         SWEEP.members.append((checked, overrides))
         return 0
     if here.mode == RunMode.MULTIRUN:

@@ -216,6 +216,15 @@ def test_a_sweep_refuses_a_member_before_it_runs_the_others(tmp_path):
     assert not (tmp_path / "s" / "mask_ratio_0.999").exists()
 
 
+def test_a_sweep_refuses_a_pipeline_whose_stage_cannot_run_and_a_start_that_is_missing(tmp_path):
+    stages = 'task.overrides.pretrain=["task.epochs=1"]'
+    ended = run_cli("-m", "task=pipeline", "task.stages=[pretrain,knn]", stages, "seed=0,1", cwd=tmp_path)
+    sentence = "stage pretrain: task.warmup_epochs=2 is longer than task.epochs=1"
+    assert ended.returncode == 1 and ended.stderr.count(sentence) == 2 and "member 1 of" not in ended.stderr
+    ended = run_cli("-m", "task=linprobe", "seed=0,1", cwd=tmp_path)
+    assert ended.returncode == 1 and ended.stderr.count("is refused: task=linprobe needs init") == 2
+
+
 def test_a_sweep_whose_members_are_all_refused_shows_no_earlier_result(tmp_path):
     shutil.copytree(ROOT / "tests" / "runs", tmp_path / "s")  # of an earlier command
     ended = run_cli("-m", *TINY_PRETRAIN, "task.mask_ratio=1.5,2.5", f"hydra.sweep.dir={tmp_path / 's'}")

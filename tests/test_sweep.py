@@ -22,9 +22,10 @@ from mae.launch.pipeline import pretraining
 from mae.report import sweep, sweep_figure
 from mae.report.flops import pretraining_flops, relative_flops
 from mae.report.members import Member, Sweep, read_sweep
-from mae.report.record import Record
+from mae.report.record import Record, read_record
 from mae.report.sweep_figure import Curve
 from mae.tools.planned_model import model_on_meta, operations
+from mae.tools.run_rows import read_rows
 
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 SMALL = [one for one in TINY if "precision" not in one]
@@ -199,7 +200,28 @@ def test_a_sweep_that_is_asked_to_stop_stops_as_a_whole(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert [row["state"] for row in table(place)] == ["interrupted"]
+    assert [row["state"] for row in table(place)] == ["interrupted", "not started"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_whose_stage_is_interrupted_or_fails_is_so_itself(tmp_path):
+    words = [*SMALL, "task=pipeline", "task.stages=[pretrain,knn]", "output_dir=run"]
+    long = ["task.overrides.pretrain=[task.epochs=300]"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words, *long], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "pretrain" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert {row.run: row.state for row in read_rows(tmp_path)} == {"run": "interrupted", "run/pretrain": "interrupted"}
+
+    quick = ["task.overrides.pretrain=[task.epochs=1,task.warmup_epochs=0]"]
+    ended = run_cli(*words[:-1], *quick, "output_dir=failed", "data.root=nowhere", "data=folder", cwd=tmp_path)
+    assert ended.returncode == 1 and "stage 1 of 2: pretrain" in ended.stderr
+    assert read_record(tmp_path / "failed").state == "failed"
 
 
 # ---------------------------------------------------------------- parts of the end
@@ -288,8 +310,8 @@ def test_a_sweep_names_what_its_members_cost():
     members[1].cfg = composed("model.mask_tokens=encoder")
     found = Sweep(Path(), "s", [], members)
     columns = sweep.flops_columns(found)
-    factor = columns["GFLOPs relative"]["encoder"]
-    assert columns["GFLOPs relative"]["decoder"] == 1 and factor > 1.5
+    factor = columns["GFLOPs over the least"]["encoder"]
+    assert columns["GFLOPs over the least"]["decoder"] == 1 and factor > 1.5
     expected = f"Operations an image in pre-training: encoder takes {factor:.2g} times those of decoder."
     assert sweep.flops_sentence(found) == expected
     assert sweep.flops_sentence(Sweep(Path(), "s", [], members[:1])) is None

@@ -80,7 +80,8 @@ def with_groups(arguments: Sequence[str]) -> list[str]:
     if choices or not groups:
         return list(arguments)
     if main:
-        sys.stderr.write(f"{init}: {' and '.join(groups)} {'are' if len(groups) > 1 else 'is'} that run's\n")
+        whose = "those runs'" if len(inits) > 1 else "that run's"
+        sys.stderr.write(f"{init}: {' and '.join(groups)} {'are' if len(groups) > 1 else 'is'} {whose}\n")
     at = list(arguments).index(init) + 1
     mark = "-".join(group.partition("=")[0] for group in groups)
     return [*arguments[:at], *groups, f"+{MARK}={mark}", *arguments[at:]]

@@ -19,7 +19,7 @@ from mae.config.rules import missing_init
 from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch.local import inline, local
-from mae.launch.pipeline import pretraining, run_pipeline
+from mae.launch.pipeline import pretraining, run_pipeline, stage_configs
 from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import job_id, typed_path
@@ -36,6 +36,15 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # as init: the pretrained weights that this program makes itself
 LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
+
+
+def check_start(cfg: DictConfig, overrides: list[str]) -> None:
+    """What can be known of a run before it starts. Raises UserError for a run without `init` that needs one, and for a
+    stage of a pipeline that is not possible."""
+    if problem := missing_init(cfg.task.name, cfg.init):
+        raise UserError(problem)
+    if cfg.task.name == "pipeline":
+        stage_configs(cfg, chosen_groups(overrides))
 
 
 def launch(cfg: DictConfig, overrides: list[str]) -> int:

@@ -7,7 +7,8 @@ each stage to the launcher. It imports no torch.
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,10 +27,12 @@ from mae.errors import UserError
 from mae.launch.slurm.state import job_id
 from mae.runs.summary import Summary, rate
 from mae.tasks.registry import METRICS, TASKS, names
+from mae.tracking.jsonl import JsonLines
 
 FIXED = ("model", "data", "launcher", "task", "output_dir", "init", "resume")  # keys that a stage cannot override
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 EMPTY: Mapping[str, str] = {}
+ENDS = {3: "diverged", 130: "interrupted"}  # exit code of a stage -> how it ended
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,32 @@ def pipeline(
             sys.stderr.write(f"stage {number} of {len(configs)}: {name}\n")
         if job := jobs.get(parent_of(name, stages) or ""):
             stage = with_values(stage, launcher={**stage.launcher, "dependency": f"afterok:{job}"})
-        if code := launch(stage, [f"task={name}", *own_names(cfg, choices), *arguments[name]]):
+        with noting_failure(run, name):
+            code = launch(stage, [f"task={name}", *own_names(cfg, choices), *arguments[name]])
+        if code:
+            note(run, f"{ENDS.get(code, 'failed')}: stage {name} ended with exit code {code}")
             return code, None
         if summary := Summary.read(run / name):
             summaries[name] = summary
         else:  # it waits in a queue, and so will the stages that start from it
             jobs[name] = job_id(run / name)
     return 0, None if jobs else combined(summaries)
+
+
+@contextmanager
+def noting_failure(run: Path, stage: str) -> Iterator[None]:
+    """Notes in the pipeline's directory that a stage raised an error."""
+    try:
+        yield
+    except Exception as error:
+        note(run, f"failed: stage {stage}: {error}")
+        raise
+
+
+def note(run: Path, event: str) -> None:
+    """An event of the pipeline itself: its state in tables follows from the last one."""
+    if os.environ.get("RANK", "0") == "0":
+        JsonLines(run).event(event, None)
 
 
 def write_summary(run: str) -> None:

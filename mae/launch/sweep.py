@@ -1,5 +1,6 @@
 """The sweep that a command runs: all its members are checked before the first one starts. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class SweepOfCommand:
     def refuse(self, directory: Path, sentence: str) -> None:
         """Notes a member that cannot run, and says why at once."""
         self.refused.append(directory.name)
-        sys.stderr.write(f"member {directory.name} is refused: {sentence}\n")
+        say(f"member {directory.name} is refused: {sentence}")
         remove_empty(directory)
 
     def plan(self, directory: Path, seconds: float) -> None:
@@ -43,7 +44,7 @@ class SweepOfCommand:
         codes = [1] * bool(self.refused)
         for number, (cfg, overrides) in enumerate(here, start=1):
             directory = Path(cfg.output_dir)
-            sys.stderr.write(f"member {number} of {len(here)}: {directory.name}\n")
+            say(f"member {number} of {len(here)}: {directory.name}")
             self.directories.add(str(directory.parent))
             code = _code_of(cfg, overrides)
             if code == INTERRUPTED:
@@ -62,6 +63,12 @@ class SweepOfCommand:
         remove_planned(self.planned)
         if self.directories and self.refused:
             sys.stdout.write(f"Refused, see above: {', '.join(self.refused)}.\n")
+
+
+def say(line: str) -> None:
+    """A line on the console of the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{line}\n")
 
 
 def remove_planned(directories: Iterable[Path]) -> None:

@@ -22,6 +22,7 @@ from mae.report.table1 import paper_tables
 from mae.runs.files import write_text
 
 FILES = ("sweep.csv", "sweep.png", "sweep.svg", PAGE)
+LOSS_KEYS = ("task.mask_ratio", "task.norm_pix_loss", "task.predict_ratio")  # what the loss is of
 NOT_STARTED = "not started"
 CURVES = 24  # members whose curves are in the page
 
@@ -58,8 +59,8 @@ def flops_columns(sweep: Sweep) -> dict[str, dict[str, float]]:
         return {}
     counts = member_flops(sweep.members)
     return {
-        f"{COLUMN} an image": {name: round(count / 1e9, 6) for name, count in counts.items()},
-        f"{COLUMN} relative": {name: round(factor, 2) for name, factor in relative.items()},
+        f"{COLUMN} an image, forward": {name: round(count / 1e9, 6) for name, count in counts.items()},
+        f"{COLUMN} over the least": {name: round(factor, 2) for name, factor in relative.items()},
     }
 
 
@@ -93,9 +94,17 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
     }
     if best is not None and metric is not None:
         data |= {"best": best.name, "best_value": best.results[metric], "command": best.record.command}
-    data |= {"verdict": verdict(sweep), "paper": paper_tables(sweep)}
+    data |= {"verdict": verdict(sweep), "paper": paper_tables(sweep), "note": loss_note(sweep)}
     runs = [{"name": m.name, "series": curves(m.path, m.cfg)} for m in sweep.members[:CURVES]]
     write_text(sweep.directory / PAGE, page(sweep.name, {"sweep": data, "runs": runs}))
+
+
+def loss_note(sweep: Sweep) -> str | None:
+    """A sentence where the validation losses of pre-training are of different tasks; else None."""
+    differ = any(key.split(".")[0] in ("masking", "target", "table1") or key in LOSS_KEYS for key in sweep.keys)
+    if not differ or not any(metric.endswith("val_loss") for metric in sweep.metrics):
+        return None
+    return "A validation loss is of the member's own masks and target: it does not compare one member with another."
 
 
 def figure_curves(sweep: Sweep) -> Iterable[Curve]:

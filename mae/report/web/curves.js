@@ -7,6 +7,14 @@ const colour = (k) => `--curve-${k % CURVE_COLOURS}`;
 // The range of x: a single value stands in the middle
 const rangeOfX = ({data: [xs]}, min, max) => xs.length === 1 ? [xs[0] - 0.5, xs[0] + 0.5] : [min, max];
 
+// The range of y: a single value stands in the middle; shares in percent end at 100, and nothing positive begins below 0
+function rangeOfY(title, min, max) {
+  if (min === null || max === null) return [0, 1];
+  const [low, high] = max > min ? uPlot.rangeNum(min, max, 0.1, true) : [min - (0.1 * Math.abs(min) || 1), max + (0.1 * Math.abs(max) || 1)];
+  const percent = /top1|top5|knn|miou/.test(title) && max <= 100;
+  return [min >= 0 ? Math.max(0, low) : low, percent ? Math.min(100, high) : high];
+}
+
 // The range of positive values on a logarithmic axis: one digit and zeros at both ends
 function logRange(_, min, max) {
   if (!(min > 0)) return [0.1, 1];
@@ -55,8 +63,8 @@ class Chart {
     const axis = {stroke: () => style("--soft"), grid: {stroke: () => style("--line"), width: 1}, ticks: {show: false},
       font: "11px system-ui, sans-serif", values: (_, splits) => splits.map(tick)};
     this.plot = new uPlot({
-      width: this.canvas.clientWidth || 440, height: HEIGHT, padding: [10, 12, 0, 0], legend: {show: false},
-      scales: {x: {time: false, range: rangeOfX}, y: this.logarithmic ? {distr: 3, range: logRange} : {}},
+      width: this.canvas.clientWidth || 440, height: HEIGHT, padding: [10, 24, 0, 0], legend: {show: false},
+      scales: {x: {time: false, range: rangeOfX}, y: this.logarithmic ? {distr: 3, range: logRange} : {range: (_, min, max) => rangeOfY(this.title, min, max)}},
       axes: [{...axis, size: 28, space: 60}, {...axis, size: 58}],
       cursor: {y: false, drag: {x: true, y: false, dist: 4}, sync: SYNC, points: {size: 8}},
       series: [{}, ...this.series.map((s, k) => this.seriesOptions(s, k))],

@@ -30,7 +30,7 @@ function parallel(sweep) {
   });
   const results = sweep.members.map((m) => m.values[main]).filter((v) => typeof v === "number");
   const [low, high] = [Math.min(...results), Math.max(...results)];
-  const told = el("p", {class: "soft"}, "Each line is a member; orange is best. Move over a line to read it.");
+  const told = el("p", {class: "soft"}, `Each line is a member, from blue (worst ${main ?? "result"}) over grey to orange (best); the thick one is the best. Move over a line to read it.`);
   for (const m of sweep.members) {
     const points = axes.map((c, k) => [px(k), m.values[c]]).filter(([, v]) => v !== null && v !== undefined);
     const value = m.values[main];
@@ -39,7 +39,7 @@ function parallel(sweep) {
     const d = axes.map((c, k) => [px(k), m.values[c], c]).filter(([, v]) => v !== null && v !== undefined)
       .map(([x, v, c], k) => `${k ? "L" : "M"}${x.toFixed(1)} ${range[c](v).toFixed(1)}`).join("");
     if (points.length < 1) continue;
-    const path = svg("path", {d, stroke: typeof value === "number" ? mix(share) : "#c3cad3"});
+    const path = svg("path", {d, class: m.name === sweep.best ? "best" : "", stroke: typeof value === "number" ? mix(share) : "#c3cad3"});
     path.addEventListener("mouseenter", () => {
       root.querySelectorAll("path").forEach((p) => p.classList.toggle("dim", p !== path));
       path.classList.add("lit");
@@ -106,5 +106,6 @@ function sweepParts(sweep) {
     parts.push(el("h2", {}, "Result"), el("figure", {class: "card"}, el("img", {src: sweep.figure, alt: "metric against the swept value"})));
   }
   parts.push(el("h2", {}, "Parallel coordinates"), parallel(sweep), el("h2", {}, "Members"), memberTable(sweep));
+  if (sweep.note) parts.push(el("p", {class: "soft"}, sweep.note));
   return parts;
 }
