@@ -55,10 +55,11 @@ class Plan:
 
     def in_words(self, peak_lr: float, number_format: str, device: str) -> str:
         """One line for the log."""
+        epochs = self.steps / self.steps_per_epoch
         return (
             f"{self.steps} steps of {self.batch_size} images ({self.micro_batch_size} x {self.accumulation} "
             f"accumulated x {self.devices} {device} device{'s' * (self.devices > 1)}), "
-            f"{self.steps / self.steps_per_epoch:g} epochs of {self.images} images, peak lr {peak_lr:.3g}, "
+            f"{epochs:g} epoch{'s' * (epochs != 1)} of {self.images} images, peak lr {peak_lr:.3g}, "
             f"{number_format}"
         )
 

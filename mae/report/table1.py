@@ -154,7 +154,7 @@ def about(sweep: Sweep, members: Mapping[str, list[Member]]) -> str:
     cfg = sweep.members[0].cfg
     stages = sweep.members[0].record.summary.get("stages", {})
     epochs = stages.get("pretrain", {}).get("epochs")
-    length = f", pre-trained for {epochs:g} epochs" if epochs else ""
+    length = f", pre-trained for {epochs:g} epoch{'s' * (epochs != 1)}" if epochs else ""
     text = (
         "Top-1 accuracy (%), fine-tuned (ft) and linear probe (lin). "
         f"Ours: {cfg.model.name} on {cfg.data.name}{length}. "

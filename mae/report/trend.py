@@ -47,7 +47,8 @@ def still_learning(metrics: Sequence[Mapping[str, Any]]) -> str:
         return ""
     key = next((key for key, (steps, _) in windows.items() if len(steps) >= FEWEST), None)
     if key is None:
-        counts = [f"{len(windows[name][0])} points of the {title}" for name, title in TITLES.items()]
+        lengths = {title: len(windows[name][0]) for name, title in TITLES.items()}
+        counts = [f"{count} point{'s' * (count != 1)} of the {title}" for title, count in lengths.items()]
         return (
             f"Cannot tell: the last tenth of the run has {' and '.join(counts)}, and a slope wants {FEWEST} points. "
             "A lower task.eval_every_epochs or task.log_every_steps gives more."
