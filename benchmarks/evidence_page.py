@@ -80,7 +80,8 @@ def origin(results: Records, *prefixes: str) -> Lines:
     values = {key: list(dict.fromkeys(str(results[n].get(key) or "") for n in names)) for key in results[names[0]]}
     seconds = sum(results[name]["seconds"] or 0 for name in names)
     lines = ["", f"Commit {', '.join(values['commit'])}, on {'; '.join(values['machine'])}."]
-    lines += [f"{len(names)} records, {seconds / 3600:.1f} hours of runs in all."] if seconds else []
+    length = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+    lines += [f"{len(names)} record{'s' * (len(names) > 1)}, {length} of runs in all."] if seconds else []
     lines += [f"{text}." for text in values.get("origin", []) if text]
     return [*lines, f"The first command is `{results[names[0]]['command']}`."]
 

@@ -73,6 +73,10 @@ def here(prepared, tmp_path, monkeypatch) -> Path:
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(prepared / "RUN", tmp_path / "runs" / "RUN")
     shutil.copytree(prepared / "RUN", tmp_path / "DIR" / "member=1")
+    for ratio in ("0.5", "0.9"):  # of the tutorial's sweep
+        member = tmp_path / "runs" / "first_sweep" / f"mask_ratio_{ratio}"
+        shutil.copytree(prepared / "RUN", member)
+        shutil.copytree(prepared / "RUN", member / "pretrain")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path

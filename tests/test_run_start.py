@@ -98,6 +98,12 @@ def test_the_flag_of_a_sweep_may_stand_between_overrides():
     assert ended.returncode == 0 and all(f"{task}: no training." in ended.stdout for task in ("inspect", "stats"))
 
 
+def test_flags_of_hydra_that_exclude_each_other_are_refused_in_its_own_words():
+    ended = run_cli("-m", "--cfg", "job")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Only one of --run, --multirun, --cfg") and "This is a bug" not in ended.stderr
+
+
 # ---------------------------------------------------------------- paths
 
 

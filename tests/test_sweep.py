@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,8 @@ def test_only_what_has_several_values_is_swept():
 def test_every_sweep_composes_from_any_directory(name, tmp_path):
     ended = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    members = sorted(p.name for p in (tmp_path / "runs" / f"sweep_{name}").iterdir() if p.is_dir())
+    members = sorted(re.findall(rf"writes to +runs/sweep_{name}/(.+)", ended.stdout))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
     given = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
     expected = ["7"] if key == "seed" else str(values).split(",")  # the command line wins over the file

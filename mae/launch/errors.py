@@ -3,6 +3,7 @@
 import re
 import shlex
 import signal
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,19 @@ def explain(error: BaseException) -> str:
         return _unreadable(str(error.override))
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _composition(text, error)
-    if isinstance(error, UserError | RankFailed):
+    if isinstance(error, UserError | RankFailed) or _raised_by_hydra(error):
         return text
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
     if getattr(error, "lost_peer", False):
         return f"Another process of the run is gone, or never came: {text.splitlines()[0]}"
     return explain_bug(error)
+
+
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself refused the command line, such as two of its flags that exclude each other."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and bool(frames) and frames[-1].f_globals["__name__"].startswith("hydra.")
 
 
 def _unreadable(override: str) -> str:
