@@ -142,8 +142,10 @@ class Runner:
         return bool(result)
 
     def record(self, process: Process, result: dict[str, Any] | None) -> None:
-        """Without a result the seconds alone, to which the next start adds its own."""
+        """Without a result the seconds alone, to which the next start adds its own. No result is lost to a start."""
         job, earlier = process.job, self.records.get(process.job.name, {})
+        if result is None and earlier.get("result"):  # of another command, which counts until this one has a result
+            return
         before = earlier["seconds"] if earlier.get("command") == job.command and not earlier["result"] else 0.0
         self.records[job.name] = {
             "command": job.command,

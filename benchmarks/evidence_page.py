@@ -77,12 +77,16 @@ def write_evidence_page(page: Path, records: Records) -> None:
 def origin(results: Records, *prefixes: str) -> Lines:
     """Where the numbers under a table are from."""
     names = [name for name in results if name.startswith(prefixes)]
-    values = {key: list(dict.fromkeys(str(results[n].get(key) or "") for n in names)) for key in results[names[0]]}
+    values = {
+        key: [text for text in dict.fromkeys(str(results[n].get(key) or "") for n in names) if text]
+        for key in ("commit", "machine", "origin")
+    }
     seconds = sum(results[name]["seconds"] or 0 for name in names)
     lines = ["", f"Commit {', '.join(values['commit'])}, on {'; '.join(values['machine'])}."]
     length = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
-    lines += [f"{len(names)} record{'s' * (len(names) > 1)}, {length} of runs in all."] if seconds else []
-    lines += [f"{text}." for text in values.get("origin", []) if text]
+    timed = sum(bool(results[name]["seconds"]) for name in names)
+    lines += [f"{timed} timed record{'s' * (timed > 1)}, {length} of runs in all."] if seconds else []
+    lines += [f"{text}." for text in values["origin"]]
     return [*lines, f"The first command is `{results[names[0]]['command']}`."]
 
 

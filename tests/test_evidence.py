@@ -111,6 +111,13 @@ def test_a_pretraining_runs_again_only_where_a_job_needs_its_checkpoint(tmp_path
     assert names(*jobs[1:]) == ["pretrain", every[0]]  # the directory of a run that was killed
 
 
+def test_a_start_without_a_result_leaves_an_earlier_one_of_another_command(tmp_path):
+    job = Job("probe", ("-c", "raise SystemExit(3)"))
+    records = {"probe": {"command": "python cifar10.py", "result": {"top1": 50.0}, "seconds": None}}
+    runner = Runner(tmp_path, tmp_path / "runs", tmp_path / "r.json", dict(records), 1, float("inf"))
+    assert runner.wave([job]) == ["probe"] and runner.records == records
+
+
 def test_what_starts_from_a_pretraining_that_failed_is_not_run(tmp_path):
     (tmp_path / "images").mkdir()
     first = Job("pretrain", ("-c", "raise SystemExit(3)"))
