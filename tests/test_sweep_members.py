@@ -293,7 +293,8 @@ def test_a_sweep_over_members_runs_and_is_made_again_from_its_directories(tmp_pa
     swept = read_sweep(directory)
     assert swept.keys == ["masking"] and [m.name for m in swept.members] == ["block_0.5", "grid"]
     assert swept.members[0].cfg.masking.name == "block" and swept.members[0].cfg.task.mask_ratio == 0.5
-    assert " is best; " in ended.stdout and "interval of 359 images" in (directory / "report.html").read_text()
+    assert "No member has learned: " in ended.stdout  # after two steps
+    assert "interval of 359 images" in (directory / "report.html").read_text()
     (directory / "multirun.yaml").unlink()
     again = read_sweep(directory)
     assert again.keys == swept.keys and [m.values for m in again.members] == [m.values for m in swept.members]
