@@ -208,7 +208,7 @@ def test_a_sweep_that_is_asked_to_stop_stops_as_a_whole(tmp_path):
 @pytest.mark.slow
 def test_a_pipeline_whose_stage_is_interrupted_or_fails_is_so_itself(tmp_path):
     words = [*SMALL, "task=pipeline", "task.stages=[pretrain,knn]", "output_dir=run"]
-    long = ["task.overrides.pretrain=[task.epochs=300]"]
+    long = ['task.overrides.pretrain=["task.epochs=300","task.batch_size=32"]']
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words, *long], cwd=tmp_path, stderr=subprocess.DEVNULL
     )
@@ -220,8 +220,9 @@ def test_a_pipeline_whose_stage_is_interrupted_or_fails_is_so_itself(tmp_path):
     assert process.wait(60) == 130
     assert {row.run: row.state for row in read_rows(tmp_path)} == {"run": "interrupted", "run/pretrain": "interrupted"}
 
-    quick = ["task.overrides.pretrain=[task.epochs=1,task.warmup_epochs=0]"]
-    ended = run_cli(*words[:-1], *quick, "output_dir=failed", "data.root=nowhere", "data=folder", cwd=tmp_path)
+    quick = ['task.overrides.pretrain=["task.epochs=1","task.warmup_epochs=0"]']
+    (tmp_path / "empty").mkdir()
+    ended = run_cli(*words[:-1], *quick, "output_dir=failed", "data=folder", "data.root=empty", cwd=tmp_path)
     assert ended.returncode == 1 and "stage 1 of 2: pretrain" in ended.stderr
     assert read_record(tmp_path / "failed").state == "failed"
 
@@ -339,7 +340,7 @@ def test_members_that_failed_are_named_and_do_not_end_the_others(tmp_path):
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     states = {row["member"]: row["state"] for row in table(tmp_path / "s")}
     assert states == {"batch_size_1024": "failed", "batch_size_32": "finished"}
-    assert "1 of 2 members are not finished" in ended.stdout
+    assert "1 of 2 members is not finished" in ended.stdout
 
 
 def test_members_that_have_not_begun_make_no_report(tmp_path):
