@@ -83,13 +83,11 @@ CLUSTER = "needs a cluster; tests/test_slurm_cluster.py runs such commands on on
 NETWORK = "needs a network or an account; a test of its own has a server on this machine"
 INSTALLS = "installs software, or is this test suite"
 MINUTES = "takes minutes or hours; a test of its own runs its parts"
-PAST = "a command of an earlier commit, whose records are in docs/results.json"
 NOT_RUN = {
     r"launcher=slurm\b|\b(?:cancel|retry_failed)=": CLUSTER,
     r"timm:NAME|hf://|wandb:|push_to_hub|^wandb s|^hf auth|mae\.dashboard": NETWORK,
     r"^(?:\w+=\S+ )*(?:pip|git|cd|make|pytest|pre-commit) |-m venv|^\. ": INSTALLS,
     r"benchmarks/(?:evidence\.py DIR|gpu|all|decoders|finetune|step|memory|loader|scaling|residual)": MINUTES,
-    r"benchmarks/cifar10\.py": PAST,
     r"experiment=paper_segment": "needs a published set in its layout; tests/test_segmentation_sets.py has small ones",
     r"-sc install=|model=vit_$": "is of completion; tests/test_runs_table.py completes in a shell",
     r" --serve$": "serves until it is stopped; tests/test_runs_table.py asks such a server",
