@@ -136,6 +136,8 @@ class Runner:
         """Records what a job has left; returns whether it succeeded."""
         code = process.process.returncode
         result = None if code else result_of(process.job, self.runs)
+        text = json.dumps(result).replace(str(self.runs), "RUNS").replace(str(self.images), "DIR")  # as in commands
+        result = json.loads(text)
         self.record(process, result)
         if not result:
             print(f"failed: {process.job.name} (exit code {code}): see {process.output}", flush=True)

@@ -176,6 +176,7 @@ def test_a_section_runs_goes_on_after_a_kill_and_leaves_records_and_page(tmp_pat
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert str(tmp_path) not in file.read_text()
     records = json.loads(file.read_text())
     assert {"pretrain", "probes/finetune", "probes/linear", "probes/knn"} <= records.keys()
     for name, record in records.items():
