@@ -227,3 +227,15 @@ def test_the_images_of_pictures_are_chosen_without_indexing_uint16():
         chosen = Pretrain._choose(task, batch, 1)
     assert chosen["image"].dtype is torch.uint16 and torch.equal(chosen["noise"], batch["noise"][::2])
     assert chosen["image"].flatten().tolist() == [0, 16382, 32764, 49146]
+
+
+@pytest.mark.skipif(not device.PROCESS_STATUS.exists(), reason="only Linux resets a process's peak")
+def test_the_peak_memory_of_a_run_leaves_out_what_an_earlier_one_took():
+    cpu = torch.device("cpu")
+    device.forget_peak_memory(cpu)
+    low = device.peak_memory(cpu)
+    block = torch.ones(100 * 2**20)  # 400 MB
+    high = device.peak_memory(cpu)
+    del block
+    device.forget_peak_memory(cpu)
+    assert high > low + 300 * 2**20 and device.peak_memory(cpu) < high - 300 * 2**20
