@@ -4,9 +4,9 @@
     python benchmarks/evidence.py --json FILE --page docs/results.md
 
 DIR holds train/CLASS/*.jpg and test/CLASS/*.jpg. The same command goes on after a kill: runs resume from their
-checkpoints, and finished ones are not run again, on another machine or in another directory neither: their records are
-enough. Every number goes to the JSON file with its command, commit, seed,
-machine and seconds; `--page` writes the page, its figure and a copy of the JSON file from that file alone.
+checkpoints, and finished ones are not run again. Their records are enough for that, on another machine too.
+Every number goes to the JSON file with its command, commit, seed, machine and seconds. `--page` writes the page, its
+figure and a copy of the JSON file from that file alone.
 `--tiny` without DIR proves the plumbing on scikit-learn's digits; its numbers mean nothing.
 """
 

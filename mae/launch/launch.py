@@ -38,19 +38,23 @@ AUTO = "auto"  # as init: the pretrained weights that this program makes itself
 LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
 
 
-def check_start(cfg: DictConfig, overrides: list[str]) -> None:
-    """What can be known of a run before it starts. Raises UserError for a run without `init` that needs one, and for a
-    stage of a pipeline that is not possible."""
+def check_init(cfg: DictConfig) -> None:
+    """Raises UserError where a task has nothing to start from."""
     if problem := missing_init(cfg.task.name, cfg.init):
         raise UserError(problem)
+
+
+def check_start(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raises UserError for what can be known before a run starts: an `init` that is missing, and a stage of a pipeline
+    that is not possible."""
+    check_init(cfg)
     if cfg.task.name == "pipeline":
         stage_configs(cfg, chosen_groups(overrides))
 
 
 def launch(cfg: DictConfig, overrides: list[str]) -> int:
     """Runs the config with its launcher; returns the exit code."""
-    if problem := missing_init(cfg.task.name, cfg.init):
-        raise UserError(problem)
+    check_init(cfg)
     if cfg.init == AUTO:
         cfg, code = after_pretraining(cfg, overrides)
         if code:

@@ -219,7 +219,7 @@ def draw_published(axes: Axes, published: Published, points: Mapping[float, floa
 
 
 def legend_below(axes: Axes, handles: Sequence[Artist], labels: list[str]) -> None:
-    """A legend under the axis, where it covers no point and is not taken for one."""
+    """A legend under the axis, where its marker covers no point and does not look like a point."""
     turned = any(label.get_rotation() for label in axes.get_xticklabels())
     anchor = (0.5, -0.34 if turned else -0.16)
     legend = axes.legend(handles, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=anchor)

@@ -87,7 +87,7 @@ def plan_text(cfg: DictConfig) -> PlanText:
         return pipeline_plan(cfg)
     if not TASKS[cfg.task.name].trains:
         return PlanText(f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n", 0.0)
-    rows, seconds = training_plan(cfg)
+    _, rows, seconds = training_plan(cfg)
     return PlanText(in_columns(rows), seconds)
 
 
@@ -103,15 +103,15 @@ def pipeline_plan(cfg: DictConfig) -> PlanText:
     for name, stage in stage_configs(cfg).items():
         rows[name] = "no training"
         if TASKS[name].trains:
-            _, seconds = training_plan(stage)
-            rows[name], total = f"{plan_of(stage).steps:,} steps, about {duration_text(seconds)}", total + seconds
+            plan, _, seconds = training_plan(stage)
+            rows[name], total = f"{plan.steps:,} steps, about {duration_text(seconds)}", total + seconds
     rows["all stages"] = f"about {duration_text(total)} of training, computed; the plan of a stage: task=STAGE"
     rows["writes to"] = str(run_directory(cfg))
     return PlanText(in_columns(rows), total)
 
 
-def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
-    """The facts about a training run, by name, and its seconds."""
+def training_plan(cfg: DictConfig) -> tuple[Plan, dict[str, str], float]:
+    """The plan of a training run, the facts about it by name, and its seconds."""
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     forward, in_training = operations(cfg, model)
@@ -152,7 +152,7 @@ def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
     }
-    return rows, cost.seconds
+    return plan, rows, cost.seconds
 
 
 def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:
