@@ -101,16 +101,23 @@ def bands(tmp_path_factory) -> Path:
 
 
 def test_a_five_channel_uint16_set_is_measured_pretrained_and_finetuned(bands, tmp_path):
-    text = ["data=scientific", f"data.root={bands}", "data.img_size=[32,32]", f"data.cache_dir={tmp_path}"]
-    assert run_here(tmp_path / "stats", "task=stats", "device=cpu", *text) == 0
-    text += summary(tmp_path / "stats")["use"].split()
-    assert run_here(tmp_path / "pretrain", *PRETRAIN, "task.batch_size=8", *text) == 0
+    overrides = ["data=scientific", f"data.root={bands}", "data.img_size=[32,32]", f"data.cache_dir={tmp_path}"]
+    assert run_here(tmp_path / "stats", "task=stats", "device=cpu", *overrides) == 0
+    overrides += summary(tmp_path / "stats")["use"].split()
+    assert run_here(tmp_path / "pretrain", *PRETRAIN, "task.batch_size=8", *overrides) == 0
     assert np.isfinite(summary(tmp_path / "pretrain")["val_loss"])
     assert list((tmp_path / "pretrain" / "images").glob("reconstruction_*.png"))
-    fine = [*FINETUNE, *text, f"init={tmp_path / 'pretrain'}", "augmentation=linprobe", "task.epochs=8"]
+    fine = [*FINETUNE, *overrides, f"init={tmp_path / 'pretrain'}", "augmentation=linprobe", "task.epochs=8"]
     assert run_here(tmp_path / "finetune", *fine, "optimizer.base_lr=0.1") == 0
     assert summary(tmp_path / "finetune")["top1"] == 100.0
-    probe = [*SMALL, "task=linprobe", "task.batch_size=8", "task.max_steps=2", *text, f"init={tmp_path / 'pretrain'}"]
+    probe = [
+        *SMALL,
+        "task=linprobe",
+        "task.batch_size=8",
+        "task.max_steps=2",
+        *overrides,
+        f"init={tmp_path / 'pretrain'}",
+    ]
     assert run_here(tmp_path / "probe", *probe) == 0
 
 
@@ -135,12 +142,12 @@ def test_images_of_96_by_160_are_pretrained_and_finetuned_with_the_default_augme
             pixels = chance.integers(0, 90, (100, 170, 3)).astype(np.uint8)
             pixels[..., colour] += 120
             Image.fromarray(pixels).save(tmp_path / "set" / name / f"{k}.png")
-    text = ["data=folder", f"data.root={tmp_path / 'set'}", "data.img_size=[96,160]", "model.patch_size=16"]
-    text += [f"data.cache_dir={tmp_path}"]
-    assert run_here(tmp_path / "pretrain", *PRETRAIN, "task.batch_size=8", *text) == 0
+    overrides = ["data=folder", f"data.root={tmp_path / 'set'}", "data.img_size=[96,160]", "model.patch_size=16"]
+    overrides += [f"data.cache_dir={tmp_path}"]
+    assert run_here(tmp_path / "pretrain", *PRETRAIN, "task.batch_size=8", *overrides) == 0
     pictures = list((tmp_path / "pretrain" / "images").glob("reconstruction_*.png"))
     assert pictures and np.isfinite(summary(tmp_path / "pretrain")["val_loss"])
-    fine = [*FINETUNE, *text, f"init={tmp_path / 'pretrain'}", "task.mixup=0.8", "task.cutmix=1.0"]
+    fine = [*FINETUNE, *overrides, f"init={tmp_path / 'pretrain'}", "task.mixup=0.8", "task.cutmix=1.0"]
     assert run_here(tmp_path / "finetune", *fine) == 0
     assert 0 <= summary(tmp_path / "finetune")["top1"] <= 100
     assert composed(*fine).augmentation.name == "rand_augment"

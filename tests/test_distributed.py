@@ -80,8 +80,8 @@ def trained(rank: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     numbers = sum(local_shard(p).numel() for p in t.task.model.parameters())
     digest = checkpoint.weights_digest(gathered(t.task.model.state_dict()))
     ranks.close()
-    text = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
-    return text | {"held": numbers}
+    facts = {"digest": digest, "reduces": calls[0], "steps": t.plan.steps, "accumulation": t.plan.accumulation}
+    return facts | {"held": numbers}
 
 
 def losses(folder: Path) -> list[float]:
@@ -136,9 +136,9 @@ def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(tmp_path, s
 
 def agreeing(rank: int, folder: Path) -> list[list[bool]]:
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
-    text = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
+    answers = [ranks.agree(rank == 1 and step == 2, rank == 0 and step == 3) for step in range(5)]
     ranks.close()
-    return text
+    return answers
 
 
 @pytest.mark.slow

@@ -347,12 +347,12 @@ class Overflowing(torch.nn.Module):
 
 
 def test_the_loss_told_is_that_of_the_steps_taken(tmp_path):
-    text = []
+    losses = []
     for every in (1, 2):
         t = set_up_here(tmp_path / str(every), "task.max_steps=2", f"task.log_every_steps={every}")
         t.tracker = jsonl.JsonLines(t.run)
         t.model = Overflowing(t.task)
         engine.call(engine.train, t.cfg.task, t)
-        text.append([row["loss"] for row in files.read_json_lines(t.run / "metrics.jsonl") if "loss" in row])
-    (first, skipped), (both,) = text
+        losses.append([row["loss"] for row in files.read_json_lines(t.run / "metrics.jsonl") if "loss" in row])
+    (first, skipped), (both,) = losses
     assert skipped is None and both == first

@@ -193,8 +193,8 @@ def test_timm_folder_is_read_by_transformers(tmp_path):
 def load(kind, folder):
     """The model, once transformers has found every tensor and no other."""
     transformers = pytest.importorskip("transformers")
-    model, results = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-    assert not any(results[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), results
+    model, loading = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
     return model.eval()
 
 
@@ -408,9 +408,9 @@ def test_facts_of_a_run(tmp_path):
     assert run_facts(None, None) == {}
     (tmp_path / "config.yaml").write_text("task: {name: pretrain}\n")
     assert run_facts(tmp_path, 10) == {"config": {"task": {"name": "pretrain"}}, "summary": {}}
-    text = {"val_loss": 0.5, "checkpoint": "checkpoints/step_00000020"}
-    (tmp_path / "summary.json").write_text(json.dumps(text))
-    assert run_facts(tmp_path, 20)["summary"] == run_facts(tmp_path, None)["summary"] == text
+    summary = {"val_loss": 0.5, "checkpoint": "checkpoints/step_00000020"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert run_facts(tmp_path, 20)["summary"] == run_facts(tmp_path, None)["summary"] == summary
     assert not run_facts(tmp_path, 10)["summary"]  # of an earlier checkpoint
 
 

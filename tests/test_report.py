@@ -70,8 +70,8 @@ def test_a_run_that_failed_or_diverged_has_a_page_too(tmp_path, monkeypatch):
     run = tmp_path / "diverged"
     bad = ["task.max_bad_steps=2", "optimizer.base_lr=1e30", "task.epochs=8", "task.warmup_epochs=0"]
     assert run_here(run, *TINY_PRETRAIN, *bad) == 3
-    (results,) = data_of(run / "report.html")["runs"]
-    assert results["state"] == "diverged" and any("not finite" in event for _, event in results["events"])
+    (run_of_page,) = data_of(run / "report.html")["runs"]
+    assert run_of_page["state"] == "diverged" and any("not finite" in event for _, event in run_of_page["events"])
 
     def broken(*_, **__):
         raise RuntimeError("the <b>cable</b> was pulled")
@@ -79,8 +79,8 @@ def test_a_run_that_failed_or_diverged_has_a_page_too(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "run_task", broken)
     with pytest.raises(RuntimeError):
         run_here(tmp_path / "failed", *TINY_PRETRAIN)
-    (results,) = data_of(tmp_path / "failed" / "report.html")["runs"]
-    assert results["state"] == "failed" and "the <b>cable</b> was pulled" in results["events"][-1][1]
+    (run_of_page,) = data_of(tmp_path / "failed" / "report.html")["runs"]
+    assert run_of_page["state"] == "failed" and "the <b>cable</b> was pulled" in run_of_page["events"][-1][1]
 
 
 def test_what_goes_wrong_with_a_page_is_a_warning(pretrained, tmp_path, caplog):

@@ -533,8 +533,8 @@ def test_the_programs_that_a_job_runs_name_modules_and_functions_that_exist(prog
 
 def test_ranks_are_numbered_as_slurm_numbers_tasks():
     env = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_CPUS_PER_TASK": "4"}
-    text = job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    assert text == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "4"}
+    ranks = job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert ranks == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "4"}
     assert job.ranks_from(env | {"CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0"  # SLURM gave it one of its own
     assert job.ranks_from(env | {"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": ""})["LOCAL_RANK"] == "1"
 

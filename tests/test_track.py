@@ -62,35 +62,35 @@ def offline(tmp_path_factory) -> Path:
 
 
 def test_an_offline_run_holds_config_metrics_pictures_and_summary(offline):
-    (text,) = offline_runs(offline)
-    assert text.config["task"]["mask_ratio"] == 0.75 and text.config["model"]["embed_dim"] == 32
-    assert (text.group, text.tags, text.notes, text.job_type) == ("g", ["a", "b"], "hello", "pretrain")
+    (record,) = offline_runs(offline)
+    assert record.config["task"]["mask_ratio"] == 0.75 and record.config["model"]["embed_dim"] == 32
+    assert (record.group, record.tags, record.notes, record.job_type) == ("g", ["a", "b"], "hello", "pretrain")
     ours = {key for row in lines(offline) for key in row}
-    assert ours <= {key for row in text.history for key in row}
-    by_step = {row["_step"]: row for row in text.history}
+    assert ours <= {key for row in record.history for key in row}
+    by_step = {row["_step"]: row for row in record.history}
     for row in lines(offline):
         for key, value in row.items():
             if value is not None and key not in ("step", "images_seen", "epoch"):
                 assert by_step[row["step"]][key] == pytest.approx(value)
-    picture = next(row["reconstruction"] for row in text.history if "reconstruction" in row)
+    picture = next(row["reconstruction"] for row in record.history if "reconstruction" in row)
     assert picture["_type"] == "image-file" and "mask ratio 0.75" in picture["caption"]
     assert list((offline / "wandb").glob(f"offline-run-*/files/{picture['path']}"))
-    assert text.summary["val_loss"] == json.loads((offline / "summary.json").read_text())["val_loss"]
+    assert record.summary["val_loss"] == json.loads((offline / "summary.json").read_text())["val_loss"]
 
 
 def test_metrics_stand_against_images_seen_with_min_max_and_last(offline):
-    (text,) = offline_runs(offline)
-    assert text.metrics["*"].step_metric_index or text.metrics["*"].step_metric == "images_seen"
-    kept = text.metrics["val/*"].summary
-    assert kept.min and kept.max and kept.last
+    (record,) = offline_runs(offline)
+    assert record.metrics["*"].step_metric_index or record.metrics["*"].step_metric == "images_seen"
+    validation = record.metrics["val/*"].summary
+    assert validation.min and validation.max and validation.last
 
 
 def test_checkpoints_become_artifacts_and_the_end_an_alert(offline):
-    (text,) = offline_runs(offline)
-    (artifact,) = text.artifacts
+    (record,) = offline_runs(offline)
+    (artifact,) = record.artifacts
     assert {"config.yaml", "model.safetensors"} <= {entry.path for entry in artifact.manifest.contents}
     assert artifact.type == "model" and {"latest", "final", "step_00000010"} <= set(artifact.aliases)
-    assert [alert.title for alert in text.alerts] == ["finished"]
+    assert [alert.title for alert in record.alerts] == ["finished"]
 
 
 def test_norms_of_blocks_and_rates_of_layers_are_on_the_log_points(offline, tmp_path):
@@ -104,11 +104,11 @@ def test_norms_of_blocks_and_rates_of_layers_are_on_the_log_points(offline, tmp_
     assert run_here(run, *TINY, *steps, f"init={offline}") == 0
     row = next(row for row in lines(run) if "loss" in row and row["lr"])
     assert row["lr/layer_00"] == pytest.approx(row["lr"] * 0.85**3) and row["lr/layer_03"] == row["lr"]
-    (text,) = offline_runs(run)
-    tables = {key: row[key] for row in text.history for key in row if "table" in str(row[key])}
+    (record,) = offline_runs(run)
+    tables = {key: row[key] for row in record.history for key in row if "table" in str(row[key])}
     assert {"predictions", "confusion_cells"} <= tables.keys() and tables["predictions"]["nrows"] == 200
-    assert any(row.get("confusion", {}).get("_type") == "image-file" for row in text.history)
-    assert text.job_type == "finetune"
+    assert any(row.get("confusion", {}).get("_type") == "image-file" for row in record.history)
+    assert record.job_type == "finetune"
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_killed_and_resumed_run_keeps_its_id(tmp_path):
     arguments = [*TINY_PRETRAIN, "task.epochs=60", "checkpoint.every_epochs=1", *OFFLINE, f"output_dir={run}"]
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not any(text.history for text in offline_runs(run)):  # the client writes a block of its file at a time
+    while not any(record.history for record in offline_runs(run)):  # the client writes a block of its file at a time
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     process.kill()
@@ -152,13 +152,11 @@ def test_everything_arrives_online_and_a_resumed_run_goes_on(service, tmp_path):
     run = tmp_path / "run"
     start = [*TINY_PRETRAIN, "wandb=online", "wandb.group=g", f"output_dir={run}"]
     assert run_cli(*start, env=service.environment()).returncode == 0
-    results = only(service)
-    assert results["config"]["task"]["value"]["mask_ratio"] == 0.75 and results["groupName"] == "g"
-    assert [row["loss"] for row in results["history"] if "loss" in row] == [
-        r["loss"] for r in lines(run) if "loss" in r
-    ]
-    assert "val_loss" in results["summary"] and results["exitcode"] == 0
-    assert any(name.startswith("media/images/reconstruction") for name in results["files"])
+    record = only(service)
+    assert record["config"]["task"]["value"]["mask_ratio"] == 0.75 and record["groupName"] == "g"
+    assert [row["loss"] for row in record["history"] if "loss" in row] == [r["loss"] for r in lines(run) if "loss" in r]
+    assert "val_loss" in record["summary"] and record["exitcode"] == 0
+    assert any(name.startswith("media/images/reconstruction") for name in record["files"])
     (run / "summary.json").unlink()
     assert run_cli(*start, env=service.environment()).returncode == 0
     assert len(service.runs) == 1 and only(service)["resumes"] >= 1
@@ -316,8 +314,8 @@ def test_a_damaged_id_is_read_from_the_client_s_folders_or_made_anew(tmp_path, d
 def test_a_run_whose_id_is_an_empty_file_is_recorded(tmp_path):
     (tmp_path / "wandb_id.txt").touch()
     assert run_here(tmp_path, *TINY_PRETRAIN, *OFFLINE, "task.max_steps=1") == 0
-    (text,) = offline_runs(tmp_path)
-    assert text.id == (tmp_path / "wandb_id.txt").read_text()
+    (record,) = offline_runs(tmp_path)
+    assert record.id == (tmp_path / "wandb_id.txt").read_text()
 
 
 def online(run: Path, timeout_s: float) -> Tracker:
