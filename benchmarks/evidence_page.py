@@ -1,11 +1,12 @@
 """The page of `benchmarks/evidence.py`, written from its JSON file alone."""
 
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence_plan import LABELS, MEMBERS, STARTS, TRIAL_EPOCHS
+from evidence_plan import LABELS, MEMBERS, SEEDS, STARTS, TABLE_SEEDS, TRIAL_EPOCHS
 
 from mae.report.intervals import interval
 from mae.report.paper_results import PUBLISHED
@@ -65,12 +66,20 @@ def write_evidence_page(page: Path, records: Records) -> None:
     lines = [*INTRODUCTION.format(json=page.with_suffix(".json").name).splitlines()]
     lines += ["", *([] if all(texts.values()) else [UNFINISHED, ""])]
     lines += ["| section | question | state |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {QUESTIONS[name]} | {'run' if text else '**not run yet**'} |" for name, text in texts.items()
-    ]
+    tuned = so_far(results, *(f"labels/{start}_5000_" for start in STARTS))
+    begun = {
+        "scratch": [*searches(results), *([""] if tuned else []), *tuned],
+        "labels": so_far(results, "labels/"),
+        "table1": so_far(results, "table1/"),
+    }
     for name, text in texts.items():
-        lines += ["", f"## {QUESTIONS[name]}", ""]
-        lines += text or [f"Not run yet: `python benchmarks/evidence.py DIR --only {name}`."]
+        state = "run" if text else "**in part**" if begun.get(name) else "**not run yet**"
+        lines.append(f"| {name} | {QUESTIONS[name]} | {state} |")
+    for name, text in texts.items():
+        command = f"`python benchmarks/evidence.py DIR --only {name}`"
+        first = begun.get(name, [])
+        rest = [*first, "", f"The rest is not run yet: {command}."] if first else [f"Not run yet: {command}."]
+        lines += ["", f"## {QUESTIONS[name]}", "", *(text or rest)]
     write_text(page, "\n".join(lines) + "\n")
 
 
@@ -91,22 +100,59 @@ def origin(results: Records, *prefixes: str) -> Lines:
 
 
 def scores(results: Records, prefix: str) -> list[float]:
-    """Top-1 of each seed."""
-    return [record["result"]["top1"] for name, record in results.items() if name.startswith(prefix)]
+    """Top-1 of each seed, in their order; a pre-training has none."""
+    chosen = [results[name]["result"] for name in sorted(results) if name.startswith(prefix)]
+    return [result["top1"] for result in chosen if "top1" in result]
 
 
 def starts_table(results: Records, prefix: str) -> Lines:
-    """Top-1 on the test images from both starts; empty unless both have run."""
+    """Top-1 on the test images from both starts; empty unless all seeds of both have run."""
     tops = {start: scores(results, prefix.format(start=start)) for start in STARTS}
-    if not all(tops.values()):
+    if any(len(top) < SEEDS for top in tops.values()):
         return []
     lines = ["| start | top-1 of each seed | mean |", "|---|---|---|"]
     lines += [f"| {TITLES[start]} | {each(top)} | {statistics.mean(top):.2f} |" for start, top in tops.items()]
     return lines + origin(results, *(prefix.format(start=start) for start in STARTS))
 
 
+def so_far(results: Records, *prefixes: str) -> Lines:
+    """What has run of a section that is not finished; empty where nothing has."""
+    tops: dict[str, list[float]] = {}
+    for name in sorted(results):
+        if name.startswith(prefixes) and (top := scores({name: results[name]}, name)):
+            tops.setdefault(re.sub(r"_seed_\d+", "", name), []).extend(top)
+    if not tops:
+        return []
+    rows = [f"| {name} | {each(values)} |" for name, values in tops.items()]
+    return ["| run | top-1 of each seed so far |", "|---|---|", *rows, *origin(results, *prefixes)]
+
+
 def each(values: list[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
+
+
+def searches(results: Records) -> Lines:
+    """The searches that have run; empty where none has."""
+    starts = [start for start in STARTS if f"search_{start}" in results]
+    if not starts:
+        return []
+    lines = [
+        f"Each start was searched with as many trials of {TRIAL_EPOCHS} epochs, on a tenth of the training images held "
+        "out. The first trial has the values tried by hand. Trials worse than the median are ended early.",
+        "",
+    ]
+    lines += [
+        "| start | trials | run to the end | best on held-out images | values | hours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for start in starts:
+        record = results[f"search_{start}"]
+        best, values = record["result"], " ".join(f"`{word}`" for word in record["result"]["overrides"])
+        lines.append(
+            f"| {TITLES[start]} | {best['trials']} | {best['finished']} | {best['top1']:.2f} | {values} | "
+            f"{record['seconds'] / 3600:.1f} |"
+        )
+    return lines
 
 
 def scratch(results: Records) -> Lines:
@@ -115,29 +161,13 @@ def scratch(results: Records) -> Lines:
     table = starts_table(results, prefix)
     if not table:
         return []
-    lines = [
-        f"Each start was searched with as many trials of {TRIAL_EPOCHS} epochs, on a tenth of the training images held "
-        "out. Trials worse than the median are ended early.",
-        "",
-    ]
-    lines += [
-        "| start | trials | run to the end | best on held-out images | values | hours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for start in STARTS:
-        record = results[f"search_{start}"]
-        best, values = record["result"], " ".join(f"`{word}`" for word in record["result"]["overrides"])
-        lines.append(
-            f"| {TITLES[start]} | {best['trials']} | {best['finished']} | {best['top1']:.2f} | {values} | "
-            f"{record['seconds'] / 3600:.1f} |"
-        )
     means = {name: statistics.mean(scores(results, name)) for name in (prefix.format(start=start) for start in STARTS)}
     mae, tuned = means.values()
     by_hand = scores(results, "untuned/scratch_seed_")
     best_scratch = max(tuned, statistics.mean(by_hand)) if by_hand else tuned
     gain = f"Pre-training gains {mae - best_scratch:.1f} points over the better mean from scratch, tuned or by hand."
     return [
-        *lines,
+        *searches(results),
         "",
         "With these values, trained on 5,000 labels and measured on the test images:",
         "",
@@ -151,7 +181,7 @@ def labels(results: Records, figure: Path) -> Lines:
     """Top-1 against the number of labels, as a table and a figure."""
     counts = [10 * (count or 5000) for count in LABELS]
     tops = {(start, n): scores(results, f"labels/{start}_{n}_seed_") for start in STARTS for n in counts}
-    if not all(tops.values()):
+    if any(len(top) < SEEDS for top in tops.values()):
         return []
     draw_labels(counts, tops, figure)
     lines = [f"![Top-1 against the number of labels]({figure.name})", ""]
@@ -211,7 +241,7 @@ def table1(results: Records) -> Lines:
         for member in MEMBERS
         for stage in STAGES
     }  # fmt: skip
-    if not all(tops.values()):
+    if any(len(top) < TABLE_SEEDS for top in tops.values()):
         return []
     lines = ["A finding shows where both seeds differ from the default as the paper's ViT-L does on ImageNet.", ""]
     lines += ["| member | " + " | ".join(f"{title} | the paper's | finding" for title in STAGES.values()) + " |"]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRIALS, TRIAL_EPOCHS = 12, 10  # of each search; half the epochs of the runs that it is for
+TRIALS, TRIAL_EPOCHS = 8, 6  # of each search; a third of the epochs of the runs that it is for
 SEEDS, TABLE_SEEDS = 3, 2
 STARTS = ("mae", "scratch")
-# labels of a class -> epochs: 500 labels take half the steps of 5,000, and 50,000 four times as many
-LABELS = {50: 100, 500: 20, None: 8}
+# labels of a class -> epochs: 500 labels take a third of the steps of 5,000, and 50,000 half as many again
+LABELS = {50: 60, 500: 20, None: 3}
 SEARCHED = (
     "optimizer.base_lr=tag(log,interval(5e-4,2e-2))",
     "optimizer.weight_decay=tag(log,interval(0.01,0.3))",
@@ -20,6 +20,12 @@ SEARCHED = (
     "task.label_smoothing=choice(0.0,0.1)",
     "augmentation=pretrain,finetune",
 )
+# start -> the values of its first trial, which were tried by hand
+FIRST = {
+    "mae": "optimizer.base_lr=8e-3 optimizer.layer_decay=0.85",
+    "scratch": "optimizer.base_lr=2.4e-3 optimizer.layer_decay=1.0",
+}
+FIRST_OF_BOTH = "optimizer.weight_decay=0.05 task.drop_path=0.0 task.label_smoothing=0.1 augmentation=pretrain"
 # rates of probes, of which the best on the test images counts
 PROBE_RATES = "task.learning_rates=[0.1,0.3,1.0,3.0,10.0,30.0,100.0]"
 TINY_NETWORK = ("model.embed_dim=96", "model.depth=1")
@@ -38,7 +44,7 @@ MEMBERS = {
     "mask_ratio_0.5": (PLAIN, "task.mask_ratio=0.5"),
     "mask_ratio_0.9": (PLAIN, "task.mask_ratio=0.9"),
 }
-TABLE_EPOCHS, TABLE_TUNING_EPOCHS = 5, 10
+TABLE_EPOCHS, TABLE_TUNING_EPOCHS = 4, 5
 DECODERS = ("cross, predict_ratio 0.75", "cross, predict_ratio 0.25")  # rows of benchmarks/decoders.py
 
 
@@ -95,7 +101,7 @@ class Plan:
     def search(self, start: str) -> Job:
         """A search on a tenth of the training images, held out: no test image chooses a value."""
         network = self.network("cifar10_finetune", TRIAL_EPOCHS)
-        held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=3")
+        held_out = ("data.root=DIR/train", "data.val_fraction=0.1", "task.eval_every_epochs=2")
         fixed = [word for word in network if not word.startswith(("data.root=", "task.eval_every_epochs="))]
         trials = f"--trials={2 if self.tiny else TRIALS}"
         pretraining = self.start(start)
@@ -104,6 +110,8 @@ class Plan:
             "mae.search",
             f"RUNS/search_{start}",
             trials,
+            "--first",
+            f"{FIRST[start]} {FIRST_OF_BOTH}",
             *fixed,
             *held_out,
             *initial(pretraining),

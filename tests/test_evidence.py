@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from mae.config.check import check_config, resolve
 from mae.config.compose import composed
 from mae.config.from_run import with_groups, with_run_values
-from mae.tools.search import first_values, spaces
+from mae.tools.search import first_trial, spaces
 
 sys.path.append(str(ROOT / "benchmarks"))
 from evidence import Runner, with_paths  # noqa: E402
@@ -43,8 +43,9 @@ def check_job(job: Job, paths: Mapping[str, Path]) -> dict[str, Any]:
     words = [with_paths(word, paths) for word in job.words]
     if job.searches:
         assert words[2:4] == [str(paths["RUNS"] / job.name), f"--trials={TRIALS}"]
-        searched, fixed = spaces(words[4:])
-        first = list(first_values(searched))
+        searched, fixed = spaces(words[6:])
+        assert words[4] == "--first" and first_trial(words[5], searched).keys() == searched.keys()
+        first = words[5].split()
         compose_run([*fixed, *first], paths["RUNS"] / job.name)
         return {"overrides": first}
     assert (ROOT / words[0]).is_file()
@@ -73,7 +74,9 @@ def test_every_command_of_every_section_composes_and_passes_the_checks(tmp_path)
 
 def test_the_searches_have_the_same_budget_and_no_test_image():
     mae, scratch = (Plan({}).search(start) for start in ("mae", "scratch"))
-    assert set(mae.words) ^ set(scratch.words) == {"RUNS/search_mae", "RUNS/search_scratch", "init=RUNS/pretrain"}
+    first = {job.words[job.words.index("--first") + 1] for job in (mae, scratch)}
+    differing = {"RUNS/search_mae", "RUNS/search_scratch", "init=RUNS/pretrain"} | first
+    assert len(first) == 2 and set(mae.words) ^ set(scratch.words) == differing
     assert {"data.root=DIR/train", "data.val_fraction=0.1"} < set(mae.words)
 
 
@@ -145,6 +148,7 @@ def test_the_page_of_records_of_all_sections(tmp_path):
     results["probes/knn"] = {"knn": {"10": 30.0, "20": 35.0}, "val_images": 10000}
     for number, member in enumerate(MEMBERS):
         for seed in range(2):
+            results[f"table1/{member}_seed_{seed}/pretrain"] = {"val_loss": 0.5}
             results[f"table1/{member}_seed_{seed}/finetune"] = {"top1": 60.0 - number}
             results[f"table1/{member}_seed_{seed}/linear"] = {"top1": 30.0 + number * (1 - 2 * seed)}
     results["speed"] = {"rows": [{"name": "cross: step, s", "ours": 1.0, "peer": 2.0, "ratio": 2.0}]}
@@ -160,6 +164,27 @@ def test_the_page_of_records_of_all_sections(tmp_path):
     )
     assert "| pixels_normalised | 56.00 56.00 | 85.4 (default 84.9) | reversed |" in text
     assert "| hog | 54.00 54.00 | – | – |" in text and "Commit abc, on a laptop." in text
+
+
+def test_the_page_of_sections_that_have_begun_shows_what_has_run(tmp_path):
+    about = {"command": "python run.py", "commit": "abc", "seed": 0, "machine": "a laptop", "seconds": 3600.0}
+    search = {"overrides": ["task.drop_path=0.1"], "trials": 16, "finished": 9, "top1": 70.0}
+    results: dict[str, dict[str, Any]] = {"search_mae": search, "table1/default_seed_0/pretrain": {"val_loss": 0.5}}
+    results |= {
+        f"labels/scratch_{labels}_seed_{seed}": {"top1": 40.0 + seed} for labels in (500, 5000) for seed in range(2)
+    }
+    results |= {f"table1/default_seed_{seed}/linear": {"top1": 30.0 + seed} for seed in range(2)}
+    results["table1/block_seed_0/linear"] = {"top1": 29.0}
+    write_evidence_page(tmp_path / "page.md", {name: about | {"result": result} for name, result in results.items()})
+    text = (tmp_path / "page.md").read_text()
+    questions = ("with the same budget?", "number of labels?", "show at this scale?")
+    assert all(f"{question} | **in part** |" in text for question in questions)
+    assert "checkpoint? | **not run yet** |" in text
+    assert "| 16 | 9 | 70.00 | `task.drop_path=0.1` | 1.0 |" in text and text.count("The rest is not run yet: `") == 3
+    assert text.count("| labels/scratch_5000 | 40.00 41.00 |") == 2  # of both sections
+    assert text.count("| labels/scratch_500 | 40.00 41.00 |") == 1
+    assert "| table1/block/linear | 29.00 |" in text and "| table1/default/linear | 30.00 31.00 |" in text
+    assert not (tmp_path / "page_labels.png").exists()
 
 
 @pytest.mark.slow
