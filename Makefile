@@ -16,8 +16,8 @@ fast:  ## what needs no cluster, no browser and no server: a minute
 	pytest tests/test_architecture.py tests/test_config.py tests/test_optim.py tests/test_models.py tests/test_layers.py
 
 slow:  ## longer proofs
-	pytest -m slow -n 2 --dist worksteal --ignore tests/test_slurm_cluster.py --ignore tests/test_cli.py
-	pytest -m slow tests/test_slurm_cluster.py tests/test_cli.py
+	pytest -m slow -n 2 --dist worksteal --ignore tests/test_cli.py
+	pytest -m slow tests/test_cli.py
 
 bench:  ## ours and peers in turns; PHOTOS is a folder of JPEGs
 	python benchmarks/all.py $(PHOTOS) --json scoreboard.json
