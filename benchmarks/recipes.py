@@ -23,12 +23,12 @@ RECIPES = {
 }
 
 
-def hours(overrides: list[str], rate: float) -> tuple[float, float, float]:
-    """(epochs, GFLOPs of an image in training, hours on eight devices of `rate` each)."""
+def work_of(overrides: list[str]) -> tuple[float, float, float]:
+    """(epochs, operations of an image in training, operations of the run)."""
     cfg = check_config(resolve(compose("config", [*overrides, "data=imagenet", "dry_run=true"])))
     plan = dry_run.plan_of(cfg)
     _, work = dry_run.operations(cfg, dry_run.model_on_meta(cfg))
-    return plan.steps / plan.steps_per_epoch, work / 1e9, plan.images_seen(plan.steps) * work / (8 * rate) / 3600
+    return plan.steps / plan.steps_per_epoch, work, plan.images_seen(plan.steps) * work
 
 
 def main() -> None:
@@ -46,9 +46,10 @@ def main() -> None:
     print(f"|---|---|---|{'---|' * len(heads)}")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for name, overrides in RECIPES.items():
-            found = [hours(overrides, peak * part) for peak in PEAK.values() for part in UTILISATION]
-            times = " | ".join(f"{h:.1f}" for _, _, h in found)
-            print(f"| {name} | {found[0][0]:g} | {found[0][1]:.1f} | {times} |")
+            epochs, of_image, of_run = work_of(overrides)
+            rates = [8 * peak * part for peak in PEAK.values() for part in UTILISATION]
+            times = " | ".join(f"{of_run / rate / 3600:.1f}" for rate in rates)
+            print(f"| {name} | {epochs:g} | {of_image / 1e9:.1f} | {times} |")
 
 
 if __name__ == "__main__":

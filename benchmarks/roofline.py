@@ -6,6 +6,7 @@ prints the tables of docs/gpu.md. Operations of products are counted on the meta
 them are those that each pass over the tokens reads and writes, per token and channel of a block; see `PASSES`.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def cumulative() -> dict[str, Assumptions]:
     return rows
 
 
+@functools.cache  # of a model on each card, after each change
+def operations(model: MaskedAutoencoder) -> int:
+    """Of products in a forward pass of one image."""
+    return forward_flops(model, MASK_RATIO).total
+
+
 def seconds(model: MaskedAutoencoder, card: Card, images: int, a: Assumptions) -> tuple[float, float, float]:
     """Seconds of a step in (products and attention, passes over the tokens in blocks, all else)."""
     visible, tokens = 1 + int(model.num_patches * (1 - MASK_RATIO)), 1 + model.num_patches
@@ -79,7 +86,7 @@ def seconds(model: MaskedAutoencoder, card: Card, images: int, a: Assumptions) -
     encoder, decoder = len(model.blocks), len(model.get_submodule("decoder_blocks")._modules)
     scores = 4 * (encoder * visible**2 * width + decoder * tokens**2 * narrow)  # operations of attention, forward
     attention = 3.5 * scores * images / (a.attention * card.tflops * 1e12)  # backward computes the scores again
-    products = 3 * (forward_flops(model, MASK_RATIO).total - scores) * images / (a.products * card.tflops * 1e12)
+    products = 3 * (operations(model) - scores) * images / (a.products * card.tflops * 1e12)
     rate = BANDWIDTH * card.terabytes_s * 1e12
     values = images * (encoder * visible * width + decoder * tokens * narrow)
     outside = EMBEDDINGS * images * (visible * width + tokens * narrow) + PIXELS * images * 3 * 224 * 224
@@ -89,7 +96,7 @@ def seconds(model: MaskedAutoencoder, card: Card, images: int, a: Assumptions) -
 
 
 def mfu(model: MaskedAutoencoder, card: Card, images_s: float) -> float:
-    return 3 * forward_flops(model, MASK_RATIO).total * images_s / (card.tflops * 1e12)
+    return 3 * operations(model) * images_s / (card.tflops * 1e12)
 
 
 def on_meta(name: str) -> MaskedAutoencoder:

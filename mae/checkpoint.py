@@ -176,13 +176,13 @@ class Checkpoints:
     ) -> None:
         """Copies the state aside and writes it in the background; `best` lets `checkpoints/best` point there.
 
-        The manifest holds `facts` beside its own. Raises the error of an earlier write.
+        The manifest says so, and holds `facts` beside its own. Raises the error of an earlier write.
         """
         self.wait()
         self.saved_at, self._told_late = time.monotonic(), False
         staged = {name: self._stage(f"weights/{name}", tensor) for name, tensor in weights.items()}
         rest = self._stage_tree("trainer", trainer)
-        about = {"step": step, "epoch": epoch, "saved": time.time(), **(facts or {})}
+        about = {"step": step, "epoch": epoch, "saved": time.time(), **(facts or {})} | ({BEST: True} if best else {})
         self._thread = threading.Thread(target=self._write, args=(step, staged, rest, about, best), daemon=False)
         self._thread.start()
 

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from mae.config import from_run, sweep_members, sweep_names  # noqa: E402
 from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import CONF, chosen_groups, register_resolvers  # noqa: E402
-from mae.config.overrides import by_key, key_of  # noqa: E402
+from mae.config.overrides import by_key  # noqa: E402
+from mae.config.unused import refuse_unused  # noqa: E402
 from mae.errors import DEBUG, UserError  # noqa: E402
 from mae.launch import errors, launch  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
@@ -78,16 +79,20 @@ def run(cfg: DictConfig) -> int:
         plugin.join()
     here = HydraConfig.get()
     cfg, overrides = sweep_members.with_member(cfg, here.overrides.task)
-    overrides = [override for override in overrides if key_of(override) != from_run.MARK]
     cfg = from_run.with_run_values(cfg, overrides)
+    overrides = from_run.without_taken(overrides)
     if here.mode == RunMode.MULTIRUN and not cfg.output_dir:
         OmegaConf.update(cfg, "output_dir", os.path.join(here.sweep.dir, here.sweep.subdir))
+    typed = list(overrides)
     overrides += from_run.own_names(cfg, without_typed(here.runtime.choices, overrides))
+    goes_on = bool(cfg.replay or cfg.resume)
     if cfg.replay:
         cfg, overrides = from_run.replayed(cfg, overrides)
     elif cfg.resume:
         cfg, overrides = from_run.resumed(cfg, overrides)
     checked = check_config(resolve(cfg))
+    if not goes_on:  # a run of an earlier version that names what does nothing goes on
+        refuse_unused(checked, typed)
     if checked.dry_run:
         from mae.tools import dry_run
 

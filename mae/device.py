@@ -121,6 +121,16 @@ def number_format(precision: str, device: torch.device) -> torch.dtype:
     return FORMATS[precision]
 
 
+def weight_format(dtype: torch.dtype) -> torch.dtype | None:
+    """What weights are converted to for arithmetic in a number format: float64 for float64, nothing for others."""
+    return torch.float64 if dtype is torch.float64 else None
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 where it is in that."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
 def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Mixed precision for the two half formats; no effect for the others."""
     if dtype in (torch.bfloat16, torch.float16):

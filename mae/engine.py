@@ -18,6 +18,7 @@ from mae.data.workers import naming_killed_workers
 from mae.distributed.ranks import Ranks, start
 from mae.distributed.rendezvous import lost_peer
 from mae.distributed.signals import Interruption
+from mae.errors import Diverged
 from mae.instability.record import record_bad_step
 from mae.instability.replay import replay
 from mae.instability.words import hint
@@ -34,7 +35,6 @@ from mae.runs.summary import Summary
 from mae.step import accumulate, take_step
 from mae.tasks import registry
 from mae.tasks.base import training_summary
-from mae.tasks.linprobe_cached import probe_features
 from mae.tracking import norms
 from mae.tracking.base import Tracker
 from mae.tracking.build import build_trackers
@@ -46,10 +46,6 @@ log = logging.getLogger(__name__)
 
 class Interrupted(Exception):
     """The run was asked to stop, has saved a checkpoint, and can go on from it."""
-
-
-class Diverged(Exception):
-    """Too many non-finite steps in a row, or a validation loss at the end that is not finite."""
 
 
 def train(
@@ -152,6 +148,8 @@ def run_task(run: Path, cfg: DictConfig, ranks: Ranks, tracker: Tracker) -> Summ
     """Any task from start to summary."""
     with naming_killed_workers(), device.explaining_memory(ranks.device, memory_advice(cfg, ranks.world)):
         if cfg.task.get("cached_features"):
+            from mae.tasks.linprobe_cached import probe_features  # imports matplotlib, which other runs start without
+
             return call(probe_features, cfg.task, run, cfg, ranks, tracker)
         if registry.TASKS[cfg.task.name].trains:
             return run_training(run, cfg, ranks, tracker)

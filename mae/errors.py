@@ -18,6 +18,10 @@ class UserError(ValueError):
     """
 
 
+class Diverged(Exception):
+    """Too many non-finite steps in a row, or a validation loss at the end that is not finite."""
+
+
 def error_name(error: BaseException) -> str:
     """`TypeError: text`; the name of UserError for each class that derives from it."""
     return f"{'UserError' if isinstance(error, UserError) else type(error).__name__}: {error}"

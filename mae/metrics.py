@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae.device import exact
+
 if TYPE_CHECKING:
     from mae.distributed.ranks import Ranks
 
@@ -87,9 +89,9 @@ class Collector:
         if not together:
             return None
         columns = [np.concatenate(column) for column in zip(*together, strict=True)]
-        _, first = np.unique(columns[0], return_index=True)  # ordered by index; stand-ins of bad images once
+        order = np.argsort(columns[0])
         names = (field.name for field in fields(Results))
-        columns = [c[first].astype(np.float64 if c.dtype == np.float32 else np.int64) for c in columns]
+        columns = [c[order].astype(np.float64 if c.dtype == np.float32 else np.int64) for c in columns]
         return Results(**dict(zip(names, columns, strict=True)))
 
 
@@ -136,7 +138,7 @@ class PixelCounter:
         cells = torch.where(counted, label * self.classes + logits.argmax(1), self.classes**2)
         self.counts = self.counts + torch.bincount(cells.flatten(), minlength=self.classes**2 + 1)[:-1]
         losses = F.cross_entropy(logits.float(), torch.where(counted, label, -100), ignore_index=-100, reduction="none")
-        self.loss = self.loss + losses.sum(dtype=torch.float64)
+        self.loss = self.loss + losses.to(exact(losses.device)).sum(dtype=torch.float64)
 
     def results(self, ranks: "Ranks") -> PixelResults | None:
         """The results of all ranks on every rank, or None where no pixel was counted."""

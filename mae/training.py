@@ -29,9 +29,10 @@ from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
 from mae.progress import Progress
-from mae.runs.checkpoints import newest_valid
-from mae.tasks.base import Autocast, TrainedTask, build_task
-from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, whole_loader
+from mae.runs.checkpoints import newest_valid, repair_best
+from mae.tasks.base import Autocast, TrainedTask, build_task, check_exemptions
+from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, sent, whole_loader
+from mae.tasks.labels import refuse_other_classes
 from mae.tracking.base import Tracker
 from mae.weights.parts import drop_class_token
 
@@ -90,7 +91,7 @@ class Training:
         """Metrics of the validation set, logged together with pictures."""
         with fsdp.whole(self.model), self.ranks.unwatched():
             position = self.position()
-            batches = map(device.Sender(self.ranks.device), self.val_loader)
+            batches = sent(self.val_loader, self.ranks)
             metrics = self.task.evaluate(batches, self.ranks, self.autocast)
             metrics |= self.task.monitor(position["epoch"], self.ranks, self.autocast)
             self.best_unsaved = self.task.is_best(metrics)
@@ -119,7 +120,7 @@ class Training:
                     "images": self.images,
                     "config": OmegaConf.to_yaml(self.cfg),
                 }
-                facts = self.task.weights_facts()
+                facts = self.task.manifest_facts(self.run)
                 self.saver.save(self.progress.step, self.epoch, weights, trainer, self.best_unsaved, facts)
             self.best_unsaved = False
 
@@ -134,10 +135,12 @@ class Training:
         if self.ranks.rank < len(trainer["random"]):
             checkpoint.set_random_state(trainer["random"][self.ranks.rank])
         log.info("goes on from %s", path)
-        if trainer.get("images", self.images) != self.images:
+        if self.ranks.main and self.cfg.replay is None:
+            repair_best(self.run, path)
+        if not self.images.startswith(trainer.get("images", "")):
             log.warning(
-                "the training images are not those that the run began with (%s then, %s now): it goes on in another "
-                "order, and not to the same bits",
+                "the training images are not those that the run began with (%s then, %s now): it goes on with them, "
+                "and not to the same bits",
                 trainer["images"], self.images,
             )  # fmt: skip
             self.tracker.event("the training images have changed", self.progress.step)
@@ -189,9 +192,11 @@ def set_up(
     restored = newest_valid(run)
     task = initial_task(cfg, ranks, train_set, val_set, restored, dtype)
     if restored is None:
+        check_exemptions(task.model, cfg.optimizer.no_decay)
         task.estimate(train_set, ranks)
     if ranks.world > 1:  # a digest of large weights takes seconds
         assert_same(ranks, checkpoint.weights_digest(fsdp.unsharded(task.model.state_dict())), "weights")
+    task.check_ranks(ranks)
     micro = prepare_model(run, cfg, ranks, task, partial(device.autocast, dtype, ranks.device))
     loader, plan = load_training(run, cfg, ranks, train_set, task, micro)
     images = fingerprint(loader.source)
@@ -243,6 +248,7 @@ def initial_task(
         if restored is None:
             task.load_init()
         else:
+            refuse_other_classes(cfg.data.root, restored, task.classes)
             restore_weights(restored, task.model)
     task.train()  # a task may leave frozen modules in evaluation mode
     if ranks.sharded:

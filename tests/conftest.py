@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: several test processes share few cores
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from mae import cli  # noqa: E402
 from mae.config.check import check_config, resolve
 from mae.config.sweep_members import with_member  # noqa: E402
 from mae.launch import launch  # noqa: E402
+from mae.launch.sweep import SweepOfCommand  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from mae.data.source import Arrays, Source
 
 Kind = TypeVar("Kind")
+# An example may take as long as a busy machine makes it
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
 
 # A model and a run so small that a step takes milliseconds, in float32 so that sums are comparable
@@ -69,6 +75,22 @@ def run_cli(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None
         capture_output=True,
         timeout=240,
     )
+
+
+def exit_code(start: Callable[[], object]) -> int:
+    """The exit code of a program's function, returned or raised."""
+    try:
+        code = start()
+    except SystemExit as error:
+        code = error.code
+    return code if isinstance(code, int) else 1 if isinstance(code, str) else 0
+
+
+def run_main(words: list[str], monkeypatch, main: Callable[[], int]) -> int:
+    """The program's own function in this process; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    monkeypatch.setattr(cli, "SWEEP", SweepOfCommand())
+    return exit_code(main)
 
 
 @pytest.fixture(autouse=True)

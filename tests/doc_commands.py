@@ -160,8 +160,8 @@ def small_overrides(words: list[str], cfg: DictConfig) -> list[str]:
     values = dict(SMALL)
     if not any(word.startswith("launcher.processes=") for word in words):
         del values["launcher.processes"]
-    if cfg.data.name != "imagenet":
-        del values["data.num_classes"]
+    if not (cfg.data.root and cfg.data.num_classes):
+        del values["data.num_classes"]  # else the classes of the workspace's folders count, not the data's own
     if any(word.startswith("target.teacher=") for word in words):
         values["data.img_size"] = 16  # as the teacher's
     if cfg.data.root:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import PathDistribution
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mae.data.dataset import Reader
 from mae.data.prepare import flipped
 from mae.data.sampler import Batches, Sampler, Ticket
 from mae.data.source import Arrays
-from mae.data.sources.torchvision import digits
+from mae.data.sources.torchvision import digits, read_digits
 from mae.data.subsets import Subset, reduced, split_indices
 
 # three workers on two cores is what is tested
@@ -80,7 +81,7 @@ SIZES = {
 
 
 @given(**SIZES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_image_once_and_weights_sum(count, micro, accumulation, world, epoch, seed):
     batch = micro * accumulation * world
     ranks = [Sampler(count, Batches(batch, micro, seed, r, world)) for r in range(world)]
@@ -100,7 +101,7 @@ def test_each_image_once_and_weights_sum(count, micro, accumulation, world, epoc
 
 
 @given(**SIZES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_step_holds_the_same_images_on_any_number_of_ranks(count, micro, accumulation, world, epoch, seed):
     batch = micro * accumulation * world
     one = Sampler(count, Batches(batch, micro, seed))
@@ -112,7 +113,7 @@ def test_a_step_holds_the_same_images_on_any_number_of_ranks(count, micro, accum
 
 
 @given(seed=st.integers(0, 2**32 - 1), repeats=st.integers(2, 4), steps=st.integers(1, 5), rest=st.integers(0, 7))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_repeats_go_through_all_images_in_as_many_epochs(seed, repeats, steps, rest):
     batch = 4 * repeats
     sampler = Sampler(batch * steps + rest % batch, Batches(batch, batch, seed, repeats=repeats))
@@ -301,6 +302,18 @@ def test_evaluation_repeats_itself(source):
 # ---------------------------------------------------------------- subsets and splits
 
 
+@pytest.mark.parametrize("file", ["sklearn/datasets/data/digits.csv.gz", "moved.csv.gz"])
+def test_digits_are_those_of_scikit_learn(file, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    locate = PathDistribution.locate_file
+    monkeypatch.setattr(PathDistribution, "locate_file", lambda package, path: locate(package, file))
+    images, classes = read_digits()
+    expected, labels = load_digits(return_X_y=True)
+    assert images.shape == (1797, 8, 8) and (images.reshape(1797, 64) == np.asarray(expected)).all()
+    assert classes.dtype == np.int64 and (classes == np.asarray(labels)).all()
+
+
 def test_digits_are_split_by_class_without_overlap():
     parts = [digits(split, in_chans=1, val_fraction=0.2) for split in ("train", "val")]
     assert len(parts[0]) + len(parts[1]) == 1797
@@ -313,7 +326,7 @@ def test_digits_are_split_by_class_without_overlap():
 
 
 @given(count=st.integers(2, 300), fraction=st.floats(0.01, 0.99), classes=st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_split_parts_are_complements(count, fraction, classes):
     for labels in (None, np.arange(count) % classes):
         train, val = (split_indices(labels, count, fraction, s) for s in ("train", "val"))
@@ -379,7 +392,7 @@ def augmentations():
 
 @given(height=st.integers(12, 90), width=st.integers(18, 90), index=st.integers(0, 10**6))
 @pytest.mark.parametrize("name", augmentations())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_map_stays_aligned_with_its_image(name, height, width, index):
     transform, source = augmentations()[name], Mapped((height, width))
     key = rng.keys(0, 0, np.array([index]))

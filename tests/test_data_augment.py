@@ -71,7 +71,7 @@ def test_numbers_are_uniform_and_uncorrelated():
     low=st.floats(0.01, 1.0),
     index=st.integers(0, 10**6),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_crop_boxes_lie_inside(height, width, low, index):
     top, left, h, w = crops.crop_box(height, width, (low, 1.0), (0.75, 4 / 3), draw(index).numbers)
     assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0

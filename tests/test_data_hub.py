@@ -14,7 +14,7 @@ from conftest import TINY, labels_of, make_loader, make_source, of_type, run_her
 from PIL import Image
 
 from mae.data import flat, pack, remote
-from mae.data.source import BadImage, Source
+from mae.data.source import BadImage, Source, fingerprint
 from mae.data.sources import huggingface, parquet_files
 from mae.data.sources.huggingface import hf
 from mae.data.sources.row_groups import RowGroups
@@ -318,6 +318,34 @@ def test_a_stream_reads_the_subset_alone(stream, tmp_path):
     assert counts == [3, 4, 7]
     with pytest.raises(ValueError, match=r"split train in a folder de \(data.subset\): train/"):
         streamed(tmp_path / "set", tmp_path, subset="de")
+
+
+def test_a_file_is_of_one_split_as_datasets_reads_it(stream, tmp_path):
+    names = ("train/train-0.parquet", "validation/train-0.parquet", "validation/part-train-1.parquet")
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stream / "data" / "train-00000-of-00007.parquet", tmp_path / "set" / name)
+    for split, folder in (("train", "train"), ("val", "validation")):
+        source = of_type(RowGroups, streamed(tmp_path / "set", tmp_path, split, val_split="validation"))
+        expected = sorted(name for name in names if name.startswith(folder))
+        assert source.names == expected
+        rows = opened(tmp_path / "set", split, val_split="validation")
+        assert len(rows) == len(source) == len(expected) * len(source) // len(source.names)
+
+
+def test_a_fingerprint_tells_images_of_the_same_names_apart_and_stays_where_they_move(made, tmp_path):
+    shutil.copytree(made / "parquet", tmp_path / "moved")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (9, 12, 3), np.uint8)) for k in range(10)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [k % 2 for k in range(10)]}, features=features)
+    (tmp_path / "other").mkdir()
+    rows.to_parquet(str(tmp_path / "other" / "train-00000-of-00001.parquet"))
+    for streaming in (False, True):
+        roots = made / "parquet", tmp_path / "moved", tmp_path / "other"
+        sources = [opened(root, cache_dir=str(tmp_path), streaming=streaming, val_split=None) for root in roots]
+        first, moved, other = map(fingerprint, sources)
+        assert first == moved and [source.root for source in sources] == [str(root.resolve()) for root in roots]
+        assert first != other and first.rpartition(", ")[0] == other.rpartition(", ")[0]
 
 
 def test_what_is_remembered_of_a_remote_file_hangs_on_its_version(tmp_path):

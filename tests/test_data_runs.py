@@ -69,6 +69,41 @@ def test_a_run_with_three_percent_bad_files_goes_on_and_reports_each_once(spoilt
     assert "goes on from" in (tmp_path / "log.txt").read_text() and rows(tmp_path) == first
 
 
+@pytest.mark.parametrize("task", ["knn", "linprobe"])
+def test_neighbours_and_cached_features_leave_out_bad_images_and_list_them(task, tmp_path):
+    for split, count in (("train", 33), ("val", 6)):
+        for k in range(count):
+            (tmp_path / "data" / split / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+            photo((24 + k, 20)).save(tmp_path / "data" / split / "ab"[k % 2] / f"{k:02}.jpg")
+    (tmp_path / "data" / "train" / "a" / "00.jpg").write_bytes(b"damaged")
+    command = [*on_spoilt(tmp_path / "data"), "data.max_bad_fraction=0.05"]
+    assert run_here(tmp_path / "run", *PRETRAIN, *command, "task.batch_size=16", "task.max_steps=1") == 0
+    command += [*SMALL, f"init={tmp_path / 'run'}", f"task={task}", "task.batch_size=16"]
+    cached = ["task.cached_features=true", "task.batch_size=11", "task.epochs=3", "task.warmup_epochs=0"]
+    command += ["task.k=[5]"] if task == "knn" else cached
+    assert run_here(tmp_path / task, *command) == 0
+    assert [(row["part"], row["name"]) for row in rows(tmp_path / task)] == [("train", "a/00.jpg")]
+    assert task == "knn" or summary(tmp_path / task)["steps"] == 6  # of 32 images, not of 33
+
+
+def test_the_loss_of_validation_leaves_out_bad_images_and_those_that_stand_in_for_them(tmp_path):
+    losses = []
+    for name in ("whole", "spoilt"):
+        root = tmp_path / name
+        for part, count in (("train", 16), ("val", 5)):
+            (root / part).mkdir(parents=True)
+            for k in range(count):
+                photo((24 + k, 20)).save(root / part / f"good_{k:03}.png")
+        if name == "spoilt":
+            (root / "val" / "last.png").write_bytes(b"")
+            (root / "val" / "later.png").write_bytes(b"")
+        run = tmp_path / f"run_{name}"
+        command = [*PRETRAIN, *on_spoilt(root), "data.max_bad_fraction=0.5", "task.batch_size=4", "task.max_steps=1"]
+        assert run_here(run, *command, "task.rankme=9") == 0
+        losses.append(summary(run)["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_the_default_stops_and_names_the_first(spoilt, tmp_path):
     ended = run_cli(*PRETRAIN, *on_spoilt(spoilt), f"output_dir={tmp_path / 'run'}")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr

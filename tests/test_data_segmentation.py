@@ -1,5 +1,8 @@
 """Images with maps of classes: where they come from, what is wrong with them, and how both are cropped."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +171,14 @@ def spoil(root, fault: str) -> dict:
         return {"num_classes": 256}
     elif fault == "names":
         (root / "classes.txt").write_text("sky\nroad\n")
+    elif fault == "latin":
+        (root / "classes.txt").write_text("straße\nsky\nsea\n", encoding="latin-1")
+    elif fault == "twice":
+        (root / "classes.txt").write_text("sky\nsea\nsky\n")
+    elif fault == "images of one name":
+        Image.new("RGB", (16, 12)).save(root / "images" / "train" / "b.jpg")
+    elif fault == "maps of one name":
+        (root / "masks" / "train" / "b.PNG").write_bytes(b"")
     return {}
 
 
@@ -180,6 +191,18 @@ def spoil(root, fault: str) -> dict:
         ("no count", "data.num_classes is not set, and data.root={root} has no classes.txt"),
         ("many", "data.num_classes=256: maps of 8 bits hold 255 classes at most."),
         ("names", "data.num_classes=3, but {root}/classes.txt names 2 classes: correct one of them."),
+        ("latin", "{root}/classes.txt is not UTF-8 (invalid continuation byte): save it as such."),
+        ("twice", "{root}/classes.txt names the class sky twice: each line must be another class."),
+        (
+            "images of one name",
+            "data.root: {root}/images/train/b.jpg and b.png have one name but for their endings, by which images and "
+            "maps are paired. Remove one, or choose by data.image_suffix, as .jpg.",
+        ),
+        (
+            "maps of one name",
+            "data.root: {root}/masks/train/b.PNG and b.png have one name but for their endings, by which images and "
+            "maps are paired. Remove one.",
+        ),
     ],
 )
 def test_faults_of_folders_are_said_in_a_sentence(root, fault, sentence):
@@ -187,6 +210,26 @@ def test_faults_of_folders_are_said_in_a_sentence(root, fault, sentence):
     with pytest.raises(UserError) as caught:
         folder(root, **changes)
     assert sentence.format(root=root) in str(caught.value)
+
+
+def test_linked_folders_and_files_are_read_and_one_that_cannot_be_read_is_said(root, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for kind in ("images", "masks"):
+        (root / kind / "train" / "a").rename(elsewhere / kind)
+        (root / kind / "train" / "a").symlink_to(elsewhere / kind)
+        (root / kind / "train" / "again").symlink_to(root / kind / "train")  # back to a parent
+    assert [folder(root).name(index) for index in range(2)] == ["images/train/a/1.jpg", "images/train/b.png"]
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read all folders
+    with pytest.raises(UserError) as caught:
+        folder(root)
+    assert str(caught.value) == f"data.root: the folder {root}/images/train/a cannot be read: Permission denied."
 
 
 def test_a_value_past_the_classes_ends_the_run(root):

@@ -101,7 +101,7 @@ def made_up(counts):
     world=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_image_once_over_ranks(counts, lanes, window, world, seed):
     source = made_up(counts)(lanes, window)
     seen = []
@@ -557,11 +557,11 @@ def test_members_that_are_no_images_are_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_twenty_thousand_images_over_ranks_and_workers(tmp_path):
-    pixels = torch.arange(20_000)[:, None, None, None] % 251
+def test_five_thousand_images_over_ranks_and_workers(tmp_path):
+    pixels = torch.arange(5_000)[:, None, None, None] % 251
     whole = Arrays(pixels.to(torch.uint8).expand(-1, 1, 8, 8), None, [], "made")
     (tmp_path / "packed" / "val").mkdir(parents=True)
-    pack.pack(whole, tmp_path / "packed" / "train", KEEP, per_shard=500, workers=2)
+    pack.pack(whole, tmp_path / "packed" / "train", KEEP, per_shard=125, workers=2)
     chance, plain = np.random.default_rng(0), {}
 
     def sequence(world, workers, kind, start):
@@ -578,9 +578,9 @@ def test_twenty_thousand_images_over_ranks_and_workers(tmp_path):
     for world in (1, 2, 4):
         for workers, kind in ((0, "auto"), (3, "thread"), (1, "process"), (3, "process")):
             found = sequence(world, workers, kind, 0)
-            assert sorted(i for rank in found for i in rank) == list(range(20_000))
+            assert sorted(i for rank in found for i in rank) == list(range(5_000))
             assert plain.setdefault(world, found) == found
-            start = int(chance.integers(1, 78))  # killed here, and started again
+            start = int(chance.integers(1, 19))  # killed here, and started again
             for rank, tail in zip(found, sequence(world, workers, kind, start), strict=True):
                 assert rank[start * 256 // world :] == tail
 

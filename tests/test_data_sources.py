@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision.datasets
@@ -16,6 +18,7 @@ from mae.data import SOURCES
 from mae.data.sources import table as lists
 from mae.data.sources.folder import classes_of
 from mae.data.sources.table import table
+from mae.errors import UserError
 from mae.tasks.labels import need_labels
 
 FILES = {"in_chans": 3, "exif_orientation": False, "max_pixels": 10**7, "follow_links": False}
@@ -116,6 +119,13 @@ def test_faults_of_class_folders(root):
         classes(root, classes=str(root.parent / "bad.txt"))
     with pytest.raises(ValueError, match="data.classes=.*cannot be read"):
         classes(root, classes="nowhere.txt")
+    (root.parent / "bad.txt").write_text("Käfer", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"data.classes=.*bad.txt is not UTF-8 \(invalid.*\): save it as such\."):
+        classes(root, classes=str(root.parent / "bad.txt"))
+    (root / "train" / "empty").mkdir()
+    (root.parent / "bad.txt").write_text("empty")
+    with pytest.raises(UserError, match=r"data.classes=.*bad.txt: no image of these classes lies under .*train\."):
+        classes(root, classes=str(root.parent / "bad.txt"))
     with pytest.raises(ValueError, match="holds no folders of classes"):
         classes(root / "train", parts=["ant", "bee"])
 
@@ -190,6 +200,47 @@ def test_rows_without_a_label_have_none(root, kind):
     cfg = OmegaConf.create({"task": {"name": "finetune"}, "data": {"name": "table"}})
     with pytest.raises(ValueError, match=r"1 of the training images of data.name=table have none, such as train/ant/1"):
         need_labels(cfg, train, "training")
+
+
+def test_a_label_that_is_no_number_is_missing(root):
+    file = root.parent / "list.parquet"
+    pq.write_table(pa.table({"path": FRAME.path.tolist(), "label": [2.0, float("nan"), 1.0, None]}), file)
+    train, val = (listed(root, str(file), split) for split in ("train", "val"))
+    assert train.classes == ["1.0", "2.0"]
+    labels = {part.name(k): int(labels_of(part)[k]) for part in (train, val) for k in range(len(part))}
+    assert [labels[path] for path in FRAME.path] == [1, -1, 0, -1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_a_row_for_training_serves_evaluation_alone(root, kind):
+    file = written(FRAME.assign(split="val"), root, kind)
+    assert len(listed(root, file, "val")) == 4
+    with pytest.raises(UserError, match=r"data\.file=.* has no row for training, only split=val: give"):
+        listed(root, file)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("split", [0, 0, 1, 1], "split holds int64, and it must be text: train or val."),
+        ("split", [True, False, True, False], "split holds bool, and it must be text: train or val."),
+        ("path", [1, 2, 3, 4], "path holds int64, and it must be text: file names relative to data.root."),
+        ("path", [b"a", b"b", b"c", b"d"], "path holds binary, and it must be text: file names relative to data.root."),
+    ],
+)
+def test_columns_of_a_parquet_table_that_hold_no_text_are_named(root, column, values, said):
+    file = root.parent / "list.parquet"
+    pq.write_table(pa.table(FRAME.to_dict("list") | {column: values}), file)
+    with pytest.raises(UserError) as caught:
+        listed(root, str(file))
+    assert str(caught.value) == f"data.file={file}: the column {said}"
+
+
+def test_columns_of_repeated_words_are_text(root):
+    file = root.parent / "list.parquet"
+    columns = {name: pa.array(values).dictionary_encode() for name, values in FRAME.to_dict("list").items()}
+    pq.write_table(pa.table(columns | {"none": pa.nulls(4)}), file)
+    assert labels_of(listed(root, str(file))).tolist() == [2, 0]
 
 
 def test_tables_as_spreadsheets_write_them(root):

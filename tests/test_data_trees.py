@@ -73,7 +73,7 @@ def planted(root: bytes, things) -> None:
 @example([("link", [b"train"], b"self", b"self"), ("image", [b"cat"], b"a.png", None)], "auto")
 @example([("link", [], b"train", b"OUT/inner"), ("image", [b"val"], b"a.png", None)], "auto")
 @example([("image", [n], b"a.png", None) for n in (b"cat", b"dog", b"train", b"__MACOSX")] * 2, "auto")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_tree_is_listed_or_refused_in_a_sentence(things, choice):
     folder = os.path.realpath(tempfile.mkdtemp())
     root = os.path.join(folder, "set")

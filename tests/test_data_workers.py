@@ -125,7 +125,7 @@ def test_an_image_whose_transform_fails_is_a_bad_file(kind, error, says, repeats
     assert len(batches) == repeats
     assert all(3 not in batch["index"] and batch["image"].unique().tolist() == [9] for batch in batches)
     assert f"3,images/3,{says},train" in path.read_text()
-    with pytest.raises(ValueError, match="100 images in a row cannot be used, the first of them images/"):
+    with pytest.raises(ValueError, match=r"\d+ images in a row cannot be used, the first of them images/"):
         Reader(source, Failing(RuntimeError("a bug")), Batches(1, 1, 0))[Ticket(0, np.arange(4), 1.0)]
 
 

@@ -228,6 +228,10 @@ def test_operations_of_a_cross_decoder_are_its_products(predict_ratio, queries):
             ["model.decoder=cross", "task.predict_ratio=0.8"],
             "task.predict_ratio=0.8 is above task.mask_ratio=0.75: more patches than are masked.",
         ),
+        (
+            ["model.decoder=cross", "task.mask_ratio=[]", "task.predict_ratio=0.25"],
+            "task.mask_ratio must be a number or [low, high] with low < high, got [].",
+        ),
         (["model.decoder=cross", "task.predict_ratio=0"], "task.predict_ratio must lie in (0, 1), got 0.0."),
         (["model.mask_tokens=both"], "model.mask_tokens must be one of decoder, encoder"),
     ],

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from mae.distributed import fsdp
 from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
 from mae.distributed.ranks import assert_same, start
 from mae.distributed.rendezvous import lost_peer
+from mae.errors import UserError
 from mae.launch import launch
 from mae.models.layers import blocks_of
 from mae.models.mae import MaskedAutoencoder
@@ -41,20 +43,28 @@ from mae.tracking.base import Tracker
 BASE = [*TINY_PRETRAIN, "data.fraction=0.15", "task.epochs=4"]  # 216 images in 7 steps, the last of 24
 
 
-def rank_main(rank: int, world: int, port: int, folder: str, work: Callable[[int, Path], Any]) -> None:
+Work = Callable[[int, Path], Any]
+
+
+def rank_main(rank: int, world: int, port: int, folder: str, environ: dict[str, str], work: Work) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environ)  # which a process of forkserver has from the first test
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.save(work(rank, Path(folder)), Path(folder) / f"told_{rank}.pt")
 
 
-def on_ranks(world: int, folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
+def on_ranks(world: int, folder: Path, work: Work) -> list[Any]:
     """What `work` returns on each of `world` real processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(rank_main, (world, port, str(folder), work), nprocs=world)  # type: ignore[attr-defined]
+    # a process of forkserver need not import torch anew; one of spawn may use CUDA
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    multiprocessing.set_forkserver_preload(["mae.engine", "mae.training", "mae.tasks.pretrain", "mae.tasks.finetune"])
+    arguments = (world, port, str(folder), dict(os.environ), work)
+    mp.start_processes(rank_main, arguments, nprocs=world, start_method=method)  # type: ignore[attr-defined]
     return [torch.load(folder / f"told_{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -190,6 +200,27 @@ def different(rank: int, folder: Path) -> str:
 @pytest.mark.slow
 def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
     assert all("ranks start from different weights" in text for text in on_ranks(2, tmp_path, different))
+
+
+def of_another_teacher(rank: int, folder: Path) -> str:
+    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
+    steps = checkpoint.checkpoints_of(folder / "teacher")
+    cfg = composed(*TINY_PRETRAIN, "target=features", f"target.teacher={steps[-1 - rank]}")
+    try:
+        engine.call(training.set_up, cfg.task, folder / "run", cfg, ranks, Tracker())
+    except UserError as error:
+        return str(error)
+    finally:
+        ranks.close()
+    return ""
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_teachers_are_refused(tmp_path):
+    often = ["task.max_steps=2", "checkpoint.every_epochs=0.1", "checkpoint.keep=2"]
+    run_here(tmp_path / "teacher", *TINY_PRETRAIN, *often)
+    sentence = "target.teacher= names a run that goes on meanwhile, and ranks have read different checkpoints: name one"
+    assert all(sentence in text for text in on_ranks(2, tmp_path, of_another_teacher))
 
 
 def torchrun(*overrides: str, script: Path = ROOT / "run.py") -> subprocess.CompletedProcess[str]:

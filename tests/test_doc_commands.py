@@ -6,13 +6,12 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, exit_code, run_main
 from doc_commands import (
     FENCE,
     MINUTES,
@@ -39,7 +38,6 @@ from mae.config.compose import composed
 from mae.config.overrides import key_of
 from mae.config.sweep_members import with_member
 from mae.launch.slurm.status import VERBS
-from mae.launch.sweep import SweepOfCommand
 
 pytestmark = pytest.mark.slow
 README = "README.md"
@@ -91,22 +89,6 @@ def name_of(command: Command) -> str:
 
 def cases(chosen: list[Command], run: bool) -> list[Any]:
     return [pytest.param(c, id=name_of(c)) for c in chosen if (reason(c) is None) == run]
-
-
-def exit_code(start: Callable[[], object]) -> int:
-    """The exit code of a program's function, returned or raised."""
-    try:
-        code = start()
-    except SystemExit as error:
-        code = error.code
-    return code if isinstance(code, int) else 1 if isinstance(code, str) else 0
-
-
-def run_main(words: list[str], monkeypatch, main: Callable[[], int]) -> int:
-    """The program's own function in this process; returns the exit code."""
-    monkeypatch.setattr(sys, "argv", ["run.py", *words])
-    monkeypatch.setattr(cli, "SWEEP", SweepOfCommand())
-    return exit_code(main)
 
 
 def scaled(command: Command) -> list[str]:

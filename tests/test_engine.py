@@ -241,6 +241,27 @@ def test_a_damaged_checkpoint_of_a_later_step_takes_no_place(tmp_path):
     assert checkpoint.verify(damaged)["epoch"] == 1.0
 
 
+def test_the_link_to_the_best_checkpoint_is_repaired_by_what_manifests_say(tmp_path):
+    saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=9, keep_every_epochs=None)
+    for step, best in ((10, True), (20, True), (30, False)):
+        saver.save(step, step / 10, {"w": torch.ones(2)}, {}, best)
+    saver.wait()
+    first, second, third = checkpoint.checkpoints_of(tmp_path)
+    link = tmp_path / "checkpoints" / "best"
+    assert checkpoint.best_of(tmp_path) == second
+    for restored, target, repaired in (
+        (third, None, second),  # killed before the link was made
+        (third, first, second),  # or moved
+        (first, second, first),  # later ones are passed over, and written again
+        (third, third, third),  # of an earlier version, which did not note it
+    ):
+        link.unlink()
+        if target is not None:
+            link.symlink_to(target.name)
+        checkpoints.repair_best(tmp_path, restored)
+        assert checkpoint.best_of(tmp_path) == repaired
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, caplog):
     saver = checkpoint.Checkpoints(tmp_path, every_epochs=1, every_minutes=None, keep=1, keep_every_epochs=None)
     saver.save(1, 1.0, {"w": torch.ones(2)}, {})

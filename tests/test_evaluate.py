@@ -20,6 +20,7 @@ from mae import engine
 from mae.checkpoint import weights_digest
 from mae.data.sources.robustness import ALEXNET_ERRORS, corruption_errors, robustness, synsets
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.launch import launch
 from mae.metrics import MISS, Collector, Results
 from mae.tasks.init_weights import same_weights
@@ -95,17 +96,6 @@ def test_one_two_and_three_ranks_give_identical_figures_on_101_images(tmp_path):
     assert [int(row["images"]) for row in per_class] == [21, 20, 20, 20, 20]
 
 
-def test_images_that_stood_in_for_bad_ones_count_once():
-    class Both(Ranks):
-        def gather(self, value):
-            return [value, value, []]
-
-    found = Collector()
-    found.add(torch.tensor([3, 1]), torch.tensor([0, 1]), torch.eye(2))
-    results = found.results(Both(torch.device("cpu")))
-    assert results is not None and results.index.tolist() == [1, 3]
-
-
 # ---------------------------------------------------------------- figures by hand
 
 
@@ -163,6 +153,28 @@ def test_data_with_some_of_the_classes_is_matched_by_name(tmp_path):
     assert {row["predicted"] for row in rows} <= {"ant", "bee", "cat", "dog"}
 
 
+@pytest.mark.parametrize(("names", "message"), [
+    (["cat", "dog", "eel"],
+     r"knows 3 classes \(cat, dog, eel\), and data.name=folder holds 3 classes \(ant, cat, dog\): cat is a class of "
+     "both, and ant is none of the model's. Evaluate on data whose classes are all named as those it was trained on."),
+    (["n01", "n02", "n03"], None),
+])  # fmt: skip
+def test_classes_are_matched_by_order_only_where_no_name_is_shared(tmp_path, names, message):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    init = saved(run / "checkpoints" / "model.pth", 3)
+    (run / "classes.json").write_text(json.dumps(names))
+    root = folder_of(tmp_path / "data", {"ant": 4, "cat": 4, "dog": 4})
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            evaluate(tmp_path / "out", init, root, "data=folder", "data.val_fraction=0.5")
+        return
+    evaluate(tmp_path / "out", init, root, "data=folder", "data.val_fraction=0.5")
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))
+    assert {row["file"][:3]: row["label"] for row in rows} == {"ant": "n01", "cat": "n02", "dog": "n03"}
+    assert "they are matched by their order" in (tmp_path / "out" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(("given", "warned"), [("[0.4,0.4,0.4]", True), ("[0.5]", False)])
 def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, given, warned):
     init = tmp_path / "net"  # a folder of timm's
@@ -184,6 +196,14 @@ def test_images_normalised_otherwise_than_in_training_are_told_of(tmp_path, give
     for name in ("out", "near"):
         text = (tmp_path / name / "log.txt").read_text()
         assert (sentence in text) == ("was trained on images of data." in text) == warned
+
+
+def test_val_images_of_knn_are_those_that_could_be_used(tmp_path):
+    root = folder_of(tmp_path / "data" / "train", {"a": 4, "b": 4}).parent
+    (folder_of(tmp_path / "data" / "val", {"a": 3, "b": 3}) / "a" / "bad.png").write_bytes(b"no image")
+    task = ["task=knn", "task.k=[1]", f"init={saved(tmp_path / 'm.pth', 2)}", "data=folder", f"data.root={root}"]
+    assert run_here(tmp_path / "near", *TINY_OTHER, *task, "data.fraction=1", "data.max_bad_fraction=0.5") == 0
+    assert json.loads((tmp_path / "near" / "summary.json").read_text())["val_images"] == 6
 
 
 def test_parquet_holds_the_same_rows(tmp_path):

@@ -46,7 +46,7 @@ FACTS = Facts(
     summary={"top1": 91.25, "checkpoint": "runs/x/checkpoints/step_00000010"},
     mask_ratio=0.5,
 )
-UNLABELLED = Facts(name="mae", source="a test", mean=[0.5] * 3, std=[0.5] * 3)
+UNLABELLED = Facts("mae", "a test", [0.5] * 3, [0.5] * 3, mask_ratio=0.75, norm_pix_loss=True)
 
 
 def autoencoder(**changes) -> MaskedAutoencoder:
@@ -291,6 +291,14 @@ def test_an_export_says_its_grid_and_heads(tmp_path, format, make):
         load_pretrained(make(img_size=[64, 16], num_heads=2), read_pretrained(str(path)))
     if format != "timm" and isinstance(model, MaskedAutoencoder):
         assert read_pretrained(str(path)).norm_pix_loss is True and read_pretrained(str(path)).mask_ratio == 0.75
+
+
+@pytest.mark.parametrize("format", ["reference", "safetensors"])
+def test_an_export_says_nothing_of_pixels_or_ratio_that_its_weights_do_not(tmp_path, format):
+    facts = replace(UNLABELLED, mask_ratio=None, norm_pix_loss=None)
+    path = export(autoencoder(), format=format, path=str(tmp_path / "net"), facts=facts)[0].parent
+    pretrained = read_pretrained(str(path / "model.pth" if format == "reference" else path))
+    assert pretrained.norm_pix_loss is None and pretrained.mask_ratio is None
 
 
 # ---------------------------------------------------------------- graphs

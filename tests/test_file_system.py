@@ -21,7 +21,8 @@ from mae.launch import errors, launch
 from mae.runs import file_system, locks
 from mae.tools import search
 from mae.tools.search_trial import SearchSettings
-from mae.weights.files import open_checkpoint, section
+from mae.weights.files import open_checkpoint
+from mae.weights.metadata import section
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_the_planned_time_of_growing_images_is_the_mean_of_their_sizes():
 
 
 def test_a_target_of_one_size_is_refused_and_so_is_another_schedule_in_a_run_that_has_begun(tmp_path, caplog):
-    tokens = ["target=tokens", "target.file=none.pt"]
+    tokens = ["target=tokens", "target.file=none.pt", "dry_run=true"]
     with pytest.raises(UserError, match=r"changes the size of images, and target=tokens needs one: set task.img_size"):
         report(composed(*GROWING, *tokens))
     plain, growing = composed(*TINY_PRETRAIN, "task.epochs=3"), composed(*GROWING)

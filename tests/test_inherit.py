@@ -5,12 +5,16 @@ import json
 import shutil
 
 import pytest
-from conftest import TINY_PRETRAIN, composed, run_cli, run_here
+from conftest import TINY_PRETRAIN, composed, run_cli, run_here, run_main
 from hydra import compose, initialize_config_dir
 from test_tasks import TINY_FINETUNE, folder_of
 
+from mae import cli
+from mae.config.check import check_config, resolve
 from mae.config.compose import CONF
-from mae.config.from_run import run_of, stands_for, with_groups, with_run_values
+from mae.config.from_run import run_of, settings_of, stands_for, with_groups, with_run_values
+from mae.config.identity import identity
+from mae.config.saved import read_config, stored_overrides
 from mae.errors import UserError
 from mae.launch import launch
 
@@ -45,6 +49,14 @@ def test_model_and_data_are_those_of_the_run(parent, root, capsys):
         assert (cfg.model.embed_dim, cfg.model.depth, cfg.model.img_size) == (32, 2, 16)
         assert (cfg.data.name, cfg.data.root, cfg.data.mean) == ("folder", str(root), [0.1, 0.2, 0.3])
         assert f"init={init}: model=vit_nano and data=folder are that run's\n" in capsys.readouterr().err
+
+
+def test_what_is_recorded_takes_the_run_s_values_again(parent, tmp_path, monkeypatch):
+    typed = ["task=knn", f"init={parent}", "task.k=[5]", f"output_dir={tmp_path / 'run'}", "device=cpu"]
+    assert run_main(typed, monkeypatch, cli.main) == 0
+    recorded = stored_overrides(tmp_path / "run")
+    assert recorded == typed
+    assert identity(check_config(resolve(taken(*recorded)))) == identity(read_config(tmp_path / "run"))
 
 
 def test_what_the_command_line_says_wins(parent, root, capsys):
@@ -134,6 +146,7 @@ def test_places_of_a_run(tmp_path):
         "checkpoints",
     ):
         assert run_of(f"{run}/{other}") is None
+    assert settings_of("~nosuchuser/x") is None and settings_of(f"{run}/export/timm") is None
     assert run_of("~nosuchuser/x") is None and run_of("timm:vit_base_patch16_224") is None and run_of("/") is None
     assert stands_for(str(run)) is None  # its only checkpoint is not whole
     (step / "manifest.json").write_text('{"files": {"model.safetensors": {"bytes": 0}}}')

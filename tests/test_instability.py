@@ -129,6 +129,18 @@ def test_the_command_prints_the_same_report_each_time_and_leaves_the_run_as_it_i
     assert before == {path: path.stat().st_mtime for path in run.glob("*") if path.name != "bad_step"}
 
 
+def test_a_replay_says_that_its_checkpoint_is_gone_and_that_its_record_is_damaged(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "bad_step" / "checkpoints")
+    assert replayed_here(copy) == 0
+    saved = bad_step.read_bad_step(copy).checkpoint
+    assert f"repeated from the beginning, since the checkpoint of step {saved} is gone." in capsys.readouterr().out
+    (copy / "bad_step" / "bad_step.json").write_text('{"step": 3}')
+    with pytest.raises(UserError, match="bad_step.json is damaged, or of another version of this program."):
+        bad_step.read_bad_step(copy)
+
+
 def test_a_run_that_goes_on_keeps_its_bad_step(run, images, tmp_path):
     """Resumed from before the bad step, it meets it again."""
     copy = tmp_path / "run"

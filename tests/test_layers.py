@@ -80,7 +80,7 @@ def test_position_embedding_is_resized_but_for_the_class_row():
         resize_pos_embed(embed, (5, 5), (8, 6))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_masking_takes_each_patch_exactly_once(data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 64))
@@ -96,7 +96,7 @@ def test_masking_takes_each_patch_exactly_once(data):
     assert (sorted_noise[:, 1:] >= sorted_noise[:, :-1]).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     h=st.integers(1, 4),
     w=st.integers(1, 4),

@@ -29,6 +29,7 @@ from mae.data.transforms import CenterCrop
 from mae.errors import UserError
 from mae.models.masking import MASKINGS, bind_masking, count_visible, middle_ratio, ratios_of
 from mae.runs.files import read_json_lines
+from mae.tasks.visualize import drawn_masks, masking_settings
 
 OPTIONS = {"prefetch": 2, "timeout_s": 60.0, "workers": "process", "max_bad_fraction": 0.01}
 SETTINGS = {path.stem: of_type(DictConfig, OmegaConf.load(path)) for path in (ROOT / "conf" / "masking").glob("*.yaml")}
@@ -53,7 +54,7 @@ def test_each_masking_has_its_yaml():
     assert all(SETTINGS[name]["name"] == name for name in MASKINGS)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(sorted(MASKINGS)),
     grid=st.tuples(st.integers(1, 17), st.integers(1, 17)),
@@ -127,8 +128,14 @@ def test_coloured_noise_has_the_spectrum_of_its_colour():
     assert 0 < trough < 7 and purple[trough] < purple[0] and purple[trough] < purple[7]
 
 
+def test_uniform_shows_windows_that_the_edge_cuts_as_often_as_whole_ones():
+    shown = visible("uniform", (7, 9), 0.75, count=4000).mean(0)
+    assert float(shown[6, 8]) == pytest.approx(0.75, abs=0.03)  # 15 of 20 windows show one patch
+    assert float(shown[2, 2]) == pytest.approx(0.75 / 4, abs=0.03)
+
+
 def test_a_ratio_that_shows_no_patch_is_refused():
-    with pytest.raises(ValueError, match=r"task.mask_ratio 0.95 keeps 0 of 10 patches"):
+    with pytest.raises(ValueError, match=r"A mask ratio of 0.95 keeps 0 of 10 patches"):
         count_visible(10, 0.95)
 
 
@@ -138,7 +145,9 @@ def test_a_ratio_that_shows_no_patch_is_refused():
 def test_the_group_chooses_and_its_values_are_checked():
     assert composed("masking=green").masking.wide_sigma == 2.0
     for override, sentence in (
-        ("masking.sigma=0", "masking.sigma must be greater than 0"),
+        ("masking.sigma=0", r"masking.sigma must lie in \(0, 64\], got 0"),
+        ("masking.sigma=1e6", r"masking.sigma must lie in \(0, 64\], got 1000000"),
+        ("masking.wide_sigma=65", r"masking.wide_sigma must lie in \(0, 64\], got 65"),
         ("masking.wide_sigma=0.5", r"masking.wide_sigma=0.5 must be greater than masking.sigma=0.8"),
         ("masking.window=2", r"masking.window is not a key of the configuration"),
     ):
@@ -215,10 +224,23 @@ def test_pictures_of_every_masking(tmp_path):
     assert drawn == sorted(f"reconstruction_{name}_75.png" for name in MASKINGS)
 
 
+def test_pictures_show_the_masking_that_is_chosen():
+    listed = ["random", "block"]
+    for chosen, drawn in (("random", listed), ("block", listed), ("green", [*listed, "green"])):
+        assert drawn_masks(composed("task=visualize", "init=RUN", f"masking={chosen}"), listed) == drawn
+    assert drawn_masks(composed("task=visualize", "init=RUN"), ["grid"]) == ["grid"]
+
+
+def test_pictures_take_a_masking_of_the_config_or_its_file():
+    cfg = composed("task=visualize", "init=RUN", "masking=green", "masking.sigma=0.9")
+    assert masking_settings(cfg, "green").sigma == 0.9
+    assert masking_settings(cfg, "block") == composed("masking=block").masking
+
+
 # ---------------------------------------------------------------- ratios from a range
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     patches=st.integers(4, 300),
     bounds=st.tuples(st.floats(0.05, 0.9), st.floats(0.05, 0.9)).filter(lambda pair: abs(pair[0] - pair[1]) > 0.01),

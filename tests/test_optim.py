@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_PRETRAIN, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from mae import optim
+from mae.errors import UserError
 from mae.models.vit import classifier
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +53,14 @@ def test_layer_decay_groups_are_the_reference_s(layer_decay):
     assert len(groups) == 28
     for ours, theirs in zip(measured, golden, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_an_exemption_names_a_parameter(tmp_path):
+    with pytest.raises(UserError, match=r"optimizer.no_decay=mask_tokn names no parameter of the model. Did you mean"):
+        run_here(tmp_path / "misspelt", *TINY_PRETRAIN, "optimizer.no_decay=[mask_tokn]")
+    assert (
+        run_here(tmp_path / "run", *TINY_PRETRAIN, "optimizer.no_decay=[mask_token,cls_token]", "task.max_steps=1") == 0
+    )
 
 
 def test_pretraining_decays_tokens_unless_told_otherwise():

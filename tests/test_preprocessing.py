@@ -10,16 +10,18 @@ import safetensors.torch
 import timm
 import torch
 from conftest import TINY, TINY_PRETRAIN, composed, run_here
+from PIL import Image
 from torch import nn
 
 from mae.data.prepare import Prepare
+from mae.data.sources.named import named_files
 from mae.data.transforms import CenterCrop
 from mae.models.vit import classifier
 from mae.tasks.init_weights import image_top, warn_of_crop, warn_of_statistics
 from mae.weights import files as weight_files
 from mae.weights.export import export
 from mae.weights.export_card import Facts
-from mae.weights.files import Metadata
+from mae.weights.metadata import Metadata
 from mae.weights.preprocessing import preprocessing_of
 from mae.weights.read import read_pretrained
 
@@ -183,6 +185,21 @@ def test_the_type_of_images_that_are_gone_is_not_known(tmp_path):
     assert image_top(cfg) is None
     (tmp_path / "data").rmdir()
     assert image_top(cfg) is None
+
+
+def test_bands_with_maps_are_as_deep_as_their_files(tmp_path):
+    for folder, values in (("images", np.full((5, 20, 20), 4000, np.uint16)), ("masks", np.zeros((20, 20), np.uint8))):
+        for split in ("train", "val"):
+            (tmp_path / folder / split).mkdir(parents=True)
+            if folder == "images":
+                np.save(tmp_path / folder / split / "0.npy", values)
+            else:
+                Image.fromarray(values).save(tmp_path / folder / split / "0.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    cfg = composed("task=export", "init=x", "data=segmentation_bands", f"data.root={tmp_path}")
+    assert image_top(cfg) == 65535
+    image = named_files([str(tmp_path / "images" / "val" / "0.npy")], cfg.data)[0][0]
+    assert image.dtype == torch.uint16 and image.shape[0] == 5
 
 
 def test_no_processor_is_written_that_stretches_images(tmp_path, caplog):

@@ -782,6 +782,39 @@ def test_an_incomplete_file_of_another_library(tmp_path, state, lacking):
         read_pretrained(str(tmp_path / "file.pth"))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"weight_map": ', r"safetensors\.index\.json, which describes a checkpoint, cannot be read: Expecting value"),
+    ("{}", r"index\.json does not name the file of each tensor in its weight_map: copy the folder again\."),
+    ("[]", "does not name the file of each tensor"),
+    ('{"weight_map": {"a": 3}}', "does not name the file of each tensor"),
+    ('{"weight_map": {"a": "gone.safetensors"}}', r"lacks gone\.safetensors: copy the whole folder"),
+])  # fmt: skip
+def test_an_odd_list_of_shards_is_named(tmp_path, text, message):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_pretrained(str(tmp_path))
+
+
+def test_class_names_under_odd_numbers_are_passed_over(tmp_path):
+    safetensors.torch.save_file(autoencoder().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"id2label": {"\\u00b2": "a"}}')
+    assert read_pretrained(str(tmp_path)).meta.classes == []
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = scramble(autoencoder())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["blocks.1.norm1.weight"][3] = state["norm.weight"][0] = value
+    torch.save(state, tmp_path / "net.pth")
+    other = autoencoder()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    message = r"holds numbers in blocks\.1\.norm1\.weight that are NaN or infinite: its training has diverged\. Name an"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(other, read_pretrained(str(tmp_path / "net.pth")))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files(tmp_path, dtype):
     model = scramble(autoencoder())

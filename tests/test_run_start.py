@@ -6,15 +6,16 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli, run_here
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli, run_here, run_main
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_tasks import folder_of
 
+from mae import cli
 from mae.config import paths
 from mae.config.check import to_dict, with_values
 from mae.config.compose import CONF
-from mae.config.from_run import resumed, with_groups, with_run_values
+from mae.config.from_run import resumed, with_groups, with_run_values, without_taken
 from mae.config.saved import read_config, stored_config, stored_overrides
 from mae.errors import UserError
 from mae.launch import launch
@@ -306,3 +307,81 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
         (tmp_path / left).write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(UserError, match="holds a run of another config"):
         launch.prepare(composed(*command, "task.mask_ratio=0.5"), command)
+
+
+# ---------------------------------------------------------------- groups that a task does not use
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("task=finetune masking=block", "masking=block does nothing with task=finetune: leave it out."),
+        ("task=knn init=RUN masking.name=grid", "masking.name=grid does nothing with task=knn: leave it out."),
+        ("task=linprobe init=RUN target=hog", "pretrain, visualize, stats, inspect and pipeline use target."),
+        ("task=stats masking=block", "pretrain, visualize, inspect and pipeline use masking."),
+        ("task=pipeline task.stages=[knn] init=RUN masking=block", "block does nothing with task.stages=[knn]"),
+        (
+            'task=pipeline task.overrides.finetune=["target=hog"]',
+            "target=hog does nothing with stage finetune",
+        ),
+        ("task=pipeline optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage: give it to one, as in"),
+        ("task=pipeline init=auto optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage"),
+    ],
+)
+def test_a_mask_or_target_that_the_task_would_not_use_is_refused(words, message, monkeypatch, capsys):
+    assert run_main([*words.split(), "device=cpu", "dry_run=true"], monkeypatch, cli.main) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "masking=block target=hog",
+        "task=pipeline masking=block target=hog",
+        "task=stats target=pca",
+        "task=finetune init=auto masking=block",  # of the pre-training that is made first
+        "+sweeps=masking member=block_0.5",
+        "task=pipeline data=cifar10_folder data.root=/nowhere",  # nor do the stages of a plan read an image
+    ],
+)
+def test_a_mask_or_target_that_the_task_uses_is_planned(words, monkeypatch, capsys):
+    code = run_main([*words.split(), "device=cpu", "dry_run=true"], monkeypatch, cli.main)
+    assert code == 0, capsys.readouterr().err
+
+
+def test_the_plan_of_a_pipeline_has_the_rate_that_is_given_and_its_cost(monkeypatch, capsys):
+    words = ["task=pipeline", "device=cuda", "estimate.tflops=300", "estimate.cost_per_hour=2", "dry_run=true"]
+    assert run_main(words, monkeypatch, cli.main) == 0
+    assert re.search(r"^cost +about \d+\.\d+: \d+\.\d+ device hours at 2$", capsys.readouterr().out, re.M)
+
+
+def test_an_init_beside_members_with_their_own_is_refused():
+    with pytest.raises(UserError, match=r"init=RUN does nothing: each member of segment has an init of its own. Leave"):
+        composed("+sweeps=segment", "member=scratch", "init=RUN")
+
+
+def test_keys_of_the_groups_of_a_resumed_run_can_be_typed(tmp_path):
+    command = [*TINY_PRETRAIN, "launcher=slurm", "launcher.nodes=2", f"output_dir={tmp_path / 'run'}"]
+    run = prepare(composed(*command), command)
+    typed = [f"resume={run}", "launcher.timeout_min=60"]
+    assert without_taken(with_groups(typed)) == typed
+    launcher = resumed(taken(*typed), typed)[0].launcher
+    assert (launcher.name, launcher.nodes, launcher.timeout_min) == ("slurm", 2, 60)
+    for missing in (f"resume={tmp_path}", f"replay={tmp_path / 'none'}", f"resume={run},{run}"):
+        assert with_groups([missing]) == [missing]
+
+
+def test_a_resumed_run_waits_for_no_job_of_its_first_start(tmp_path):
+    command = [*TINY_PRETRAIN, "launcher=slurm", "launcher.dependency=afterok:12", f"output_dir={tmp_path / 'run'}"]
+    run = prepare(composed(*command), command)
+    assert read_config(run).launcher.dependency == "afterok:12"
+    assert resumed(composed(f"resume={run}"), [f"resume={run}"])[0].launcher.dependency is None
+
+
+def test_a_target_beside_the_run_that_is_drawn_is_refused(tmp_path, monkeypatch, capsys):
+    command = [*TINY_PRETRAIN, "target=hog", "target.cell=2", f"output_dir={tmp_path / 'run'}"]
+    run = prepare(composed(*command), command)
+    words = ["task=visualize", f"init={run}", "device=cpu", "dry_run=true"]
+    assert run_main([*words, "target=pixels"], monkeypatch, cli.main) == 1
+    assert f"target=pixels does nothing with task=visualize init={run}: what that run" in capsys.readouterr().err
+    assert run_main([*words, "masking=block"], monkeypatch, cli.main) == 0

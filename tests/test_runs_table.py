@@ -29,7 +29,7 @@ from mae.config.saved import write_config
 from mae.program import PROGRAM
 from mae.runs.locks import held_run
 from mae.tools.run_rows import read_rows
-from mae.tools.runs import Selection, main
+from mae.tools.runs import Selection, main, order
 from mae.tools.serve_runs import RunsHandler
 
 
@@ -94,6 +94,22 @@ def test_runs_are_filtered_and_sorted(runs, capsys):
     assert names("--where", "task.mask_ratio=0.75", "--where", "task=pretrain") == ["b", "d"]
     assert names("--where", "state=stale") == ["sweep/c"]
     assert names("--sort", "step") == ["d", "sweep/c", "a", "b"]
+
+
+def test_runs_are_ordered_by_numbers_and_have_states_and_results_of_every_kind(tmp_path, capsys):
+    write_run(tmp_path / "nine", "task=finetune", top1=9.5, ece=0.3)
+    write_run(tmp_path / "hundred", "task=finetune", top1=100.0, ece=0.1)
+    write_run(tmp_path / "near", "task=knn", "init=x", knn={"5": 40.0, "20": 60.0})
+    broken = write_run(tmp_path / "broken", age_s=7200)
+    (broken / "failure.json").write_text('{"rank": 0, "error": "UserError: no GPU", "traceback": ""}')
+    write_run(broken / "bad_step")
+    rows = {row.run: row for row in read_rows(tmp_path)}
+    assert rows.keys() == {"nine", "hundred", "near", "broken"} and rows["broken"].state == "failed"
+    assert rows["near"].result == "knn 60"
+    chosen = ["nine", "hundred"]
+    assert [row.run for row in order([rows[run] for run in chosen], None, "result")] == chosen
+    assert [row.run for row in order(rows.values(), "ece", None)] == ["hundred", "nine"]
+    assert [row.run for row in order(rows.values(), "knn", None)] == ["near"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import mae
 from mae.config.build import build, call
 from mae.data import SOURCES
 from mae.data.prepare import Prepare
-from mae.data.source import IGNORED
+from mae.data.source import IGNORED, Arrays
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.launch import launch
@@ -27,6 +27,7 @@ from mae.models.segmenter import segmenter, sliding_logits, window_starts
 from mae.tasks.segment import dice_loss, pixel_loss
 from mae.tasks.segment_inference import SegmentationModel
 from mae.tasks.segment_maps import predict_maps
+from mae.tasks.segment_predict import map_names
 from mae.tools import dry_run
 
 TINY_SCENES = [
@@ -45,7 +46,7 @@ def tiny_model(classes: int = 4, size: int = 16, head: str = "linear"):
 # ---------------------------------------------------------------- windows
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(side=st.integers(16, 100), stride=st.integers(1, 16))
 def test_windows_lie_inside_and_cover_every_pixel(side, stride):
     starts = window_starts(side, 16, stride)
@@ -190,6 +191,31 @@ def test_evaluation_gives_the_figures_of_the_validation(trained, tmp_path):
     assert (tmp_path / "evaluate" / "images" / "segmentation.png").exists()
 
 
+def test_maps_whose_classes_have_another_order_are_matched_by_name(trained, tmp_path):
+    source = build(SOURCES, composed(*TINY_SCENES).data, "val")
+    order = np.random.default_rng(0).permutation(len(source.classes))  # the folder's number of each class
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind / "val").mkdir(parents=True)
+    for index in range(len(source)):
+        image, truth = source[index]
+        values = np.where(truth == IGNORED, IGNORED, order[np.minimum(truth.numpy(), 10)]).astype(np.uint8)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "data" / "images" / "val" / f"{index}.png")
+        Image.fromarray(values).save(tmp_path / "data" / "masks" / "val" / f"{index}.png")
+    scenes = [override for override in TINY_SCENES if not override.startswith("data")]
+    folder = ["data=segmentation_folder", f"data.root={tmp_path / 'data'}", "data.img_size=24", "data.mean=[0.1]"]
+    command = ["task=evaluate", *scenes, *folder, f"init={trained[0] / 'run'}", "data.std=[0.22]", "data.num_workers=0"]
+    classes = [source.classes[k] for k in np.argsort(order)]
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(classes))
+    assert run_here(tmp_path / "run", *command) == 0
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((trained[0] / "run" / "summary.json").read_text())
+    assert [figures[key] for key in ("miou", "loss")] == [summary[key] for key in ("miou", "loss")]
+    assert (tmp_path / "run" / "iou.csv").read_text() == (trained[0] / "run" / "iou.csv").read_text()
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(["sky", *classes[1:]]))
+    with pytest.raises(UserError, match="is a class of both, and sky is none of the model's"):
+        run_here(tmp_path / "other", *command)
+
+
 def test_an_exported_file_has_the_figures_of_its_run(trained, tmp_path):
     scenes = [override for override in TINY_SCENES if not override.startswith("task.")]
     file = tmp_path / "model.safetensors"
@@ -314,9 +340,36 @@ def test_maps_of_files_have_their_stems_and_are_those_of_mae_load(trained, tmp_p
             )
             assert torch.equal(values, torch.from_numpy(np.array(image)))
     assert model.embed(paths).shape == (3, 32) and model.predict(torch.zeros(2, 3, 30, 50))[1].shape == (30, 50)
-    with pytest.raises(UserError, match="holds files, which are not overwritten. Choose another"):
+    with pytest.raises(
+        UserError, match="maps holds files, which are not overwritten, such as .*png. Choose another path"
+    ):
         (tmp_path / "out" / "maps.csv").unlink()
         run_here(tmp_path / "again", *command)
+
+
+def test_maps_of_a_run_that_was_killed_are_its_own_when_it_goes_on(trained, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise RuntimeError("killed here")
+
+    command = ["task=predict", *TINY_SCENES, f"init={trained[0] / 'run'}", "task.split=val"]
+    command += [f"task.path={tmp_path / 'out'}"]
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed here"):
+        patched.setattr("mae.tasks.segment_predict.write_table", killed)
+        run_here(tmp_path / "run", *command)
+    (tmp_path / "out" / "maps" / "mine.txt").write_text("my own notes")
+    with pytest.raises(UserError, match=r"maps holds files, which are not overwritten, such as mine\.txt\."):
+        run_here(tmp_path / "run", *command)
+    (tmp_path / "out" / "maps" / "mine.txt").unlink()
+    assert run_here(tmp_path / "run", *command) == 0
+    assert (tmp_path / "out" / "maps.csv").exists()
+
+
+def test_maps_of_images_of_like_names_have_names_of_their_own():
+    source = Arrays(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), None, [], "images")
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.png", "more/b.png"]
+    source.name = names.__getitem__  # type: ignore[method-assign]
+    maps = ["a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png", "more/b.png"]
+    assert map_names("", source) == maps and map_names("val", source) == [f"val/{name}" for name in maps]
 
 
 @pytest.mark.slow

@@ -126,6 +126,30 @@ def test_an_empty_list_of_images_is_said(tmp_path):
     assert f"the list of images {path} is empty." in str(caught.value)
 
 
+def test_a_list_or_a_table_that_is_not_utf8_is_said(tmp_path):
+    path = write_layout(tmp_path / "voc", "voc2012") / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("grün\n", encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        published("voc2012", tmp_path / "voc")
+    assert str(caught.value).startswith(f"data.root: the list of images {path} is not UTF-8 (invalid")
+    path = write_layout(tmp_path / "ade", "ade20k") / "objectInfo150.txt"
+    path.write_text("grün\n", encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        published("ade20k", tmp_path / "ade")
+    assert str(caught.value).startswith(f"data.root: {path} is not UTF-8 (invalid")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("ade20k", "images/training"), ("cityscapes", "leftImg8bit/train")])
+def test_images_in_linked_folders_are_read(name, folder, tmp_path):
+    top = write_layout(tmp_path, name)
+    before = published(name, tmp_path)
+    linked = next(iter(sorted(path for path in (top / folder).rglob("*") if path.is_dir())), top / folder)
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    after = published(name, tmp_path)
+    assert [after.name(k) for k in range(len(after))] == [before.name(k) for k in range(len(before))] != []
+
+
 def test_the_border_of_a_pet_may_be_a_class(tmp_path):
     write_layout(tmp_path, "oxford_pets")
     source = published("oxford_pets", tmp_path, ignore_border=False)

@@ -56,6 +56,8 @@ def test_effective_rank_is_the_paper_s():
     assert effective_rank(feature) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
     assert effective_rank(torch.eye(7)) == pytest.approx(7, rel=1e-5)
     assert effective_rank(torch.ones(9, 4)) == pytest.approx(1, rel=1e-4)
+    assert effective_rank(torch.zeros(9, 4)) == pytest.approx(1, rel=1e-4)  # a network that has collapsed
+    assert math.isnan(effective_rank(torch.tensor([[1.0, 2.0], [math.nan, 0.0]])))
 
 
 def test_features_of_all_ranks_count_once_in_the_data_set_s_order():
@@ -65,7 +67,6 @@ def test_features_of_all_ranks_count_once_in_the_data_set_s_order():
         for start in (rank, rank + 8, rank + 16):
             rows = torch.arange(start, min(start + 8, 21), 2)
             collected.add(rows, feature[rows])
-    ranks[1].add(torch.tensor([0, 0]), feature[:1].expand(2, -1))  # stand-ins of bad images
     together = Ranks(torch.device("cpu"))
     together.gather = lambda _: [collected.rows for collected in ranks]  # type: ignore[method-assign]
     chosen = torch.arange(10) * 21 // 10

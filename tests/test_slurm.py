@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from mae.config import rules
 from mae.config.build import call
+from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch import launch
 from mae.launch.slurm import check, job, queue, state, status, submit
@@ -473,6 +474,19 @@ def test_a_retried_job_inherits_none_of_the_settings_of_the_job_around_it(monkey
         monkeypatch.setenv(name, value)
     status.retry_failed(run, [])
     assert not [line for line in (tmp_path / "bin" / "env").read_text().splitlines() if line.startswith("SLURM_")]
+
+
+def test_a_retried_run_has_the_changed_launcher_where_its_ranks_read_it(monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path)
+    run = tmp_path / "again"
+    (run / "bad_step").mkdir(parents=True)
+    cfg = composed(*SLURM, "launcher.probe_s=0", "launcher.dependency=afterok:1", f"output_dir={run}")
+    for folder in (run, run / "bad_step"):  # of replay=RUN, which is no run to retry
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    assert status.runs_under(run) == [run]
+    status.retry_failed(run, ["launcher.sharding=full"])
+    launcher = read_config(run).launcher
+    assert launcher.sharding == "full" and launcher.dependency is None
 
 
 def test_outside_of_a_job_the_shell_s_wishes_stay(monkeypatch, tmp_path):

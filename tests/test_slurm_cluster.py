@@ -407,6 +407,40 @@ def test_the_stages_of_a_pipeline_wait_for_each_other_even_if_one_is_requeued(jo
     assert set(json.loads((job.run / "summary.json").read_text())["stages"]) == {"pretrain", "knn"}
 
 
+def test_the_stages_of_a_failed_pipeline_are_retried_in_their_order(job):
+    short = json.dumps(["task.max_steps=4", "task.precision=fp32"])
+    stages = ["task=pipeline", "task.stages=[pretrain,knn]", f"task.overrides.pretrain={short}"]
+    stages.append('task.overrides.knn=["task.k=[5]"]')
+    job.say(**{"raise": "0 2"})
+    job.type(*(o for o in STEPS if not o.startswith(("task.", "checkpoint."))), *stages)
+
+    def states() -> list[str]:
+        return [line.split()[2] for line in job.ask(f"status={job.run}").splitlines()[1:3]]
+
+    wait_for("both stages to end", lambda: not {"PENDING", "RUNNING"} & set(states()), 120, 0.5)
+    assert "FAILED" in states()[1] and not (job.run / "knn" / "summary.json").exists()
+    (job.folder / "raise").unlink()
+    text = job.ask(f"retry_failed={job.run}", "launcher.timeout_min=30")
+    assert text.index("pretrain/log.txt") < text.index("knn/log.txt")
+    assert read_config(job.run / "pretrain").launcher.timeout_min == 30
+    wait_for(f"the summary\n{job.log()}", lambda: (job.run / "summary.json").exists(), 120, 0.5)
+    assert set(json.loads((job.run / "summary.json").read_text())["stages"]) == {"pretrain", "knn"}
+    finished = json.loads((job.run / "knn" / "summary.json").read_text())["checkpoint"]
+    assert finished.endswith("step_00000004")  # of the finished pre-training
+    wait_for("the page", lambda: "unfinished" not in (job.run / "report.html").read_text(), 60, 0.5)
+
+
+def test_a_sweep_of_pipelines_ends_with_its_table(job):
+    sweep = job.folder / "sweep"
+    short = json.dumps(["task.max_steps=2", "task.precision=fp32"])
+    asked = [*(o for o in STEPS if not o.startswith(("task.", "checkpoint."))), "task=pipeline"]
+    asked += ["task.stages=[pretrain,knn]", f"task.overrides.pretrain={short}", 'task.overrides.knn=["task.k=[5]"]']
+    job.type("-m", *asked, "task.mask_ratio=0.5,0.75", f"hydra.sweep.dir={sweep}")
+    table = sweep / "sweep.csv"
+    wait_for("the table", lambda: table.exists() and table.read_text().count(",finished,") == 2, 200, 0.5)
+    wait_for("the figure", (sweep / "sweep.svg").exists, 30, 0.5)
+
+
 def test_a_job_runs_what_was_submitted_whatever_is_edited_later(job):
     checkout = job.folder / "checkout"
     for name in ("mae", "conf"):

@@ -157,8 +157,8 @@ def test_a_trial_computes_as_a_validation_too():
 @pytest.mark.slow
 @pytest.mark.skipif(not device.has_bf16(torch.device("cpu")), reason="bfloat16 emulated takes a hundred times as long")
 def test_bf16_learns_as_float32_does(tmp_path):
-    """300 steps on the digits: the difference of the curves lies within what another seed makes."""
-    base = ["device=cpu", "task.max_steps=300", "task.log_every_steps=10", "checkpoint.every_epochs=100"]
+    """150 steps on the digits: the difference of the curves lies within what another seed makes."""
+    base = ["device=cpu", "task.max_steps=150", "task.log_every_steps=5", "checkpoint.every_epochs=100"]
     curves = {}
     for name, more in {
         "bf16": ["task.precision=bf16"],
@@ -228,6 +228,19 @@ def test_auto_tries_again_where_what_it_found_is_for_something_else(tmp_path, mo
         assert run_here(run, *TINY_PRETRAIN, "task.micro_batch_size=auto", *more) == 0
         (run / "summary.json").unlink()
     assert tried == [1] and json.loads((run / micro_batch.MICRO_BATCH_FILE).read_text())["micro_batch_size"] == 8
+
+
+@pytest.mark.parametrize("schedule", ["[[0,12,0.1],[1,16,0.9]]", "[[0,12,0.5],[1,16,0.75]]", "[[0,8],[1,16]]"])
+def test_the_costliest_phase_is_the_one_that_keeps_most_for_the_backward_pass(schedule):
+    network = ["model.depth=4", "model.decoder_depth=1", "model.decoder_embed_dim=16"]
+    cfg = composed(*TINY_PRETRAIN, *network, "task.epochs=3", f"task.img_size_schedule={schedule}")
+    task = build_task(cfg, build(SOURCES, cfg.data, "val"))
+    trial, saved_bytes = trial_of(cfg, task), []
+    for phase in (0, 1):
+        with saved_for_backward(task.parameters()) as saved:
+            task(trial.batch(4, phase))
+        saved_bytes.append(sum(saved.values()))
+    assert saved_bytes[trial.costliest] == max(saved_bytes) > min(saved_bytes)
 
 
 def test_a_trial_keeps_as_much_as_a_step_that_leaves_no_branch_out():

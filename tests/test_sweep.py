@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli
+from conftest import ROOT, TINY, TINY_PRETRAIN, composed, run_cli, run_main
 from matplotlib.figure import Figure
 
+from mae import cli
 from mae.config import sweep_names
 from mae.config.saved import write_config
 from mae.errors import UserError
@@ -65,10 +65,12 @@ def test_only_what_has_several_values_is_swept():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_every_sweep_composes_from_any_directory(name, tmp_path):
-    ended = run_cli("-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    members = sorted(re.findall(rf"writes to +runs/sweep_{name}/(.+)", ended.stdout))
+def test_every_sweep_composes_from_any_directory(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = run_main(["-m", f"+sweeps={name}", "dry_run=true", "seed=7", "device=cpu"], monkeypatch, cli.main)
+    written = capsys.readouterr()
+    assert code == 0, written.err
+    members = sorted(re.findall(rf"writes to +runs/sweep_{name}/(.+)", written.out))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     given = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = given["hydra"]["sweeper"]["params"].items()
@@ -370,7 +372,7 @@ def agent_command(path: Path, values: dict) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_path):
+def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, monkeypatch, capsys):
     path = ROOT / "sweeps" / "wandb" / f"{name}.yaml"
     ours = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     ((key, values),) = ours["hydra"]["sweeper"]["params"].items()
@@ -383,10 +385,12 @@ def test_the_file_for_wandb_says_the_same_and_its_command_composes(name, tmp_pat
     if {"override /task": "pipeline"} in ours.get("defaults", []):
         odd = {"init": None, "data.hflip": True, "data.mean": [0.25, 0.5, 0.75], "data.max_bad_fraction": 1e-07}
     command = agent_command(path, {key: theirs[0]} | odd)
-    ended = subprocess.run(
-        [*command, "dry_run=true"], cwd=ROOT, env=os.environ | {"WANDB_SWEEP_ID": "s"}, text=True, capture_output=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    ended = subprocess.run([*command, "--cfg", "job"], cwd=ROOT, text=True, capture_output=True)
-    cfg = yaml.safe_load(ended.stdout)
+    program, words = command[:3], command[3:]
+    assert program == ["/usr/bin/env", sys.executable, "run.py"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    code = run_main([*words, "dry_run=true"], monkeypatch, cli.main)
+    assert code == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert run_main([*words, "--cfg", "job"], monkeypatch, cli.main) == 0
+    cfg = yaml.safe_load(capsys.readouterr().out)
     assert cfg["data"]["hflip"] is True and cfg["data"]["mean"] == [0.25, 0.5, 0.75]

@@ -1,6 +1,8 @@
 """Targets: against other libraries and plain computations, and what runs with them do."""
 
+import functools
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +15,32 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, of_type, run_cli, run_here
 from omegaconf import DictConfig, OmegaConf
+from test_distributed import on_ranks, trained
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae import checkpoint
+from mae import checkpoint, metrics
 from mae.config.build import build, call
 from mae.config.identity import identity
 from mae.data.prepare import Prepare
 from mae.errors import UserError
+from mae.models import renderings, targets
 from mae.models.layers import LayerNorm
 from mae.models.mae import MaskedAutoencoder
 from mae.models.target import Patches, Target
-from mae.models.targets import TARGETS, FeatureTarget, HogTarget, PcaTarget, TokenTarget
+from mae.models.targets import OUTSIDE, TARGETS, FeatureTarget, HogTarget, PcaTarget, TokenTarget
 from mae.models.teacher import Teacher
 from mae.models.vit import classifier
 from mae.runs.files import read_json_lines
-from mae.tasks.autoencoder import build_autoencoder
+from mae.tasks.autoencoder import build_autoencoder, restore_teacher
 from mae.tools.dry_run import report
 from mae.tools.planned_model import model_on_meta, operations
 from mae.weights import files as weight_files
+from mae.weights.files import Metadata
+from mae.weights.load import load_pretrained
+from mae.weights.preprocessing import IMAGENET
+from mae.weights.read import PretrainedWeights, read_pretrained
+from mae.weights.unstated import number_of_heads
 
 SIZES: dict[str, Any] = dict(
     img_size=[16, 24], patch_size=8, in_chans=3, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0,
@@ -61,6 +71,13 @@ class Brightness(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (F.avg_pool2d(images.mean(1, keepdim=True), 8) * 15.99).long().flatten(1)
+
+
+class Twice(nn.Module):
+    """No tokenizer: its ids stand in a pair."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +190,19 @@ def test_pca_is_scikit_learns():
     torch.testing.assert_close(back, patches, atol=1e-5, rtol=0)
 
 
+def test_float64_is_computed_on_a_device_that_has_it(monkeypatch):
+    """`meta` stands for the host, and the host for a device without float64, as mps."""
+    for module in (targets, renderings, metrics):
+        monkeypatch.setattr(module, "exact", lambda device: torch.device("meta"))
+    counter = metrics.PixelCounter(2)
+    counter.add(torch.zeros(1, 4, 4, dtype=torch.uint8), rand(1, 2, 4, 4))
+    sums = targets.product_sums(rand(2, 3, 4))
+    assert sums.is_meta and sums.dtype is torch.float64
+    assert isinstance(counter.loss, Tensor) and counter.loss.is_meta
+    with pytest.raises(NotImplementedError, match="meta"):  # colours return to the device of their ids
+        renderings.id_colours(torch.zeros(1, 3, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     "more", [[], ["data.in_chans=1", "data.mean=[0.4]", "data.std=[0.2]", "model.patch_size=[4,8]"]]
 )
@@ -214,6 +244,19 @@ def test_sums_of_other_patches_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             PcaTarget(patches, components=3, images=None, fitted=str(fitted)).fit_from_file()
+
+
+def test_a_damaged_file_of_sums_is_refused_in_a_sentence(tmp_path):
+    np.savez(tmp_path / "whole.npz", sums=np.zeros((4, 4)))
+    content = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "flipped.npz").write_bytes(content[:100] + bytes([content[100] ^ 255]) + content[101:])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("whole.npz", "empty.npz", "cut.npz", "flipped.npz", "array.npy"):
+        target = PcaTarget(Patches((4, 4), (4, 4), 3, False), components=3, images=None, fitted=str(tmp_path / name))
+        with pytest.raises(UserError, match=rf"{name} holds no sums of patches: name a run of task=stats target=pca"):
+            target.fit_from_file()
 
 
 def plain_hog(image: np.ndarray, cell: int) -> np.ndarray:
@@ -339,15 +382,65 @@ def test_tokenizers_that_cannot_be_used_are_refused(script, tmp_path):
     bad.write_bytes(b"no file")
     (tmp_path / "bad.onnx").write_bytes(b"no file")
     torch.jit.save(torch.jit.trace(nn.Flatten(), images), str(tmp_path / "floats.pt"))
+    torch.jit.save(torch.jit.trace(Twice(), images), str(tmp_path / "pair.pt"))
     for path, vocabulary, sentence in (
         (bad, 16, r"bad.pt is no TorchScript file: save the tokenizer by torch.jit.save, or as FILE.onnx."),
         (tmp_path / "bad.onnx", 16, r"bad.onnx is no ONNX file that onnxruntime reads"),
         (tmp_path / "none.pt", 16, r"none.pt does not exist: name a TorchScript or an ONNX file."),
         (tmp_path / "floats.pt", 16, r"gives 1 x 1152 values of float32 for 1 images, and not the whole numbers of 6"),
         (script, 3, r"gives ids from \d+ to \d+, and target.vocabulary=3 allows those from 0 to 2: raise it."),
+        (tmp_path / "pair.pt", 16, r"pair.pt gives a tuple for 1 images, and not the whole numbers of 6 patches each."),
     ):
         with pytest.raises(UserError, match=sentence):
             make("tokens", path, vocabulary=vocabulary)(images, images)
+
+
+class Nearest(nn.Module):
+    """A tokenizer of images with three channels alone: a convolution's likeliest channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).argmax(1).flatten(1)
+
+
+def test_images_that_a_tokenizer_does_not_take_are_named(tmp_path):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    images = rand(2, 3, 16, 24)
+    torch.jit.save(torch.jit.trace(Nearest(), images), str(tmp_path / "three.pt"))
+    torch.onnx.export(Nearest(), (images,), str(tmp_path / "three.onnx"), dynamo=False)
+    grey, large = rand(2, 1, 16, 24), rand(2, 3, 32, 48)
+    end = r"\. Set data.in_chans and data.img_size to those that it was made for, or name another file\.$"
+    for name, wrong, sentence in (
+        (
+            "three.pt",
+            grey,
+            r"three.pt takes no images of 2 x 1 x 16 x 24 values: Given groups=1, weight of size \[16, 3",
+        ),
+        ("three.onnx", grey, r"three.onnx takes no images of 2 x 1 x 16 x 24 values: .*invalid dimensions"),
+        ("three.onnx", large, r"three.onnx takes no images of 2 x 3 x 32 x 48 values: .*invalid dimensions"),
+    ):
+        patches = Patches(GRID, SIDE, wrong.shape[1], False)
+        with pytest.raises(UserError, match=sentence) as caught:
+            make("tokens", tmp_path / name, patches)(wrong, wrong)
+        assert re.search(end, str(caught.value))
+    with pytest.raises(UserError, match=r"three.pt gives 2 x 24 values of int64 for 2 images, and not the whole numbe"):
+        make("tokens", tmp_path / "three.pt")(large, large)
+
+
+def test_ids_of_any_batch_that_the_vocabulary_lacks_make_the_loss_nan_and_are_named(script):
+    target = of_type(TokenTarget, make("tokens", script, vocabulary=8))
+    dark, bright = torch.full((2, 3, 16, 24), 0.3), torch.full((2, 3, 16, 24), 0.9)
+    assert target(dark, dark).max() < 8
+    with pytest.raises(UserError, match=r"gives ids from 14 to 14, and target.vocabulary=8 allows those from 0 to 7: "):
+        target(bright, bright)
+    pred, ids = rand(2, 6, 8).requires_grad_(), target(dark, dark)
+    assert torch.equal(target.loss(pred, ids), F.cross_entropy(pred.flatten(0, 1), ids.flatten()))
+    ids[1, 2] = OUTSIDE  # as the target marks it on a GPU, for whose answer no step waits
+    assert target.loss(pred, ids).isnan()
 
 
 # ---------------------------------------------------------------- the config
@@ -374,6 +467,14 @@ def test_the_default_target_leaves_a_run_its_directory():
             ["target=hog", "task.norm_pix_loss=true"],
             r"task.norm_pix_loss=true normalises pixels, which target=hog does",
         ),
+        (["task=stats", "target=hog"], r"target=hog does nothing with task=stats, which fits target=pca alone"),
+        (["task=stats", "target=pca", "target.fitted=x"], r"target.fitted is of pre-training: task=stats measures the"),
+        (
+            ["target=pca", "model.patch_size=[4]"],
+            r"model.patch_size must be one number or .*, got \[4\]",
+        ),
+        (["target=hog", "model.patch_size=8.5"], r"model.patch_size must be .*, got 8.5"),
+        (["target=pca", "model.patch_size=auto"], r"model.patch_size must be .*, got 'auto'"),
         (
             ["target=hog", "target.cell=3"],
             r"target.cell=3 does not divide a patch of 4 x 4 pixels \(model.patch_size\)",
@@ -381,6 +482,8 @@ def test_the_default_target_leaves_a_run_its_directory():
         (["target=pca", "target.components=96"], r"target.components=96 is more than the 48 values of a patch: lower"),
         (["target=features"], r"target.teacher has no value: give it one, as target.teacher=..."),
         (["target=tokens"], r"target.file has no value: give it one, as target.file=..."),
+        (["target=tokens", "target.file=none.pt"], r"target.file=\S*none.pt does not exist."),
+        (["target=pca", "target.fitted=none"], r"target.fitted=\S*none does not exist."),
         (["task.mask_ratio=[0.9,0.6]"], r"task.mask_ratio must be a number or \[low, high\] with low < high"),
         (["task.mask_ratio=[0.5]"], r"task.mask_ratio must be a number or \[low, high\] with low < high"),
         (["task.mask_ratio=[0.5,1.5]"], r"task.mask_ratio must lie in \(0, 1\), got 1.5."),
@@ -472,9 +575,13 @@ def test_a_run_resumes_and_is_cut_up_to_the_same_losses(tmp_path, teacher_run, t
 def test_two_ranks_have_the_losses_of_one(tmp_path, teacher_run, tokens_of_runs, name):
     base = [*chosen(name, teacher_run, tokens_of_runs), "data.num_workers=0", "task.max_steps=4"]
     run_here(tmp_path / "one", *base)
-    process = run_cli(*base, "launcher.processes=2", f"output_dir={tmp_path / 'two'}")
-    assert process.returncode == 0, process.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    two = tmp_path / "two" / "run"
+    if name == "pca":  # as a user types it
+        process = run_cli(*base, "launcher.processes=2", f"output_dir={two}")
+        assert process.returncode == 0, process.stderr
+    else:
+        on_ranks(2, tmp_path / "two", functools.partial(trained, overrides=base))
+    assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -515,6 +622,38 @@ def test_what_follows_a_run_reads_it(tmp_path, teacher_run, tokens_of_runs):
         run_here(tmp_path / "hf", *init, "task=export", "task.format=huggingface")
 
 
+def test_a_decoder_of_another_target_starts_afresh(tmp_path):
+    cell = ["target=hog", "target.cell=2"]
+    pixels, plain, pca, hog = [], ["task.norm_pix_loss=false"], ["target=pca", "target.components=48"], ["target=hog"]
+    runs = {}
+    for name, overrides in (("pixels", pixels), ("pca", pca), ("hog", cell)):
+        runs[name] = tmp_path / name
+        run_here(runs[name], *TINY_PRETRAIN, *overrides, "task.max_steps=1", "task.num_images=2")
+
+    def decoder_is_taken(source: Path, overrides: list[str], note: str) -> bool:
+        cfg = composed(*TINY_PRETRAIN, *overrides, f"init={source}")
+        norm_pix_loss = bool(cfg.task.norm_pix_loss)
+        model = build_autoencoder(cfg, cfg.target, norm_pix_loss, call(Prepare, cfg.data))
+        report = load_pretrained(model, read_pretrained(str(source)))
+        assert (f"The file's decoder {note}: ours starts afresh." in report.notes) == bool(note), report.notes
+        assert "blocks.0.attn.qkv.weight" in report.loaded
+        return "decoder_pred.weight" in report.loaded
+
+    assert decoder_is_taken(runs["pixels"], pixels, "")
+    assert not decoder_is_taken(runs["pixels"], pca, "predicts target=pixels, and the model's target=pca")
+    assert not decoder_is_taken(
+        runs["pixels"], plain, "was trained with task.norm_pix_loss=true, and this run has task.norm_pix_loss=false"
+    )
+    fitted = "predicts target=pca as it was fitted then, and this run fits it anew"
+    assert not decoder_is_taken(runs["pca"], pca, fitted)
+    assert not decoder_is_taken(runs["hog"], hog, "predicts 108 values of a patch, and the model's 27")
+    assert decoder_is_taken(runs["hog"], cell, "")
+    bare = tmp_path / "bare.pth"  # says nothing of its target
+    weights = checkpoint.read_weights(checkpoint.checkpoints_of(runs["pixels"])[-1])
+    torch.save({"model": weights, "args": {"num_heads": 2, "decoder_num_heads": 2}}, bare)
+    assert decoder_is_taken(bare, plain, "")
+
+
 def test_a_teacher_that_sees_other_patches_is_refused(tmp_path, teacher_run):
     base = [*TINY_PRETRAIN, "target=features", "task.max_steps=1"]
     for overrides, sentence in (
@@ -544,13 +683,94 @@ def test_a_teacher_of_timm_sees_images_as_it_was_trained(tmp_path, monkeypatch):
     torch.testing.assert_close(target(images, images), F.layer_norm(tokens[:, 1:], (24,)), atol=1e-3, rtol=0)
 
 
+def test_colours_of_patches_that_are_not_finite_are_black():
+    target = torch.randn(1, 6, 4)
+    target[0, 2] = torch.nan
+    colours, _ = renderings.principal_colours(target, torch.randn(1, 6, 4))
+    assert colours.isfinite().all() and colours[0, 2].tolist() == [0.0, 0.0, 0.0] and colours[0, 3].sum() > 0
+    for pictures in renderings.principal_colours(torch.full((1, 6, 4), torch.inf), target):
+        assert pictures.shape == (1, 6, 3) and not pictures.any()
+
+
+def teacher_file(path: Path, channels: int = 3, **args: object) -> tuple[Path, VisionTransformer]:
+    """A file of a timm network of width 128 and 4 heads, with what it says of itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        sizes: dict[str, Any] = dict(img_size=16, patch_size=4, embed_dim=128, depth=1, num_heads=4, num_classes=0)
+        network: Any = timm.create_model("vit_tiny_patch16_224", **sizes, in_chans=channels, norm_layer=LayerNorm)
+    torch.save({"model": network.state_dict(), "args": args}, path)
+    return path, network.eval()
+
+
+def test_a_file_without_statistics_is_a_teacher_of_images_as_imagenet_s(tmp_path, caplog):
+    path, network = teacher_file(tmp_path / "teacher.pth", num_heads=4)
+    cfg = composed(*TINY_PRETRAIN, "target=features", f"target.teacher={path}", "target.loss=mse")
+    prepare = call(Prepare, cfg.data)
+    caplog.set_level("INFO")
+    target = build_autoencoder(cfg, cfg.target, False, prepare).target
+    pixels = (rand(2, 3, 16, 16) * 255).round()
+    images = prepare(pixels.to(torch.uint8))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    with torch.no_grad():
+        tokens = network.blocks(network._pos_embed(network.patch_embed((pixels / 255 - mean) / std)))
+    torch.testing.assert_close(target(images, images), F.layer_norm(tokens[:, 1:], (128,)), atol=1e-3, rtol=0)
+    assert "does not say how images were normalised: by ImageNet's mean and std, it is assumed" in caplog.text
+    assert f"target.teacher={path}: recognised as" in caplog.text and "init=" not in caplog.text
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_teacher_s_statistics(tmp_path, caplog):
+    path, _ = teacher_file(tmp_path / "teacher.pth", num_heads=4)
+    cfg = composed(*TINY_PRETRAIN, "target=features", f"target.teacher={path}")
+    target = of_type(FeatureTarget, build_autoencoder(cfg, cfg.target, False, call(Prepare, cfg.data)).target)
+    teacher, now = target.teacher, target.teacher.state_dict()
+    earlier = now | {"scale": torch.ones(3, 1, 1), "shift": torch.zeros(3, 1, 1)}
+    other = {name: tensor.clone() for name, tensor in now.items()} | {"network.pos_embed": torch.zeros(1, 17, 128)}
+    scale = teacher.scale.clone()
+    assert not torch.equal(scale, earlier["scale"])
+    restore_teacher(teacher, checkpoint.weights_digest(now), "FILE")
+    assert torch.equal(teacher.scale, scale) and "when the run began" not in caplog.text
+    restore_teacher(teacher, checkpoint.weights_digest(other), "FILE")
+    assert torch.equal(teacher.scale, scale) and "target.teacher=FILE has other weights than when the" in caplog.text
+    restore_teacher(teacher, checkpoint.weights_digest(earlier), "FILE")
+    assert torch.equal(teacher.scale, earlier["scale"]) and torch.equal(teacher.shift, earlier["shift"])
+    assert "target.teacher=FILE: it still sees images by data.mean and data.std, as when the run began" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("channels", "args", "sentence"),
+    [
+        (3, {}, r"^target.teacher=\S+ \(.*\) does not say its number of heads: state it in the file, as torch.save"),
+        (1, {"num_heads": 4}, r"does not say how its 1 channels were normalised: state it in the file, as torch.save"),
+        (
+            1,
+            {"num_heads": 4, "mean": [0.5] * 3, "std": [0.5] * 3},
+            r"has 1 channels, and states a mean of 3 values: st",
+        ),
+    ],
+)
+def test_what_a_teacher_s_file_does_not_say_is_asked_for(tmp_path, channels, args, sentence):
+    path, _ = teacher_file(tmp_path / "teacher.pth", channels, **args)
+    of_data = [f"data.in_chans={channels}", f"data.mean={[0.4] * channels}", f"data.std={[0.2] * channels}"]
+    cfg = composed(*TINY_PRETRAIN, "target=features", f"target.teacher={path}", *of_data)
+    with pytest.raises(UserError, match=sentence):
+        build_autoencoder(cfg, cfg.target, False, call(Prepare, cfg.data))
+
+
+def test_the_reference_s_files_have_the_heads_of_their_networks(caplog):
+    state = {"patch_embed.proj.weight": torch.empty(1280, 3, 14, 14, device="meta")}
+    state |= {"blocks.31.mlp.fc1.weight": torch.empty(5120, 1280, device="meta")}
+    file = PretrainedWeights("mae_pretrain_vit_huge.pth", "reference", state, [], Metadata())
+    assert number_of_heads(file, "") == 16
+    assert "init=mae_pretrain_vit_huge.pth (reference): taken to have 16 heads, as timm's models of" in caplog.text
+
+
 def test_a_plan_counts_the_teacher_once_and_opens_no_tokenizer(teacher_run):
     features = [*TINY_PRETRAIN, "target=features", f"target.teacher={teacher_run}"]
     counted = operations(composed(*features), model_on_meta(composed(*features)))
     assert counted[0].target > counted[0].encoder  # of all patches, and not of a quarter
     trained = counted[0].encoder + counted[0].decoder
     assert counted[1] == 3 * trained + counted[0].target
-    tokens = composed(*TINY_PRETRAIN, "target=tokens", "target.file=none.pt")
+    tokens = composed(*TINY_PRETRAIN, "target=tokens", "target.file=none.pt", "dry_run=true")
     assert "GFLOPs an image" in report(tokens)
     low, high = (composed(*TINY_PRETRAIN, f"task.mask_ratio={ratio}") for ratio in ("[0.5,0.9]", "0.7"))
     assert operations(low, model_on_meta(low)) == operations(high, model_on_meta(high))

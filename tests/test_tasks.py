@@ -6,17 +6,21 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from conftest import TINY, TINY_PRETRAIN, composed, labels_of, of_type, run_here
+from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae import checkpoint
 from mae.config import rules
+from mae.config.identity import identity
+from mae.config.saved import read_config, stored_overrides
 from mae.data import pack
 from mae.data.sampler import Batches, Sampler
 from mae.data.source import Arrays, Source
@@ -28,9 +32,11 @@ from mae.plan import make_plan
 from mae.runs import checkpoints, files
 from mae.tasks.base import build_task
 from mae.tasks.batches import both_sets
+from mae.tasks.features import Features
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
 from mae.tasks.labels import check_classes
+from mae.tasks.linprobe import probe_head
 from mae.tools import dry_run
 
 TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
@@ -109,6 +115,17 @@ def test_a_fine_tuned_run_has_its_summary_its_best_checkpoint_and_its_classes(fi
     assert "recognised as ours, pretrained (encoder and decoder)" in (finetuned / "log.txt").read_text()
     names = set(weights(finetuned))
     assert {"fc_norm.weight", "head.weight"} <= names and not any(n.startswith(("norm.", "decoder")) for n in names)
+
+
+def test_a_run_that_was_killed_before_its_best_checkpoint_was_linked_links_it(finetuned, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finetuned, run, symlinks=True)
+    best = checkpoints.best_of(run)
+    (run / "checkpoints" / "best").unlink()
+    (run / "summary.json").unlink()
+    overrides = OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"))
+    assert run_here(run, *of_type(list, overrides)) == 0
+    assert best is not None and checkpoints.best_of(run) == best
 
 
 def test_mixing_averages_and_drop_path_go_on_after_a_resume_as_if_undisturbed(tmp_path):
@@ -326,11 +343,42 @@ def test_heads_on_cached_features_learn_at_several_rates_and_the_best_is_kept(pr
     assert summary(tmp_path / "again")["top1"] == two["top1"]
 
 
+def test_cached_features_diverge_honour_the_clipping_and_the_last_batch(pretrained, tmp_path):
+    command = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.warmup_epochs=0"]
+    assert run_here(tmp_path / "diverged", *command, "task.learning_rates=[1e30]") == 3
+    text = (tmp_path / "diverged" / "log.txt").read_text()
+    assert "with base learning rate 1e+30 the probe diverged" in text and "val/loss is nan after the last" in text
+    assert not (tmp_path / "diverged" / "summary.json").exists()
+
+    heads = {}
+    for name, more in {"free": [], "clipped": ["task.clip_grad=1e-4"]}.items():
+        assert run_here(tmp_path / name, *command, "optimizer=sgd", "optimizer.base_lr=1", *more) == 0
+        heads[name] = weights(tmp_path / name)["head.1.weight"]
+    start = probe_head(heads["free"].shape[1], 10).get_parameter("1.weight").std().item()  # of the initial weights
+    assert heads["clipped"].std().item() < 2 * start and (heads["free"] - heads["clipped"]).abs().max() > 0.01
+
+    batches = [*command, "task.batch_size=100", "task.epochs=2", "task.max_steps=null"]  # 144 images
+    assert run_here(tmp_path / "all", *batches, "task.drop_last=false") == 0 and summary(tmp_path / "all")["steps"] == 4
+    assert run_here(tmp_path / "whole", *batches) == 0 and summary(tmp_path / "whole")["steps"] == 2
+    single = [*command, "task.batch_size=143", "task.drop_last=false"]
+    assert "task=linprobe normalises over a batch" in said(*single, directory=tmp_path / "single")
+    misspelt = [*command, "optimizer.no_decay=[head.1.wieght]"]
+    assert "Did you mean head.1.weight?" in said(*misspelt, directory=tmp_path / "misspelt")
+
+
+def test_rates_of_one_pass_have_one_schedule_each(pretrained, tmp_path):
+    command = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.max_steps=6", "task.epochs=2"]
+    command += ["optimizer.min_lr=0.01"]
+    assert run_here(tmp_path / "listed", *command, "task.learning_rates=[3.0]") == 0
+    assert run_here(tmp_path / "base", *command, "optimizer.base_lr=3.0") == 0
+    listed, base = (weights(tmp_path / name)["head.1.weight"] for name in ("listed", "base"))
+    assert torch.equal(listed, base)
+
+
 def test_neighbours_vote_as_written_down_by_hand(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 8, generator=generator), torch.randn(7, 8, generator=generator)
     labels = torch.randint(0, 4, (50,), generator=generator)
-    from mae.tasks.features import Features
 
     monkeypatch.setattr(sys.modules[Neighbours.__module__], "CHUNK", 16)  # several chunks
     found = Neighbours(Features(torch.arange(50), labels, bank), 4, [1, 5, 20], 0.07, torch.device("cpu")).predict(
@@ -344,6 +392,43 @@ def test_neighbours_vote_as_written_down_by_hand(monkeypatch):
             for i in near.argsort(descending=True)[:k]:
                 votes[labels[i]] += torch.exp(near[i] / 0.07)
             assert found[row, column] == votes.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.001])
+def test_neighbours_vote_alike_in_half_the_digits_at_any_temperature(temperature):
+    chance = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(200, 8, generator=chance).double(), torch.randn(100, 8, generator=chance).double()
+    labels = torch.arange(200) % 4
+
+    def predicted(dtype: torch.dtype) -> torch.Tensor:
+        stored = Features(torch.arange(200), labels, bank.to(dtype))
+        return Neighbours(stored, 4, [10], temperature, torch.device("cpu")).predict(queries.to(dtype))
+
+    assert torch.equal(predicted(torch.float32), predicted(torch.float64))
+    assert len(predicted(torch.float64).unique()) == 4
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["task=knn", "task.k=[1]"],
+        ["task=linprobe", "task.cached_features=true", "task.epochs=1", "task.warmup_epochs=0", "task.batch_size=32"],
+        ["task=visualize", "task.num_images=2"],
+        ["task=inspect", "task.batches=1", "task.batch_size=4", "task.max_workers=1", "target=pca"],
+    ],
+    ids=lambda task: task[0],
+)
+def test_float64_is_what_the_network_computes_in_where_it_is_asked_for(pretrained, tmp_path, task, monkeypatch):
+    formats, forward = set(), Block.forward
+
+    def noted(self: Block, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        formats.add(x.dtype)
+        return forward(self, x, *arguments, **named)
+
+    monkeypatch.setattr(Block, "forward", noted)
+    init = [] if "inspect" in task[0] else [f"init={pretrained}"]
+    assert run_here(tmp_path, *TINY_OTHER, *task, *init, "task.precision=fp64") == 0
+    assert formats == {torch.float64}
 
 
 def test_knn_gives_an_accuracy_for_each_k(pretrained, tmp_path):
@@ -363,7 +448,7 @@ def test_more_neighbours_than_images_are_refused_before_anything_is_computed(pre
 def test_cached_features_of_fewer_images_than_a_batch(pretrained, tmp_path):
     given = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.batch_size=4096"]
     message = said(*given, directory=tmp_path)
-    assert message.startswith("task.batch_size=4096 is larger than the training set (144 images), and the heads on")
+    assert message.startswith("task.batch_size=4096 is larger than the training set (144 images) and task.drop_last")
 
 
 def test_pretraining_measures_knn_every_so_many_epochs(pretrained):
@@ -389,9 +474,15 @@ def test_pictures_of_a_set_and_of_given_files_in_one_page(pretrained, tmp_path):
     page = (tmp_path / "set" / "visualize.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and not re.search(r"(src|href)=.(?!data:)", page)
 
-    file = folder_of(tmp_path / "given", {"cats": 1}) / "cats" / "000.png"
-    assert run_here(tmp_path / "file", *base, f"task.files=[{file}]", "task.masks=[block]", "task.attention=false") == 0
+    pattern = folder_of(tmp_path / "given", {"cats": 2}) / "cats" / "*.png"
+    named = [f'task.files=["{pattern}"]', "task.masks=[block]", "task.attention=false"]
+    assert run_here(tmp_path / "file", *base, *named) == 0
     assert "000.png" in (tmp_path / "file" / "visualize.html").read_text()
+    assert summary(tmp_path / "set")["images_seen"] == summary(tmp_path / "file")["images_seen"] == 2
+    close = ["task.mask_ratios=[0.52,0.53,0.525]", "task.masks=[grid]", "task.attention=false"]  # of 16 patches
+    assert run_here(tmp_path / "close", *base, *close, "task.num_images=2") == 0
+    names = [f"reconstruction_grid_{percent}.png" for percent in ("52.5", "52", "53")]
+    assert sorted(p.name for p in (tmp_path / "close" / "images").iterdir()) == names
     message = said(*base, "task.files=[/nowhere.png]", directory=tmp_path / "none")
     assert message == "task.files names /nowhere.png, which does not exist."
 
@@ -517,6 +608,8 @@ def test_a_pipeline_does_its_stages_once_each_from_what_came_before(tmp_path):
     results = summary(tmp_path)
     assert list(results["stages"]) == ["pretrain", "linprobe", "finetune", "evaluate"]
     assert results["top1"] == results["stages"]["evaluate"]["top1"] == results["stages"]["finetune"]["top1"]
+    for name in results["stages"]:  # the command on a stage's page makes that stage
+        assert identity(composed(*stored_overrides(tmp_path / name))) == identity(read_config(tmp_path / name))
     assert {"val_loss", "top5", "steps", "seconds"} <= results.keys()
     assert composed(*command).model == composed("data=digits", *TINY_OTHER).model
 
@@ -536,7 +629,6 @@ def test_another_image_size_of_a_stage_reaches_its_model(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    (["optimizer.base_lr=1"], "optimizer.base_lr=1 belongs to a stage"),
     (["task.stages=[knn]"], "stage knn has nothing to start from: let a stage pretrain come before, or give init=."),
     (["task.stages=[pretrain,pretrain]"], "task.stages must name each stage once"),
     (['task.overrides.knn=["task.k=[3]"]'], "task.overrides names knn, which is not among task.stages"),

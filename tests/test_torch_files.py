@@ -271,7 +271,7 @@ SEGMENTS = st.sampled_from(
 KEYS = st.sampled_from(["model", "state_dict", "model_state", "module", "teacher", "student", "ema", "model_ema", "x"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prefix=st.lists(SEGMENTS, max_size=4), keys=st.lists(KEYS, max_size=3), data=st.data())
 def test_any_nesting_of_wrappers_gives_the_same_weights(prefix, keys, data):
     """Around the model, around each block, in dicts within dicts: the names and the bits are the model's own."""

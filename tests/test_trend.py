@@ -26,6 +26,12 @@ def test_a_loss_that_falls_is_extrapolated_by_its_slope():
     assert "at this slope would bring it down by 0.05 more, to 0.45" in text and "expect less" in text
 
 
+def test_no_loss_is_extrapolated_below_zero():
+    answer = still_learning(curve(lambda share: 1.0 if share < 0.9 else 1.0 - 9.9 * (share - 0.9)))
+    assert "which no loss does: the curve must flatten." in answer and "-0" not in answer
+    assert still_learning(curve(lambda share: 0.0)).startswith("No: over the last tenth")
+
+
 def test_a_flat_loss_is_no():
     text = still_learning(curve(lambda share: 0.5 + noise(share, 0.0005)))
     assert text == "No: over the last tenth of the run the training loss changes by less than 0.5 %."

@@ -1,8 +1,10 @@
 """A run or a file as a model: `mae.load`, torch.hub, task=embed, task=predict, and docs/use.md as it stands."""
 
 import csv
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from test_tasks import TINY_FINETUNE, TINY_OTHER, said, summary
 from timm.models.vision_transformer import VisionTransformer
 
 import mae
+from mae.config.from_run import with_groups
 from mae.errors import UserError
 from mae.launch import launch
 from mae.models.layers import blocks_of
@@ -23,6 +26,7 @@ from mae.runs.checkpoints import newest_valid
 from mae.tasks.embed import Parts
 from mae.tasks.inference import ImageModel
 from mae.tasks.inputs import image_sets
+from mae.weights.read import read_pretrained
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -166,6 +170,51 @@ def test_an_exported_file_loads_without_its_run(classifier, classifier_run, tree
     torch.testing.assert_close(model.embed(images), classifier.embed(images))
 
 
+def without_facts(checkpoint: Path) -> None:
+    """A checkpoint as earlier versions wrote them: its manifest says nothing of the run."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = {key: manifest[key] for key in ("format", "step", "epoch", "saved", "files")}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["step_00000003", "mine"])
+def test_a_copied_checkpoint_is_as_good_as_its_run(classifier, classifier_run, tree, tmp_path, name):
+    copy = tmp_path / "elsewhere" / name
+    shutil.copytree(classifier_run / "checkpoints" / "step_00000003", copy)
+    (tmp_path / "config.yaml").write_text("model: {num_heads: 4}\ndata: {mean: [9.0], std: [9.0]}\n")  # of no run
+    loaded, file = mae.load(copy), sorted(tree.rglob("*.jpg"))[0]
+    assert loaded.classes == CLASSES and torch.equal(loaded.logits(file), classifier.logits(file))
+    groups = [with_groups([f"init={source}"])[1:3] for source in (copy, classifier_run)]
+    assert groups == [["model=vit_nano", "data=folder"]] * 2
+    read = [read_pretrained(str(path)) for path in (copy, copy / "model.safetensors", classifier_run)]
+    assert read[0].notes == [] and read[0].preprocessing == read[1].preprocessing == read[2].preprocessing
+    embed = ["task=embed", *small(copy, f"data.root={tree}", "model.num_heads=4")]
+    heads = "is a vision transformer with num_heads 2, but the model has num_heads 4"
+    assert heads in said(*embed, directory=tmp_path / "run")
+    file = tmp_path / "x.safetensors"
+    export = ["task=export", *small(copy, f"data.root={tree}", "task.format=safetensors", f"task.path={file}")]
+    assert run_here(tmp_path / "export", *export) == 0
+    assert "| task.max_steps | 3 |" in (tmp_path / "x.md").read_text() and mae.load(file).classes == CLASSES
+
+
+def test_an_earlier_version_s_checkpoint_outside_of_its_run_is_noted(autoencoder_run, tmp_path):
+    checkpoint = newest_valid(autoencoder_run)
+    assert checkpoint is not None
+    shutil.copytree(autoencoder_run, tmp_path / "run")
+    shutil.copytree(checkpoint, tmp_path / "run" / "deep" / checkpoint.name)  # two folders below a config.yaml
+    for folder in ("checkpoints", "deep"):
+        without_facts(tmp_path / "run" / folder / checkpoint.name)
+    assert read_pretrained(str(tmp_path / "run")).notes == []
+    assert read_pretrained(str(tmp_path / "run" / "checkpoints" / checkpoint.name)).sizes.get("num_heads") == 2
+    copied = read_pretrained(str(tmp_path / "run" / "deep" / checkpoint.name))
+    assert copied.notes[-1].startswith(
+        "Neither its manifest nor a run around it says how its tensors are used. Assumed"
+    )
+    assert copied.preprocessing is None and "num_heads" not in copied.sizes
+    with pytest.raises(UserError, match="does not say its number of heads"):
+        mae.load(tmp_path / "run" / "deep" / checkpoint.name)
+
+
 def test_what_a_bare_file_does_not_say_is_asked_for(classifier, tmp_path, caplog):
     path = tmp_path / "model.pth"
     torch.save({"model": classifier.network.state_dict()}, path)
@@ -267,6 +316,41 @@ def test_killed_and_started_again_only_what_is_missing_is_computed(classifier_ru
     assert whole.shape == (7, 16, 32) and whole.dtype == np.float16 and (whole == again).all()
 
 
+def test_no_file_of_a_user_is_overwritten_beside_the_features(classifier_run, mixed, tmp_path):
+    (tmp_path / "out.csv").write_text("my own labels")
+    message = said(
+        *embed_command(classifier_run, mixed, f"task.path={tmp_path / 'out.npy'}"), directory=tmp_path / "run"
+    )
+    assert f"{tmp_path / 'out.csv'} exists already, and is not overwritten. Choose another path." in message
+    assert (tmp_path / "out.csv").read_text() == "my own labels" and not (tmp_path / "out.npy").exists()
+
+
+def test_a_run_that_was_killed_between_its_files_goes_on(classifier_run, mixed, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise RuntimeError("killed here")
+
+    embed = embed_command(classifier_run, mixed, f"task.path={tmp_path / 'x.npy'}")
+    labels = ["task=predict", *small(classifier_run, f"data.root={mixed}", "data.max_bad_fraction=0.5")]
+    labels += [f"task.path={tmp_path / 'out'}"]
+    for command, function, file in (
+        (embed, "embed.write_csv", "x.npy"),
+        (labels, "predict.contact_sheet", "out/labels.csv"),
+    ):
+        run, other = tmp_path / function, tmp_path / f"other_{function}"
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed here"):
+            patched.setattr(f"mae.tasks.{function}", killed)
+            run_here(run, *command)
+        first = (tmp_path / file).read_bytes()
+        assert "exists already, and is not overwritten" in said(*command, directory=other)
+        with (run / "outputs.jsonl").open("a") as notes:
+            notes.write('\n{"path": "/cut sh')
+        assert run_here(run, *command) == 0 and (tmp_path / file).read_bytes() == first
+        (run / "summary.json").unlink()
+        (tmp_path / file).write_bytes(first[::-1])  # a user's file of the same size
+        assert "exists already, and is not overwritten" in said(*command, directory=run)
+    assert names_in(tmp_path / "x.csv") == [f"{k}.jpg" for k in range(7)]
+
+
 def test_features_of_labelled_splits_in_one_parquet_file(classifier, classifier_run, tree, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     (tmp_path / "data").mkdir()
@@ -339,6 +423,15 @@ def test_labels_of_an_unlabelled_folder_and_of_files_with_a_contact_sheet(classi
     files = parquet.read_table(tmp_path / "two" / "labels.parquet")
     assert files["file"].to_pylist() == [str(mixed / f"{k}.jpg") for k in (0, 1, 6)]
     assert files["class_1"].to_pylist() == [table[k]["class_1"] for k in (0, 1, 6)]
+
+
+def test_a_single_file_that_cannot_be_used_is_named(classifier_run, tmp_path):
+    (tmp_path / "z.png").write_bytes(b"")
+    command = [
+        "task=predict",
+        *small(classifier_run, f"task.files=['{tmp_path / 'z.png'}']", "data.max_bad_fraction=1"),
+    ]
+    assert said(*command, directory=tmp_path / "run") == f"{tmp_path / 'z.png'} cannot be used: the file is empty."
 
 
 def test_labels_of_an_autoencoder_are_refused(autoencoder_run, mixed, tmp_path):

@@ -1,5 +1,6 @@
 """A command line to its config, inside of Hydra's main or out of it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,26 +26,35 @@ def equal(first: object, second: object) -> bool:
     return first == second
 
 
-def share(fraction: float, whole: float) -> int:
+# The functions below let values of a wrong type pass: the check of the config names the key that has one.
+
+
+def share(fraction: float, whole: float) -> float:
     """${share:0.5,${model.embed_dim}} is half the encoder's width, for tables whose widths are shares of it."""
-    return round(fraction * whole)
+    return round(fraction * whole) if isinstance(whole, int | float) else whole
 
 
 def at_most(limit: int, value: int) -> int:
     """The smaller of two numbers."""
-    return min(limit, value)
+    return min([limit, *whole_numbers(value)])
 
 
 def largest_divisor(limit: int, value: int | Sequence[int]) -> int:
     """The largest number up to `limit` that divides a number, or all of a list."""
-    values = [value] if isinstance(value, int) else value
+    values = whole_numbers(value)
     return next(number for number in range(limit, 0, -1) if not any(value % number for value in values))
 
 
 def patch_values(patch_size: int | Sequence[int], in_chans: int) -> int:
     """Values of a patch: of a side or [height, width]."""
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    return height * width * in_chans
+    sides = whole_numbers(patch_size)
+    return math.prod([*(sides if len(sides) == 2 else 2 * sides), *whole_numbers(in_chans)])
+
+
+def whole_numbers(value: object) -> list[int]:
+    """Those that a value is or holds."""
+    values = value if isinstance(value, Sequence) else [value]
+    return [number for number in values if isinstance(number, int)]
 
 
 def composed(arguments: list[str]) -> DictConfig:

@@ -12,28 +12,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mae.config import overrides
 from mae.config.check import check_config, to_dict, with_values
-from mae.config.compose import chosen_groups, composed, is_group
+from mae.config.compose import CONF, chosen_groups, composed, is_group
 from mae.config.identity import CHANGEABLE, NEUTRAL
 from mae.config.paths import data_root
 from mae.config.rules import reads_data
 from mae.config.saved import read_config, stored_config, stored_overrides
 from mae.errors import UserError
 from mae.runs.bad_step import bad_step_dir, read_bad_step
-from mae.runs.checkpoints import newest_complete
+from mae.runs.checkpoints import describes_itself, newest_complete
 from mae.runs.layout import BAD_STEP, CHECKPOINTS, CONFIG
 
+AUTO = "auto"  # as init: the pre-trained weights that this program makes itself
 SECTIONS = ("model", "data")
-MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group the run chose
+MARK = "from_init"  # a key that lives until the values are taken over: the sections whose group a run chose
 FOLLOWS = ("img_size", "in_chans")  # of a model: those of the data, unless the run said otherwise
 # How much of the data is learned from, and how and where they are loaded: not what they are
 OWN = {"fraction", "per_class", "repeats", "unlabelled", *(path[-1] for path in NEUTRAL if path[0] == "data")}
 OWN -= {"root"}
 CHOICES = ("model", "data", "masking", "target", "launcher")  # groups of which stages of a pipeline take the same file
-SHARED = (*CHOICES, "wandb")  # sections that are the same in every stage
+SHARED = (*CHOICES, "wandb", "estimate")  # sections that are the same in every stage
 NO_CHOICES: Mapping[str, str] = {}
 
 
@@ -51,6 +53,15 @@ def run_of(init: str) -> Path | None:
     return None
 
 
+def settings_of(init: str) -> Path | None:
+    """The directory of the run that `init` names, or a checkpoint outside of its run whose manifest holds the config;
+    None for other files."""
+    if (run := run_of(init)) is not None:
+        return run
+    path = Path(os.path.expanduser(init))  # as it is where there is no such home
+    return next((folder for folder in (path, path.parent) if describes_itself(folder)), None)
+
+
 def stands_for(init: str) -> Path | None:
     """The checkpoint that `init` means now, where it is a run's directory or a link: later it may mean another."""
     path = Path(init).expanduser()
@@ -61,13 +72,16 @@ def stands_for(init: str) -> Path | None:
 
 def with_groups(arguments: Sequence[str]) -> list[str]:
     """A command line with the groups `model` and `data` of the run that `init=` names, where it chooses none itself.
-    An experiment chooses both. Raises UserError where the run's own config cannot be read."""
+    An experiment chooses both. With `resume=` or `replay=`, those of the run that goes on. Raises UserError where the
+    run's own config cannot be read."""
     typed = {key: override for key, override in overrides.by_key(arguments).items() if not override.is_delete()}
+    if goes_on := typed.get("resume") or typed.get("replay"):
+        return _with_groups_of_resumed(arguments, goes_on, set(typed))
     sections = [name for name in SECTIONS if name not in typed]
     if "init" not in typed or "experiment" in typed or not sections:
         return list(arguments)
     inits = overrides.values_of(typed["init"])  # several in a sweep
-    choices = {tuple(_groups(run_of(str(init)), sections)) for init in inits}
+    choices = {tuple(_groups(settings_of(str(init)), sections)) for init in inits}
     groups = choices.pop()
     init = typed["init"].input_line
     assert init is not None
@@ -85,6 +99,19 @@ def with_groups(arguments: Sequence[str]) -> list[str]:
     at = list(arguments).index(init) + 1
     mark = "-".join(group.partition("=")[0] for group in groups)
     return [*arguments[:at], *groups, f"+{MARK}={mark}", *arguments[at:]]
+
+
+def _with_groups_of_resumed(arguments: Sequence[str], goes_on: Override, typed: set[str]) -> list[str]:
+    """A command line `resume=RUN` with the groups of that run, so that their own keys can be typed."""
+    run, *others = overrides.values_of(goes_on)
+    folder = Path(str(run)).expanduser()
+    if others or not (folder / CONFIG).is_file():  # which `resumed` says
+        return list(arguments)
+    groups = list(_groups(folder, [name for name in ("task", *SECTIONS, "launcher") if name not in typed]))
+    groups = [group for group in groups if (CONF / f"{group.replace('=', '/', 1)}.yaml").is_file()]
+    if not groups:
+        return list(arguments)
+    return [*arguments, *groups, f"+{MARK}={'-'.join(group.partition('=')[0] for group in groups)}"]
 
 
 def _groups(run: Path | None, sections: list[str]) -> Iterator[str]:
@@ -114,8 +141,10 @@ def with_run_values(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
         return cfg
     with open_dict(cfg):
         sections = cfg.pop(MARK).split("-")
+    if cfg.resume or cfg.replay:  # see `resumed`
+        return cfg
     typed = [overrides.key_of(argument) for argument in arguments]
-    run = run_of(cfg.init)
+    run = settings_of(cfg.init)
     assert run is not None
     stored = _stored(run)
     for name in sections:
@@ -128,6 +157,13 @@ def with_run_values(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
                 root = (name, key) == ("data", "root") and isinstance(value, str)
                 cfg[name][key] = data_root(run, value, must_exist=reads_data(cfg)) if root else value
     return cfg
+
+
+def without_taken(arguments: Sequence[str]) -> list[str]:
+    """A command line without what `with_groups` put into it, so that it takes the run's values again."""
+    marks = [word.partition("=")[2].split("-") for word in arguments if overrides.key_of(word) == MARK]
+    taken = {MARK, *(section for sections in marks for section in sections)}
+    return [word for word in arguments if overrides.key_of(word) not in taken]
 
 
 def _follows_data(section: str, key: str, value: object, data: Mapping[str, object]) -> bool:
@@ -158,6 +194,16 @@ def other_task(cfg: DictConfig, name: str, arguments: list[str], choices: Mappin
 def own_names(cfg: DictConfig, choices: Mapping[str, str]) -> list[str]:
     """Overrides that choose the same files, for groups whose file has another name than its `name:`."""
     return [f"{group}={choices[group]}" for group in CHOICES if choices.get(group, cfg[group].name) != cfg[group].name]
+
+
+def stage_command(name: str, cfg: DictConfig, typed: Sequence[str], own: Sequence[str], *more: str) -> list[str]:
+    """The command line that makes a stage by itself: what the command line `typed` says of the sections that all stages
+    share (and of the keys `more`), then what is the stage's own."""
+    shared = {*SHARED, "device", "tensorboard", *more}
+    choices = [*own_names(cfg, chosen_groups(typed)), *typed]
+    of_all = {key: word for word in choices if (key := overrides.key_of(word)).partition(".")[0] in shared}
+    replaced = set(map(overrides.key_of, own))
+    return [f"task={name}", *(word for key, word in of_all.items() if key not in replaced), *own]
 
 
 # ---------------------------------------------------------------- resume=RUN
@@ -191,6 +237,8 @@ def resumed(cfg: DictConfig, arguments: Sequence[str], verb: str = "resume") -> 
         # another launcher has other keys
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     merged.output_dir, merged.resume = str(run), None
+    if "dependency" in merged.launcher and not {"launcher", "launcher.dependency"} & set(typed):
+        merged.launcher.dependency = None  # a job of the first start
     if "data.root" not in typed and merged.data.root is not None:
         merged.data.root = data_root(run, merged.data.root, must_exist=reads_data(merged))
     return check_config(merged), _replaced(stored_overrides(run), typed)

@@ -27,7 +27,7 @@ NEUTRAL = (
     ("wandb",),
     ("checkpoint",),
     ("estimate",),
-    ("task", "micro_batch_size"),  # the same sums in another order
+    ("task", "micro_batch_size"),  # the same sums in another order, but for batch norms, mixup and maps
     ("task", "checkpointing"),  # the same numbers, computed again
     ("task", "attention_kernel"),  # another rounding, as another device has
     ("task", "profile"),

@@ -1,15 +1,17 @@
 """Contradictions in what pre-training masks, decodes and predicts."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae.config.compose import CONF
 from mae.config.phase_rules import img_size_schedule
 from mae.config.schema import table
 from mae.config.values import near, pair
 
 
 def _masks(cfg: Mapping[str, Any]) -> Iterator[str]:
-    known = list(table("models.masking:MASKINGS"))
+    known = sorted(path.stem for path in (CONF / "masking").glob("*.yaml"))
     for name in cfg["task"].get("masks", []):
         if name not in known:
             yield f"task.masks names {name}, which is none of {', '.join(known)}.{near(name, known)}"
@@ -41,7 +43,7 @@ def _decoder(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"task.predict_ratio={share:g} leaves masked patches out, which model.decoder=self needs for those that it "
             "predicts: set task.predict_ratio=null, or model.decoder=cross."
         )
-    if share > (min(ratio) if isinstance(ratio, list) else ratio):
+    if share > (min(ratio, default=1) if isinstance(ratio, list) else ratio):
         yield f"task.predict_ratio={share:g} is above task.mask_ratio={ratio}: more patches than are masked."
 
 
@@ -58,6 +60,14 @@ def _target(cfg: Mapping[str, Any]) -> Iterator[str]:
     values = patch[0] * patch[1] * cfg["model"]["in_chans"]
     if target.get("components", 0) > values:
         yield f"target.components={target['components']} is more than the {values} values of a patch: lower it."
+    for key in ("file", "fitted"):
+        path, reads = target.get(key), task["name"] == "pretrain" and not cfg["dry_run"]
+        if path is not None and reads and not os.path.exists(os.path.expanduser(path)):
+            yield f"target.{key}={path} does not exist."
+    if task["name"] == "stats" and name not in ("pixels", "pca"):
+        yield f"target={name} does nothing with task=stats, which fits target=pca alone: leave it out."
+    if task["name"] == "stats" and target.get("fitted") is not None:
+        yield "target.fitted is of pre-training: task=stats measures the patches anew. Leave it out."
     ratio = task.get("mask_ratio")
     if isinstance(ratio, list) and (len(ratio) != 2 or ratio[0] >= ratio[1]):
         yield f"task.mask_ratio must be a number or [low, high] with low < high, got {ratio}."

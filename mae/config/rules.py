@@ -24,16 +24,22 @@ def nearest_multiples(value: int, unit: int) -> str:
 
 def contradictions(cfg: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each pair of values that cannot both hold."""
+    if wrong := list(_sides(cfg)):  # which the other rules compute with
+        yield from wrong
+        return
     for rule in RULES:
         yield from rule(cfg)
 
 
+def _sides(cfg: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("img_size", "patch_size"):
+        size = cfg["model"][key]
+        if isinstance(size, list) and len(size) != 2:
+            yield f"model.{key} must be one number or [height, width], got {size}."
+
+
 def _model(cfg: Mapping[str, Any]) -> Iterator[str]:
     model = cfg["model"]
-    for key in ("img_size", "patch_size"):
-        if isinstance(model[key], list) and len(model[key]) != 2:
-            yield f"model.{key} must be one number or [height, width], got {model[key]}."
-            return
     image, patch = pair(model["img_size"]), pair(model["patch_size"])
     for side, unit in zip(image, patch, strict=True):
         if side % unit:

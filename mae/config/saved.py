@@ -1,15 +1,20 @@
-"""The config and command line that a run's directory holds, of whichever version. Imports no torch."""
+"""The config and command line that a run's directory holds, of whichever version. Imports no torch.
+
+A checkpoint's manifest holds them too, for those who copy its folder: it is then read as a run's directory is.
+"""
 
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mae.config.check import check_config, to_dict
 from mae.config.versions import FORMAT, FORMAT_KEY, Changes, as_of_today
 from mae.errors import UserError
-from mae.runs.files import write_text
+from mae.runs.checkpoints import MANIFEST, RUN_CONFIG, RUN_OVERRIDES, describes_itself
+from mae.runs.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +24,8 @@ WARNED: set[Path] = set()  # runs of other versions that a warning of this proce
 def stored_config(run: Path) -> DictConfig:
     """The saved config of a run, as it is. Raises UserError where there is none."""
     path = run / "config.yaml"
+    if not path.is_file() and describes_itself(run):
+        return DictConfig(read_json(run / MANIFEST)[RUN_CONFIG])
     if not path.is_file():
         raise UserError(f"{run} is not the directory of a run: it holds no config.yaml.")
     try:
@@ -33,13 +40,18 @@ def stored_config(run: Path) -> DictConfig:
 def stored_overrides(run: Path) -> list[str]:
     """The command line of a run; empty where there is none."""
     path = run / "overrides.yaml"
-    overrides = OmegaConf.load(path) if path.is_file() else None
-    return [str(override) for override in overrides] if isinstance(overrides, ListConfig) else []
+    overrides = OmegaConf.load(path) if path.is_file() else read_json(run / MANIFEST).get(RUN_OVERRIDES)
+    return [str(override) for override in overrides] if isinstance(overrides, list | ListConfig) else []
 
 
 def write_config(run: Path, cfg: DictConfig) -> None:
     """Leaves a checked config in a run's directory, with the number of its format."""
-    write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create({FORMAT_KEY: FORMAT, **to_dict(cfg)})))
+    write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(with_format(cfg))))
+
+
+def with_format(cfg: DictConfig) -> dict[str, Any]:
+    """A checked config as it is stored."""
+    return {FORMAT_KEY: FORMAT, **to_dict(cfg)}
 
 
 def read_config(run: Path) -> DictConfig:
@@ -59,4 +71,4 @@ def _warn_once(run: Path, changes: Changes) -> None:
         return
     for sentence in changes.sentences():
         WARNED.add(run.absolute())
-        log.warning("%s %s", run / "config.yaml", sentence)
+        log.warning("%s %s", run / (MANIFEST if describes_itself(run) else "config.yaml"), sentence)

@@ -34,6 +34,11 @@ def with_member(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
         )
     chosen = [str(override) for override in members[name]]
     keys = {key_of(override) for override in chosen}
+    if "init" in keys and (init := by_key(overrides).get("init")):
+        raise UserError(
+            f"{init.input_line} does nothing: each member of {sweep_name(overrides)} has an init of its own. Leave it "
+            "out, or add a member, as '+members.mine=[init=RUN]'."
+        )
     command = [*(override for override in overrides if key_of(override) not in keys), *chosen]
     cfg = composed(command)
     _taken(cfg)

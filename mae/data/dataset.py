@@ -198,10 +198,11 @@ class Reader(Dataset):
                 samples.bad.append(Bad(index, self.source.name(index), reason(error)))
             key = rng.keys(self.seed, attempt, np.array([index]), STREAM_REPLACE)
             index = int(key[0] % np.uint64(len(self.source)))
-        first = samples.bad[0]
-        raise UserError(
-            f"{MAX_REPLACEMENTS} images in a row cannot be used, the first of them {first.name}: {first.reason}."
-        )
+        tried = samples.bad[-MAX_REPLACEMENTS:]  # of a small source some are the same
+        first, count = tried[0], len({bad.sample_index for bad in tried})
+        if count == 1:
+            raise UserError(f"{first.name} cannot be used: {first.reason}.")
+        raise UserError(f"{count} images in a row cannot be used, the first of them {first.name}: {first.reason}.")
 
     def _put_file(self, index: int, rows: range, samples: Samples) -> bool:
         """Leaves an image to the device, if that decodes it. Raises BadImage or OSError."""

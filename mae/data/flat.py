@@ -43,6 +43,13 @@ def parse(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return head, arrays
 
 
+def gathered(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> bytes:
+    """The pieces of a text (bytes,) from `starts` (n,) to `ends` (n,), one after another, and their lengths."""
+    lengths = ends - starts
+    positions = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    return text[positions].tobytes() + lengths.tobytes()
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Raises OSError or ValueError where the file is absent, damaged or cut short."""
     head, at = read_head(path)

@@ -24,7 +24,7 @@ from mae.data.settings import LoaderSettings
 from mae.data.shards.packing import Complete, done, finish, note_of, prepare
 from mae.data.shards.splits import INDEX
 from mae.data.shards.write import WRITERS, Form, write_file
-from mae.data.source import Source, reason
+from mae.data.source import Source, fingerprint, reason
 from mae.errors import UserError
 from mae.program import usage_name
 
@@ -76,6 +76,7 @@ def pack(
             raise UserError("--format parquet needs pyarrow: pip install pyarrow.") from error
     plan = {"images": len(source), "first": source.name(0), "per_shard": per_shard, "seed": seed}
     plan |= form._asdict() | {"classes": source.classes, "format": kind}
+    plan |= {"root": source.root, "names": fingerprint(source)}
     prepare(out, plan)
     order = np.random.default_rng(seed).permutation(len(source))
     shards = {

@@ -108,6 +108,18 @@ def listed_itself(real_root: str, link: str) -> bool:
     return inside(real_root, link) and not hidden(os.path.relpath(os.path.realpath(link), real_root))
 
 
+def text_lines(path: Path, name: str) -> list[str]:
+    """The lines of a small text file that `name` says what it is. Raises UserError where it cannot be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{name} is not a regular file.")
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 ({error.reason}): save it as such.") from error
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """`data.cache_dir`, or the user's own cache folder (never inside a data set)."""
     if cache_dir is not None:

@@ -36,6 +36,7 @@ class Remote:
 
     def __init__(self, root: str, cache: Path, cache_gb: float, retry_s: float):
         self.url, self.cache_gb, self.retry_s = root.rstrip("/"), cache_gb, retry_s
+        self.location = self.url
         self._fs, self._fs_owner = None, -1
         self.root = self.fs._strip_protocol(self.url)
         self.cache = cache / "shards" / hashlib.sha256(root.encode()).hexdigest()[:20]

@@ -1,6 +1,7 @@
 """What a source of images is, and the plain ones: tensors in memory and encoded files."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import TypeGuard
 
@@ -12,6 +13,7 @@ from mae.data.crops import Boxed, inside
 from mae.errors import UserError
 
 UNLABELLED = -1
+NAMED_AT_ONCE = 65_536  # images whose names are held in memory together
 IGNORED = 255  # in a map of classes: a pixel that neither the loss nor a figure counts
 Decode = Callable[[bytearray, Boxed | None], Tensor]  # an image file to an image, or to what lies inside a box of it
 Target = int | Tensor  # see `Source`
@@ -47,6 +49,7 @@ class Source:
     labels: np.ndarray | None = None  # (N,) int64, the class of each image; None where targets are no classes
     subset: list[int] | None = None  # the classes among which an evaluation decides; None: all
     decoder: Decode | None = None  # of the images' files; None where images lie in memory
+    root: str | None = None  # the folder, without links, or the URL that holds the images; None where there is none
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -58,6 +61,12 @@ class Source:
     def name(self, index: int) -> str:
         """What a list of bad files or of predictions calls an image, such as its path."""
         raise NotImplementedError
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        """What tells these images from others without a look at their files, wherever the data set lies.
+
+        By default their names. A source of many images overrides it where it can tell them faster, or without names."""
+        return b"".join(self.name(index).encode(errors="surrogatepass") + b"\n" for index in indices.tolist())
 
     def region(self, index: int, box: Boxed) -> tuple[Tensor, Target]:
         """`source[index]`, cropped to a box that is a function of the image's height and width.
@@ -157,9 +166,15 @@ class Arrays(Source):
 
 
 def fingerprint(source: Source) -> str:
-    """Count and labels of the images, which decide the order of an epoch: the same for the same listing."""
+    """Count, labels, and names of classes and images: the same for the same listing, wherever it lies.
+
+    It begins with what earlier versions recorded, count and labels alone."""
     labels = b"" if source.labels is None else np.ascontiguousarray(source.labels, np.int64).tobytes()
-    return f"{len(source)} images, {hashlib.sha256(labels).hexdigest()[:12]}"
+    names = hashlib.sha256(json.dumps(source.classes).encode())
+    for start in range(0, len(source), NAMED_AT_ONCE):
+        names.update(source.identities(np.arange(start, min(start + NAMED_AT_ONCE, len(source)))))
+    digests = hashlib.sha256(labels).hexdigest()[:12], names.hexdigest()[:12]
+    return f"{len(source)} images, {', '.join(digests)}"
 
 
 def replicate(images: Tensor, in_chans: int, name: str) -> Tensor:

@@ -32,6 +32,7 @@ class Local:
 
     def __init__(self, root: Path, follow_links: bool = False):
         self.root, self.follow_links = root, follow_links
+        self.location = os.path.realpath(root)
 
     def check(self, name: str) -> None:
         """Raises UserError for a shard outside the folder, or a link to one."""

@@ -14,7 +14,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.classes = source, indices, source.classes
         self.labels = None if source.labels is None else source.labels[indices]
-        self.decoder = source.decoder
+        self.decoder, self.root = source.decoder, source.root
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -24,6 +24,9 @@ class Subset(Source):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        return self.source.identities(self.indices[indices])
 
     def region(self, index: int, box: Boxed) -> tuple[Tensor, Target]:
         return self.source.region(int(self.indices[index]), box)

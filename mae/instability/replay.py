@@ -52,7 +52,9 @@ def repeat(t: Training, step: int) -> None:
 
 def report(t: Training, bad: BadStep, first: int, findings: list[Finding]) -> str:
     """What a replay prints."""
-    whence = f"the checkpoint of step {first}" if bad.checkpoint is not None else "the beginning"
+    whence = f"the checkpoint of step {first}" if first else "the beginning"
+    if bad.checkpoint is not None and bad.checkpoint != first:
+        whence += f", since the checkpoint of step {bad.checkpoint} is gone"
     lines = [
         f"Step {bad.step + 1} (epoch {bad.step / t.plan.steps_per_epoch:.2f}), {len(bad.images)} images, repeated from "
         f"{whence}."

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from mae.config.build import build, call
 from mae.config.check import with_values
 from mae.config.compose import chosen_groups
-from mae.config.from_run import own_names, stands_for
+from mae.config.from_run import AUTO, stage_command, stands_for
 from mae.config.overrides import pasted
 from mae.config.paths import absolute
 from mae.config.rules import missing_init
@@ -23,10 +23,10 @@ from mae.launch.pipeline import pretraining, run_pipeline, stage_configs
 from mae.launch.prepare import make_directory, prepare
 from mae.launch.slurm.settings import SlurmSettings
 from mae.launch.slurm.state import job_id, typed_path
-from mae.launch.slurm.submit import slurm, submit, submit_last
+from mae.launch.slurm.submit import END, report_after, slurm, submit, submit_last
 from mae.program import as_typed
 from mae.runs.bad_step import read_replay
-from mae.runs.files import read_json_lines
+from mae.runs.files import read_json, read_json_lines
 from mae.runs.layout import CONFIG, METRICS, SWEEP_RECORD
 from mae.runs.locks import held_run
 from mae.runs.summary import BEST_LAYER, LAYERS, Summary, is_finished
@@ -34,7 +34,6 @@ from mae.tasks import registry
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"  # as init: the pretrained weights that this program makes itself
 LAUNCHERS = {"local": local, "inline": inline, "slurm": slurm}
 
 
@@ -163,13 +162,12 @@ def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
 
     The pre-training is launched where it is not finished. On a cluster the config waits for its job.
     """
-    choices = chosen_groups(overrides)
-    parent = pretraining(cfg, choices)
+    parent = pretraining(cfg, chosen_groups(overrides))
     run, cfg = Path(parent.output_dir), with_values(cfg, init=parent.output_dir)
     if is_finished(run):
         return cfg, 0
     sys.stderr.write(f"init=auto: pre-training comes first, in {run}\n")
-    code = launch(parent, ["task=pretrain", *own_names(cfg, choices)])
+    code = launch(parent, stage_command("pretrain", cfg, overrides, []))
     if not code and not is_finished(run):
         cfg = with_values(cfg, launcher={**cfg.launcher, "dependency": f"afterok:{job_id(run)}"})
     return cfg, code
@@ -181,6 +179,16 @@ def after_pretraining(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
 def queues(cfg: DictConfig) -> bool:
     """Whether a sweep submits a run together with its other members. A pipeline's stages are jobs of their own."""
     return cfg.launcher.name == "slurm" and cfg.task.name != "pipeline"
+
+
+def report_pipelines(members: list[tuple[DictConfig, list[str]]]) -> None:
+    """Queues the table of a sweep of pipelines on a cluster, for when the last job of each has ended."""
+    queued = [(Path(cfg.output_dir).absolute(), cfg) for cfg, _ in members if cfg.launcher.name == "slurm"]
+    ends = {run: read_json(run / END).get("job") for run, _ in queued if not is_finished(run)}
+    jobs = [job for job in ends.values() if job]
+    if jobs:
+        folder = Path(os.path.commonpath(run.parent for run in ends))
+        report_after(jobs, folder, call(SlurmSettings, queued[0][1].launcher))
 
 
 def launch_sweep(members: list[tuple[DictConfig, list[str]]]) -> int:

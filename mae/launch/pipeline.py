@@ -5,7 +5,6 @@ each stage to the launcher. It imports no torch.
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from mae.config.build import call
 from mae.config.check import check_config, resolve, with_values
 from mae.config.compose import chosen_groups
-from mae.config.from_run import other_task, own_names
+from mae.config.from_run import other_task, stage_command
 from mae.config.identity import run_directory
-from mae.config.overrides import key_of
+from mae.config.overrides import assignment, key_of
 from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.launch.slurm.state import job_id
@@ -30,7 +28,6 @@ from mae.tasks.registry import METRICS, TASKS, names
 from mae.tracking.jsonl import JsonLines
 
 FIXED = ("model", "data", "launcher", "task", "output_dir", "init", "resume")  # keys that a stage cannot override
-OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 EMPTY: Mapping[str, str] = {}
 ENDS = {3: "diverged", 130: "interrupted"}  # exit code of a stage -> how it ended
 
@@ -54,11 +51,7 @@ def run_pipeline(
     run: Path, cfg: DictConfig, overrides: list[str], launch: Callable[[DictConfig, list[str]], int], main: bool
 ) -> int:
     """Runs the pipeline of a config; the main process writes its summary. Returns the exit code."""
-    for override in overrides:
-        if key_of(override).split(".")[0] in OF_STAGES:
-            typed = shlex.quote(f"task.overrides.pretrain=[{QuotedString(override, Quote.double).with_quotes()}]")
-            raise UserError(f"{override} belongs to a stage: give it to one, as in {typed}.")
-    code, summary = call(pipeline, cfg.task, run, cfg, launch, chosen_groups(overrides))
+    code, summary = call(pipeline, cfg.task, run, cfg, launch, overrides)
     if summary is not None and main:
         summary.write(run)
     return code
@@ -68,7 +61,7 @@ def pipeline(
     run: Path,
     cfg: DictConfig,
     launch: Callable[[DictConfig, list[str]], int],
-    choices: Mapping[str, str],
+    typed: Sequence[str],
     *,
     stages: list[str],
     pretrain: PretrainKeys,
@@ -76,11 +69,11 @@ def pipeline(
 ) -> tuple[int, Summary | None]:
     """Runs the stages in order; returns the exit code, and the summary once all are finished.
 
-    `launch` runs a checked config. `choices` are the files of groups that the command line chose. `overrides` holds the
-    command line of single stages.
+    `launch` runs a checked config. `typed` is the command line, and `overrides` holds those of single stages.
 
     Raises UserError before the first stage starts where one of them is not possible.
     """
+    choices = chosen_groups(typed)
     arguments = stage_arguments(stages=stages, pretrain=pretrain, overrides=overrides)
     configs = {name: stage_config(run, cfg, name, stages, arguments[name], choices) for name in stages}
     summaries: dict[str, Summary] = {}
@@ -91,7 +84,8 @@ def pipeline(
         if job := jobs.get(parent_of(name, stages) or ""):
             stage = with_values(stage, launcher={**stage.launcher, "dependency": f"afterok:{job}"})
         with noting_failure(run, name):
-            code = launch(stage, [f"task={name}", *own_names(cfg, choices), *arguments[name]])
+            start = [] if stage.init is None else [assignment("init", stage.init)]
+            code = launch(stage, stage_command(name, cfg, typed, [*start, *arguments[name]], "seed"))
         if code:
             note(run, f"{ENDS.get(code, 'failed')}: stage {name} ended with exit code {code}")
             return code, None
@@ -181,7 +175,7 @@ def stage_config(
     if fixed := [key for key in map(key_of, overrides) if key in FIXED]:
         raise UserError(f"task.overrides.{name}: {fixed[0]} is the pipeline's to set.")
     stage = other_task(cfg, name, overrides, choices)
-    stage.seed = cfg.seed
+    stage.seed, stage.dry_run = cfg.seed, cfg.dry_run
     stage.output_dir = str(run / name)
     parent = parent_of(name, stages)
     stage.init = cfg.init if parent is None else str(run / parent)

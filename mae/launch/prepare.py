@@ -15,6 +15,7 @@ from mae.launch.slurm.state import live_jobs
 from mae.runs.checkpoints import checkpoints_of
 from mae.runs.file_system import full_disk
 from mae.runs.files import read_json_lines, write_text
+from mae.runs.layout import BAD_STEP
 from mae.runs.summary import is_finished
 
 FAILED = "failed"  # folder of a run for the files of starts that failed before the first checkpoint
@@ -65,7 +66,7 @@ def prepare(cfg: DictConfig, overrides: list[str]) -> Path:
 
 def failed_early(run: Path) -> bool:
     """Whether a run failed before its first checkpoint or result, and no job works on it."""
-    stages = [path.parent for path in run.glob("*/config.yaml")]
+    stages = [path.parent for path in run.glob("*/config.yaml") if path.parent.name != BAD_STEP]
     failed = all(map(failed_early, stages)) if stages else (run / "failure.json").exists()
     if not failed or is_finished(run) or checkpoints_of(run):
         return False

@@ -50,6 +50,7 @@ class SweepOfCommand:
             if code == INTERRUPTED:
                 return code
             codes.append(code)
+        launch.report_pipelines(here)
         if queued and not self.refused:
             codes.append(launch.launch_sweep(queued))
         return next((code for code in codes if code), 0)

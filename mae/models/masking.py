@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from mae.errors import UserError
 from mae.rng import uniform
 
 Grid = tuple[int, int]  # patches: rows, columns
+Deviation = Annotated[float, "(0, 64]"]  # of a blur, in patches: 64 is a blur over all of 448 pixels in patches of 14
 RECTANGLES, WINDOWS = np.uint64(0xB10C), np.uint64(0x317D)  # separate a sample's random numbers by their use
 MOST_RECTANGLES = 64
 RATIOS = 9  # that are drawn from a range: each has shapes of its own, to be compiled; the middle is one of them
@@ -50,8 +50,8 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     visible = int(num_patches * (1 - mask_ratio))
     if not 1 <= visible <= num_patches:
         raise UserError(
-            f"task.mask_ratio {mask_ratio} keeps {visible} of {num_patches} patches, but at least one "
-            "must be kept: choose a ratio in [0, 1) that does."
+            f"A mask ratio of {mask_ratio} keeps {visible} of {num_patches} patches, and at least one must be kept: "
+            "choose a ratio in [0, 1) that does."
         )
     return visible
 
@@ -135,7 +135,9 @@ def uniform_masking(
 ) -> np.ndarray:
     """Every window has equally many visible patches (UM-MAE, arXiv 2205.10063: one of each 2 x 2).
 
-    Where the ratio gives no whole number a window, some windows at random have one more.
+    Where the ratio gives no whole number a window, some windows at random have one more. A window that the grid's edge
+    cuts counts as a whole one, so its patches are visible more often. At 75 % of 7 x 9 patches, the last one is visible
+    three times of four, and one in the middle once in five.
     """
     numbers = uniform(keys, grid[0] * grid[1]).reshape(-1, *grid)
     rank = np.zeros_like(numbers)
@@ -148,12 +150,12 @@ def uniform_masking(
     return ((rank + ties) / window**2).reshape(len(keys), -1).astype(np.float32)
 
 
-def red_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Annotated[float, "(0, inf)"]) -> np.ndarray:
+def red_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Deviation) -> np.ndarray:
     """Low-passed noise (ColorMAE, arXiv 2407.13036): visible patches form large areas. `sigma` is in patches."""
     return _coloured(keys, grid, lambda white: _blurred(white, sigma), sigma)
 
 
-def blue_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Annotated[float, "(0, inf)"]) -> np.ndarray:
+def blue_masking(keys: np.ndarray, grid: Grid, mask_ratio: float, *, sigma: Deviation) -> np.ndarray:
     """High-passed noise (ColorMAE): visible patches are spread evenly."""
     return _coloured(keys, grid, lambda white: white - _blurred(white, sigma), sigma)
 
@@ -163,8 +165,8 @@ def green_masking(
     grid: Grid,
     mask_ratio: float,
     *,
-    sigma: Annotated[float, "(0, inf)"],
-    wide_sigma: Annotated[float, "(0, inf)"],
+    sigma: Deviation,
+    wide_sigma: Deviation,
 ) -> np.ndarray:
     """Band-passed noise (ColorMAE): visible patches form groups of one size, between `sigma` and `wide_sigma`."""
     return _coloured(keys, grid, lambda white: _band(white, sigma, wide_sigma), wide_sigma)
@@ -175,8 +177,8 @@ def purple_masking(
     grid: Grid,
     mask_ratio: float,
     *,
-    sigma: Annotated[float, "(0, inf)"],
-    wide_sigma: Annotated[float, "(0, inf)"],
+    sigma: Deviation,
+    wide_sigma: Deviation,
 ) -> np.ndarray:
     """Noise without the band that `green` passes (ColorMAE)."""
     return _coloured(keys, grid, lambda white: white - _band(white, sigma, wide_sigma), wide_sigma)
@@ -184,6 +186,8 @@ def purple_masking(
 
 def _blurred(white: np.ndarray, sigma: float) -> np.ndarray:
     """White noise (B, H, W) after a Gaussian filter of that deviation, in patches."""
+    from scipy.ndimage import gaussian_filter  # slow to import, and few maskings need it
+
     return gaussian_filter(white, (0, sigma, sigma), mode="wrap")
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae.device import exact
+
 GLYPH = 16  # pixels of a cell's side
 GOLDEN_RATIO = 0.618034  # of a turn of the colour circle: neighbouring ids get distant colours
 
@@ -17,23 +19,26 @@ def in_grid(colours: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def principal_colours(target: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
     """Both (B, L, D) as colours (B, L, 3) in [0, 1]: the three main components of the targets, from their 2nd to their
-    98th percentile."""
+    98th percentile. Patches that are not finite are black."""
     rows = target.float().flatten(0, -2)
+    rows, count = rows[rows.isfinite().all(1)], min(3, rows.shape[1])
+    if not len(rows):
+        return target.new_zeros(*target.shape[:-1], 3), pred.new_zeros(*pred.shape[:-1], 3)
     mean = rows.mean(0)
-    count = min(3, rows.shape[1])
     basis = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:count].T
+    low, high = (torch.quantile((rows - mean) @ basis, share, dim=0) for share in (0.02, 0.98))
     values = [(tokens.float() - mean) @ basis for tokens in (target, pred)]
-    low, high = (torch.quantile(values[0].flatten(0, 1), share, dim=0) for share in (0.02, 0.98))
-    first, second = (((v - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) for v in values)
+    first, second = (((v - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).nan_to_num() for v in values)
     return F.pad(first, (0, 3 - count)), F.pad(second, (0, 3 - count))
 
 
 def id_colours(ids: Tensor) -> Tensor:
     """Ids (B, L) as colours (B, L, 3) in [0, 1], each of its own hue and brightness."""
-    hue = (ids.double() * GOLDEN_RATIO) % 1
-    thirds = torch.tensor([0.0, 1 / 3, 2 / 3], device=ids.device, dtype=torch.float64)
-    light = 0.6 + 0.4 * ((ids.double() * GOLDEN_RATIO**2 * 7) % 1)
-    return (light[..., None] * (0.5 + 0.5 * torch.cos(2 * math.pi * (hue[..., None] + thirds)))).float()
+    number = ids.to(exact(ids.device)).double()
+    hue = (number * GOLDEN_RATIO) % 1
+    thirds = torch.tensor([0.0, 1 / 3, 2 / 3], device=number.device, dtype=torch.float64)
+    light = 0.6 + 0.4 * ((number * GOLDEN_RATIO**2 * 7) % 1)
+    return (light[..., None] * (0.5 + 0.5 * torch.cos(2 * math.pi * (hue[..., None] + thirds)))).float().to(ids.device)
 
 
 def glyphs(histogram: Tensor) -> Tensor:

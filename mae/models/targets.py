@@ -4,6 +4,7 @@ A target is a subclass of `Target` and its entry in `TARGETS`. Its keyword-only 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae.device import exact
 from mae.errors import UserError
 from mae.models import renderings
 from mae.models.target import Patches, Target
 from mae.models.teacher import Teacher
-from mae.models.tokenizer import open_tokenizer
+from mae.models.tokenizer import described, open_tokenizer
 
 
 class PixelTarget(Target):
@@ -50,8 +52,8 @@ SUMS_OF = ("patch_size", "img_size", "in_chans")  # what sums of patches belong 
 
 
 def product_sums(patches: Tensor) -> Tensor:
-    """The sum of [1, patch] times [1, patch] over patches (b, L, p * p * C), in float64."""
-    rows = F.pad(patches.double().flatten(0, 1), (1, 0), value=1.0)
+    """The sum of [1, patch] times [1, patch] over patches (b, L, p * p * C), in float64, on a device that has it."""
+    rows = F.pad(patches.to(exact(patches.device)).double().flatten(0, 1), (1, 0), value=1.0)
     return rows.T @ rows
 
 
@@ -90,7 +92,7 @@ class PcaTarget(Target):
         for batch in patches:
             of_batch = product_sums(batch)
             sums = sums.to(of_batch.device) + of_batch
-        self._fit(total(sums.to(self.mean.device)).cpu())
+        self._fit(total(sums.to(exact(self.mean.device))).cpu())
 
     def fit_from_file(self) -> bool:
         """From the sums of a run of task=stats. They are of values in [0, 1], and are turned into those of values as
@@ -99,8 +101,8 @@ class PcaTarget(Target):
             return False
         sums = self._read_sums(Path(self.fitted).expanduser())
         zeros = self.mean.new_zeros(1, self.patches.in_chans, 1, 1)
-        mean = self.patches.undo(zeros).double().flatten().cpu()
-        std = self.patches.undo(zeros + 1).double().flatten().cpu() - mean
+        mean = self.patches.undo(zeros).cpu().double().flatten()
+        std = self.patches.undo(zeros + 1).cpu().double().flatten() - mean
         pixels = self.patches.size[0] * self.patches.size[1]
         affine = torch.diag(torch.cat([torch.ones(1, dtype=torch.float64), (1 / std).repeat(pixels)]))
         affine[0, 1:] = (-mean / std).repeat(pixels)
@@ -113,7 +115,7 @@ class PcaTarget(Target):
         try:
             with np.load(file) as content:
                 sums, stored = torch.from_numpy(content["sums"]), {key: content[key].tolist() for key in SUMS_OF}
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of many kinds, by what is damaged
             raise UserError(
                 f"target.fitted={self.fitted} holds no sums of patches: name a run of task=stats target=pca."
             ) from error
@@ -234,6 +236,9 @@ class FeatureTarget(Target):
         return F.mse_loss(pred, target)
 
 
+OUTSIDE = -1  # an id that the vocabulary lacks
+
+
 class TokenTarget(Target):
     """Token ids of the patches, from a TorchScript or ONNX file that maps images in [0, 1] to ids (B, L)."""
 
@@ -242,35 +247,52 @@ class TokenTarget(Target):
     def __init__(self, patches: Patches, *, file: str, vocabulary: Annotated[int, "[2, inf)"]):
         super().__init__(patches)
         self.file, self.size = Path(file).expanduser(), vocabulary
-        self._tokenizer: Callable[[Tensor], Tensor] | None = None  # opened when first needed: plans do without
+        self._tokenizer: Callable[[Tensor], object] | None = None  # opened when first needed: plans do without
+        # of batches' ids, on their way to the host
+        self._ranges: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     @torch.no_grad()
     def forward(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Ids (B, L) int64. Raises UserError where the file does not open, or gives anything else."""
+        """Ids (B, L) int64; OUTSIDE where the vocabulary lacks one. Raises UserError where the file is none of ids."""
         opened = self._tokenizer is None
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.file, images.device)
-        ids = self._tokenizer(self.patches.undo(images).float()).flatten(1)
+        ids = self._tokenizer(self.patches.undo(images).float())
+        ids = ids.flatten(1) if isinstance(ids, Tensor) and ids.ndim > 1 else ids
         count = self.patches.grid[0] * self.patches.grid[1]
-        if ids.shape != (len(images), count) or ids.is_floating_point():
-            shape, kind = " x ".join(map(str, ids.shape)), str(ids.dtype).removeprefix("torch.")
+        if not isinstance(ids, Tensor) or ids.shape != (len(images), count) or ids.is_floating_point():
             raise UserError(
-                f"target.file={self.file} gives {shape} values of {kind} for {len(images)} images, and not the whole "
-                f"numbers of {count} patches each."
+                f"target.file={self.file} gives {described(ids)} for {len(images)} images, and not the whole numbers "
+                f"of {count} patches each."
             )
-        if opened or not ids.is_cuda:  # a GPU is waited for once
-            low, high = int(ids.min()), int(ids.max())
+        ids = ids.long()
+        self._check_range(ids, wait=opened)
+        return ids.where((ids >= 0) & (ids < self.size), OUTSIDE)
+
+    def _check_range(self, ids: Tensor, wait: bool) -> None:
+        """Raises UserError where the vocabulary lacks an id; on CUDA, unless `wait`, some batches later.
+
+        No step waits for the GPU then, and the loss of such a batch is NaN.
+        """
+        copied = torch.cuda.Event() if ids.is_cuda and not wait else None
+        extremes = torch.stack(ids.aminmax()).to("cpu", non_blocking=copied is not None)
+        if copied is not None:
+            copied.record(torch.cuda.current_stream(ids.device))
+        self._ranges.append((extremes, copied))
+        while self._ranges and ((copied := self._ranges[0][1]) is None or copied.query()):
+            low, high = self._ranges.popleft()[0].tolist()
             if low < 0 or high >= self.size:
                 raise UserError(
                     f"target.file={self.file} gives ids from {low} to {high}, and target.vocabulary={self.size} allows "
                     f"those from 0 to {self.size - 1}: raise it."
                 )
-        return ids.long()
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy."""
-        logits = pred.flatten(0, 1)
-        return F.cross_entropy(logits.float() if logits.dtype.itemsize == 2 else logits, target.flatten())
+        """Cross-entropy; NaN where an id is OUTSIDE, so that the step is skipped."""
+        logits, outside = pred.flatten(0, 1), (target == OUTSIDE).any()
+        logits = logits.float() if logits.dtype.itemsize == 2 else logits
+        loss = F.cross_entropy(logits, target.flatten(), ignore_index=OUTSIDE)
+        return loss * torch.where(outside, math.nan, 1.0)
 
     def pictures(self, target: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
         """A colour for each id; of a prediction for the likeliest."""

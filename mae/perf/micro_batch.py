@@ -20,6 +20,7 @@ from mae.config import rules
 from mae.distributed.fsdp import local_shard, reshard, whole
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
+from mae.models.masking import count_visible
 from mae.perf.activations import saved_for_backward
 from mae.plan import mixes
 from mae.runs.files import write_text
@@ -57,8 +58,16 @@ class Trial:
     @property
     def costliest(self) -> int:
         """The number of the ratio or phase whose steps need most memory."""
-        phases = self.task.phases
-        return max(self.ratios(), key=lambda k: (math.prod(phases[k].grid), -phases[k].mask_ratio)) if phases else 0
+        phases, model = self.task.phases, self.cfg.model
+
+        def activations(number: int) -> int:
+            """About as many values as the blocks leave: of visible patches in the encoder, of all in the decoder."""
+            patches = math.prod(phases[number].grid)
+            visible = count_visible(patches, phases[number].mask_ratio)
+            decoder = patches * model.decoder_depth * model.decoder_embed_dim
+            return visible * model.depth * model.embed_dim + decoder
+
+        return max(self.ratios(), key=activations) if phases else 0
 
     def batch(self, images: int, ratio: int = 0) -> devices.Batch:
         """A batch as the loader would send it, of a ratio or phase."""

@@ -78,10 +78,17 @@ class Sweep:
         return [m for m in self.members if metric in m.results and m.record.state == "finished"]
 
 
+def best_number(value: object) -> float | None:
+    """A result as one number: of several, as k-NN has one for each k, the largest. None for what is no number."""
+    if isinstance(value, dict) and value and all(isinstance(number, int | float) for number in value.values()):
+        value = max(value.values())
+    return value if isinstance(value, int | float) else None
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a result such as `top1`, or `finetune top1` of a pipeline, is better where it is lower."""
     key = metric.split(" ")[-1]
-    return METRICS[key].lower_is_better if key in METRICS else key.endswith("loss")
+    return METRICS[key].lower_is_better if key in METRICS else key == "ece" or key.endswith("loss")
 
 
 def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -89,9 +96,8 @@ def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
     results = {}
     for prefix, values in stages_of(summary):
         for key in METRICS:
-            value = values.get(key)
-            value = max(value.values()) if key == "knn" and isinstance(value, dict) else value
-            if isinstance(value, int | float) and math.isfinite(value):
+            value = best_number(values.get(key))
+            if value is not None and math.isfinite(value):
                 results[f"{prefix}{key}"] = float(value)
     return results
 

@@ -15,6 +15,7 @@ from mae.config.identity import leaves
 from mae.config.overrides import key_of
 from mae.config.saved import stored_overrides
 from mae.program import program
+from mae.runs.failure import FAILURE
 from mae.runs.files import read_json, read_json_lines
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def read_record(run: Path) -> Record:
     """Reads a run's directory; a file that is not there yet is empty."""
     events = read_json_lines(run / "events.jsonl")
     summary = read_json(run / "summary.json")
-    state = "finished" if summary else "unfinished"
+    failure = (run / FAILURE).exists()  # of the last start, which may have left no event
+    state = "finished" if summary else "failed" if failure else "unfinished"
     if not summary and events:
         first = str(events[-1].get("event", "")).split(":", 1)[0]
         state = first if first in ("interrupted", "diverged", "failed", "pruned") else state

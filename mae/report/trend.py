@@ -54,7 +54,8 @@ def still_learning(metrics: Sequence[Mapping[str, Any]]) -> str:
             "A lower task.eval_every_epochs or task.log_every_steps gives more."
         )
     line, title = fitted(*windows[key]), TITLES[key]
-    moved = f"{abs(line.change):.2g} ({100 * abs(line.change) / abs(line.level):.2g} %)"
+    share = f" ({100 * abs(line.change) / abs(line.level):.2g} %)" if line.level else ""
+    moved = f"{abs(line.change):.2g}{share}"
     if abs(line.change) <= SURE * line.error:
         if abs(line.change) + SURE * line.error > FLAT * abs(line.level):
             return (
@@ -87,6 +88,11 @@ def _gain(line: Line, metrics: Sequence[Mapping[str, Any]]) -> str:
             "What more training would bring this curve cannot tell: the learning rate has decayed to "
             f"{100 * share:.2g} % of its peak, and a loss falls while the rate decays. A run of more task.epochs would "
             "show it."
+        )
+    if line.level + line.change < 0:
+        return (
+            "A straight line drawn on falls below zero within another tenth as many steps, which no loss does: the "
+            "curve must flatten."
         )
     return (
         f"Another tenth as many steps at this slope would bring it down by {abs(line.change):.2g} more, to "

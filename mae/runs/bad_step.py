@@ -67,13 +67,17 @@ def save_start(run: Path, step: int) -> int | None:
 
 
 def read_bad_step(run: Path) -> BadStep:
-    """The bad step of a run. Raises UserError where it has none."""
+    """The bad step of a run. Raises UserError where it has none, or where its record is damaged."""
     if not has_bad_step(run):
         raise UserError(
             f"replay={run}: this run has left no bad step: every loss and gradient was finite at its log points. "
             "There is nothing to replay."
         )
-    return BadStep(**read_json(run / BAD_STEP / RECORD))
+    record = run / BAD_STEP / RECORD
+    try:
+        return BadStep(**read_json(record))
+    except TypeError as error:
+        raise UserError(f"replay={run}: {record} is damaged, or of another version of this program.") from error
 
 
 def write_replay(run: Path, text: str) -> None:

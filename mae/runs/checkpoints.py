@@ -1,7 +1,8 @@
 """A run's checkpoints on the disk: layout, names, manifests, and whether their bytes are what was written. No torch.
 
 A checkpoint is a folder `checkpoints/step_00000100/` with `model.safetensors`, `trainer.pt`, and `manifest.json`: step,
-epoch, and the size and SHA-256 of both files. `mae.checkpoint` reads and writes their tensors.
+epoch, the size and SHA-256 of both files, and what a reader of a copy needs of the run. `mae.checkpoint` reads and
+writes their tensors.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.errors import UserError
+from mae.runs.file_system import point_to
 from mae.runs.files import digest, read_json
 from mae.runs.layout import CHECKPOINTS, FORMAT, FORMAT_KEY
 
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, TRAINER, MANIFEST = "model.safetensors", "trainer.pt", "manifest.json"
 PROBED_LAYER = "probed_layer"  # in a manifest and an export's metadata: the block whose output its classifier reads
-BEST = "best"  # a link to the checkpoint that validated best
+CLASS_NAMES = "classes"  # in a manifest: names in the order of the outputs of what learns classes
+RUN_CONFIG, RUN_OVERRIDES = "config", "overrides"  # in a manifest: the run's config.yaml and overrides.yaml
+BEST = "best"  # a link to the checkpoint that validated best; in a manifest: whether that was it when it was written
 
 
 class DamagedCheckpoint(UserError):
@@ -47,10 +51,27 @@ def best_of(run: Path) -> Path | None:
     return link.with_name(os.readlink(link)) if link.is_symlink() else None
 
 
+def repair_best(run: Path, restored: Path) -> None:
+    """Lets `best` point to the best of the checkpoints up to `restored`, from which a run goes on: the run may have
+    been killed before it moved the link. Checkpoints of earlier versions do not say it, and their link stays."""
+    best = [path for path in checkpoints_of(run) if path <= restored and read_json(path / MANIFEST).get(BEST) is True]
+    link = run / CHECKPOINTS / BEST
+    linked = read_json(link / MANIFEST).get("step")
+    if not best or (isinstance(linked, int) and step_of(best[-1]) <= linked <= step_of(restored)):
+        return
+    log.info("checkpoints/best points to %s again", best[-1].name)
+    point_to(best[-1], link)
+
+
 def epoch_of(path: Path) -> float:
     """The epoch in a checkpoint's manifest; 0 where that is damaged."""
     epoch = read_json(path / MANIFEST).get("epoch")
     return float(epoch) if isinstance(epoch, int | float) else 0.0
+
+
+def describes_itself(folder: Path) -> bool:
+    """Whether the manifest of a checkpoint's folder holds the run's config; earlier versions wrote none."""
+    return isinstance(read_json(folder / MANIFEST).get(RUN_CONFIG), dict)
 
 
 # ---------------------------------------------------------------- manifests

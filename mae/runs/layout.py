@@ -11,6 +11,7 @@ EVENTS = "events.jsonl"
 ENVIRONMENT = "environment.jsonl"  # a line each time the run was started
 SUMMARY = "summary.json"  # there once the run is finished
 FAILURE = "failure.json"  # the first error of the last start
+OUTPUTS = "outputs.jsonl"  # files that the run wrote to `task.path`: see `mae.runs.outputs`
 LOG = "log.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"

@@ -1,11 +1,13 @@
 """The masked autoencoder of a config, with what it predicts."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from mae.checkpoint import weights_digest
 from mae.config.build import build, call
 from mae.data.prepare import Prepare
 from mae.errors import UserError
@@ -18,8 +20,11 @@ from mae.models.vit import classifier
 from mae.tasks.init_weights import channels, image_top
 from mae.weights.load import load_pretrained
 from mae.weights.read import PretrainedWeights, read_pretrained
+from mae.weights.unstated import normalisation, number_of_heads
 
-HEAD_WIDTH = 64  # of published vision transformers, where a file does not say how many heads it has
+log = logging.getLogger(__name__)
+
+STATED = "state it in the file, as torch.save({'model': weights, 'args': {%s}}, FILE)"  # what a teacher's user types
 
 
 def build_autoencoder(
@@ -50,6 +55,7 @@ def read_teacher(cfg: DictConfig, name: str, grid: tuple[int, int]) -> Teacher:
             pretrained = read_pretrained(name)
         except UserError as error:
             raise UserError(str(error).replace("init=", "target.teacher=")) from error
+        pretrained.key = "target.teacher"
         check_patches(cfg, name, pretrained, grid)
         sizes = pretrained.sizes
         width = sizes["embed_dim"]
@@ -59,7 +65,7 @@ def read_teacher(cfg: DictConfig, name: str, grid: tuple[int, int]) -> Teacher:
             in_chans=sizes["in_chans"],
             embed_dim=width,
             depth=sizes["depth"],
-            num_heads=sizes.get("num_heads") or max(1, width // HEAD_WIDTH),
+            num_heads=number_of_heads(pretrained, STATED % "'num_heads': 12"),
             mlp_ratio=sizes.get("mlp_ratio", 4.0),
             num_classes=0,
             drop_path=0.0,
@@ -96,11 +102,28 @@ def adjustment(cfg: DictConfig, pretrained: PretrainedWeights) -> tuple[torch.Te
     """Scale and shift (C, 1, 1) from images as the data are normalised to those that a teacher was trained with."""
     count = cfg.model.in_chans
     mean, std = (torch.tensor(channels(cfg.data[key], count)).view(-1, 1, 1) for key in ("mean", "std"))
-    theirs = {} if pretrained.preprocessing is None else pretrained.preprocessing.of_images_up_to(image_top(cfg))
-    if any(len(values) not in (1, count) for values in theirs.values()):
-        theirs = {}
-    their_mean, their_std = (
-        torch.tensor(channels(theirs[key], count)).view(-1, 1, 1) if key in theirs else ours
-        for key, ours in (("mean", mean), ("std", std))
-    )
+    theirs = normalisation(pretrained, image_top(cfg), STATED % "'mean': [...], 'std': [...]")
+    their_mean, their_std = (torch.tensor(channels(theirs[key], count)).view(-1, 1, 1) for key in ("mean", "std"))
     return std / their_std, (mean - their_mean) / their_std
+
+
+def restore_teacher(teacher: Teacher, digest: str, name: str) -> None:
+    """Compares a teacher with the one of `digest` that a run began with, and warns where it is another.
+
+    Earlier versions showed it images as the data are normalised where its file says nothing: such a run goes on so.
+    """
+    if weights_digest(teacher.state_dict()) == digest:
+        return
+    scale, shift = teacher.scale.clone(), teacher.shift.clone()
+    teacher.scale.fill_(1.0)
+    teacher.shift.zero_()
+    if weights_digest(teacher.state_dict()) == digest:
+        log.warning("target.teacher=%s: it still sees images by data.mean and data.std, as when the run began", name)
+        return
+    teacher.scale.copy_(scale)
+    teacher.shift.copy_(shift)
+    log.warning(
+        "target.teacher=%s has other weights than when the run began: features of another network are predicted from "
+        "here on",
+        name,
+    )

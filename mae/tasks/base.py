@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from mae.checkpoint import step_name
 from mae.config.build import call
+from mae.config.saved import stored_overrides, with_format
+from mae.config.values import near
 from mae.data.phases import Phase
 from mae.data.prepare import Prepare
 from mae.data.sampler import Masking
 from mae.data.source import Source
 from mae.device import Batch
 from mae.distributed.ranks import Ranks
+from mae.errors import UserError
 from mae.plan import Plan
+from mae.runs.checkpoints import CLASS_NAMES, RUN_CONFIG, RUN_OVERRIDES
 from mae.runs.summary import Summary, rate
 from mae.tasks.labels import check_classes
 from mae.tasks.registry import TASKS, load_task
@@ -25,6 +29,7 @@ from mae.tracking.base import Tracker
 
 Autocast = Callable[[], AbstractContextManager[object]]  # within, the forward pass runs in the run's number format
 Network = TypeVar("Network", bound=nn.Module)
+OPTIONAL = ("cls_token", "pos_embed")  # that conf/optimizer exempts from decay, and that a network may lack
 
 
 class TrainedTask(nn.Module, Generic[Network]):
@@ -51,6 +56,7 @@ class TrainedTask(nn.Module, Generic[Network]):
     def __init__(self, cfg: DictConfig, val_set: Source):
         super().__init__()
         self.cfg, self.val_set = cfg, val_set
+        self.classes: list[str] = []  # names in the order of the outputs of what learns classes; a run stays with them
         self.prepare = call(Prepare, cfg.data)
 
     @property
@@ -85,6 +91,10 @@ class TrainedTask(nn.Module, Generic[Network]):
         """Fits what is no trained weight to the training images, the same on every rank; the model is on the device.
         Skipped where a run goes on from its own checkpoint. Weights may be sharded: within `fsdp.whole(self)` every
         rank has all of them."""
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Raises UserError where ranks have read different files that no checkpoint holds. On all ranks, once the model
+        is on its device."""
 
     def example_target(self, images: int) -> Tensor:
         """What `label` of a batch of so many images could be, for trial steps. By default classes (B,)."""
@@ -140,6 +150,13 @@ class TrainedTask(nn.Module, Generic[Network]):
         """What no tensor of `model` tells and a reader of its weights needs, for a checkpoint's manifest."""
         return {}
 
+    def manifest_facts(self, run: Path) -> dict[str, object]:
+        """`weights_facts`, and classes, config and command line of the run: a copy of a checkpoint's folder is as good
+        as the run. No hook."""
+        classes = {CLASS_NAMES: self.classes} if self.classes else {}
+        config = {RUN_CONFIG: with_format(self.cfg), RUN_OVERRIDES: stored_overrides(run)}
+        return config | classes | self.weights_facts()
+
     def on_train_end(self, run: Path, step: int, tracker: Tracker) -> None:
         """Writes what is made once, after the last validation. On rank 0 alone."""
 
@@ -161,6 +178,14 @@ def training_summary(task: str, plan: Plan, seconds: float, results: Mapping[str
         checkpoint=f"checkpoints/{step_name(plan.steps)}",
         results=results,
     )
+
+
+def check_exemptions(model: nn.Module, no_decay: list[str]) -> None:
+    """Raises UserError for a name in `no_decay` that no tensor of the model has: it would exempt nothing."""
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]  # fixed positions are a buffer
+    for name in no_decay:
+        if name not in names and name not in OPTIONAL:
+            raise UserError(f"optimizer.no_decay={name} names no parameter of the model.{near(name, names)}")
 
 
 def build_task(cfg: DictConfig, val_set: Source) -> TrainedTask[nn.Module]:

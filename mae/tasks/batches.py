@@ -63,5 +63,5 @@ def bad_files_csv(run: Path, ranks: Ranks) -> Path:
 
 
 def sent(loader: EvalLoader, ranks: Ranks) -> Iterator[device.Batch]:
-    """A loader's batches on the device."""
-    return map(device.Sender(ranks.device), loader)
+    """A loader's batches on the device, without the images that stand in for bad ones."""
+    return map(device.Sender(ranks.device), loader.usable())

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,20 +18,20 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mae.checkpoint import weights_digest
-from mae.data.source import Source
-from mae.device import Batch
+from mae.data.source import Source, fingerprint
+from mae.device import Batch, Sender
 from mae.distributed.ranks import Ranks
 from mae.runs.file_system import remove
 from mae.runs.files import read_json, replacing, write_json
+from mae.runs.outputs import noted
 from mae.runs.summary import Summary, rate
-from mae.tasks.batches import bad_files_csv, eval_loader, sent
+from mae.tasks.batches import bad_files_csv, eval_loader
 from mae.tasks.inference import ImageModel, Pooling
 from mae.tasks.inputs import (
     Which,
     columns_of,
     image_sets,
     model_of_init,
-    names_digest,
     need_pyarrow,
     output_file,
     written_names,
@@ -65,12 +66,13 @@ def embed(
     tracker.start(0, 0)
     if format == "parquet":
         need_pyarrow("task.format", "npy")
-    target = output_file(run, path, f"features.{format}")
+    target = output_file(run, path, f"features.{format}", [".csv"] if format == "npy" else [])
     sets = image_sets(cfg, files, split)
     model, autocast, checkpoint = model_of_init(cfg, ranks, precision)
     model.check("task.pooling", pooling, "task.layer", layer)
     stamp = {"weights": weights_digest(model.network.state_dict()), "pooling": pooling, "layer": layer, "dtype": dtype}
-    stamp |= {"batch": [batch_size, part_batches], "images": {name: names_digest(each) for name, each in sets.items()}}
+    stamp |= {"batch": [batch_size, part_batches], "roots": {name: each.root for name, each in sets.items()}}
+    stamp["images"] = {name: fingerprint(each) for name, each in sets.items()}
     if ranks.main:
         take_parts(run / PARTS, stamp)
     ranks.barrier()
@@ -84,12 +86,12 @@ def embed(
         indices = np.concatenate([np.arange(0), *map(parts[name].indices, own)])
         loader = eval_loader(cfg, ranks, source, batch_size, None, bad_files_csv(run, ranks), indices, name)
         with autocast():
-            compute(model, encode, sent(loader, ranks), parts[name], own)
+            compute(model, encode, map(Sender(ranks.device), loader), parts[name], own)
         loader.close()
     ranks.barrier()
     count, rows, written = sum(map(len, sets.values())), 0, []
     if ranks.main:
-        rows, written = WRITERS[format](target, sets, parts)
+        rows, written = WRITERS[format](target, sets, parts, partial(noted, run))
         log.info("%d of %d images have features, in %s", rows, count, target)
         remove(run / PARTS)
     ranks.barrier()
@@ -143,7 +145,9 @@ class Parts:
 
 
 def take_parts(folder: Path, stamp: Mapping[str, object]) -> None:
-    """Makes the folder of parts, without those of other weights, images or settings than `stamp` says."""
+    """Makes the folder of parts, without those of other weights, images or settings than `stamp` says.
+
+    Images of the same names in another folder are others: what a file holds is not looked at."""
     if folder.is_dir() and read_json(folder / STAMP) != stamp:
         log.info("%s holds parts of other weights, images or settings: they are computed again", folder)
         remove(folder)
@@ -173,12 +177,17 @@ def compute(
     assert next(stream, None) is None
 
 
-def write_npy(target: Path, sets: Mapping[str, Source], parts: Mapping[str, Parts]) -> tuple[int, list[Path]]:
+Opener = Callable[[Path], AbstractContextManager[Path]]  # of a temporary file that then replaces the target
+
+
+def write_npy(
+    target: Path, sets: Mapping[str, Source], parts: Mapping[str, Parts], replaced: Opener
+) -> tuple[int, list[Path]]:
     """features.npy (N, ...), and features.csv with the name of each row; returns the rows and the files."""
     rows = {name: each.rows() for name, each in parts.items()}
     count, names = sum(map(len, rows.values())), target.with_suffix(".csv")
     start = 0
-    with replacing(target) as temporary:
+    with replaced(target) as temporary:
         array = None
         for feature in features_of(parts):
             if array is None:
@@ -189,12 +198,14 @@ def write_npy(target: Path, sets: Mapping[str, Source], parts: Mapping[str, Part
         assert array is not None
         array.flush()
     columns = columns_of(sets, rows)
-    with replacing(names) as temporary:
+    with replaced(names) as temporary:
         write_csv(temporary, columns, zip(*columns.values(), strict=True))
     return count, [target, names]
 
 
-def write_parquet(target: Path, sets: Mapping[str, Source], parts: Mapping[str, Parts]) -> tuple[int, list[Path]]:
+def write_parquet(
+    target: Path, sets: Mapping[str, Source], parts: Mapping[str, Parts], replaced: Opener
+) -> tuple[int, list[Path]]:
     """Columns file, split, label and feature, a list of one length; patches (L, D) lie in it one after another."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -202,7 +213,7 @@ def write_parquet(target: Path, sets: Mapping[str, Source], parts: Mapping[str, 
     rows = {name: each.rows() for name, each in parts.items()}
     columns = columns_of(sets, rows)
     start, writer = 0, None
-    with replacing(target) as temporary:
+    with replaced(target) as temporary:
         for feature in features_of(parts):
             flat = feature.reshape(len(feature), -1)
             table = pa.table({name: pa.array(c[start : start + len(flat)], pa.string()) for name, c in columns.items()})

@@ -26,7 +26,7 @@ from mae.tasks.base import Autocast
 from mae.tasks.batches import bad_files_csv, eval_loader, sent
 from mae.tasks.inference import load_classifier
 from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
-from mae.tasks.labels import need_labels
+from mae.tasks.labels import class_numbers, need_labels
 from mae.tasks.results import track_results, write_csv, write_results
 from mae.tasks.segment_evaluate import evaluate_segmenter
 from mae.tracking.base import Tracker
@@ -62,8 +62,9 @@ def evaluate(
     same_weights(ranks, model)
     warn_of_statistics(cfg, pretrained)
     warn_of_crop(cfg, pretrained)
-    model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    names = pretrained.meta.classes or None
+    model.to(ranks.device, device.weight_format(dtype))
+    stated = pretrained.meta.classes
+    names = stated if len(stated) == model.num_classes else None
     classes = model_classes(cfg, source, model.num_classes, names)
     loader = eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_files_csv(run, ranks))
     autocast = partial(device.inference_autocast, dtype, ranks.device)
@@ -72,14 +73,7 @@ def evaluate(
     names = names or all_names(source, model.num_classes, classes)
 
     error, bins = results.calibration(calibration_bins)
-    metrics: dict[str, object] = {**results.metrics(), "ece": error, VAL_IMAGES: len(results)}
-    counts = results.per_class(model.num_classes)
-    metrics["mean_per_class"] = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
-    if isinstance(source, Robustness) and source.groups:
-        errors, mce = corruption_errors(source.groups, source.group[results.index], results.true_rank == 0)
-        metrics |= {"corruption_errors": errors} | ({"mce": mce} if mce is not None else {})
-        if mce is None:
-            log.warning("mCE needs all 15 corruptions, and data.root holds %d: it is not given", len(errors))
+    metrics = {**measured(source, results, model.num_classes), "ece": error}
     numbers = {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
     tracker.log({"step": 0, "images_seen": len(results), "epoch": 0.0, **numbers})
     if ranks.main:
@@ -100,6 +94,19 @@ def evaluate(
     )
 
 
+def measured(source: Source, results: Results, classes: int) -> dict[str, object]:
+    """Accuracy and loss in percent and nats, overall and as the mean over classes; of ImageNet-C its errors too."""
+    counts = results.per_class(classes)
+    mean = 100.0 * float((counts[:, 1] / np.maximum(counts[:, 0], 1))[counts[:, 0] > 0].mean())
+    metrics: dict[str, object] = {**results.metrics(), VAL_IMAGES: len(results), "mean_per_class": mean}
+    if isinstance(source, Robustness) and source.groups:
+        errors, mce = corruption_errors(source.groups, source.group[results.index], results.true_rank == 0)
+        metrics |= {"corruption_errors": errors} | ({"mce": mce} if mce is not None else {})
+        if mce is None:
+            log.warning("mCE needs all 15 corruptions, and data.root holds %d: it is not given", len(errors))
+    return metrics
+
+
 def need_parquet() -> None:
     """Raises UserError where the package that writes Parquet is not installed."""
     try:
@@ -109,29 +116,16 @@ def need_parquet() -> None:
 
 
 def model_classes(cfg: DictConfig, source: Source, classes: int, names: list[str] | None) -> np.ndarray:
-    """The model's class of each of the data's classes: by name where both are known, else by order.
-
-    Raises UserError where labels are missing or the classes do not correspond.
-    """
+    """The model's class of each of the data's classes; see `class_numbers`. Raises UserError where labels are
+    missing or the classes do not correspond."""
     need_labels(cfg, source, "validation")
     if isinstance(source, Robustness) and classes != len(source.classes):
         raise UserError(
             f"init={cfg.init} knows {classes} classes, but this data is labelled by ImageNet's 1000: evaluate a "
             "classifier of ImageNet-1k on it."
         )
-    candidates = [known for known in (names, synsets() if classes == 1000 else None) if known and len(known) == classes]
-    for known in candidates:
-        if set(source.classes) <= set(known):
-            number = {name: k for k, name in enumerate(known)}
-            return np.array([number[name] for name in source.classes], np.int64)
-    if len(source.classes) != classes:
-        raise UserError(
-            f"init={cfg.init} knows {classes} classes, but data.name={cfg.data.name} holds {len(source.classes)}: "
-            "evaluate on data with the classes it was trained on."
-        )
-    if candidates:
-        log.warning("the classes have other names than those trained on: they are matched by their order")
-    return np.arange(classes)
+    candidates = [known for known in (names, synsets() if classes == 1000 else None) if known]
+    return class_numbers(cfg, source.classes, classes, candidates)[0]
 
 
 def all_names(source: Source, count: int, classes: np.ndarray) -> list[str]:

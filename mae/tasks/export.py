@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from mae.config.from_run import run_of
+from mae.config.from_run import settings_of
 from mae.data.crops import pair
 from mae.data.transforms import kept_fraction
 from mae.distributed.ranks import Ranks
@@ -28,8 +28,6 @@ from mae.weights.read import PretrainedWeights, read_pretrained
 from mae.weights.remote import push_to_hub as push
 
 log = logging.getLogger(__name__)
-
-PAPERS_MASK_RATIO = 0.75  # where the checkpoint does not say its own
 
 
 def export(
@@ -75,8 +73,9 @@ def export(
             top=image_top(cfg),
             classes=classes,
             encoder_only=encoder_only,
-            mask_ratio=pretrained.mask_ratio or PAPERS_MASK_RATIO,
-            **run_facts(run_of(cfg.init), pretrained.meta.step),
+            mask_ratio=pretrained.mask_ratio,
+            norm_pix_loss=pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss,
+            **run_facts(settings_of(cfg.init), pretrained.meta.step),
         )
         written = write(model, format=format, path=path or str(run / "export" / format), facts=facts)
         log.info("wrote %s", ", ".join(str(file) for file in written))

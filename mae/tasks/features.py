@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae.config.build import call
 from mae.data.prepare import Prepare
-from mae.device import Batch
+from mae.device import Batch, as_float
 from mae.distributed.ranks import Ranks
 from mae.models.vit import classifier
 from mae.tasks.base import Autocast
@@ -26,11 +26,11 @@ class Features(NamedTuple):
 
     sample_index: Tensor  # (N,) int64
     label: Tensor  # (N,) int64
-    feature: Tensor  # (N, D) float32
+    feature: Tensor  # (N, D) float32, or float64 of an encoder in float64
 
 
 class Encoder(nn.Module):
-    """The encoder that `init` names, without a head: batch -> features (B, D) float32."""
+    """The encoder that `init` names, without a head: batch -> features (B, D), in float32 or the weights' float64."""
 
     def __init__(self, cfg: DictConfig, pool: Literal["avg", "token"]):
         super().__init__()
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         images = self.prepare(batch["image"], batch.get("flip")).to(next(self.model.parameters()).dtype)
-        return self.model(images).float()
+        return as_float(self.model(images))
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def extract(encode: Encode, batches: Iterable[Batch], ranks: Ranks, autocast: Au
     for batch in batches:
         with autocast():
             feature = encode(batch)
-        rows.append((batch["index"].cpu(), batch["label"].cpu(), feature.float().cpu()))  # else a GPU holds all twice
+        rows.append((batch["index"].cpu(), batch["label"].cpu(), as_float(feature).cpu()))  # else a GPU holds all twice
     mine = [torch.cat(columns).numpy() for columns in zip(*rows, strict=True)]
     together = [columns for columns in ranks.gather(mine) if columns]
     columns = [np.concatenate(column) for column in zip(*together, strict=True)]
-    _, first = np.unique(columns[0], return_index=True)
-    return Features(*(torch.from_numpy(column[first]) for column in columns))
+    order = np.argsort(columns[0])
+    return Features(*(torch.from_numpy(column[order]) for column in columns))

@@ -21,6 +21,7 @@ from mae.data.sources.folder import read
 from mae.data.sources.named import decoder_of
 from mae.data.sources.robustness import synsets
 from mae.data.transforms import CenterCrop
+from mae.device import as_float
 from mae.errors import UserError
 from mae.models.vit import block_output, classifier
 from mae.tasks.linprobe import add_probe
@@ -119,7 +120,7 @@ class ImageModel(nn.Module):
             pooled = network.fc_norm(self._pooled(tokens, pooling))
         else:
             pooled = self._pooled(block_output(network, x, layer), pooling)
-        return pooled.float() if pooled.dtype is not torch.float64 else pooled
+        return as_float(pooled)
 
     def check(self, pooling_key: str, pooling: Pooling, layer_key: str, layer: int | None) -> None:
         """Raises UserError for a layer or a token that the network does not have."""

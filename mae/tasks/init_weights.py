@@ -16,6 +16,7 @@ from mae.config.rules import missing_init
 from mae.data.crops import pair
 from mae.data.prepare import top_of
 from mae.data.source import BadImage, Source
+from mae.data.sources.scientific import BANDS
 from mae.data.transforms import kept_fraction
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
@@ -37,12 +38,12 @@ def read_from(cfg: DictConfig, pretrained: PretrainedWeights) -> str:
     return cfg.init if now is None or step is None else str(now.with_name(step_name(step)))
 
 
-def same_weights(ranks: Ranks, model: nn.Module) -> None:
-    """Raises UserError where ranks have read different weights, of a run that was just going on."""
+def same_weights(ranks: Ranks, model: nn.Module, key: str = "init") -> None:
+    """Raises UserError where ranks have read different weights, of a run that was just going on, named by `key`."""
     if ranks.world > 1 and len(set(ranks.gather(weights_digest(model.state_dict())))) > 1:
         raise UserError(
-            "init= names a run that goes on meanwhile, and ranks have read different checkpoints: name one of them, as "
-            "init=RUN/checkpoints/STEP."
+            f"{key}= names a run that goes on meanwhile, and ranks have read different checkpoints: name one of them, "
+            f"as {key}=RUN/checkpoints/STEP."
         )
 
 
@@ -90,7 +91,7 @@ def image_top(cfg: DictConfig) -> float | None:
 
     None where only an image could tell, and none can be read.
     """
-    if cfg.data.name != "scientific":
+    if cfg.data.name not in BANDS:
         return 255.0  # every other source decodes to 8 bits
     for split in ("val", "train"):
         with contextlib.suppress(ValueError, OSError):

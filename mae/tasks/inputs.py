@@ -1,6 +1,5 @@
 """Any images as task=embed and task=predict read them: named files or a data set, in batches that ranks share."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from mae import data, device
@@ -19,6 +17,7 @@ from mae.data.sources.named import named_files
 from mae.data.subsets import Subset, matched
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
+from mae.runs.outputs import others_files
 from mae.tasks.inference import ImageModel
 from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_crop, warn_of_statistics
 from mae.tasks.segment_inference import image_model
@@ -52,8 +51,7 @@ def model_of_init(
     warn_of_statistics(cfg, pretrained)
     warn_of_crop(cfg, pretrained)
     model.to(ranks.device)
-    if number_format is torch.float64:
-        model.network.double()
+    model.network.to(dtype=device.weight_format(number_format))
     return model, partial(device.inference_autocast, number_format, ranks.device), read_from(cfg, pretrained)
 
 
@@ -82,26 +80,19 @@ def columns_of(sets: Mapping[str, Source], rows: Mapping[str, np.ndarray]) -> di
     return {name: values for name, values in columns.items() if shown[name]}
 
 
-def names_digest(source: Source) -> str:
-    """SHA-256 over the names of the images, in their order."""
-    sha = hashlib.sha256()
-    for index in range(len(source)):
-        sha.update(source.name(index).encode(errors="surrogatepass") + b"\n")
-    return sha.hexdigest()
-
-
-def output_file(run: Path, path: str | None, name: str) -> Path:
+def output_file(run: Path, path: str | None, name: str, beside: Sequence[str] = ()) -> Path:
     """The file to write: `name` in the run or in the folder `path`, or `path` where it ends alike.
 
-    Raises UserError where a file that was asked for by `path` is there already.
+    `beside` are the suffixes of files that are written with it. Raises UserError where one of these files was asked for
+    by `path` and is there already, and not from an earlier start of this run.
     """
     if path is None:
         return run / name
     target = Path(path).expanduser()
     if target.suffix != Path(name).suffix:
         target = target / name
-    if target.exists():
-        raise UserError(f"task.path={path}: {target} exists already, and is not overwritten. Choose another path.")
+    for file in others_files(run, [target, *map(target.with_suffix, beside)]):
+        raise UserError(f"task.path={path}: {file} exists already, and is not overwritten. Choose another path.")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 

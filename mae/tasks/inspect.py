@@ -27,11 +27,11 @@ from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
-from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import bind_masking
 from mae.models.vit import classifier
 from mae.runs.summary import Summary
 from mae.tasks import charts
+from mae.tasks.autoencoder import build_autoencoder
 from mae.tasks.batches import both_sets
 from mae.tasks.results import write_csv
 from mae.tasks.stats import as_typed, write_bad
@@ -176,13 +176,14 @@ class Network(nn.Module):
         self.model, self.loss, self.prepare = model, loss, call(Prepare, cfg.data)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.loss(batch, self.prepare(batch["image"], batch["flip"]))
+        images = self.prepare(batch["image"], batch["flip"])
+        return self.loss(batch, images.to(next(self.model.parameters()).dtype))
 
 
 def network_of(cfg: DictConfig, step: str, mask_ratio: float, classes: int) -> Network:
     """The network of `model=` as the task `step` trains it."""
     if step == "pretrain":
-        mae = call(MaskedAutoencoder, cfg.model, norm_pix_loss=True)
+        mae = build_autoencoder(cfg, cfg.target, cfg.target.name == "pixels", call(Prepare, cfg.data))
         return Network(cfg, mae, lambda batch, images: mae(images, mask_ratio, batch["noise"]).loss)
     vit = call(classifier, cfg.model, num_classes=max(2, classes), drop_path=0.0, global_pool="avg")
     label = "label"
@@ -193,6 +194,7 @@ def step_speed(cfg: DictConfig, model: Network, batch: dict[str, Tensor], precis
     """Images a second that one device trains on, where it never waits."""
     here = batch["image"].device
     dtype = device.number_format(precision, here)
+    model.to(dtype=device.weight_format(dtype))
     optimizer = build(optim.OPTIMIZERS, cfg.optimizer, call(optim.param_groups, cfg.optimizer, model.model))
     seconds = []
     for _ in range(2 + STEPS):

@@ -20,7 +20,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.runs.summary import VAL_IMAGES, Summary, rate
 from mae.tasks.base import Autocast
-from mae.tasks.batches import both_sets, eval_loader, sent
+from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, sent
 from mae.tasks.features import Encode, Encoder, Features, extract
 from mae.tasks.init_weights import same_weights
 from mae.tasks.labels import check_classes
@@ -41,7 +41,7 @@ class Neighbours:
 
     def predict(self, queries: Tensor) -> Tensor:
         """Queries (B, D) to the predicted class for each k, (B, len(k))."""
-        queries, most = F.normalize(queries.float(), dim=1), max(self.k)
+        queries, most = F.normalize(queries.to(self.feature.dtype), dim=1), max(self.k)
         near = queries.new_full((len(queries), 0), 0.0)
         label = self.label.new_zeros((len(queries), 0))
         for start in range(0, len(self.label), CHUNK):
@@ -51,10 +51,9 @@ class Neighbours:
             label = torch.cat([label, self.label[start : start + CHUNK].expand(len(queries), -1)], 1)
             near, order = near.topk(min(most, near.shape[1]), dim=1)  # sorted, nearest first
             label = label.gather(1, order)
-        weight = (near / self.temperature).exp()
+        weight = ((near - near[:, :1]) / self.temperature).exp()  # of the nearest 1: exp overflows above 88
         votes = [
-            torch.zeros(len(queries), self.classes, device=queries.device).scatter_add_(1, label[:, :k], weight[:, :k])
-            for k in self.k
+            weight.new_zeros(len(queries), self.classes).scatter_add_(1, label[:, :k], weight[:, :k]) for k in self.k
         ]
         return torch.stack([vote.argmax(1) for vote in votes], 1)
 
@@ -68,19 +67,19 @@ def check_neighbours(key: str, k: int, images: int) -> None:
 @torch.no_grad()
 def accuracy(
     encode: Encode, neighbours: Neighbours, batches: Iterable[Batch], ranks: Ranks, autocast: Autocast
-) -> dict[int, float]:
-    """k -> percent of the images whose neighbours vote for their class, over all ranks."""
+) -> tuple[dict[int, float], int]:
+    """k -> percent of the images whose neighbours vote for their class, over all ranks; and the number of images.
+
+    One that cannot be used does not count."""
     parts = []
     for batch in batches:
         with autocast():
             feature = encode(batch)
-        hit = neighbours.predict(feature) == batch["label"][:, None]
-        parts.append(torch.cat([batch["index"][:, None], hit.long()], 1))
-    mine = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 1 + len(neighbours.k)), np.int64)
-    together = np.concatenate(ranks.gather(mine))
-    _, first = np.unique(together[:, 0], return_index=True)
-    percent = 100.0 * together[first, 1:].mean(0)
-    return {k: float(value) for k, value in zip(neighbours.k, percent, strict=True)}
+        parts.append(neighbours.predict(feature) == batch["label"][:, None])
+    mine = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, len(neighbours.k)), bool)
+    hits = np.concatenate(ranks.gather(mine))
+    percent = 100.0 * hits.mean(0)
+    return {k: float(value) for k, value in zip(neighbours.k, percent, strict=True)}, len(hits)
 
 
 def at_most(source: Source, count: int | None, seed: int) -> Source:
@@ -111,10 +110,10 @@ class KnnMonitor:
         loader, val_loader = (eval_loader(self.cfg, ranks, source, size) for source in (self.bank, self.val_set))
         bank = extract(encode, sent(loader, ranks), ranks, autocast)
         neighbours = Neighbours(bank, len(self.bank.classes), [self.k], TEMPERATURE, ranks.device)
-        percent = accuracy(encode, neighbours, sent(val_loader, ranks), ranks, autocast)[self.k]
+        percents, _ = accuracy(encode, neighbours, sent(val_loader, ranks), ranks, autocast)
         loader.close()
         val_loader.close()
-        return {f"val/knn_{self.k}": percent}
+        return {f"val/knn_{self.k}": percents[self.k]}
 
 
 def knn(
@@ -137,12 +136,16 @@ def knn(
     check_neighbours("task.k", max(k), len(train_set))
     encoder = Encoder(cfg, global_pool)
     same_weights(ranks, encoder.model)
-    encoder.to(ranks.device)
-    autocast = partial(device.inference_autocast, device.number_format(precision, ranks.device), ranks.device)
-    loader, val_loader = (eval_loader(cfg, ranks, source, batch_size) for source in (train_set, val_set))
+    dtype = device.number_format(precision, ranks.device)
+    encoder.to(ranks.device, device.weight_format(dtype))
+    autocast = partial(device.inference_autocast, dtype, ranks.device)
+    loader, val_loader = (
+        eval_loader(cfg, ranks, source, batch_size, bad_csv=bad_files_csv(run, ranks), split=split)
+        for split, source in (("train", train_set), ("val", val_set))
+    )
     bank = extract(encoder, sent(loader, ranks), ranks, autocast)
     neighbours = Neighbours(bank, len(train_set.classes), k, temperature, ranks.device)
-    percents = accuracy(encoder, neighbours, sent(val_loader, ranks), ranks, autocast)
+    percents, val_images = accuracy(encoder, neighbours, sent(val_loader, ranks), ranks, autocast)
     loader.close()
     val_loader.close()
     seconds, images = time.perf_counter() - begun, len(train_set) + len(val_set)
@@ -155,5 +158,5 @@ def knn(
         images_seen=images,
         images_per_second=rate(images, seconds),
         checkpoint=encoder.read_from,
-        results={"knn": {str(number): value for number, value in percents.items()}, VAL_IMAGES: len(val_set)},
+        results={"knn": {str(number): value for number, value in percents.items()}, VAL_IMAGES: val_images},
     )

@@ -20,12 +20,12 @@ from mae.config.build import build, call
 from mae.data.source import Source
 from mae.data.subsets import reduced
 from mae.distributed.ranks import Ranks
-from mae.errors import UserError
+from mae.errors import Diverged
 from mae.metrics import Collector, Results
-from mae.plan import Plan, make_plan, steps_in_epoch
+from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.runs.summary import LAYERS, VAL_IMAGES, Summary
-from mae.tasks.base import training_summary
-from mae.tasks.batches import both_sets, eval_loader, sent
+from mae.tasks.base import check_exemptions, training_summary
+from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.init_weights import same_weights
 from mae.tasks.linprobe import Linprobe, probe_head
@@ -86,7 +86,7 @@ def probe_features(
     """Features of centre-cropped images, then for each layer a head for each of `learning_rates` (x batch / 256).
 
     The head that validates best becomes the run's checkpoint. Every rank computes the same heads. Raises UserError
-    where the training set is smaller than a batch.
+    where the training set is smaller than a batch, and Diverged where the loss of the best head is not finite.
     """
     begun = time.perf_counter()
     torch.manual_seed(cfg.seed)
@@ -95,32 +95,41 @@ def probe_features(
     task.check_data(train_set, val_set)
     task.load_init()
     same_weights(ranks, task.model)
-    task.to(ranks.device).eval()
-    train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
-    if batch_size > len(train_set):
-        raise UserError(
-            f"task.batch_size={batch_size} is larger than the training set ({len(train_set)} images), and the heads on "
-            "cached features are trained on whole batches: choose a smaller one."
-        )
     dtype = device.number_format(precision, ranks.device)
-    train, val = (_features(cfg, task, ranks, source, dtype) for source in (train_set, val_set))
+    task.to(ranks.device, device.weight_format(dtype)).eval()
+    check_exemptions(task.model, cfg.optimizer.no_decay)
+    train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
+    _plan(cfg, len(train_set))  # what cannot be trained on is refused before features are computed
+    train, val = (
+        _features(cfg, task, ranks, source, dtype, run, split)
+        for split, source in (("train", train_set), ("val", val_set))
+    )
     log.info("features of %d + %d images in %.1f s", len(train.label), len(val.label), time.perf_counter() - begun)
 
     rates = learning_rates or [cfg.optimizer.base_lr]
-    plan = call(make_plan, cfg.task, len(train_set), steps_in_epoch(len(train_set), batch_size, drop_last=True), 1)
-    probes = initial_probes(task, rates).to(ranks.device)
+    plan = _plan(cfg, len(train.label))  # images that cannot be read have no features
+    probes = initial_probes(task, rates).to(ranks.device, device.weight_format(dtype))
     numbers = range(len(task.layer_heads))
     outcomes = [_probe_layer(cfg, task, copy.deepcopy(probes), k, (train, val), plan) for k in numbers]
     task.take_results([outcome.results for outcome in outcomes])
     seconds = time.perf_counter() - begun
     outcome = next(outcome for outcome in outcomes if outcome.results is task.results)
     _write(run, ranks, tracker, task, plan, outcome.top1_by_rate)
+    if not math.isfinite(loss := outcome.results.mean_loss()):
+        raise Diverged(f"val/loss is {loss} after the last step.")
     extra = {"best_lr": outcome.rate, "top1_by_lr": outcome.top1_by_rate, VAL_IMAGES: len(outcome.results)}
     if isinstance(task, LayersProbe):
         extra |= task.layer_summary()
         for row, each in zip(extra[LAYERS].values(), outcomes, strict=True):
             row["best_lr"] = each.rate
     return training_summary("linprobe", plan, seconds, outcome.results.metrics() | extra)
+
+
+def _plan(cfg: DictConfig, images: int) -> Plan:
+    """The steps on so many images. Raises UserError where a batch is larger, or of one image."""
+    plan = call(make_plan, cfg.task, images, steps_in_epoch(images, cfg.task.batch_size, cfg.task.drop_last), 1)
+    check_batches(plan, cfg.task, repeats=1)
+    return plan
 
 
 class Outcome(NamedTuple):
@@ -159,32 +168,41 @@ def _probe_layer(
     return Outcome(probes.rates[best], results[best], top1_by_rate)
 
 
-def _features(cfg: DictConfig, task: Linprobe, ranks: Ranks, source: Source, dtype: torch.dtype) -> Features:
-    """Features of a whole data set, on the device."""
+def _features(
+    cfg: DictConfig, task: Linprobe, ranks: Ranks, source: Source, dtype: torch.dtype, run: Path, split: str
+) -> Features:
+    """Features of a whole data set, on the device. The run lists the images that cannot be read."""
     if task.model.reads_patches:
         size = len(source) * task.model.patch_embed.num_patches * task.model.embed_dim * 4 * len(task.layer_heads)
         log.info("the tokens of %d images take %.2f GiB of each rank's memory", len(source), size / 2**30)
-    loader = eval_loader(cfg, ranks, source, cfg.task.micro_batch_size or min(256, cfg.task.batch_size))
+    size = cfg.task.micro_batch_size or min(256, cfg.task.batch_size)
+    loader = eval_loader(cfg, ranks, source, size, bad_csv=bad_files_csv(run, ranks), split=split)
     features = extract(task.features, sent(loader, ranks), ranks, partial(device.autocast, dtype, ranks.device))
     loader.close()
     return Features(*(column.to(ranks.device) for column in features))
 
 
 def _groups(probes: Probes | AttentiveProbes, cfg: DictConfig) -> list[dict[str, Any]]:
-    """Parameter groups, each head's rate as a scale of `optimizer.base_lr`."""
+    """Parameter groups, each with the number of its head."""
     return [
-        group | {"lr_scale": rate / cfg.optimizer.base_lr}
-        for head, rate in zip(probes.heads, probes.rates, strict=True)
-        for group in call(optim.param_groups, cfg.optimizer, head, layer_decay=None)
+        group | {"head": number}
+        for number in range(len(probes.rates))
+        # under the names that a probe's tensors have in its model
+        for group in call(
+            optim.param_groups, cfg.optimizer, nn.ModuleDict({"head": probes.whole(number)}), layer_decay=None
+        )
     ]
 
 
 def _train(cfg: DictConfig, probes: Probes | AttentiveProbes, train: Features, plan: Plan) -> None:
     """All heads at once: their losses are summed, so that each gets its own gradient."""
     optimizer = build(optim.OPTIMIZERS, cfg.optimizer, _groups(probes, cfg))
-    schedule = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs)
+    schedules = [
+        call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs, base_lr=rate)
+        for rate in probes.rates
+    ]
     probes.train()
-    order, loss = torch.empty(0, dtype=torch.int64), torch.zeros(())
+    order, logits = torch.empty(0, dtype=torch.int64), torch.zeros(1, len(schedules), 1)
     for step in range(plan.steps):
         epoch, number = divmod(step, plan.steps_per_epoch)
         if number == 0:
@@ -194,12 +212,17 @@ def _train(cfg: DictConfig, probes: Probes | AttentiveProbes, train: Features, p
         logits = probes(train.feature[chosen])
         targets = train.label[chosen][:, None].expand(-1, logits.shape[1])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) * logits.shape[1]
-        schedule.set(optimizer, step / plan.steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = schedules[group["head"]].lr(step / plan.steps_per_epoch)
         optimizer.zero_grad()
         loss.backward()
+        if cfg.task.clip_grad is not None:
+            for head in probes.heads:
+                nn.utils.clip_grad_norm_(head.parameters(), cfg.task.clip_grad)
         optimizer.step()
-    if not math.isfinite(float(loss.detach())):
-        log.warning("the largest of task.learning_rates diverged: its head is worth nothing")
+    finite = logits.detach().isfinite().all(2).all(0).tolist()
+    if bad := [f"{rate:g}" for rate, is_finite in zip(probes.rates, finite, strict=True) if not is_finite]:
+        log.warning("with base learning rate %s the probe diverged: its head is worth nothing", " and ".join(bad))
 
 
 @torch.no_grad()
@@ -232,5 +255,5 @@ def _write(
         task.log_images(run, step, epoch, tracker, contextlib.nullcontext)
         task.on_train_end(run, step, tracker)
         state = task.model.state_dict()
-        about = {"step": step, "epoch": epoch, **task.weights_facts()}
+        about = {"step": step, "epoch": epoch, **task.manifest_facts(run)}
         checkpoint.write(run / "checkpoints" / checkpoint.step_name(step), state, {}, about)

@@ -1,21 +1,17 @@
 """`mae.load`: from a run or a file to an `ImageModel`, with the settings that the run or the file states."""
 
-import logging
-
 from omegaconf import DictConfig, OmegaConf
 
 from mae.config.check import resolve
 from mae.config.compose import composed
-from mae.config.from_run import run_of
+from mae.config.from_run import settings_of
 from mae.config.saved import read_config
 from mae.config.values import near
 from mae.errors import UserError
 from mae.tasks.inference import ImageModel
 from mae.tasks.segment_inference import image_model
-from mae.weights.export_state import TIMM_NAMES
 from mae.weights.read import PretrainedWeights, read_pretrained
-
-log = logging.getLogger(__name__)
+from mae.weights.unstated import normalisation, number_of_heads
 
 MODEL = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 DATA = ("mean", "std", "crop_fraction", "exif_orientation", "max_pixels")
@@ -26,7 +22,7 @@ def load_model(source: str, settings: dict[str, object]) -> ImageModel:
     pretrained = read_pretrained(source)
     if unknown := [key for key in settings if key not in (*MODEL, *DATA)]:
         raise UserError(f"{unknown[0]} is no setting of mae.load.{near(unknown[0], (*MODEL, *DATA))}")
-    run = run_of(pretrained.meta.folder or source)
+    run = settings_of(pretrained.meta.folder or source)
     cfg = config_of_file(pretrained, settings) if run is None else read_config(run)
     OmegaConf.set_readonly(cfg, False)
     for key, value in settings.items():
@@ -45,25 +41,17 @@ def config_of_file(pretrained: PretrainedWeights, settings: dict[str, object]) -
     sizes.setdefault("mlp_ratio", cfg.model.mlp_ratio)
     height, width = pair_of(sizes["patch_size"])
     if "num_heads" not in sizes:
-        known = (height, sizes["embed_dim"], sizes["depth"])
-        sizes["num_heads"] = next((key[3] for key in TIMM_NAMES if key[:3] == known), None)
-        if sizes["num_heads"] is None:
-            raise UserError(f"{pretrained} does not say its number of heads: type mae.load(..., num_heads=12).")
-        log.warning("%s: taken to have %s heads, as timm's models of its sizes", pretrained, sizes["num_heads"])
+        sizes["num_heads"] = number_of_heads(pretrained, "type mae.load(..., num_heads=12)")
     if "img_size" not in sizes:
         sizes["img_size"] = image_size(pretrained, (height, width))
     for key in MODEL:
         cfg.model[key] = sizes[key]
-    channels = cfg.data.in_chans = cfg.model.in_chans
-    stated = pretrained.preprocessing
-    if stated is not None:
-        OmegaConf.update(cfg, "data", stated.of_images_up_to(255.0))
-        cfg.data.crop_fraction = stated.crop
-    elif missing := [key for key in ("mean", "std") if key not in settings]:
-        if channels != len(cfg.data.mean):
-            typed = ", ".join(f"{key}=[...]" for key in missing)
-            raise UserError(f"{pretrained} does not say how its {channels} channels were normalised: give {typed}.")
-        log.warning("%s does not say how images were normalised: by ImageNet's mean and std, it is assumed", pretrained)
+    cfg.data.in_chans = cfg.model.in_chans
+    if missing := [key for key in ("mean", "std") if key not in settings]:
+        advice = f"give {', '.join(f'{key}=[...]' for key in missing)}"
+        OmegaConf.update(cfg, "data", normalisation(pretrained, 255.0, advice))
+    if pretrained.preprocessing is not None:
+        cfg.data.crop_fraction = pretrained.preprocessing.crop
     return cfg
 
 

@@ -103,11 +103,11 @@ def write_labels(
                 for batch in sent(loader, ranks)
             ]
         loader.close()
-        labels[name] = together(ranks, indices, batches)
+        labels[name] = together(ranks, batches)
     count, rows = sum(map(len, job.sets.values())), sum(len(each.images) for each in labels.values())
     if ranks.main:
         columns = table_of(model, job.sets, labels)
-        write_table(target, columns)
+        write_table(job.run, target, columns)
         picture = job.run / "images" / "labels.png"
         contact_sheet(cfg, model, job.sets, labels, num_images, picture)
         job.tracker.picture("labels", picture, 0, f"labels by {cfg.init}")
@@ -118,12 +118,9 @@ def write_labels(
     return {"files": written, "rows": rows, "bad": count - rows, "predicted": dict(first.most_common())}
 
 
-def together(ranks: Ranks, expected: np.ndarray, batches: list[tuple[torch.Tensor, ...]]) -> Labels:
-    """All ranks' labels in the order of the images. A stand-in for a bad image is left out."""
+def together(ranks: Ranks, batches: list[tuple[torch.Tensor, ...]]) -> Labels:
+    """All ranks' labels in the order of the images."""
     mine = [torch.cat(columns).numpy() for columns in zip(*batches, strict=True)]
-    if mine:
-        usable = mine[0] == expected
-        mine = [column[usable] for column in mine]
     gathered = [columns for columns in ranks.gather(mine) if columns]
     columns = [np.concatenate(column) for column in zip(*gathered, strict=True)]
     order = np.argsort(columns[0])

@@ -22,10 +22,10 @@ from mae.models.masking import bind_masking, middle_ratio, ratios_of
 from mae.models.targets import FeatureTarget, PixelTarget
 from mae.models.teacher import Teacher
 from mae.tasks import images as pictures
-from mae.tasks.autoencoder import build_autoencoder
+from mae.tasks.autoencoder import build_autoencoder, restore_teacher
 from mae.tasks.base import Autocast, TrainedTask
 from mae.tasks.batches import eval_loader, sent
-from mae.tasks.init_weights import warn_of_statistics
+from mae.tasks.init_weights import same_weights, warn_of_statistics
 from mae.tasks.knn import KnnMonitor
 from mae.tasks.online_probe import OnlineProbe, check_probe_labels
 from mae.tasks.patch_sums import images_to_fit
@@ -85,6 +85,7 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         self.probe = OnlineProbe(width, len(val_set.classes), online_probe_lr) if online_probe else None
         self.feature: Tensor | None = None  # of the training step's images, for the probe
         if online_probe:
+            self.classes = list(val_set.classes)
             self._note_features()
 
     def check_data(self, train_set: Source, val_set: Source) -> None:
@@ -121,6 +122,11 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
         loader = eval_loader(self.cfg, ranks, source, FIT_BATCH)
         with torch.no_grad():
             target.estimate((self.model.patchify(self.images(batch)) for batch in sent(loader, ranks)), ranks.sum)
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Compares the teacher that each rank has read."""
+        if self.teacher is not None:
+            same_weights(ranks, self.teacher, "target.teacher")
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean loss over the predicted ones of the removed patches, which `noise` (B, L) chooses."""
@@ -246,12 +252,8 @@ class Pretrain(TrainedTask[MaskedAutoencoder]):
             self.knn.periods = state["knn"]
         if self.probe is not None:
             self.probe.load_state_dict(state["probe"])
-        if self.teacher is not None and state["teacher"] != weights_digest(self.teacher.state_dict()):
-            log.warning(
-                "target.teacher=%s has other weights than when the run began: features of another network are "
-                "predicted from here on",
-                self.cfg.target.teacher,
-            )
+        if self.teacher is not None:
+            restore_teacher(self.teacher, state["teacher"], self.cfg.target.teacher)
 
     @property
     def teacher(self) -> Teacher | None:

@@ -1,6 +1,7 @@
 """RankMe (Garrido et al., arXiv 2210.02885): how many dimensions the features of a network use, without labels."""
 
 import logging
+import math
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ EPSILON = 1e-7  # section 3.1, for features in float32
 def effective_rank(feature: Tensor) -> float:
     """The exponential of the entropy of the normalised singular values of features (N, D), in float64 (equation 1).
 
-    Between 1 and min(N, D), but for EPSILON.
+    Between 1 and min(N, D), but for EPSILON. NaN where a feature is not finite.
     """
+    if not feature.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(feature.double())
-    shares = values / values.sum() + EPSILON
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + EPSILON  # all features may be 0
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
@@ -51,7 +54,7 @@ class RankMe:
         together = [(index, feature), *(row for rows in ranks.gather(self.rows) for row in rows)]
         self.rows = []
         index, feature = (np.concatenate(columns) for columns in zip(*together, strict=True))
-        _, first = np.unique(index, return_index=True)  # in the data set's order; stand-ins of bad images once
-        if not len(first):
+        if not len(index):
             return {}
-        return {"val/rankme": effective_rank(torch.from_numpy(feature[first]).to(exact(ranks.device)))}
+        ordered = feature[np.argsort(index)]  # the same on any number of ranks
+        return {"val/rankme": effective_rank(torch.from_numpy(ordered).to(exact(ranks.device)))}

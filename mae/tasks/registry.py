@@ -30,6 +30,7 @@ class TaskEntry:
     needs_init: bool = False
     needs_labels: bool = False  # of the training and the validation images
     classifier: bool = False  # leaves a checkpoint that task=evaluate can read
+    uses: tuple[str, ...] = ()  # of the groups masking and target: both are of pre-training
     reads_images: bool = True  # of the data, not its settings alone
     smallest_batch: int = 1  # images that one device must hold at a time in training; 2 where a batch is normalised
     metric: Metric | None = None  # its main result
@@ -84,6 +85,7 @@ TASKS = {
         "tasks.pretrain:Pretrain",
         "pre-training",
         "Trains encoder and decoder to predict the masked patches; no labels are needed.",
+        uses=("masking", "target"),
         trains=True,
         stage=True,
         metric=VAL_LOSS,
@@ -104,6 +106,7 @@ TASKS = {
         "tasks.visualize:visualize",
         "pictures",
         "Draws original, masked image and reconstruction of some images, as PNG files and one page.",
+        uses=("masking", "target"),
         stage=True,
         needs_init=True,
         closing_key="page",
@@ -121,12 +124,14 @@ TASKS = {
         "tasks.stats:stats",
         "statistics",
         "Measures mean and standard deviation of the training images, and lists the files that cannot be read.",
+        uses=("target",),
         closing_key="use",
     ),
     "inspect": TaskEntry(
         "tasks.inspect:inspect",
         "inspection",
         "Draws samples as the model sees them and counts classes and sizes, before anything is trained.",
+        uses=("masking", "target"),
         closing_key="files",
     ),
     "embed": TaskEntry(
@@ -144,7 +149,10 @@ TASKS = {
         closing_key="files",
     ),
     "pipeline": TaskEntry(
-        "launch.pipeline:pipeline", "pipeline", "Runs several tasks in order, each from the checkpoint before it."
+        "launch.pipeline:pipeline",
+        "pipeline",
+        "Runs several tasks in order, each from the checkpoint before it.",
+        uses=("masking", "target"),
     ),
     "segment": TaskEntry(
         "tasks.segment:Segment",

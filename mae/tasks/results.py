@@ -8,7 +8,7 @@ import numpy as np
 
 from mae.data.source import Source
 from mae.metrics import Results
-from mae.runs.files import replacing
+from mae.runs.outputs import noted
 from mae.tasks import charts
 from mae.tracking.base import Tracker
 
@@ -62,9 +62,9 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
         writer.writerows(rows)
 
 
-def write_table(target: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    """A CSV or Parquet file, by its suffix."""
-    with replacing(target) as temporary:
+def write_table(run: Path, target: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """A CSV or Parquet file, by its suffix, which the run notes as its own."""
+    with noted(run, target) as temporary:
         if target.suffix == ".csv":
             write_csv(temporary, columns, zip(*columns.values(), strict=True))
         else:

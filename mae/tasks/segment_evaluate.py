@@ -1,32 +1,33 @@
 """Evaluation of a segmenter on images with maps, exact over any number of ranks."""
 
-import logging
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from mae import data, device
 from mae.config.build import build, call
 from mae.data.prepare import Prepare
-from mae.data.source import Source, has_class_maps
+from mae.data.source import IGNORED, Source, has_class_maps
+from mae.device import Batch
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.segmenter import Segmenter, segmenter
 from mae.runs.summary import Summary, rate
 from mae.tasks.batches import bad_files_csv, sent, whole_loader
 from mae.tasks.init_weights import read_from, same_weights, warn_of_statistics
+from mae.tasks.labels import class_numbers
 from mae.tasks.segment_maps import WINDOWS, Overlays, count_pixels
 from mae.tasks.segment_results import track_pixels, write_pixels
 from mae.tracking.base import Tracker
-from mae.weights.files import section
 from mae.weights.heads import EVAL_WINDOWS
 from mae.weights.load import load_pretrained
+from mae.weights.metadata import section
 from mae.weights.read import PretrainedWeights
-
-log = logging.getLogger(__name__)
 
 EVAL_STRIDE = 0.6667  # where the file does not say its own: 341 of 512 pixels, as conf/task/segment.yaml
 PICTURES = 8  # in the sheet of overlays
@@ -50,8 +51,8 @@ def evaluate_segmenter(
     model = load_segmenter(cfg, pretrained)
     same_weights(ranks, model)
     warn_of_statistics(cfg, pretrained)
-    model.to(ranks.device, torch.float64 if dtype is torch.float64 else None)
-    names = model_names(cfg, source, model, pretrained)
+    model.to(ranks.device, device.weight_format(dtype))
+    names, numbers = model_classes(cfg, source, model.decode_head.num_classes, pretrained)
     eval_size, eval_stride = window_settings(pretrained)
     loader = whole_loader(cfg, ranks, source, eval_size, bad_files_csv(run, ranks))
     autocast = partial(device.inference_autocast, dtype, ranks.device)
@@ -60,7 +61,7 @@ def evaluate_segmenter(
     fewer = f"Set task.batch_size to less than {windows}, the windows of an image that are computed at a time."
     smaller = "Evaluate on smaller images, or by device=cpu."
     with device.explaining_memory(ranks.device, fewer if windows > 1 else smaller):
-        batches = sent(loader, ranks)
+        batches = renumbered(sent(loader, ranks), numbers)
         results = count_pixels(model, prepare, batches, ranks, autocast, eval_stride, overlays, windows)
     loader.close()
     if results is None:
@@ -102,19 +103,27 @@ def window_settings(pretrained: PretrainedWeights) -> tuple[int | None, float]:
     return size if isinstance(size, int) else None, stride if isinstance(stride, float) else EVAL_STRIDE
 
 
-def model_names(cfg: DictConfig, source: Source, model: Segmenter, pretrained: PretrainedWeights) -> list[str]:
-    """The names of a segmenter's classes. Raises UserError where the data has none, or others."""
-    count = model.decode_head.num_classes
+def model_classes(
+    cfg: DictConfig, source: Source, classes: int, pretrained: PretrainedWeights
+) -> tuple[list[str], np.ndarray]:
+    """The names of a segmenter's classes, and its class of each of the data's. Raises UserError where the data has
+    none, or others."""
     if not has_class_maps(source):
         raise UserError(
             f"init={cfg.init} is a segmenter, and the images of data.name={cfg.data.name} have no maps of classes: "
             "evaluate it on data with maps, such as data=segmentation_folder."
         )
-    if len(source.classes) != count:
-        raise UserError(
-            f"init={cfg.init} knows {count} classes, but data.name={cfg.data.name} holds {len(source.classes)}: "
-            "evaluate on data with the classes it was trained on."
-        )
-    if pretrained.meta.classes and list(pretrained.meta.classes) != source.classes:
-        log.warning("the classes have other names than those trained on: they are matched by their order")
-    return source.classes
+    known = pretrained.meta.classes
+    numbers, by_name = class_numbers(cfg, source.classes, classes, [known])
+    return (known if by_name else source.classes), numbers
+
+
+def renumbered(batches: Iterable[Batch], numbers: np.ndarray) -> Iterator[Batch]:
+    """Batches whose maps hold the model's classes, `numbers` of the data's."""
+    if np.array_equal(numbers, np.arange(len(numbers))):
+        yield from batches
+        return
+    table = torch.full((IGNORED + 1,), IGNORED, dtype=torch.uint8)
+    table[: len(numbers)] = torch.from_numpy(numbers)
+    for batch in batches:
+        yield {**batch, "label": table.to(batch["label"].device)[batch["label"].long()]}

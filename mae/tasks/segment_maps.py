@@ -74,17 +74,12 @@ def count_pixels(
     overlays: "Overlays",
     windows: int = WINDOWS,
 ) -> PixelResults | None:
-    """Counts of whole images over all ranks; `batches` are one image each, those of `EvalLoader`.
-
-    An image that stands in for a bad one is not counted, so that each counts once.
-    """
+    """Counts of whole images over all ranks; `batches` are one image each, each image once."""
     counter = PixelCounter(model.decode_head.num_classes)
     overlays.clear()
     dtype = next(model.parameters()).dtype
-    for number, batch in enumerate(batches):
-        index = ranks.rank + number * ranks.world
-        if int(batch["index"][0]) != index:
-            continue
+    for batch in batches:
+        index = int(batch["index"][0])
         label, images = batch["label"], prepare(batch["image"]).to(dtype)
         with autocast():
             logits = full_size_logits(model, images, (label.shape[-2], label.shape[-1]), stride, windows)

@@ -20,7 +20,7 @@ from mae.data.source import IGNORED, Source, Target
 from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.models.segmenter import Segmenter
-from mae.runs.files import replacing
+from mae.runs.outputs import noted, others_files
 from mae.tasks import charts
 from mae.tasks.base import Autocast
 from mae.tasks.batches import bad_files_csv, sent, whole_loader
@@ -80,10 +80,10 @@ def write_maps(
     `windows` of an image are computed at a time. Raises UserError where `task.path` holds maps already.
     """
     folder, ranks = target.parent / MAPS, job.ranks
-    if target.parent != job.run and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"task.path={target.parent}: {folder} holds files, which are not overwritten. Choose another.")
-    ranks.barrier()
     names = {name: map_names(name if len(job.sets) > 1 else "", source) for name, source in job.sets.items()}
+    if target.parent != job.run:
+        check_maps(job.run, folder, [name for each in names.values() for name in each])
+    ranks.barrier()
     count, number = sum(map(len, job.sets.values())), 0
     shown = set(np.linspace(0, count - 1, min(count, num_images)).astype(int).tolist())
     rows: dict[str, list[Row]] = {}
@@ -100,7 +100,7 @@ def write_maps(
     written = sum(map(len, rows.values()))
     if ranks.main:
         columns = table_of(model.classes, job.sets, rows, names, top_k)
-        write_table(target, columns)
+        write_table(job.run, target, columns)
         job.tracker.table("maps", [*columns], list(zip(*columns.values(), strict=True))[:ROWS], 0)
         cells.sort(key=lambda cell: cell.image)
         picture = job.run / "images" / "maps.png"
@@ -116,6 +116,16 @@ def write_maps(
     return {"files": files, "rows": written, "bad": count - written, "percent_of_pixels": shares}
 
 
+def check_maps(run: Path, folder: Path, names: Sequence[str]) -> None:
+    """Raises UserError where a folder of maps holds files that the run has not written."""
+    seen = [path for path in folder.rglob("*") if not path.name.startswith(".") and not path.is_dir()]
+    if strange := others_files(run, [*seen, *(folder / name for name in names)]):
+        raise UserError(
+            f"task.path={folder.parent}: {folder} holds files, which are not overwritten, such as {strange[0].name}. "
+            "Choose another path."
+        )
+
+
 class Cell(NamedTuple):
     """An image with its overlay in the sheet."""
 
@@ -129,10 +139,7 @@ class Cell(NamedTuple):
 def predict_set(
     job: PredictJob, model: SegmentationModel, name: str, paths: Sequence[Path], wanted: set[int], windows: int
 ) -> tuple[list[Row], list[Cell]]:
-    """Writes the maps of this rank's images of a set. Returns their rows, and the cells of `wanted` images.
-
-    An image that stands in for a bad one has no map.
-    """
+    """Writes the maps of this rank's images of a set. Returns their rows, and the cells of `wanted` images."""
     ranks, source, network = job.ranks, job.sets[name], model.network
     assert isinstance(network, Segmenter)
     weight, colours = next(network.parameters()), png_palette(len(model.classes))
@@ -140,16 +147,14 @@ def predict_set(
     loader = whole_loader(job.cfg, ranks, Sized(source), model.eval_size, bad_files_csv(job.run, ranks), name)
     fewer = "Set task.batch_size to fewer windows of an image that are computed at a time, or predict by device=cpu."
     with device.explaining_memory(ranks.device, fewer):
-        for number, batch in enumerate(sent(loader, ranks)):
-            index = ranks.rank + number * ranks.world
-            if int(batch["index"][0]) != index:
-                continue
+        for batch in sent(loader, ranks):
+            index = int(batch["index"][0])
             height, width = batch["label"].shape[-2:]
             pixels = model.prepare(batch["image"]).to(weight.dtype)
             with job.autocast():
                 logits = full_size_logits(network, pixels, (height, width), model.eval_stride, windows)
             values = logits[0].argmax(0).to(torch.uint8).cpu()
-            write_map(paths[index], values, colours)
+            write_map(job, paths[index], values, colours)
             rows.append(Row(index, torch.bincount(values.flatten().long(), minlength=len(model.classes)).numpy()))
             if index in wanted:
                 shown = model.prepare.undo(pixels.float())[0].cpu()
@@ -164,19 +169,22 @@ def predict_set(
 def map_names(folder: str, source: Source) -> list[str]:
     """Where the map of each image lies in `maps`: in folders as the images, of the same stem, and a PNG.
 
-    Images of equal stems keep their whole names, as in a.jpg.png. Absolute names are taken from their common folder.
+    Images whose maps would have the same name keep their whole names, as in a.jpg.png. Absolute names are taken from
+    their common folder.
     """
     names = [source.name(index) for index in range(len(source))]
     if any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in names):
         paths = [os.path.abspath(name) for name in names]
         start = os.path.commonpath([os.path.dirname(path) for path in paths])
         names = [os.path.relpath(path, start) for path in paths]
-    stems = [str(PurePath(folder, name).with_suffix("")) for name in names]
-    often = Counter(stems)
-    return [
-        f"{stem}.png" if often[stem] == 1 else f"{PurePath(folder, name)}.png"
-        for stem, name in zip(stems, names, strict=True)
-    ]
+    whole = [str(PurePath(folder, name)) for name in names]
+    maps = [str(PurePath(name).with_suffix("")) for name in whole]
+    while True:  # a whole name may be the stem of another image, as a.jpg of a.jpg.png
+        often = Counter(maps)
+        changed = [name if often[stem] > 1 else stem for stem, name in zip(maps, whole, strict=True)]
+        if changed == maps:
+            return [f"{name}.png" for name in maps]
+        maps = changed
 
 
 def png_palette(classes: int) -> bytes:
@@ -188,12 +196,12 @@ def png_palette(classes: int) -> bytes:
     return colours.tobytes()
 
 
-def write_map(path: Path, values: Tensor, colours: bytes) -> None:
+def write_map(job: PredictJob, path: Path, values: Tensor, colours: bytes) -> None:
     """A map (H, W) uint8 as a PNG, whose pixels are the classes and whose palette shows them."""
     image = Image.fromarray(values.numpy())
     image.putpalette(colours)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with noted(job.run, path, job.ranks.rank) as temporary:
         image.save(temporary, format="PNG")
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mae import data, device, rng
 from mae.config.build import build, call
-from mae.config.compose import CONF
+from mae.config.check import to_dict
+from mae.config.compose import composed
 from mae.data import transforms
 from mae.data.dataset import STREAM_NOISE
 from mae.data.prepare import Prepare
@@ -61,6 +62,7 @@ def visualize(
     begun = time.perf_counter()
     tracker.start(0, 0)
     written: dict[str, Path] = {}  # title -> file
+    names: list[str] = []
     checkpoint = need_init(cfg)
     if ranks.main:
         pretrained = read_pretrained(checkpoint)
@@ -69,18 +71,20 @@ def visualize(
         dtype = device.number_format(precision, ranks.device)
         prepare = call(Prepare, cfg.data).to(ranks.device)
         images, names = chosen_images(cfg, files, num_images)
-        images = prepare(images.to(ranks.device))
+        weights = device.weight_format(dtype)
+        images = prepare(images.to(ranks.device)).to(dtype=weights)
         with torch.no_grad(), device.inference_autocast(dtype, ranks.device):
             if reconstruction:
-                model = load_autoencoder(cfg, pretrained, norm_pix_loss, True, prepare)[0].to(ranks.device)
-                for kind in masks:
-                    for ratio in mask_ratios:
+                model, _ = load_autoencoder(cfg, pretrained, norm_pix_loss, True, prepare)
+                model.to(ranks.device, weights)
+                for kind in drawn_masks(cfg, masks):
+                    for ratio in dict.fromkeys(mask_ratios):
                         rows = reconstruct(model, images, masking_settings(cfg, kind), ratio, cfg.seed, prepare)
-                        path = run / "images" / f"reconstruction_{kind}_{round(100 * ratio):02d}.png"
+                        path = run / "images" / f"reconstruction_{kind}_{100 * ratio:02g}.png"
                         pictures.save_rows(rows, path)
                         written[f"Reconstruction: {kind} masking, {100 * ratio:g} % removed"] = path
             if attention:
-                model = attention_network(cfg, pretrained).to(ranks.device)
+                model = attention_network(cfg, pretrained).to(ranks.device, weights)
                 maps = class_attention(model, images)
                 path = run / "images" / "attention.png"
                 pictures.save_rows(attention_rows(prepare.undo(images), maps, model.patch_embed.grid_size), path)
@@ -93,7 +97,7 @@ def visualize(
     return Summary(
         "visualize",
         time.perf_counter() - begun,
-        images_seen=len(files) if files else num_images,
+        images_seen=len(names),
         checkpoint=checkpoint,
         results={"page": "visualize.html", "pictures": paths},
     )
@@ -132,6 +136,8 @@ def load_autoencoder(
     """
     normalised = pretrained.norm_pix_loss if norm_pix_loss is None else norm_pix_loss
     target = pretrained.target or cfg.target
+    if cfg.target.name not in ("pixels", target["name"]):
+        raise UserError(f"init={pretrained.path} predicts {target['name']}: leave target={cfg.target.name} out.")
     if target["name"] == "pixels" and normalised is None and pretrained.has_decoder and need_decoder:
         raise UserError(
             f"init={pretrained.path} does not say whether it predicts normalised patches: set task.norm_pix_loss=true "
@@ -156,11 +162,19 @@ def attention_network(cfg: DictConfig, pretrained: PretrainedWeights) -> MaskedA
     return load_classifier(cfg, pretrained, 0)
 
 
+def drawn_masks(cfg: DictConfig, masks: list[str]) -> list[str]:
+    """`masks`, and the masking that the config chooses where that is not the default."""
+    return masks if cfg.masking.name in (*masks, "random") else [*masks, cfg.masking.name]
+
+
 def masking_settings(cfg: DictConfig, name: str) -> DictConfig:
     """The group `masking` of the config where it is the one named, else its file in conf/masking."""
-    settings = cfg.masking if cfg.masking.name == name else OmegaConf.load(CONF / "masking" / f"{name}.yaml")
-    assert isinstance(settings, DictConfig)
-    return settings
+    if cfg.masking.name == name:
+        return cfg.masking
+    other = OmegaConf.create(to_dict(cfg))
+    other.masking = composed([f"masking={name}"]).masking
+    OmegaConf.resolve(other.masking)  # which may name values of the model
+    return other.masking
 
 
 def reconstruct(

@@ -98,8 +98,7 @@ def estimate_cost(
     seconds = images / speed
     rows = {"time": f"about {duration_text(seconds)}, computed: {reason}"}
     if cost_per_hour is not None:
-        hours = seconds / 3600 * plan.devices
-        rows["cost"] = f"about {hours * cost_per_hour:,.2f}: {hours:,.1f} device hours at {cost_per_hour:g}"
+        rows["cost"] = cost_text(seconds / 3600 * plan.devices, cost_per_hour)
     return Cost(rows | (host.rows(of_device, loader_images_per_second) if device.type == "cuda" else {}), seconds)
 
 
@@ -114,6 +113,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
         (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
+
+
+def cost_text(hours: float, rate: float) -> str:
+    """The cost of so many device hours."""
+    return f"about {hours * rate:,.2f}: {hours:,.1f} device hours at {rate:g}"
 
 
 def duration_text(seconds: float) -> str:

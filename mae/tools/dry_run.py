@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae import data, device, optim
@@ -21,7 +22,7 @@ from mae.models.masking import middle_ratio
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.registry import TASKS
 from mae.tools.bottlenecks import host_work
-from mae.tools.cost import duration_text, estimate_cost
+from mae.tools.cost import Cost, cost_text, duration_text, estimate_cost
 from mae.tools.planned_model import activation_bytes, mean_operations, model_on_meta, operations, parameters
 
 
@@ -87,7 +88,7 @@ def plan_text(cfg: DictConfig) -> PlanText:
         return pipeline_plan(cfg)
     if not TASKS[cfg.task.name].trains:
         return PlanText(f"{cfg.task.name}: no training. It would write to {run_directory(cfg)}.\n", 0.0)
-    _, rows, seconds = training_plan(cfg)
+    rows, seconds = training_plan(cfg)
     return PlanText(in_columns(rows), seconds)
 
 
@@ -99,19 +100,31 @@ def in_columns(rows: Mapping[str, str]) -> str:
 
 def pipeline_plan(cfg: DictConfig) -> PlanText:
     """Steps and time of each stage, and the time of all."""
-    rows, total = {"run": f"pipeline {cfg.model.name} on {cfg.data.name}"}, 0.0
+    rows, total, hours = {"run": f"pipeline {cfg.model.name} on {cfg.data.name}"}, 0.0, 0.0
     for name, stage in stage_configs(cfg).items():
         rows[name] = "no training"
         if TASKS[name].trains:
-            plan, _, seconds = training_plan(stage)
+            plan, model = plan_of(stage), model_on_meta(stage)
+            seconds = cost_of(stage, plan, model, operations(stage, model)[1]).seconds
             rows[name], total = f"{plan.steps:,} steps, about {duration_text(seconds)}", total + seconds
+            hours += seconds / 3600 * plan.devices
     rows["all stages"] = f"about {duration_text(total)} of training, computed; the plan of a stage: task=STAGE"
+    if cfg.estimate.cost_per_hour is not None:
+        rows["cost"] = cost_text(hours, cfg.estimate.cost_per_hour)
     rows["writes to"] = str(run_directory(cfg))
     return PlanText(in_columns(rows), total)
 
 
-def training_plan(cfg: DictConfig) -> tuple[Plan, dict[str, str], float]:
-    """The plan of a training run, the facts about it by name, and its seconds."""
+def cost_of(cfg: DictConfig, plan: Plan, model: MaskedAutoencoder | VisionTransformer, of_largest: int) -> Cost:
+    """The time of a training run whose images of the largest size take so many operations each."""
+    here, dtype = planned_device(cfg)
+    host = host_work(cfg, len(blocks_of(model)), plan.devices, plan.micro_batch_size)
+    machines, mean = cfg.launcher.get("nodes", 1), mean_operations(cfg, plan, of_largest)
+    return call(estimate_cost, cfg.estimate, plan, mean, machines, here, dtype, host)
+
+
+def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
+    """The facts about a training run by name, and its seconds."""
     plan, model = plan_of(cfg), model_on_meta(cfg)
     encoder, decoder = parameters(model)
     forward, in_training = operations(cfg, model)
@@ -125,10 +138,8 @@ def training_plan(cfg: DictConfig) -> tuple[Plan, dict[str, str], float]:
     ]
     activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
-    host = host_work(cfg, len(blocks_of(model)), plan.devices, plan.micro_batch_size)
     count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
-    machines, mean = cfg.launcher.get("nodes", 1), mean_operations(cfg, plan, in_training)
-    cost = call(estimate_cost, cfg.estimate, plan, mean, machines, here, dtype, host)
+    cost = cost_of(cfg, plan, model, in_training)
     rows = {
         "run": f"{cfg.task.name} {cfg.model.name} on {cfg.data.name}",
         "parameters": f"{encoder + decoder:,} (encoder {encoder:,}, decoder {decoder:,})"
@@ -152,7 +163,7 @@ def training_plan(cfg: DictConfig) -> tuple[Plan, dict[str, str], float]:
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
     }
-    return plan, rows, cost.seconds
+    return rows, cost.seconds
 
 
 def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:

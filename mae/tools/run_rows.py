@@ -12,12 +12,13 @@ from mae.config.identity import identity
 from mae.config.overrides import key_of
 from mae.config.saved import read_config
 from mae.errors import UserError
+from mae.report.members import best_number
 from mae.report.record import read_record
-from mae.runs.layout import CHECKPOINTS, CONFIG, LOG, METRICS, SLURM
+from mae.runs.layout import BAD_STEP, CHECKPOINTS, CONFIG, LOG, METRICS, SLURM
 from mae.runs.locks import RUN, is_free
 from mae.tasks.registry import METRICS as MAIN_METRICS
 
-NO_RUNS_BELOW = {CHECKPOINTS, SLURM, "images", "failed", "logs", "export", "wandb"}
+NO_RUNS_BELOW = {BAD_STEP, CHECKPOINTS, SLURM, "images", "failed", "logs", "export", "wandb"}
 SILENT_S = 600  # an unfinished run that has written nothing for so long is stale
 POINTS = 60  # of a small curve
 FACTS = ("run", "state", "task", "model", "data", "result", "step", "age")
@@ -67,7 +68,8 @@ def read_row(run: Path, folder: Path) -> Row | None:
     except UserError:
         return None
     record, age = read_record(run), age_of(run)
-    numbers = {key: float(value) for key, value in record.summary.items() if isinstance(value, int | float)}
+    numbers = {key: best_number(value) for key, value in record.summary.items()}
+    numbers = {key: float(value) for key, value in numbers.items() if value is not None}
     training = [row["loss"] for row in record.metrics if isinstance(row.get("loss"), int | float)]
     metric, value = main_result(numbers, training)
     return Row(

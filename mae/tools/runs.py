@@ -15,7 +15,7 @@ from mae.config.overrides import parsed, values_of
 from mae.config.values import near
 from mae.errors import UserError
 from mae.program import usage_name
-from mae.tasks.registry import METRICS
+from mae.report.members import lower_is_better
 from mae.tools.run_rows import FACTS, Row, differing_keys, read_rows
 
 
@@ -65,12 +65,13 @@ def order(rows: Iterable[Row], best: str | None, sort: str | None) -> list[Row]:
             raise UserError(
                 f"no run has a result {best}.{near(best, sorted({k for row in rows for k in row.results}))}"
             )
-        lower = best.endswith("loss") or (best in METRICS and METRICS[best].lower_is_better)
         finished = [row for row in rows if best in row.results]
-        return sorted(finished, key=lambda row: row.results[best], reverse=not lower)
+        return sorted(finished, key=lambda row: row.results[best], reverse=not lower_is_better(best))
     if sort is None:
         return sorted(rows, key=lambda row: row.age)
     check_known(sort, rows)
+    if sort == "result":  # its text begins with the result's name
+        return sorted(rows, key=lambda row: (row.value is None, row.metric or "", row.value or 0.0))
     return sorted(rows, key=lambda row: (row.cell(sort) is None, _comparable(row.cell(sort))))
 
 

@@ -14,6 +14,8 @@ from filelock import BaseFileLock, Timeout
 
 from mae.config.overrides import assignment
 from mae.distributed.signals import Interruption
+from mae.errors import UserError
+from mae.report.members import best_number, results_of
 from mae.runs.files import read_json, read_json_lines
 from mae.runs.locks import RUN as RUN_LOCK
 from mae.runs.locks import file_lock, is_free
@@ -35,9 +37,10 @@ class SearchSettings:
     """How a search runs."""
 
     trials: int  # that there are at the end, over all starts
-    metric: str  # a key of summary.json
+    metric: str  # a key of summary.json; empty: the task's own
     seed: int  # of the sampler
     prune: bool
+    first: tuple[str, ...] = ()  # values of the first trials, each as `KEY=VALUE KEY=VALUE`
 
 
 def folder(directory: Path, number: int) -> Path:
@@ -65,16 +68,22 @@ def run_trial(study: "Study", trial: "Trial", directory: Path, overrides: list[s
     run = folder(directory, trial.number)
     log.info("trial %d: %s", trial.number, " ".join(overrides))
     pruned = watch_trial(run, trial, overrides, settings)
-    value = read_json(run / "summary.json").get(settings.metric)
+    summary = read_json(run / "summary.json")
+    results = results_of(summary)
+    value = best_number(results.get(settings.metric, summary.get(settings.metric)))
     if pruned:
         JsonLines(run).event("pruned: other trials were better at this point", None)
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    elif isinstance(value, int | float):
+    elif value is not None:
         study.tell(trial, value)
         log.info("trial %d: %s %.4f", trial.number, settings.metric, value)
     else:
-        log.warning("trial %d failed: see %s", trial.number, run / "log.txt")
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if summary:
+            numbers = {key for key, result in summary.items() if isinstance(result, int | float)}
+            known = ", ".join(sorted(numbers | set(results)))
+            raise UserError(f"trial {trial.number} has no {settings.metric}. --metric can be {known}.")
+        log.warning("trial %d failed: see %s", trial.number, run / "log.txt")
 
 
 def watch_trial(run: Path, trial: "Trial", overrides: list[str], settings: SearchSettings) -> bool:

@@ -24,8 +24,8 @@ from mae.weights.export_graphs import to_onnx, to_torch_export
 from mae.weights.export_huggingface import to_huggingface
 from mae.weights.export_smp import check_segmenter, to_smp
 from mae.weights.export_state import Architecture, architecture, encoder_weights, timm_model, weights
-from mae.weights.files import section
 from mae.weights.heads import EVAL_WINDOWS
+from mae.weights.metadata import section
 from mae.weights.names import State
 
 LIBRARY = "mae-experiments"  # in files of ours that have no config.json
@@ -153,9 +153,11 @@ def description(model: nn.Module, facts: Facts) -> dict[str, object]:
         task = section(facts.config, "task")
         stated |= {key: task[key] for key in EVAL_WINDOWS if task.get(key) is not None}
     if isinstance(model, MaskedAutoencoder) and not facts.encoder_only:
-        stated |= {"decoder_num_heads": model.decoder.sizes.num_heads, "norm_pix_loss": model.norm_pix_loss}
-        stated |= {"mask_ratio": facts.mask_ratio, "decoder": model.decoder_name, "mask_tokens": model.mask_tokens}
+        stated |= {"decoder_num_heads": model.decoder.sizes.num_heads}
+        stated |= {"decoder": model.decoder_name, "mask_tokens": model.mask_tokens}
         stated |= {} if isinstance(model.target, PixelTarget) else {"target": model.target.settings}
+        known = {"norm_pix_loss": facts.norm_pix_loss, "mask_ratio": facts.mask_ratio}
+        stated |= {key: value for key, value in known.items() if value is not None}
     return stated
 
 

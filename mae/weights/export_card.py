@@ -8,10 +8,11 @@ from torch import nn
 
 from mae.models.mae import MaskedAutoencoder
 from mae.models.segmenter import Segmenter
-from mae.runs.checkpoints import step_name
+from mae.runs.checkpoints import MANIFEST, RUN_CONFIG, step_name
 from mae.runs.files import read_json
+from mae.runs.layout import CONFIG, SUMMARY
 from mae.weights.export_state import architecture
-from mae.weights.files import Settings, section
+from mae.weights.metadata import Settings, section
 
 PAPER = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377)"
 SECTIONS = ("task", "model", "optimizer", "augmentation", "data")  # sections of the config, in this order
@@ -31,19 +32,22 @@ class Facts:
     crop: float = 0.875  # the share of a side that is kept in evaluation; 224 / 256: the reference's
     encoder_only: bool = False  # a masked autoencoder whose decoder is not the weights' own, and is left out
     top: float | None = 255.0  # what values are divided by before `mean`: 65535 of 16 bits, 1 of floats, None: unknown
-    mask_ratio: float = 0.75  # that the decoder learned at; the paper's
+    mask_ratio: float | None = None  # that the decoder learned at; None: unknown
+    norm_pix_loss: bool | None = None  # whether the decoder predicts normalised pixels; None: unknown
 
 
 def run_facts(run: Path | None, step: int | None) -> dict[str, Settings]:
-    """`config` and `summary` of the run that weights come from; {} where they come from none.
+    """`config` and `summary` of the run that weights come from, or of a checkpoint outside of it; {} of others.
 
     The summary is {} where the weights are of another `step` than the run's last.
     """
     if run is None:
         return {}
-    summary = read_json(run / "summary.json")
+    config = run / CONFIG
+    settings = yaml.safe_load(config.read_text()) if config.is_file() else read_json(run / MANIFEST)[RUN_CONFIG]
+    summary = read_json(run / SUMMARY)
     ended = step is None or str(summary.get("checkpoint")).endswith(step_name(step))
-    return {"config": yaml.safe_load((run / "config.yaml").read_text()), "summary": summary if ended else {}}
+    return {"config": settings, "summary": summary if ended else {}}
 
 
 def card(model: nn.Module, facts: Facts, library: str, usage: str, encoder_alone: bool = False) -> str:
@@ -62,7 +66,8 @@ def card(model: nn.Module, facts: Facts, library: str, usage: str, encoder_alone
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: {kind}\ntags:\n- vision\n- vit\n- mae\n---",
         f"# {facts.name}\n\nA vision transformer, {what}, after {PAPER}.\nWeights: {facts.source}.{alone}",
-        f"## Use\n\nInputs are {_inputs(facts)}, less mean {_list(facts.mean)}, over std {_list(facts.std)}.",
+        f"## Use\n\n{_sizes(model, facts)} Inputs are {_inputs(facts)}, less mean {_list(facts.mean)}, over std "
+        f"{_list(facts.std)}.",
         f"```python\n{usage.strip()}\n```",
         _results(facts),
         _recipe(facts),
@@ -71,6 +76,18 @@ def card(model: nn.Module, facts: Facts, library: str, usage: str, encoder_alone
         names = ", ".join(facts.classes[:20]) + (", ..." if len(facts.classes) > 20 else "")
         parts.insert(4, f"{len(facts.classes)} classes: {names}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _sizes(model: nn.Module, facts: Facts) -> str:
+    """How an image is cropped. A segmenter takes whole images."""
+    height, width = architecture(model).encoder.img_size
+    if isinstance(model, Segmenter):
+        return f"Its windows are {height} x {width} pixels."
+    covered = " x ".join(str(int(side / facts.crop)) for side in (height, width))
+    return (
+        f"Images are resized to cover {covered} pixels (height x width), of which the centre {height} x {width} is cut "
+        "out."
+    )
 
 
 def _inputs(facts: Facts) -> str:

@@ -19,6 +19,7 @@ from mae.weights.export_state import Architecture, architecture, weights
 from mae.weights.huggingface import BLOCK_LAYERS, OTHER_LAYERS
 from mae.weights.names import State
 
+PAPERS_MASK_RATIO = 0.75  # for weights that do not say their own
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +125,7 @@ def _config(model: nn.Module, net: Architecture, facts: Facts) -> dict[str, obje
             "decoder_num_hidden_layers": decoder.depth,
             "decoder_num_attention_heads": decoder.num_heads,
             "decoder_intermediate_size": decoder.hidden,
-            "mask_ratio": facts.mask_ratio,
+            "mask_ratio": PAPERS_MASK_RATIO if facts.mask_ratio is None else facts.mask_ratio,
             "norm_pix_loss": model.norm_pix_loss,
         }
     names = facts.classes or [f"LABEL_{i}" for i in range(net.num_classes)]

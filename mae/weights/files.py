@@ -1,7 +1,6 @@
 """Checkpoints of any origin, opened without running code: files, folders, and timm's hub."""
 
 import argparse
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -12,14 +11,20 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import timm
-import yaml
 from torch import nn
 
 from mae.errors import UserError
-from mae.runs.checkpoints import MANIFEST, PROBED_LAYER, WEIGHTS, checkpoints_of, damage
-from mae.runs.files import read_json
-from mae.runs.layout import CHECKPOINTS, CLASSES
+from mae.runs.checkpoints import WEIGHTS, checkpoints_of, damage
 from mae.weights import unpickle
+from mae.weights.metadata import (
+    Metadata,
+    add_manifest,
+    add_settings,
+    export_header,
+    is_checkpoint,
+    read_settings,
+    section,
+)
 from mae.weights.names import CONTAINERS, Content, State, WeightSet, select, state_dicts, without_wrappers
 from mae.weights.remote import fetched
 
@@ -31,20 +36,6 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-Settings = dict[str, object]  # of a file of JSON or YAML, or of a command line
-
-
-@dataclass
-class Metadata:
-    """What the files beside the tensors say, each as it was written; empty where there is none."""
-
-    config: Settings = field(default_factory=dict)  # config.json or a run's config.yaml
-    args: Settings = field(default_factory=dict)  # the command line that a training script saved
-    processor: Settings = field(default_factory=dict)  # Hugging Face's preprocessor_config.json
-    epoch: object = None  # that a training script saved
-    step: int | None = None  # of this project's checkpoints
-    folder: str | None = None  # where files that `init` names by an address lie on this machine
-    classes: list[str] = field(default_factory=list)  # names in the order of the logits
 
 
 @dataclass
@@ -57,12 +48,6 @@ class Opened:
     meta: Metadata = field(default_factory=Metadata)
     notes: list[str] = field(default_factory=list)
     network: nn.Module | None = None  # timm's model object, where the weights came with it
-
-
-def section(settings: Settings, key: str) -> Settings:
-    """The settings under `key`, empty where there are none."""
-    value = settings.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def open_checkpoint(path: str) -> Opened:
@@ -111,70 +96,33 @@ def _open_run(run: Path) -> Opened:
 
 
 def _open_file(path: Path, verified: bool = False) -> Opened:
-    ours = path.parent.name.startswith(("step_", "best")) and (path.parent / MANIFEST).is_file()
+    ours = is_checkpoint(path.parent)
     if ours and not verified and (reason := damage(path.parent, [WEIGHTS])):
         raise UserError(f"init={path} is damaged: {reason}. Name an earlier checkpoint of the run.")
     if path.name.endswith(".index.json"):
         opened = _open_shards(path)
     elif path.suffix == ".safetensors":
         opened = _select(_load_safetensors(path), path, "safetensors")
-        opened.meta.args = _header(path)
+        opened.meta.args = export_header(path)
     else:
         opened = _select(_load_torch(path), path, "torch")
     if ours:
         opened.origin = "ours"
-        manifest = read_json(path.parent / MANIFEST)
-        opened.meta.step = manifest.get("step")
-        if PROBED_LAYER in manifest:
-            opened.meta.args[PROBED_LAYER] = manifest[PROBED_LAYER]
-        opened.meta.config = _read_config(path.parent.parent.parent / "config.yaml")
+        add_manifest(opened.meta, path.parent)
     else:
-        opened.meta.config = _read_config(path.parent / "config.json")
-        opened.meta.processor = _read_config(path.parent / "preprocessor_config.json") or section(
-            _read_config(path.parent / "processor_config.json"), "image_processor"
-        )
-        opened.meta.classes = _stated_classes(opened.meta.config) or _names(opened.meta.args.get("classes"))
+        add_settings(opened.meta, path.parent)
         if "architecture" in opened.meta.config:  # timm's hub format
             opened.origin = "timm"
-    folder = next((folder for folder in path.parents[:2] if folder.name == CHECKPOINTS), None)
-    if folder is not None:
-        opened.meta.classes = _names(_read_any(folder.parent / CLASSES))
     return opened
-
-
-def _read_config(path: Path) -> Settings:
-    config = _read_any(path)
-    return config if isinstance(config, dict) else {}
-
-
-def _read_any(path: Path) -> object:
-    """What a file of JSON or YAML holds, or None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}, which describes a checkpoint, cannot be read: {error}") from error
-
-
-def _names(value: object) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []
-
-
-def _stated_classes(config: Settings) -> list[str]:
-    """Class names of timm's config.json, or of Hugging Face's where they are not its own LABEL_0, LABEL_1 ..."""
-    if names := _names(config.get("label_names")):
-        return names
-    numbered = section(config, "id2label")
-    if any(not key.isdigit() or name == f"LABEL_{key}" for key, name in numbered.items()):
-        return []
-    return [str(numbered[key]) for key in sorted(numbered, key=int)]
 
 
 def _open_shards(index: Path) -> Opened:
     """A Hugging Face folder whose weights are split over several files."""
     content: dict[object, object] = {}
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    names = section(read_settings(index), "weight_map").values()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"init={index} does not name the file of each tensor in its weight_map: copy the folder again.")
+    for name in sorted(set(map(str, names))):
         shard = index.parent / Path(name).name
         if not shard.is_file():
             raise UserError(f"init={index.parent} lacks {name}: copy the whole folder.")
@@ -187,18 +135,6 @@ def _load_safetensors(path: Path) -> Content:
         return {**safetensors.torch.load_file(path)}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"init={path} is truncated or not a safetensors file ({error}).") from error
-
-
-def _header(path: Path) -> Settings:
-    """What an export of this project says in a safetensors file's header; empty for other files."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        stated = file.metadata() or {}
-    if "library" not in stated:
-        return {}
-    try:
-        return {key: json.loads(value) for key, value in stated.items() if key != "format"}
-    except ValueError:
-        return {}
 
 
 def _load_torch(path: Path) -> Content:

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from mae.weights.files import Settings, section
+from mae.weights.metadata import Settings, section
 from mae.weights.names import State
 
 

@@ -1,7 +1,7 @@
 """Hugging Face's ViT and ViTMAE: names of their tensors, and whether a config.json describes a network of ours."""
 
 from mae.models.layers import LAYER_NORM_EPS
-from mae.weights.files import Settings
+from mae.weights.metadata import Settings
 
 # Our names, and those of transformers 4, which the hub's own files have, and of 5, which still reads those.
 BLOCK_LAYERS = {

@@ -1,6 +1,7 @@
 """Loads pretrained weights into a model, and reports what was loaded and what was not."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 from timm.models.vision_transformer import VisionTransformer
@@ -74,7 +75,7 @@ def load_pretrained(
     _check_sizes(pretrained, sizes_of_model(model), adaptation)
     adopt_eps = not trained or need_decoder or head == "require"
     loading = Loading(model, pretrained, notes=[*pretrained.notes, *_eps_note(pretrained, adopt_eps)])
-    select_decoder(loading, need_decoder)
+    select_decoder(loading, need_decoder, trained and not need_decoder)
     select_head(loading, head)
     select_decode_head(loading, head)
     bare = lacks_class_token(loading, head)
@@ -94,12 +95,13 @@ def load_pretrained(
     )
     _check_names(report, pretrained, model.decoder_keys() if isinstance(model, MaskedAutoencoder) else set())
     _check_shapes(loading)
+    _check_finite(loading, loaded)
     if isinstance(model, VisionTransformer) and bare:
         drop_class_token(model)
     model.load_state_dict({name: state[name] for name in loaded}, strict=False)
     if adopt_eps:
         set_layer_norm_eps(model, pretrained.sizes.get("layer_norm_eps", LAYER_NORM_EPS))
-    log.info("init=%s: %s", pretrained.path, report)
+    log.info("%s=%s: %s", pretrained.key, pretrained.path, report)
     return report
 
 
@@ -153,6 +155,19 @@ def _check_shapes(loading: Loading) -> None:
     ]
     if wrong:
         raise UserError(f"{loading.pretrained} does not fit the model: {'; '.join(wrong[:3])}.")
+
+
+def _check_finite(loading: Loading, names: list[str]) -> None:
+    """Raises UserError where a tensor holds NaN or infinity, which every result would then be made of."""
+    for name in names:
+        tensor = loading.state[name]
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+            continue
+        if not all(math.isfinite(float(extreme)) for extreme in tensor.aminmax()):
+            raise UserError(
+                f"{loading.pretrained} holds numbers in {name} that are NaN or infinite: its training has diverged. "
+                "Name an earlier checkpoint of it, or train it anew with a lower optimizer.base_lr."
+            )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -8,12 +8,18 @@ import re
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
 from mae.weights import huggingface, timm
-from mae.weights.files import Opened, Settings, section
+from mae.weights.files import Opened
+from mae.weights.metadata import Settings, section
 from mae.weights.names import State
 
 ASSUMED = (
     f"No config says how its tensors are used. Assumed are exact GELU, LayerNorms of eps {LAYER_NORM_EPS:g} before "
     "attention and MLP, no rotary positions, and the model's number of heads."
+)
+
+UNDESCRIBED = (
+    "Neither its manifest nor a run around it says how its tensors are used. Assumed are the model's number of heads, "
+    "and images that are normalised as data.mean and data.std say."
 )
 
 # The first pattern that a tensor's name has wins: the special stand before the general.
@@ -83,7 +89,7 @@ def check_network(opened: Opened, path: str) -> tuple[str, list[str]]:
     Raises UserError where the network is not one that is computed here.
     """
     if opened.origin == "ours":
-        return "", []
+        return "", [] if section(opened.meta.config, "model") else [UNDESCRIBED]
     config, name = opened.meta.config, ""
     if "architecture" in config:
         name = f" ({config['architecture']})"

@@ -17,6 +17,7 @@ from mae.weights.layouts import DECODER
 from mae.weights.names import State
 from mae.weights.read import PretrainedWeights
 from mae.weights.sizes import as_text, differing, sizes_of_model
+from mae.weights.target_difference import target_difference
 
 HeadMode = Literal["match", "require", "fresh"]
 DECODER_KEYS = {
@@ -47,8 +48,8 @@ class Loading:
         self.state = {name: tensor for name, tensor in self.state.items() if not name.startswith(prefixes)}
 
 
-def select_decoder(loading: Loading, required: bool) -> None:
-    """Leaves the file's decoder in if the model has one of its kind and size."""
+def select_decoder(loading: Loading, required: bool, trained: bool) -> None:
+    """Leaves the file's decoder in if the model has one of its kind and size; if `trained`, also of its target."""
     pretrained, model = loading.pretrained, loading.model
     if not isinstance(model, MaskedAutoencoder):
         loading.drop(*DECODER)
@@ -79,6 +80,10 @@ def select_decoder(loading: Loading, required: bool) -> None:
             raise UserError(f"{pretrained} has a decoder that {values}: choose its target, as target=NAME.")
         loading.drop(*DECODER)
         loading.notes.append(f"The file's decoder {values}: ours starts afresh.")
+        return
+    if trained and (difference := target_difference(model, pretrained)):
+        loading.drop(*DECODER)
+        loading.notes.append(f"The file's decoder {difference}: ours starts afresh.")
         return
     lacking = [name for name in loading.target if name.startswith("target.") and name not in loading.state]
     if required and lacking:

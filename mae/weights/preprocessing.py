@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mae.weights.files import Metadata, Settings, section
+from mae.weights.metadata import Metadata, Settings, section
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALVES = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from mae.runs.checkpoints import PROBED_LAYER
-from mae.weights.files import Metadata, Opened, Settings, open_checkpoint, section
+from mae.weights.files import Opened, open_checkpoint
 from mae.weights.heads import (
     LAST_LAYERS,
     DecodeHeadKind,
@@ -22,6 +22,7 @@ from mae.weights.heads import (
     head_of,
 )
 from mae.weights.layouts import SINUSOID, Layout, convert, sinusoid, with_class_row
+from mae.weights.metadata import Metadata, Settings, section
 from mae.weights.names import State
 from mae.weights.networks import check_network
 from mae.weights.preprocessing import Preprocessing, preprocessing_of
@@ -40,9 +41,10 @@ class PretrainedWeights:
     position: str = ""  # SINUSOID: the position tables are computed, not stored
     position_patch: list[int] | None = None  # that its positions are of, where its first layer was adapted
     head_difference: str = ""  # why its classifier is none of ours, as a part of a sentence
+    key: str = "init"  # of the config, under which a user named it
 
     def __str__(self) -> str:
-        return f"init={self.path} ({self.kind})"
+        return f"{self.key}={self.path} ({self.kind})"
 
     @property
     def has_decoder(self) -> bool:
@@ -179,7 +181,8 @@ def read_pretrained(path: str) -> PretrainedWeights:
     kind = f"{_family(opened, layout)}, {contents(layout.state)}"
     head_difference = head_difference or head_difference_of(layout.state, opened.meta.config)
     notes = opened.notes + layout.notes
-    if layout.family in ("timm", "Hugging Face ViT") and "decoder_pred.weight" not in layout.state:
+    encoder = layout.family in ("timm", "Hugging Face ViT") and "decoder_pred.weight" not in layout.state
+    if encoder or opened.origin == "ours":
         notes += assumptions
     meta, position = opened.meta, layout.position
     return PretrainedWeights(path, kind, layout.state, notes, meta, position, head_difference=head_difference)

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import encoder_sizes
-from mae.weights.files import Metadata, section
+from mae.weights.metadata import Metadata, section
 from mae.weights.names import State
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from mae.errors import UserError
 from mae.models.layers import LAYER_NORM_EPS
-from mae.weights.files import Settings
+from mae.weights.metadata import Settings
 from mae.weights.names import State
 
 MODULES = ("vision_transformer", "deit")  # of timm.models: those that hold plain vision transformers

@@ -17,6 +17,7 @@ from mae.runs.files import digest
 NOTES = "packing"  # folder of the shards' notes until the index is written
 PLAN = "plan.json"
 BAD = "bad_files.csv"
+LATER = ("root", "names")  # in a plan: what earlier versions did not record
 PARQUET = "mae-parquet-1"  # what the index of Parquet files says it is
 
 
@@ -45,8 +46,11 @@ def prepare(out: Path, plan: Mapping[str, object]) -> None:
         raise kind(f"{out} is packed already: choose another folder, or remove this one first.")
     begun = out / NOTES / PLAN
     if begun.exists():
-        if json.loads(begun.read_text()) != plan:
-            raise UserError(f"{out} was begun with another source or other options: choose another folder.")
+        earlier = json.loads(begun.read_text())
+        if differing := [key for key, value in plan.items() if earlier.get(key, value) != value]:
+            raise UserError(
+                f"{out} was begun with another source or other options ({', '.join(differing)}): choose another folder."
+            )
         return
     if out.exists() and any(path.name != f".{NOTES}" for path in out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing is overwritten: choose another folder.")
@@ -60,7 +64,8 @@ def filled(out: Path, plan: Mapping[str, object]) -> bool:
     """Whether it is this packing that filled a folder."""
     try:
         head, _ = flat.read_head(out / INDEX)
-        return head["plan"] == hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+        plans = plan, {key: value for key, value in plan.items() if key not in LATER}
+        return head["plan"] in [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in plans]
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that wrote no plan
         return False
 

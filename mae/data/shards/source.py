@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 
 from mae.data.decode import Decoder
+from mae.data.flat import gathered
 from mae.data.paths import cache_folder
 from mae.data.remote import Remote
 from mae.data.sampler import laned
@@ -52,6 +53,7 @@ class Shards(Encoded):
         self.most_bytes = decoder.most_bytes
         self.classes = index.classes
         self.labels = np.asarray(index.members.labels, np.int64) if index.classes else None
+        self.root = store.location
         self._open = OpenFiles()
         self._positions: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
@@ -63,6 +65,15 @@ class Shards(Encoded):
 
     def name(self, index: int) -> str:
         return f"{self.index.names[self.index.shard(index)]}/{self.index.key(index)}"
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        """The names of their shards and their keys, and the sizes of their files."""
+        members = self.index.members
+        shards = np.searchsorted(self.index.starts, indices, side="right") - 1
+        names = [self.index.names[shard] for shard in shards.tolist()]
+        starts = np.where(indices > 0, members.ends[indices - 1], 0)
+        keys = gathered(members.text, starts, members.ends[indices])
+        return "\n".join(names).encode(errors="surrogatepass") + keys + members.sizes[indices].tobytes()
 
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""

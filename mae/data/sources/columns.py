@@ -33,7 +33,7 @@ class Columns:
         of = f" of {file}" if file else ""
         kind = schema.field(self.image_column).type
         if not _holds_images(kind):
-            table = " Images that a table names by their paths are read with data=table." if _is_text(kind) else ""
+            table = " Images that a table names by their paths are read with data=table." if is_text(kind) else ""
             raise UserError(
                 f"data.image_column={self.image_column}{of} holds {kind}, and not encoded images: binary, or a struct "
                 f"of bytes and path.{table}"
@@ -47,10 +47,11 @@ class Columns:
                 f"data.label_column={self.label_column}{of} holds {kind}, and a label is one number or word: choose "
                 "another column, or data.label_column=null to read no labels."
             )
-        return None if types.is_null(kind) else "text" if _is_text(kind) else "numbers"
+        return None if types.is_null(kind) else "text" if is_text(kind) else "numbers"
 
 
-def _is_text(kind: "DataType") -> bool:
+def is_text(kind: "DataType") -> bool:
+    """Whether a column of this type holds text."""
     from pyarrow import types
 
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
@@ -68,7 +69,7 @@ def _holds_images(kind: "DataType") -> bool:
     if not types.is_struct(kind):
         return _is_binary(kind)
     fields = {field.name: field.type for field in kind}
-    return "bytes" in fields and _is_binary(fields["bytes"]) or "path" in fields and _is_text(fields["path"])
+    return "bytes" in fields and _is_binary(fields["bytes"]) or "path" in fields and is_text(fields["path"])
 
 
 def class_names(schema: "Schema", label: str | None, file: str) -> list[str] | None:

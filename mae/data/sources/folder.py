@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mae.data.decode import Decoder
+from mae.data.flat import gathered
 from mae.data.formats import COMMON, SUFFIXES
-from mae.data.paths import folders_and_files, given_root, printable
+from mae.data.paths import folders_and_files, given_root, printable, text_lines
 from mae.data.settings import FileSettings, Split, TreeSettings
 from mae.data.source import BadImage, Decode, Encoded, Source
 from mae.data.sources.listing import Listing, cached_scan
@@ -30,6 +31,7 @@ class Files(Encoded):
         self.classes = [os.fsencode(name).decode(errors="backslashreplace") for name in listing.classes]
         self.labels = np.asarray(listing.labels, np.int64) if listing.classes else None
         self.most_bytes = decoder.most_bytes if isinstance(decoder, Decoder) else None
+        self.root = os.path.realpath(listing.root)
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -43,6 +45,9 @@ class Files(Encoded):
 
     def name(self, index: int) -> str:
         return self.listing.name(index)
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        return gathered(self.listing.text, self.listing.ends[indices], self.listing.ends[indices + 1])
 
 
 def read(path: str, most: int | None = None) -> bytearray:
@@ -144,18 +149,16 @@ def classes_of(split: Split, *, files: FileSettings, parts: list[str], classes: 
     if missing := sorted(set(wanted) - set(names)):
         raise UserError(f"data.classes={classes} names {missing[0]}, which is no class of {train}.")
     listing = listed(folder, wanted, files, SUFFIXES)
-    return Subset(Files(listing, decoder), np.flatnonzero(listing.labels >= 0))
+    chosen = np.flatnonzero(listing.labels >= 0)
+    if not len(chosen):
+        raise UserError(f"data.classes={classes}: no image of these classes lies under {folder}.")
+    return Subset(Files(listing, decoder), chosen)
 
 
 def listed_classes(path: str) -> list[str]:
     """The classes that the text file `data.classes` names, sorted. Raises UserError."""
-    file = Path(path).expanduser()
-    try:
-        if file.exists() and not file.is_file():
-            raise UserError(f"data.classes={path} is not a regular file.")
-        names = sorted(set(file.read_text().split()))
-    except OSError as error:
-        raise UserError(f"data.classes={path} cannot be read: {error.strerror}.") from error
+    lines = text_lines(Path(path).expanduser(), f"data.classes={path}")
+    names = sorted({name for line in lines for name in line.split()})
     if not names:
         raise UserError(f"data.classes={path} is empty.")
     return names

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +45,23 @@ class Rows(Encoded):
 
     def name(self, index: int) -> str:
         return f"row {index}"
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        """The sizes of their files in bytes, and the files' names without their folders; no image is read."""
+        from pyarrow import compute as functions
+        from pyarrow import types
+
+        compute: Any = functions  # its functions are made when it is imported, which type checkers do not see
+        column = self.rows.data.column(self.image)
+        fields = [field.name for field in column.type] if types.is_struct(column.type) else []
+        sizes, names = np.zeros(len(column)), []
+        if not fields or "bytes" in fields:
+            data = compute.struct_field(column, "bytes") if fields else column
+            sizes = compute.binary_length(data).fill_null(-1).to_numpy()
+        if "path" in fields:
+            paths = compute.struct_field(column, "path").fill_null("").take(indices)
+            names = compute.replace_substring_regex(paths, pattern="^.*/", replacement="").to_pylist()
+        return sizes[indices].astype(np.int64).tobytes() + "\n".join(names).encode()
 
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""
@@ -105,6 +122,7 @@ def hf(
     if isinstance(rows.features[columns.image_column], datasets.Image):
         rows = rows.cast_column(columns.image_column, datasets.Image(decode=False))
     source = Rows(rows, columns.image_column, labels, classes, decoder, _roots(root, store.cache_dir))
+    source.root = root if root.startswith(HUB) else os.path.realpath(Path(root).expanduser())
     return splits.of(source, root, split)
 
 

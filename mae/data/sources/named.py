@@ -12,7 +12,7 @@ from mae.data.decode import Decoder
 from mae.data.paths import printable
 from mae.data.source import BadImage, Decode, Encoded
 from mae.data.sources.folder import read
-from mae.data.sources.scientific import Bands
+from mae.data.sources.scientific import BANDS, Bands
 from mae.errors import UserError
 
 
@@ -61,4 +61,4 @@ def decoder_of(data: DictConfig) -> Decoder | Bands:
     """What decodes files as those of a group `data`; photos, where its images are no files."""
     keys = OmegaConf.merge(OmegaConf.load(CONF / "data" / "shared" / "files.yaml"), data)
     assert isinstance(keys, DictConfig)
-    return call(Bands if data.name == "scientific" else Decoder, keys)
+    return call(Bands if data.name in BANDS else Decoder, keys)

@@ -33,10 +33,16 @@ class HubSplits:
         return rows if self.val_split is not None else held_out(rows, self.val_fraction, split)
 
     def holds(self, file: str, split: str) -> bool:
-        """Whether a Parquet file is of a split: `SPLIT/*`, `SPLIT-*` or `SPLIT.parquet`, at any depth."""
-        marks = (f"/{split}/", f"/{split}-", f"/{split}.parquet")
+        """Whether a Parquet file is of a split: `SPLIT/*`, `SPLIT-*` or `SPLIT.parquet`, at any depth.
+
+        `val/train-0.parquet` is of val alone, since a folder goes before what lies in it, as `datasets` reads it."""
         within = f"/{self.subset}/" if self.subset is not None else "/"
-        return within in f"/{file}" and any(mark in f"/{file}" for mark in marks)
+        names = {name for name in (self.train_split, self.val_split, split) if name is not None}
+        for level in f"/{file}".partition(within)[2].split("/"):
+            named = [n for n in names if level == n or level.startswith((f"{n}-", f"{n}.parquet"))]
+            if named:
+                return max(named, key=len) == split
+        return False
 
 
 def parquet_files(

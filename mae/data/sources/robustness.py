@@ -6,6 +6,7 @@ ImageNet-A and -R (Hendrycks et al., 1907.07174, 2006.16241) are of 200 classes 
 
 import functools
 import importlib.resources
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,7 @@ class Robustness(Source):
         self.group = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
         self.labels = np.concatenate([np.asarray(tree.listing.labels, np.int64) for tree in trees])
         self.classes = list(synsets())
+        self.root = os.path.commonpath([str(tree.root) for tree in trees])
 
     def __len__(self) -> int:
         return int(self.ends[-1])

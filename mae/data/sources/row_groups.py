@@ -85,6 +85,7 @@ class RowGroups(Encoded):
             lanes,
             window,
         )
+        self.root = store.location
         self.starts = np.cumsum(self.groups.num_rows) - self.groups.num_rows  # number of each group's first row
         self._open_groups = OpenGroups((window + 1) * lanes)
         self._files: tuple[tuple[int, int], np.ndarray] | None = None  # an epoch's order of the files
@@ -99,6 +100,11 @@ class RowGroups(Encoded):
         file = int(self.groups.file[self._group(index)])
         first = int(self.starts[np.searchsorted(self.groups.file, file)])
         return f"{self.names[file]}/row {index - first}"
+
+    def identities(self, indices: np.ndarray) -> bytes:
+        """Their numbers, and the names, sizes and numbers of rows of all files."""
+        rows = np.bincount(self.groups.file, self.groups.num_rows, len(self.names)).astype(int).tolist()
+        return json.dumps([self.names, self.sizes, rows]).encode() + indices.tobytes()
 
     def raw(self, index: int) -> bytearray:
         """An image's file. Raises BadImage."""

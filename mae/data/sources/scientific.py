@@ -18,6 +18,9 @@ SUFFIXES = (".npy", ".tif", ".tiff")
 DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "bool": np.uint8}  # all else becomes float32
 
 
+BANDS = ("scientific", "segmentation_bands")  # the groups of data whose images are decoded as bands
+
+
 @dataclass(frozen=True)
 class Bands:
     """Decodes to (C, H, W) uint8, uint16 or float32. Raises BadImage."""

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,11 @@ from torch import Tensor
 from mae.data.crops import Box, Boxed, inside
 from mae.data.decode import Decoder
 from mae.data.formats import SUFFIXES
-from mae.data.paths import given_root, hidden, printable
+from mae.data.paths import given_root, printable, text_lines
 from mae.data.settings import Count, Split
 from mae.data.source import IGNORED, BadImage, Decode, Encoded, Source
 from mae.data.sources.folder import read
+from mae.data.sources.listing import scan
 from mae.data.sources.scientific import SUFFIXES as BAND_SUFFIXES
 from mae.data.sources.scientific import Bands
 from mae.errors import UserError
@@ -50,6 +52,7 @@ class Segmented(Encoded):
         decoder: Decode,
     ):
         self.top, self.images, self.maps = top, images, maps
+        self.root = os.path.realpath(top)
         self.classes, self.table, self.decoder = classes, table, decoder
 
     def __len__(self) -> int:
@@ -157,8 +160,8 @@ def paired(split: Split, files: MapSettings, decoder: Decode, suffixes: tuple[st
             raise UserError(f"data.root={files.root} has no folder {folder.relative_to(top)} (data.{key}).")
     classes = stated_classes(top, files.num_classes)
     ends = suffixes if files.image_suffix is None else (files.image_suffix,)
-    images = {stem(path, folders[0], ends): path for path in tree_files(folders[0], ends)}
-    maps = {stem(path, folders[1], (files.map_suffix,)): path for path in tree_files(folders[1], (files.map_suffix,))}
+    images = by_stem(folders[0], ends, ", or choose by data.image_suffix, as .jpg")
+    maps = by_stem(folders[1], (files.map_suffix,))
     if not images:
         raise UserError(f"data.root: no image lies under {folders[0]} (looked for {' '.join(ends[:8])}).")
     if missing := sorted(images.keys() - maps.keys()):
@@ -174,10 +177,25 @@ def paired(split: Split, files: MapSettings, decoder: Decode, suffixes: tuple[st
 
 
 def tree_files(folder: Path, ends: tuple[str, ...]) -> list[Path]:
-    """The files under a folder whose names end so, without hidden ones, sorted."""
-    ends = tuple(end.lower() for end in ends)
-    files = (Path(at) / name for at, _, names in os.walk(folder) for name in names if name.lower().endswith(ends))
-    return sorted(path for path in files if not hidden(str(path.relative_to(folder))))
+    """The files under a folder whose names end so, without hidden ones, sorted; links are followed.
+
+    Raises UserError for a folder that cannot be read."""
+    listing, _ = scan(folder, None, follow_links=True, suffixes=tuple(end.lower() for end in ends))
+    return sorted(Path(listing.path(index)) for index in range(len(listing)))
+
+
+def by_stem(folder: Path, ends: tuple[str, ...], otherwise: str = "") -> dict[str, Path]:
+    """The files under a folder by what an image and its map have in common. Raises UserError where two have the same,
+    with what else to do about it."""
+    paths: dict[str, Path] = {}
+    for path in tree_files(folder, ends):
+        other = paths.setdefault(stem(path, folder, ends), path)
+        if other is not path:
+            raise UserError(
+                f"data.root: {printable(str(other))} and {printable(path.name)} have one name but for their endings, "
+                f"by which images and maps are paired. Remove one{otherwise}."
+            )
+    return paths
 
 
 def stem(path: Path, folder: Path, ends: tuple[str, ...]) -> str:
@@ -189,7 +207,10 @@ def stem(path: Path, folder: Path, ends: tuple[str, ...]) -> str:
 def stated_classes(top: Path, num_classes: int | None) -> list[str]:
     """The names in `classes.txt`, or numbers. Raises UserError where nothing says how many classes there are."""
     file = top / NAMES
-    names = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    lines = text_lines(file, str(file)) if file.is_file() else []
+    names = [line.strip() for line in lines if line.strip()]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{file} names the class {twice[0]} twice: each line must be another class.")
     if not names and num_classes is None:
         raise UserError(
             f"data.num_classes is not set, and data.root={top} has no {NAMES} with the classes' names, one a line: "

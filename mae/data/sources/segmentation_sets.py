@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from mae.data.decode import Decoder
-from mae.data.paths import given_root, hidden, printable
+from mae.data.paths import entries_of, given_root, printable, text_lines
 from mae.data.settings import Split
 from mae.data.source import IGNORED, Source
-from mae.data.sources.segmentation import NO_CLASS, Segmented
+from mae.data.sources.segmentation import NO_CLASS, Segmented, tree_files
 from mae.errors import UserError
 
 # VOC2012's devkit_doc, section "Classes", in the order of the maps' values; 0 is the background, 255 the border
@@ -139,7 +139,8 @@ def unpacked(root: str | None, archive: str, needed: str) -> Path:
 
 def files_in(top: Path, folder: str, end: str) -> list[Path]:
     """The files under a folder whose names end so, sorted. Raises UserError where there are none."""
-    files = sorted(path for path in (top / folder).rglob(f"*{end}") if not hidden(str(path.relative_to(top))))
+    paths = tree_files(top / folder, (end,)) if (top / folder).is_dir() else []
+    files = [path for path in paths if path.name.endswith(end)]
     if not files:
         raise UserError(f"data.root: {top / folder} holds no file *{end}: unpack the archives there.")
     return files
@@ -148,10 +149,7 @@ def files_in(top: Path, folder: str, end: str) -> list[Path]:
 def listed_names(top: Path, file: str) -> list[str]:
     """The lines of a list of images, without comments. Raises UserError where the list is missing or empty."""
     path = top / file
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"data.root: the list of images {path} cannot be read: {error.strerror}.") from error
+    lines = [line.strip() for line in text_lines(path, f"data.root: the list of images {path}")]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise UserError(f"data.root: the list of images {path} is empty.")
@@ -163,7 +161,7 @@ def segmented_files(
 ) -> Segmented:
     """Images with maps, all of which are looked for. Raises UserError that counts and names those that are missing."""
     folders = {path.parent for path in (*images, *maps)}
-    present = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    present = {folder / entry.name for folder in folders if folder.is_dir() for entry in entries_of(folder)}
     for paths, kind in ((images, "images"), (maps, "maps")):
         if missing := [path for path in paths if path not in present]:
             raise UserError(
@@ -188,7 +186,7 @@ def ade20k_names(file: Path) -> list[str]:
     """
     if not file.is_file():
         return [str(number) for number in range(1, ADE20K_CLASSES + 1)]
-    rows = [line.split("\t") for line in file.read_text().splitlines()[1:] if line.strip()]
+    rows = [line.split("\t") for line in text_lines(file, f"data.root: {file}")[1:] if line.strip()]
     if len(rows) != ADE20K_CLASSES:
         raise UserError(f"data.root: {file} names {len(rows)} classes, where ADE20K has {ADE20K_CLASSES}.")
     return [row[-1].split(",")[0].strip() for row in rows]

@@ -18,6 +18,7 @@ from mae.data.decode import Decoder
 from mae.data.paths import given_root, inside, printable
 from mae.data.settings import FileSettings, Split
 from mae.data.source import Source
+from mae.data.sources.columns import is_text
 from mae.data.sources.folder import Files
 from mae.data.sources.listing import MAGIC, Builder, Listing, cached
 from mae.data.splits import TRAINING, VALIDATION, split_of
@@ -26,7 +27,9 @@ from mae.errors import UserError
 
 log = logging.getLogger(__name__)
 
+READING = "table-2"  # how rows are read: a cached listing of another reading is not used
 COLUMNS = ("path", "label", "split")
+TEXTS = {"path": "file names relative to data.root", "split": "train or val"}
 SIMILAR = {"path": ("file", "filename", "filepath", "image", "img"), "label": ("class", "target", "category")}
 
 
@@ -40,9 +43,10 @@ def table(
 ) -> Source:
     """Images that the table `file` names, relative to `root`.
 
-    Labels are words, sorted into classes. Rows of split `val` (or valid, validation, test) are held out, or
-    `val_fraction` of all where there is no such column. Raises UserError for a table without a `path`
-    column, without rows, and for a path that leads out of `root`. What was read is kept in the cache folder.
+    Labels are words, sorted into classes; an empty one, null or NaN is none. Rows of split `val` (or valid, validation,
+    test) are held out, or `val_fraction` of all where there is no such column. Raises UserError for a table without a
+    `path` column or without rows of the split, and for a path that leads out of `root`. What was read is kept in the
+    cache folder.
     """
     top = given_root(files.root)
     if file is None:
@@ -55,9 +59,11 @@ def table(
         stamp = [os.path.realpath(path), status.st_size, status.st_mtime_ns]
     except OSError as error:
         raise UserError(f"data.file={path} cannot be read: {error.strerror or error}.") from error
-    wanted = json.dumps([MAGIC, "table", os.path.realpath(top), *stamp, files.follow_links])
+    wanted = json.dumps([MAGIC, READING, os.path.realpath(top), *stamp, files.follow_links])
     listing = cached(top, wanted, files.cache_dir, lambda: read_through(path, top, files.follow_links))
     images = Files(listing, decoder)
+    if listing.held is not None and listing.held.all() and split == "train":
+        raise UserError(f"data.file={path} has no row for training, only split=val: give some rows split=train.")
     if listing.held is not None and listing.held.any():
         return Subset(images, np.flatnonzero((listing.held == 1) == (split == "val")))
     return held_out(images, val_fraction, split)
@@ -197,7 +203,7 @@ def similar(wanted: str, header: list[str]) -> str | None:
 
 def _parquet(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, null, parquet, types
     except ImportError as error:
         raise UserError("data.file is a Parquet file, which needs pyarrow: pip install pyarrow.") from error
     try:
@@ -205,7 +211,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     except ArrowInvalid as error:
         raise UserError(f"data.file={path} is not a Parquet file.") from error
     names = columns(path, file.schema_arrow.names)
+    for wanted, values in TEXTS.items():
+        kind = file.schema_arrow.field(names[wanted]).type if wanted in names else null()
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not is_text(kind) and not types.is_null(kind):
+            raise UserError(
+                f"data.file={path}: the column {names[wanted]} holds {kind}, and it must be text: {values}."
+            )
     for batch in file.iter_batches(columns=list(names.values())):
         for row in batch.to_pylist():
             label = row.get(names.get("label"))
-            yield row[names["path"]], None if label is None else str(label), row.get(names.get("split"))
+            missing = label is None or label != label  # null, or the NaN that pandas writes for it
+            yield row[names["path"]], None if missing else str(label), row.get(names.get("split"))

@@ -1,6 +1,8 @@
 """Data sets that fit in memory and are known by name: embedded ones and torchvision's."""
 
 from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,13 +17,26 @@ from mae.errors import UserError
 
 def digits(split: Split, *, in_chans: Count, val_fraction: Annotated[float, "[0, 1]"]) -> Source:
     """scikit-learn's 1797 handwritten digits (8 x 8, ten classes; UCI "optdigits"), which need no network."""
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
-
-    bunch: Any = load_digits()
-    pixels = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]  # 0..16 -> 8 bit
-    labels, classes = np.asarray(bunch.target, np.int64), [str(d) for d in bunch.target_names]
+    images, labels = read_digits()
+    pixels = torch.from_numpy(np.round(images * (255 / 16)).astype(np.uint8))[:, None]  # 0..16 -> 8 bit
+    classes = [str(digit) for digit in range(10)]
     indices = split_indices(labels, len(labels), val_fraction, split)
     return Arrays(replicate(pixels[indices], in_chans, "digits"), labels[indices], classes, f"digits/{split}")
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The digits (1797, 8, 8), from 0 to 16, and their classes (1797,).
+
+    Importing scikit-learn would take a second of every process's start, so its file is read where it lies.
+    """
+    file = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
+    if file.exists():
+        table = np.loadtxt(file, np.uint8, delimiter=",")
+        return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    return np.asarray(images).reshape(-1, 8, 8), np.asarray(classes, np.int64)
 
 
 def cifar10(split: Split, *, root: str | None, in_chans: Count, download: bool) -> Source:

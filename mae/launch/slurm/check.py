@@ -48,7 +48,8 @@ def nodes() -> list[Node]:
     """Every node in every partition. Raises UserError where the controller does not answer."""
     code, table, error = queue.command("sinfo", "--noheader", "-N", "-o", "%P|%N|%c|%m|%l|%G", seconds=30)
     if code:
-        raise UserError(f"launcher=slurm: SLURM's controller does not answer ({error.splitlines()[-1:] or code}).")
+        reason = (error.splitlines() or [f"sinfo ended with exit code {code}"])[-1]
+        raise UserError(f"launcher=slurm: SLURM's controller does not answer ({reason}).")
     rows = []
     for line in table.splitlines():
         partition, name, cpus, memory, limit, gres = line.split("|")

@@ -1,15 +1,18 @@
 """`status=DIR`, `cancel=DIR`, `retry_failed=DIR`: the status of the runs of a directory, and their jobs."""
 
+import dataclasses
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from mae.config.build import call
 from mae.config.check import check_config, to_dict
 from mae.config.overrides import by_key, parsed, pasted, values_of
-from mae.config.saved import read_config
+from mae.config.saved import read_config, write_config
 from mae.errors import UserError, is_bug
 from mae.launch.slurm import queue, submit
 from mae.launch.slurm.settings import SlurmSettings
@@ -17,6 +20,7 @@ from mae.launch.slurm.state import failure_reason, jobs_of, last_metric, live_jo
 from mae.program import program
 from mae.runs.failure import read_failure
 from mae.runs.files import read_json
+from mae.runs.layout import BAD_STEP, CONFIG
 from mae.runs.summary import is_finished
 
 VERBS = ("status", "cancel", "retry_failed")
@@ -51,7 +55,7 @@ def runs_under(folder: Path) -> list[Path]:
     """The runs of a directory: itself, or the members of a sweep, or the stages of a pipeline. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory.")
-    members = [path.parent for path in folder.glob("*/config.yaml")]
+    members = [path.parent for path in folder.glob("*/config.yaml") if path.parent.name != BAD_STEP]
     own = [folder] if (folder / "config.yaml").exists() and not members else []
     runs = own or [run for member in sorted(members, key=_in_order) for run in runs_under(member)]
     if not runs:
@@ -96,7 +100,8 @@ def cancel(folder: Path) -> str:
 def retry_failed(folder: Path, overrides: list[str]) -> int:
     """Submits again each run that is neither finished nor in the queue; returns the exit code.
 
-    Runs keep their own config but for `launcher.*` of the overrides. Raises UserError.
+    A stage of a pipeline waits for the one that it starts from. Runs keep their own config but for `launcher.*` of the
+    overrides. Raises UserError.
     """
     changes = by_key(overrides)
     unread = [word for word in overrides if parsed(word) is None]
@@ -109,15 +114,36 @@ def retry_failed(folder: Path, overrides: list[str]) -> int:
     if not failed:
         sys.stdout.write(f"Nothing under {folder} has failed.\n")
         return 0
-    submitted = []
-    for run in failed:
-        changed = OmegaConf.create(to_dict(read_config(run)))
-        for key, change in changes.items():
-            OmegaConf.update(changed, key, values_of(change)[0], force_add=True)
-        changed.launcher.dependency = None
-        launcher = check_config(changed).launcher
-        if launcher.name != "slurm":
-            command = f"{program()} {pasted('resume', str(run))}"
-            raise UserError(f"{run} did not run on SLURM: {command} continues it.")
-        submitted.append((run, call(SlurmSettings, launcher)))
-    return submit.submit(submitted, folder)
+    configs = {run: _changed(run, changes) for run in failed}
+    jobs = dict(alive)
+    for run, cfg in configs.items():
+        write_config(run, cfg)  # where its ranks read what they do
+    while failed:
+        ready = [run for run in failed if Path(str(configs[run].init)) not in failed]
+        if code := submit.submit([(run, _settings(configs[run], jobs)) for run in ready], folder):
+            return code
+        jobs |= live_jobs(ready)
+        failed = [run for run in failed if run not in ready]
+    for pipeline in sorted({run.parent for run in configs if (run.parent / CONFIG).is_file()}):
+        stages = [run for run in runs if run.parent == pipeline]
+        submit.submit_last(pipeline, stages, _settings(configs[next(run for run in stages if run in configs)], {}))
+    return 0
+
+
+def _changed(run: Path, changes: Mapping[str, Override]) -> DictConfig:
+    """A run's config with other values of its launcher. Raises UserError where it did not run on SLURM."""
+    changed = OmegaConf.create(to_dict(read_config(run)))
+    for key, change in changes.items():
+        OmegaConf.update(changed, key, values_of(change)[0], force_add=True)
+    changed.launcher.dependency = None
+    checked = check_config(changed)
+    if checked.launcher.name != "slurm":
+        command = f"{program()} {pasted('resume', str(run))}"
+        raise UserError(f"{run} did not run on SLURM: {command} continues it.")
+    return checked
+
+
+def _settings(cfg: DictConfig, jobs: Mapping[Path, str]) -> SlurmSettings:
+    """How a run is submitted: after the job of the run that it starts from, where that is one of `jobs`."""
+    job = jobs.get(Path(str(cfg.init)))
+    return dataclasses.replace(call(SlurmSettings, cfg.launcher), dependency=f"afterok:{job}" if job else None)

@@ -28,8 +28,10 @@ from mae.runs.summary import is_finished
 
 ROOT = Path(__file__).parents[3]  # the checkout, or where packages are installed
 AFTER = "import sys; sys.path[0] = {code!r}; "
+END = "slurm/end.json"  # of a pipeline: its last job
 REPORT = "import runpy; sys.argv[1:] = [{folder!r}]; runpy.run_module('mae.sweep', run_name='__main__')"
-LAST = "from mae.launch.pipeline import write_summary; write_summary({run!r})"
+LAST = "from mae.launch.pipeline import write_summary; from mae.report.run import write_report; "
+LAST += "write_summary({run!r}); import pathlib; write_report(pathlib.Path({run!r}))"
 CODE = ("mae", "conf", "sweeps", "run.py") if CONF.parent == ROOT else ("mae",)  # what a job runs
 
 Submission = tuple[Path, SlurmSettings]  # a prepared run and how its job is submitted
@@ -75,23 +77,29 @@ def _enqueue_all(submissions: Sequence[Submission], waiting: list[Path], folder:
     for settings, members in arrays:
         jobs.append(enqueue(members, folder, settings))
         sys.stdout.write(submission_message(jobs[-1], members, folder, settings))
-    if jobs and folder not in waiting and (ROOT / "mae" / "sweep.py").exists():
-        submit_after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, submissions[0][1])
+    if jobs and folder not in waiting:
+        report_after(jobs, folder, submissions[0][1])
 
 
-def submit_after(dependency: str, statement: str, folder: Path, settings: SlurmSettings) -> None:
-    """Queues a small job that runs a statement, from the same code, once others have ended."""
+def report_after(jobs: Sequence[str], folder: Path, settings: SlurmSettings) -> None:
+    """Queues the job that makes table, figure and page of a sweep once all others have ended."""
+    submit_after(f"afterany:{':'.join(jobs)}", REPORT.format(folder=str(folder)), folder, settings)
+
+
+def submit_after(dependency: str, statement: str, folder: Path, settings: SlurmSettings) -> str:
+    """Queues a small job that runs a statement, from the same code, once others have ended; returns its id."""
     code = snapshot(folder / "slurm" / "code")
     command = f"{_python(settings)} -c {shlex.quote(AFTER.format(code=str(code)) + statement)}"
     flags = {"nodes": 1, "ntasks_per_node": 1, "time": 60, "dependency": dependency, "kill-on-invalid-dep": "yes"}
     options = {"job_name": f"{folder.name}-end", "setup": settings.setup}
-    sbatch(command, folder / "slurm", flags | settings.placement(), options)
+    return sbatch(command, folder / "slurm", flags | settings.placement(), options)
 
 
 def submit_last(run: Path, stages: Sequence[Path], settings: SlurmSettings) -> None:
     """Queues the job that writes a pipeline's summary once its stages, which are queued, are finished."""
     if jobs := live_jobs(stages):
-        submit_after(f"afterok:{':'.join(jobs.values())}", LAST.format(run=str(run)), run, settings)
+        job = submit_after(f"afterok:{':'.join(jobs.values())}", LAST.format(run=str(run)), run, settings)
+        write_json(run / END, {"job": job})
 
 
 def enqueue(runs: list[Path], folder: Path, settings: SlurmSettings) -> str:
