@@ -25,7 +25,7 @@ from mae.config import from_run, sweep_members, sweep_names  # noqa: E402
 from mae.config.check import check_config, resolve  # noqa: E402
 from mae.config.compose import CONF, chosen_groups, register_resolvers  # noqa: E402
 from mae.config.overrides import by_key  # noqa: E402
-from mae.config.unused import refuse_unused  # noqa: E402
+from mae.config.unused import refuse_unused, refuse_unused_of_resumed  # noqa: E402
 from mae.errors import DEBUG, UserError  # noqa: E402
 from mae.launch import errors, launch  # noqa: E402
 from mae.launch.slurm import plugin, status  # noqa: E402
@@ -91,8 +91,8 @@ def run(cfg: DictConfig) -> int:
     elif cfg.resume:
         cfg, overrides = from_run.resumed(cfg, overrides)
     checked = check_config(resolve(cfg))
-    if not goes_on:  # a run of an earlier version that names what does nothing goes on
-        refuse_unused(checked, typed)
+    # a run of an earlier version that names what does nothing goes on
+    (refuse_unused_of_resumed if goes_on else refuse_unused)(checked, typed)
     if checked.dry_run:
         from mae.tools import dry_run
 

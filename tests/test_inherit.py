@@ -12,9 +12,10 @@ from test_tasks import TINY_FINETUNE, folder_of
 from mae import cli
 from mae.config.check import check_config, resolve
 from mae.config.compose import CONF
-from mae.config.from_run import run_of, settings_of, stands_for, with_groups, with_run_values
+from mae.config.from_run import run_of, settings_of, stands_for, with_groups, with_run_values, without_taken
 from mae.config.identity import identity
 from mae.config.saved import read_config, stored_overrides
+from mae.config.sweep_members import with_member
 from mae.errors import UserError
 from mae.launch import launch
 
@@ -71,6 +72,19 @@ def test_what_the_command_line_says_wins(parent, root, capsys):
     assert (cfg.model.embed_dim, cfg.model.img_size, cfg.data.name) == (192, 16, "folder")
     cfg = taken("experiment=paper_finetune_vit_base", f"init={parent}")
     assert (cfg.model.name, cfg.data.name, cfg.data.root) == ("vit_base", "imagenet", None)
+
+
+def test_the_model_that_a_member_of_a_sweep_chooses_wins(parent, root):
+    members = ["+members.own=['task.epochs=3']", "+members.small=['model=vit_small','task.mask_ratio=0.5']"]
+    arguments = with_groups(["task=pretrain", f"init={parent}", *members])
+    for name, depth in {"own": 2, "small": 12}.items():
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg, words = with_member(
+                compose("config", [*arguments, f"+member={name}"]), [*arguments, f"+member={name}"]
+            )
+        cfg = with_run_values(cfg, words)
+        assert (cfg.model.depth, cfg.data.root) == (depth, str(root))
+        assert [word for word in without_taken(words) if word.startswith("model=")] == ["model=vit_small"] * (depth > 2)
 
 
 def test_the_recipe_is_that_of_the_run_s_model(tmp_path):

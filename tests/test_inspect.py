@@ -107,6 +107,14 @@ def test_stats_of_files_none_of_which_can_be_read(tmp_path):
         run_here(tmp_path / "other", *QUICK, *on(root))
 
 
+def test_inspect_looks_at_the_training_images_that_are_chosen(tmp_path):
+    chosen = ["data.fraction=0.5", "data.per_class=3"]
+    assert run_here(tmp_path, "task=inspect", "device=cpu", *QUICK, *chosen) == 0
+    figures, classes = summary(tmp_path), rows(tmp_path / "classes.csv")
+    assert figures["train_images"] == figures["measured_images"] == 30
+    assert {row["train"] for row in classes} == {"3"} and sum(int(row["val"]) for row in classes) > 300
+
+
 @pytest.mark.parametrize("step", ["pretrain", "finetune", "null"])
 def test_inspect_shows_samples_classes_sizes_and_speeds(step, tmp_path, capsys):
     root, run = photos(tmp_path / "photos"), tmp_path / "run"

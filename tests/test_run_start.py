@@ -326,9 +326,20 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
         ),
         ("task=pipeline optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage: give it to one, as in"),
         ("task=pipeline init=auto optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage"),
+        ("task=embed init=RUN data.per_class=5", "finetune, linprobe, knn, pretrain, stats, inspect and segment use"),
+        ("task=predict init=RUN data.fraction=0.1", "data.fraction=0.1 does nothing with task=predict"),
+        ("task=knn init=auto augmentation=finetune", "augmentation=finetune does nothing with task=knn: leave it out."),
+        ("target=pca target.fitted=STATS target.images=9", "target.images=9 does nothing with target.fitted=STATS"),
+        ("task=pipeline task.overrides.finetune=true", "task.overrides.finetune must be a list of overrides as"),
+        ("task=evaluate init=RUN optimizer.base_lr=1", "optimizer.base_lr=1 does nothing with task=evaluate"),
+        (
+            'task=pipeline task.stages=[pretrain,knn] task.overrides.knn=["optimizer.lr=1"]',
+            "optimizer.lr=1 does nothing with stage knn",
+        ),
+        ("task=pipeline task.stages=[evaluate] init=RUN data.fraction=.1", "does nothing with task.stages=[evaluate]"),
     ],
 )
-def test_a_mask_or_target_that_the_task_would_not_use_is_refused(words, message, monkeypatch, capsys):
+def test_what_the_task_would_not_use_is_refused(words, message, monkeypatch, capsys):
     assert run_main([*words.split(), "device=cpu", "dry_run=true"], monkeypatch, cli.main) == 1
     assert message in capsys.readouterr().err
 
@@ -341,10 +352,12 @@ def test_a_mask_or_target_that_the_task_would_not_use_is_refused(words, message,
         "task=stats target=pca",
         "task=finetune init=auto masking=block",  # of the pre-training that is made first
         "+sweeps=masking member=block_0.5",
+        "task=knn init=auto data.fraction=0.5",
+        "task=pipeline data.per_class=20",
         "task=pipeline data=cifar10_folder data.root=/nowhere",  # nor do the stages of a plan read an image
     ],
 )
-def test_a_mask_or_target_that_the_task_uses_is_planned(words, monkeypatch, capsys):
+def test_what_the_task_uses_is_planned(words, monkeypatch, capsys):
     code = run_main([*words.split(), "device=cpu", "dry_run=true"], monkeypatch, cli.main)
     assert code == 0, capsys.readouterr().err
 
@@ -369,6 +382,14 @@ def test_keys_of_the_groups_of_a_resumed_run_can_be_typed(tmp_path):
     assert (launcher.name, launcher.nodes, launcher.timeout_min) == ("slurm", 2, 60)
     for missing in (f"resume={tmp_path}", f"replay={tmp_path / 'none'}", f"resume={run},{run}"):
         assert with_groups([missing]) == [missing]
+
+
+def test_a_key_that_reaches_no_stage_of_a_resumed_pipeline_is_refused(tmp_path, monkeypatch, capsys):
+    command = ["task=pipeline", "device=cpu", f"output_dir={tmp_path / 'run'}"]
+    run = prepare(composed(*command), command)
+    assert run_main([f"resume={run}", "checkpoint.keep=1"], monkeypatch, cli.main) == 1
+    assert f"checkpoint.keep=1 does nothing with resume={run}: its stages keep their own." in capsys.readouterr().err
+    assert run_main([f"resume={run}", "estimate.utilisation=0.5", "dry_run=true"], monkeypatch, cli.main) == 0
 
 
 def test_a_resumed_run_waits_for_no_job_of_its_first_start(tmp_path):

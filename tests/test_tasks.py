@@ -635,6 +635,8 @@ def test_another_image_size_of_a_stage_reaches_its_model(tmp_path):
     (['task.overrides.pretrain=["init=x"]'], "task.overrides.pretrain: init is the pipeline's to set."),
     (['task.overrides.finetune=["data=cifar10"]'], "task.overrides.finetune: data is the pipeline's to set."),
     (['task.overrides.finetune=["model=vit_large"]'], "task.overrides.finetune: model is the pipeline's to set."),
+    (["task.overrides.pretrain=5"], 'task.overrides.pretrain must be a list of overrides as ["task.epochs=5"], got 5.'),
+    (["task.overrides.finetune=[1]"], 'task.overrides.finetune must be a list of overrides as ["task.epochs=5"], got'),
     (["task.stages=[pretrain,evaluate]"], "stage evaluate needs a classifier: let a stage finetune or linprobe come"),
     (['task.overrides.finetune=["task.mixup=-1"]'], "stage finetune: task.mixup must be 0 or more, got -1.0."),
 ])  # fmt: skip

@@ -159,6 +159,17 @@ def with_run_values(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
     return cfg
 
 
+def chosen_by_member(arguments: Sequence[str], keys: set[str]) -> list[str]:
+    """A command line in which the sections among `keys`, that a member of a sweep chooses, are not the run's."""
+    words = []
+    for word in arguments:
+        if overrides.key_of(word) == MARK:
+            sections = [name for name in word.partition("=")[2].split("-") if name not in keys]
+            word = f"+{MARK}={'-'.join(sections)}" if sections else None
+        words += [] if word is None else [word]
+    return words
+
+
 def without_taken(arguments: Sequence[str]) -> list[str]:
     """A command line without what `with_groups` put into it, so that it takes the run's values again."""
     marks = [word.partition("=")[2].split("-") for word in arguments if overrides.key_of(word) == MARK]

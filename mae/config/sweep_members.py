@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mae.config.compose import CONF, composed, register_resolvers
+from mae.config.from_run import chosen_by_member
 from mae.config.overrides import by_key, key_of, values_of
 from mae.config.values import near
 from mae.errors import UserError
@@ -37,9 +38,10 @@ def with_member(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, 
     if "init" in keys and (init := by_key(overrides).get("init")):
         raise UserError(
             f"{init.input_line} does nothing: each member of {sweep_name(overrides)} has an init of its own. Leave it "
-            "out, or add a member, as '+members.mine=[init=RUN]'."
+            "out, or add a member, as '+members.mine=[\"init=RUN\"]'."
         )
-    command = [*(override for override in overrides if key_of(override) not in keys), *chosen]
+    same = [override for override in overrides if key_of(override) not in keys]
+    command = [*chosen_by_member(same, keys), *chosen]
     cfg = composed(command)
     _taken(cfg)
     return cfg, command

@@ -141,12 +141,15 @@ def combined(summaries: Mapping[str, Summary]) -> Summary:
 
 
 def stage_arguments(*, stages: list[str], pretrain: PretrainKeys, overrides: dict) -> dict[str, list[str]]:
-    """Stage -> its command line. Raises UserError where a key is of no stage."""
+    """Stage -> its command line. Raises UserError where a key is of no stage, or no list."""
     if unknown := [name for name, arguments in overrides.items() if arguments and name not in stages]:
         raise UserError(f"task.overrides names {unknown[0]}, which is not among task.stages={list(stages)}.")
     if len(set(stages)) < len(stages) or not stages:
         raise UserError(f"task.stages must name each stage once, got {list(stages)}.")
     arguments = {name: overrides.get(name) or [] for name in stages}
+    for name, words in arguments.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f'task.overrides.{name} must be a list of overrides as ["task.epochs=5"], got {words}.')
     if first := pretrain.overrides():
         if "pretrain" not in stages:
             key = first[0].partition("=")[0].removeprefix("task.")
@@ -170,8 +173,6 @@ def stage_config(
     choices: Mapping[str, str] = EMPTY,
 ) -> DictConfig:
     """The checked config of a stage: its own recipe, on the pipeline's model and data."""
-    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
-        raise UserError(f"task.overrides.{name} must be a list of overrides such as [task.epochs=5], got {overrides}.")
     if fixed := [key for key in map(key_of, overrides) if key in FIXED]:
         raise UserError(f"task.overrides.{name}: {fixed[0]} is the pipeline's to set.")
     stage = other_task(cfg, name, overrides, choices)

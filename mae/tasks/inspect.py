@@ -23,6 +23,7 @@ from mae.data.sampler import Batches
 from mae.data.settings import LoaderSettings
 from mae.data.source import Source
 from mae.data.stats import Statistics, class_counts, contact_sheet, loading_speed, statistics, worker_counts
+from mae.data.subsets import reduced
 from mae.data.transforms import AUGMENTATIONS
 from mae.data.workers import worker_count
 from mae.distributed.ranks import Ranks
@@ -63,6 +64,7 @@ def inspect(
     figures: dict[str, Any] = {}
     if ranks.main:
         train_set, val_set = both_sets(cfg)
+        train_set = reduced(train_set, cfg.data.fraction, cfg.data.per_class, cfg.seed)
         sample = first_batches(cfg, train_set, batch_size, num_images)
         path = run / "images" / "samples.png"
         path.parent.mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def loader(cfg: DictConfig, source: Source, batch_size: int, workers: int) -> Lo
     masking = bind_masking(cfg.masking, (height // down, width // across), cfg.task.mask_ratio)
     transform = build(AUGMENTATIONS, cfg.augmentation)
     batches = Batches(batch_size, batch_size, cfg.seed, masking=masking)
-    settings = call(LoaderSettings, cfg.data, num_workers=workers, max_bad_fraction=1.0)
+    settings = call(LoaderSettings, cfg.data, num_workers=workers, max_bad_fraction=1.0, fraction=1.0, per_class=None)
     return Loader(source, transform, batches, settings)
 
 

@@ -30,7 +30,7 @@ class TaskEntry:
     needs_init: bool = False
     needs_labels: bool = False  # of the training and the validation images
     classifier: bool = False  # leaves a checkpoint that task=evaluate can read
-    uses: tuple[str, ...] = ()  # of the groups masking and target: both are of pre-training
+    uses: tuple[str, ...] = ()  # of the groups and keys that only some tasks use
     reads_images: bool = True  # of the data, not its settings alone
     smallest_batch: int = 1  # images that one device must hold at a time in training; 2 where a batch is normalised
     metric: Metric | None = None  # its main result
@@ -44,6 +44,10 @@ VAL_LOSS = Metric("val_loss", "validation loss", lower_is_better=True)
 
 MIOU = Metric("miou", "mean IoU (%)")
 
+SUBSET_KEYS = ("data.fraction", "data.per_class")  # of the training images
+TRAINING_KEYS = ("optimizer", "augmentation", *SUBSET_KEYS)
+AUTOENCODER_KEYS = ("masking", "target")  # of a masked autoencoder
+
 EVALUATE = "python run.py task=evaluate init=RUN"
 
 # Order matters: the first task whose metric a sweep has is the one it compares. Add a new task at the end.
@@ -52,6 +56,7 @@ TASKS = {
         "tasks.finetune:Finetune",
         "fine-tuning",
         "Trains a classifier on labels: the whole network or its last blocks, from `init` or from scratch.",
+        uses=TRAINING_KEYS,
         trains=True,
         stage=True,
         needs_labels=True,
@@ -63,6 +68,7 @@ TASKS = {
         "tasks.linprobe_layers:linprobe",
         "linear probe",
         "Trains a linear or attentive classifier on the features of a frozen encoder, from one block or several.",
+        uses=TRAINING_KEYS,
         trains=True,
         stage=True,
         needs_init=True,
@@ -76,6 +82,7 @@ TASKS = {
         "tasks.knn:knn",
         "k-NN",
         "Classifies validation images by the labels of the nearest training images; nothing is trained.",
+        uses=SUBSET_KEYS,
         stage=True,
         needs_init=True,
         needs_labels=True,
@@ -85,7 +92,7 @@ TASKS = {
         "tasks.pretrain:Pretrain",
         "pre-training",
         "Trains encoder and decoder to predict the masked patches; no labels are needed.",
-        uses=("masking", "target"),
+        uses=(*TRAINING_KEYS, *AUTOENCODER_KEYS),
         trains=True,
         stage=True,
         metric=VAL_LOSS,
@@ -106,7 +113,7 @@ TASKS = {
         "tasks.visualize:visualize",
         "pictures",
         "Draws original, masked image and reconstruction of some images, as PNG files and one page.",
-        uses=("masking", "target"),
+        uses=AUTOENCODER_KEYS,
         stage=True,
         needs_init=True,
         closing_key="page",
@@ -124,14 +131,14 @@ TASKS = {
         "tasks.stats:stats",
         "statistics",
         "Measures mean and standard deviation of the training images, and lists the files that cannot be read.",
-        uses=("target",),
+        uses=("target", *SUBSET_KEYS),
         closing_key="use",
     ),
     "inspect": TaskEntry(
         "tasks.inspect:inspect",
         "inspection",
         "Draws samples as the model sees them and counts classes and sizes, before anything is trained.",
-        uses=("masking", "target"),
+        uses=(*TRAINING_KEYS, *AUTOENCODER_KEYS),
         closing_key="files",
     ),
     "embed": TaskEntry(
@@ -152,12 +159,13 @@ TASKS = {
         "launch.pipeline:pipeline",
         "pipeline",
         "Runs several tasks in order, each from the checkpoint before it.",
-        uses=("masking", "target"),
+        uses=AUTOENCODER_KEYS,
     ),
     "segment": TaskEntry(
         "tasks.segment:Segment",
         "segmentation",
         "Trains a segmenter on images with maps of classes: the whole network, or a head on a frozen encoder.",
+        uses=TRAINING_KEYS,
         trains=True,
         metric=MIOU,
         next_commands=(
