@@ -4,35 +4,22 @@ import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from evidence_plan import LABELS, MEMBERS, SEEDS, STARTS, TABLE_SEEDS, TRIAL_EPOCHS
+from evidence_plan import LABELS, SEEDS, STARTS, TRIAL_EPOCHS
+from evidence_table1 import Lines, Records, each, table1
 
 from mae.report.intervals import interval
-from mae.report.paper_results import PUBLISHED
 from mae.runs.files import write_json, write_text
-
-Records = Mapping[str, Mapping[str, Any]]
-Lines = list[str]
 
 TITLES = {"mae": "masked autoencoder, `init=`", "scratch": "from scratch"}
 QUESTIONS = {
     "untuned": "What is pre-training worth on 5,000 labels, at rates tried by hand?",
     "scratch": "What is it worth where both starts are tuned with the same budget?",
-    "labels": "How does that hang on the number of labels?",
+    "labels": "How does that depend on the number of labels?",
     "probes": "What do a linear probe, k-NN and fine-tuning say of the same checkpoint?",
     "table1": "Which findings of the paper's table 1 show at this scale?",
     "speed": "What does a step of the decoder `cross` cost, beside `self`?",
 }
-# member of table 1 -> (its table, its row, the default's row) among the published results
-PAPER = {
-    "block_0.5": ("masking", "block_0.5", "random"),
-    "block": ("masking", "block", "random"),
-    "grid": ("masking", "grid", "random"),
-    "pixels_normalised": ("target", "pixels_normalised", "pixels_plain"),
-    "pca": ("target", "pca", "pixels_plain"),
-}
-STAGES = {"finetune": "fine-tuned", "linear": "linear probe"}
 INTRODUCTION = """\
 # Results on CIFAR-10
 
@@ -48,6 +35,7 @@ python benchmarks/evidence.py --json runs/evidence/results.json --page docs/resu
 
 Killed runs resume from their checkpoints. Finished runs are not run again."""
 UNFINISHED = "We have not yet run all of it, so we cannot say how many hours it takes."
+FINISHED = "Its timed runs took {hours:.0f} hours in all. Up to two of them shared two cores."
 
 
 def write_evidence_page(page: Path, records: Records) -> None:
@@ -60,11 +48,12 @@ def write_evidence_page(page: Path, records: Records) -> None:
         "scratch": scratch(results),
         "labels": labels(results, figure),
         "probes": probes(results),
-        "table1": table1(results),
+        "table1": table1(results) and [*table1(results), *origin(results, "table1/")],
         "speed": speed(results),
     }
     lines = [*INTRODUCTION.format(json=page.with_suffix(".json").name).splitlines()]
-    lines += ["", *([] if all(texts.values()) else [UNFINISHED, ""])]
+    hours = sum(record["seconds"] or 0 for record in results.values()) / 3600
+    lines += ["", FINISHED.format(hours=hours) if all(texts.values()) else UNFINISHED, ""]
     lines += ["| section | question | state |", "|---|---|---|"]
     tuned = so_far(results, *(f"labels/{start}_5000_" for start in STARTS))
     begun = {
@@ -125,10 +114,6 @@ def so_far(results: Records, *prefixes: str) -> Lines:
         return []
     rows = [f"| {name} | {each(values)} |" for name, values in tops.items()]
     return ["| run | top-1 of each seed so far |", "|---|---|", *rows, *origin(results, *prefixes)]
-
-
-def each(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
 
 
 def searches(results: Records) -> Lines:
@@ -231,39 +216,6 @@ def probes(results: Records) -> Lines:
         title = name.removeprefix("probes/") + (f", {k} neighbours" if k else "")
         lines.append(f"| {title} | {top1:.2f} | {low:.1f} to {high:.1f} |")
     return lines + origin(results, "probes/")
-
-
-def table1(results: Records) -> Lines:
-    """Members beside the paper's, and whether the paper's difference to the default shows in every seed."""
-    tops = {
-        (member, stage): [s for name in sorted(results) for s in scores({name: results[name]}, f"table1/{member}_seed_")
-                          if name.endswith(f"/{stage}")]
-        for member in MEMBERS
-        for stage in STAGES
-    }  # fmt: skip
-    if any(len(top) < TABLE_SEEDS for top in tops.values()):
-        return []
-    lines = ["A finding shows where both seeds differ from the default as the paper's ViT-L does on ImageNet.", ""]
-    lines += ["| member | " + " | ".join(f"{title} | the paper's | finding" for title in STAGES.values()) + " |"]
-    lines += ["|---" * 7 + "|"]
-    for member in MEMBERS:
-        cells = [cell for stage in STAGES for cell in cells_of(member, stage, tops)]
-        lines.append(f"| {member} | {' | '.join(cells)} |")
-    return lines + origin(results, "table1/")
-
-
-def cells_of(member: str, stage: str, tops: Mapping[tuple[str, str], list[float]]) -> tuple[str, str, str]:
-    """Ours, the paper's, and whether its difference to the default shows."""
-    ours = each(tops[member, stage])
-    if member not in PAPER:
-        return ours, "–", "–"
-    table, row, base = PAPER[member]
-    points = PUBLISHED[table]["finetune" if stage == "finetune" else "linprobe"].points
-    better = points[row] > points[base]
-    pairs = zip(tops[member, stage], tops["default", stage], strict=True)
-    agree = [(mine > default) is better for mine, default in pairs]
-    verdict = "shows" if all(agree) else "seeds differ" if any(agree) else "reversed"
-    return ours, f"{points[row]:.1f} (default {points[base]:.1f})", verdict
 
 
 def speed(results: Records) -> Lines:

@@ -81,7 +81,7 @@ def peak_rate() -> tuple[float, str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose `--batch` hangs on `--device` where it is not given."""
+    """A parser whose `--batch` depends on `--device` where it is not given."""
 
     cpu_batch: int | None = None
 

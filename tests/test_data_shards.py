@@ -84,7 +84,7 @@ def order_of(source: Source, epoch: int = 0) -> np.ndarray:
 
 
 def made_up(counts):
-    """Shards without files, for what hangs on their index alone."""
+    """Shards without files, for what depends on their index alone."""
     total = sum(counts)
     nothing = Members(*(np.zeros(total, np.int64) for _ in range(5)))
     index = Index([f"{k}.tar" for k in range(len(counts))], [0] * len(counts), counts, nothing, [])

@@ -1,4 +1,4 @@
-"""What hangs on the device, as far as a machine without a GPU can tell."""
+"""What depends on the device, as far as a machine without a GPU can tell."""
 
 import contextlib
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a run computes does not hang on where it stopped, how it is cut up, or what went wrong on the way."""
+"""What a run computes does not depend on where it stopped, how it is cut up, or what went wrong on the way."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def weights(run: Path) -> str:
 
 
 def lines(run: Path) -> list[dict]:
-    """metrics.jsonl without what hangs on the clock and the machine."""
+    """metrics.jsonl without what depends on the clock and the machine."""
     timed = ("images_per_second", "data_wait", "memory_mb")
     rows = files.read_json_lines(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in timed} for row in rows if "loss" in row or "val/loss" in row]
