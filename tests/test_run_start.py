@@ -326,9 +326,10 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
         ),
         ("task=pipeline optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage: give it to one, as in"),
         ("task=pipeline init=auto optimizer.base_lr=1", "optimizer.base_lr=1 belongs to a stage"),
-        ("task=embed init=RUN data.per_class=5", "finetune, linprobe, knn, pretrain, stats, inspect and segment use"),
-        ("task=predict init=RUN data.fraction=0.1", "data.fraction=0.1 does nothing with task=predict"),
-        ("task=knn init=auto augmentation=finetune", "augmentation=finetune does nothing with task=knn: leave it out."),
+        (
+            "task=knn init=auto augmentation=finetune",
+            "finetune, linprobe, pretrain, inspect and segment use augmentation.",
+        ),
         ("target=pca target.fitted=STATS target.images=9", "target.images=9 does nothing with target.fitted=STATS"),
         ("task=pipeline task.overrides.finetune=true", "task.overrides.finetune must be a list of overrides as"),
         ("task=evaluate init=RUN optimizer.base_lr=1", "optimizer.base_lr=1 does nothing with task=evaluate"),
@@ -336,7 +337,6 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
             'task=pipeline task.stages=[pretrain,knn] task.overrides.knn=["optimizer.lr=1"]',
             "optimizer.lr=1 does nothing with stage knn",
         ),
-        ("task=pipeline task.stages=[evaluate] init=RUN data.fraction=.1", "does nothing with task.stages=[evaluate]"),
     ],
 )
 def test_what_the_task_would_not_use_is_refused(words, message, monkeypatch, capsys):
@@ -352,8 +352,6 @@ def test_what_the_task_would_not_use_is_refused(words, message, monkeypatch, cap
         "task=stats target=pca",
         "task=finetune init=auto masking=block",  # of the pre-training that is made first
         "+sweeps=masking member=block_0.5",
-        "task=knn init=auto data.fraction=0.5",
-        "task=pipeline data.per_class=20",
         "task=pipeline data=cifar10_folder data.root=/nowhere",  # nor do the stages of a plan read an image
     ],
 )

@@ -256,6 +256,15 @@ def names_in(table: Path) -> list[str]:
     return [row["file"] for row in csv.DictReader(table.read_text().splitlines())]
 
 
+def test_features_are_of_all_images_whatever_part_is_trained_on(classifier_run, tree, tmp_path):
+    for name, more in {"all": [], "part": ["data.fraction=0.5", "data.per_class=1"]}.items():
+        assert run_here(tmp_path / name, "task=embed", *small(classifier_run, f"data.root={tree}", *more)) == 0
+    assert len(names_in(tmp_path / "all" / "features.csv")) == len(names_in(tmp_path / "part" / "features.csv")) == 18
+    words = "data.fraction and data.per_class choose what is trained on: task=embed takes all images"
+    texts = {name: (tmp_path / name / "log.txt").read_text() for name in ("all", "part")}
+    assert words in texts["part"] and words not in texts["all"]
+
+
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory) -> Path:
     """A flat folder without labels: seven photos, and a file that is none."""

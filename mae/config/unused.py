@@ -15,28 +15,21 @@ from mae.tasks.registry import TASKS
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 
 
-def restricted_key(override: str) -> str | None:
-    """The group or key of `TaskEntry.uses` that an override is of; None for what any task may use."""
-    key = f"{key_of(override)}."
-    uses = {name for entry in TASKS.values() for name in entry.uses}
-    return next((name for name in uses if key.startswith(f"{name}.")), None)
-
-
 def users_of(override: str) -> list[str]:
-    """The tasks that use what an override is of, where only some tasks do."""
-    key = restricted_key(override)
-    return [name for name, entry in TASKS.items() if key in entry.uses]
+    """The tasks that use the override's group, where it is one that only some use."""
+    group = _group(override)
+    return [name for name, entry in TASKS.items() if group in entry.used_groups()]
 
 
 def is_used(task: str, override: str) -> bool:
-    """Whether a task takes notice of an override."""
+    """Whether a task takes notice of an override's group."""
     users = users_of(override)
     return not users or task in users
 
 
 def refuse_unused(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """Raises UserError for an override that would change nothing: of what neither the task nor a stage of the pipeline
-    uses; of what only stages have; of the target beside a run that is drawn."""
+    """Raises UserError for an override that would change nothing: of a group that neither the task nor a stage of the
+    pipeline uses; of what only stages have; of the target beside a run that is drawn."""
     if cfg.task.name == "pipeline":
         _refuse_in_pipeline(cfg, overrides)
         return
@@ -82,12 +75,12 @@ def _refuse_in_pipeline(cfg: DictConfig, overrides: Iterable[str]) -> None:
 
 
 def _refuse(user: str, tasks: list[str], override: str) -> None:
-    """Raises UserError where none of the tasks uses what the override is of. `user` is what was named."""
+    """Raises UserError where none of the tasks uses the override's group. `user` is what was named."""
     if not any(is_used(task, override) for task in tasks):
         *users, last = users_of(override)
         raise UserError(
             f"{override} does nothing with {user}: leave it out. "
-            f"Of the tasks, {', '.join(users)} and {last} use {restricted_key(override)}."
+            f"Of the tasks, {', '.join(users)} and {last} use {_group(override)}."
         )
 
 

@@ -1,5 +1,6 @@
 """Any images as task=embed and task=predict read them: named files or a data set, in batches that ranks share."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,11 +24,19 @@ from mae.tasks.init_weights import need_init, read_from, same_weights, warn_of_c
 from mae.tasks.segment_inference import image_model
 from mae.weights.read import read_pretrained
 
+log = logging.getLogger(__name__)
+
 Which = Literal["all", "train", "val"]
 
 
 def image_sets(cfg: DictConfig, files: Sequence[str] | None, split: Which) -> dict[str, Source]:
-    """Name of a set -> its images: `files`, or the data's splits. Data that are not split are one set, `all`."""
+    """Name of a set -> its images: `files`, or the data's splits. Data that are not split are one set, `all`.
+
+    `data.fraction` and `data.per_class` choose what is trained on, and leave out none of them: a warning says so."""
+    if cfg.data.fraction < 1 or cfg.data.per_class is not None:
+        log.warning(
+            "data.fraction and data.per_class choose what is trained on: task=%s takes all images", cfg.task.name
+        )
     if files is not None:
         return {"files": named_files(files, cfg.data)}
     if split == "all" and "val_fraction" in cfg.data:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+TRAINING_GROUPS = ("optimizer", "augmentation")
+AUTOENCODER_GROUPS = ("masking", "target")
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -30,12 +33,16 @@ class TaskEntry:
     needs_init: bool = False
     needs_labels: bool = False  # of the training and the validation images
     classifier: bool = False  # leaves a checkpoint that task=evaluate can read
-    uses: tuple[str, ...] = ()  # of the groups and keys that only some tasks use
+    uses: tuple[str, ...] = ()  # groups that only some tasks use; TRAINING_GROUPS come with `trains`
     reads_images: bool = True  # of the data, not its settings alone
     smallest_batch: int = 1  # images that one device must hold at a time in training; 2 where a batch is normalised
     metric: Metric | None = None  # its main result
     closing_key: str | None = None  # in summary.json: what the last line of a run shows, where there is no metric
     next_commands: tuple[str, ...] = ()  # what to type after it; RUN stands for the run's directory
+
+    def used_groups(self) -> tuple[str, ...]:
+        """Of the groups that only some tasks use, those of this one."""
+        return (*self.uses, *(TRAINING_GROUPS if self.trains else ()))
 
 
 TOP1 = Metric("top1", "top-1 accuracy (%)")
@@ -43,10 +50,6 @@ KNN = Metric("knn", "k-NN accuracy (%)")
 VAL_LOSS = Metric("val_loss", "validation loss", lower_is_better=True)
 
 MIOU = Metric("miou", "mean IoU (%)")
-
-SUBSET_KEYS = ("data.fraction", "data.per_class")  # of the training images
-TRAINING_KEYS = ("optimizer", "augmentation", *SUBSET_KEYS)
-AUTOENCODER_KEYS = ("masking", "target")  # of a masked autoencoder
 
 EVALUATE = "python run.py task=evaluate init=RUN"
 
@@ -56,7 +59,6 @@ TASKS = {
         "tasks.finetune:Finetune",
         "fine-tuning",
         "Trains a classifier on labels: the whole network or its last blocks, from `init` or from scratch.",
-        uses=TRAINING_KEYS,
         trains=True,
         stage=True,
         needs_labels=True,
@@ -68,7 +70,6 @@ TASKS = {
         "tasks.linprobe_layers:linprobe",
         "linear probe",
         "Trains a linear or attentive classifier on the features of a frozen encoder, from one block or several.",
-        uses=TRAINING_KEYS,
         trains=True,
         stage=True,
         needs_init=True,
@@ -82,7 +83,6 @@ TASKS = {
         "tasks.knn:knn",
         "k-NN",
         "Classifies validation images by the labels of the nearest training images; nothing is trained.",
-        uses=SUBSET_KEYS,
         stage=True,
         needs_init=True,
         needs_labels=True,
@@ -92,7 +92,7 @@ TASKS = {
         "tasks.pretrain:Pretrain",
         "pre-training",
         "Trains encoder and decoder to predict the masked patches; no labels are needed.",
-        uses=(*TRAINING_KEYS, *AUTOENCODER_KEYS),
+        uses=AUTOENCODER_GROUPS,
         trains=True,
         stage=True,
         metric=VAL_LOSS,
@@ -113,7 +113,7 @@ TASKS = {
         "tasks.visualize:visualize",
         "pictures",
         "Draws original, masked image and reconstruction of some images, as PNG files and one page.",
-        uses=AUTOENCODER_KEYS,
+        uses=AUTOENCODER_GROUPS,
         stage=True,
         needs_init=True,
         closing_key="page",
@@ -131,14 +131,14 @@ TASKS = {
         "tasks.stats:stats",
         "statistics",
         "Measures mean and standard deviation of the training images, and lists the files that cannot be read.",
-        uses=("target", *SUBSET_KEYS),
+        uses=("target",),
         closing_key="use",
     ),
     "inspect": TaskEntry(
         "tasks.inspect:inspect",
         "inspection",
         "Draws samples as the model sees them and counts classes and sizes, before anything is trained.",
-        uses=(*TRAINING_KEYS, *AUTOENCODER_KEYS),
+        uses=(*TRAINING_GROUPS, *AUTOENCODER_GROUPS),
         closing_key="files",
     ),
     "embed": TaskEntry(
@@ -159,13 +159,12 @@ TASKS = {
         "launch.pipeline:pipeline",
         "pipeline",
         "Runs several tasks in order, each from the checkpoint before it.",
-        uses=AUTOENCODER_KEYS,
+        uses=AUTOENCODER_GROUPS,
     ),
     "segment": TaskEntry(
         "tasks.segment:Segment",
         "segmentation",
         "Trains a segmenter on images with maps of classes: the whole network, or a head on a frozen encoder.",
-        uses=TRAINING_KEYS,
         trains=True,
         metric=MIOU,
         next_commands=(
