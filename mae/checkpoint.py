@@ -265,11 +265,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rows = [f"{'step':>10} {'epoch':>9} {'MB':>9}  {'valid':<5}  sha256 of the weights"]
     for path in checkpoints_of(Path(arguments[0])):
-        size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
         try:
+            size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
             manifest = verify(path)
             epoch, valid, digest = f"{manifest['epoch']:.2f}", "yes", weights_digest(read_weights(path))
+        except FileNotFoundError:  # the run, which goes on, removed it meanwhile
+            continue
         except DamagedCheckpoint as error:
+            if not path.exists():
+                continue
             epoch, valid, digest = "?", "no", str(error)
         rows.append(f"{step_of(path):>10} {epoch:>9} {size:>9.1f}  {valid:<5}  {digest}")
     sys.stdout.write("\n".join(rows) + "\n")

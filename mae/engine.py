@@ -66,7 +66,7 @@ def train(
     metrics: dict[str, float] = {}
     totals: dict[str, Tensor] = {}  # scalars of this step's micro-batches
     clock = Clock(p.step)
-    profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", profile=profile)
+    profiling = profiled(t.run, ranks.main, ranks.device.type == "cuda", plan.steps - p.step, profile=profile)
     with Interruption() as interruption, ranks.watched(t.run), profiling as profiler:
         for batch, last_of_step in clock.timed(device.sent(t.batches(), ranks.device)):
             scalars = accumulate(t, batch, last_of_step)
@@ -78,6 +78,7 @@ def train(
             last = p.step + 1 == plan.steps
             logged = last or (p.step + 1) % log_every_steps == 0
             sizes = take_step(t, clip_grad, by_block=logged)
+            t.statistics.after_step(p.bad_run)
             p.add(totals, t.scaler.is_enabled())
             totals = {}
             p.step += 1

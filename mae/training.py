@@ -4,7 +4,7 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +25,7 @@ from mae.data.transforms import AUGMENTATIONS
 from mae.distributed import fsdp
 from mae.distributed.ranks import Ranks, assert_same
 from mae.errors import UserError
+from mae.models.layers import RunningStatistics
 from mae.perf.compile import accelerate
 from mae.perf.micro_batch import Trial
 from mae.plan import Plan, check_batches, make_plan, micro_batch
@@ -60,6 +61,10 @@ class Training:
     dtype: torch.dtype
     images: str  # a fingerprint of the training images
     best_unsaved: bool = False  # the last validation was the best so far, and is not saved yet
+    statistics: RunningStatistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.statistics = RunningStatistics(self.task)
 
     @property
     def epoch(self) -> float:

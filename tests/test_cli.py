@@ -18,6 +18,7 @@ from PIL import Image
 
 from mae import checkpoint
 from mae.launch import launch
+from mae.runs import checkpoints
 from mae.tools import cost, dry_run
 from mae.tools.cost import forward_flops
 from mae.tools.planned_model import model_on_meta, parameters
@@ -181,6 +182,21 @@ def test_checkpoints_are_listed(finished):
     path = checkpoint.checkpoints_of(finished)[-1]
     digest = checkpoint.weights_digest(checkpoint.read_weights(path))
     assert ended.stdout.splitlines()[-1].split() == ["10", "2.00", ended.stdout.split()[-3], "yes", digest]
+
+
+def test_a_checkpoint_that_the_run_removes_while_they_are_listed_is_left_out(tmp_path, capsys, monkeypatch):
+    assert run_here(tmp_path, *TINY_PRETRAIN, "task.max_steps=4", "checkpoint.every_epochs=0.2") == 0
+    first, second = checkpoint.checkpoints_of(tmp_path)[-2:]
+    read = checkpoint.read_weights
+
+    def removing(path):
+        shutil.rmtree(first, ignore_errors=True)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_weights", removing)
+    capsys.readouterr()  # of the run
+    assert checkpoint.main([str(tmp_path)]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == [str(checkpoints.step_of(second))]
 
 
 @pytest.mark.slow

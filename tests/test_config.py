@@ -101,6 +101,11 @@ def refused(**changes) -> str:
     return str(caught.value)
 
 
+def test_nesterov_needs_momentum():
+    with pytest.raises(UserError, match=r"^optimizer.nesterov=true needs optimizer.momentum above 0: set it, or leave"):
+        composed("optimizer=sgd", "optimizer.nesterov=true", "optimizer.momentum=0")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,7 +15,7 @@ from torch import Tensor
 from mae import checkpoint, device, engine, plan
 from mae.distributed.ranks import Ranks
 from mae.launch import errors
-from mae.runs import checkpoints, files
+from mae.runs import checkpoints, environment, files
 from mae.tracking import jsonl
 from mae.tracking.base import Tracker
 from mae.training import set_up
@@ -178,6 +178,16 @@ def test_divergence_ends_with_a_sentence_and_a_code(tmp_path, capfd):
     text = (tmp_path / "log.txt").read_text()
     assert "not finite" in text and "optimizer.base_lr" in text
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_start_s_record_is_whole_after_one_that_a_kill_cut_short(tmp_path):
+    environment.keep(tmp_path, "cpu", None, 1)
+    with (tmp_path / "environment.jsonl").open("a") as file:
+        file.write('{"started": "2026')
+    environment.keep(tmp_path, "cpu", None, 2)
+    environment.add(tmp_path, attention="plain")
+    first, second = files.read_json_lines(tmp_path / "environment.jsonl")
+    assert (first["processes"], second["processes"], second["attention"]) == (1, 2, "plain")
 
 
 def test_gradient_clipping_bounds_the_update(tmp_path):

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, TINY_PRETRAIN, composed, of_type, run_here
 from test_distributed import losses, on_ranks, trained
+from test_evaluate import work_on
 from test_tasks import TINY_OTHER, said, summary, weights
 from torch import Tensor, nn
 
 import mae
 from mae.errors import UserError
+from mae.launch import launch
 from mae.models.probe import AttentivePool
 from mae.models.vit import Classifier, classifier
 from mae.runs.files import read_json_lines
@@ -275,3 +277,16 @@ def test_a_plan_counts_the_blocks_that_are_run():
     model.layer = 0
     embedding = 2 * 16 * 48 * 32  # 16 patches of 48 values
     assert (forward_flops(model, None).total - embedding) * 2 == whole - embedding
+
+
+def test_cached_probes_on_two_ranks_are_those_of_one(encoder, tmp_path):
+    command = [*TINY, "task=linprobe", "task.batch_size=32", "task.max_steps=3", f"init={encoder}"]
+    heads = []
+    for world in (1, 2):
+        run = tmp_path / str(world)
+        chosen = [*command, "task.cached_features=true", f"output_dir={run}"]
+        launch.prepare(composed(*chosen), chosen)
+        work_on(world, run)
+        heads.append(weights(run))
+    for name in ("head.0.running_mean", "head.0.running_var", "head.1.weight"):
+        torch.testing.assert_close(heads[0][name], heads[1][name], rtol=1e-5, atol=1e-7)

@@ -330,6 +330,12 @@ def test_a_start_that_left_something_keeps_its_directory(tmp_path, left):
             "task=knn init=auto augmentation=finetune",
             "finetune, linprobe, pretrain, inspect and segment use augmentation.",
         ),
+        (
+            "task=linprobe init=RUN task.cached_features=true augmentation=pretrain",
+            "augmentation=pretrain does nothing",
+        ),
+        ("task=linprobe init=RUN task.cached_features=true data.repeats=2", "with task.cached_features=true, which"),
+        ("task=linprobe init=RUN task.cached_features=true task.profile=true", "task.profile=true does nothing with"),
         ("target=pca target.fitted=STATS target.images=9", "target.images=9 does nothing with target.fitted=STATS"),
         ("task=pipeline task.overrides.finetune=true", "task.overrides.finetune must be a list of overrides as"),
         ("task=evaluate init=RUN optimizer.base_lr=1", "optimizer.base_lr=1 does nothing with task=evaluate"),

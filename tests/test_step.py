@@ -64,6 +64,12 @@ def test_profile_leaves_a_trace_and_a_table_and_changes_no_number(tmp_path):
     assert not (tmp_path / "plain" / "profile").exists()
 
 
+def test_a_run_too_short_for_a_profile_says_so(tmp_path):
+    assert run_here(tmp_path, *TINY_PRETRAIN, "task.max_steps=5", "task.profile=true") == 0
+    words = "task.profile=true records the 6th to the 10th step, and 5 are left: no profile"
+    assert words in (tmp_path / "log.txt").read_text() and not (tmp_path / "profile").exists()
+
+
 @pytest.mark.parametrize("what", ["none", "blocks"])
 def test_checkpointing_of_a_run_changes_no_loss(tmp_path, what):
     assert run_here(tmp_path / "light", *TINY_PRETRAIN) == 0

@@ -1,5 +1,6 @@
 """Fine-tuning, probing, k-NN, pictures, export and the pipeline, as runs and by their parts."""
 
+import itertools
 import json
 import logging
 import re
@@ -36,7 +37,7 @@ from mae.tasks.features import Features
 from mae.tasks.finetune import Finetune, freeze, unfrozen
 from mae.tasks.knn import Neighbours
 from mae.tasks.labels import check_classes
-from mae.tasks.linprobe import probe_head
+from mae.tasks.linprobe import Linprobe, probe_head
 from mae.tools import dry_run
 
 TINY_FINETUNE = [*TINY, "task=finetune", "task.batch_size=32", "task.max_steps=3", "task.log_every_steps=1"]
@@ -454,6 +455,29 @@ def test_cached_features_of_fewer_images_than_a_batch(pretrained, tmp_path):
 def test_pretraining_measures_knn_every_so_many_epochs(pretrained):
     measured = [line["step"] for line in lines(pretrained) if "val/knn_20" in line]
     assert measured == [3]  # of 5 steps an epoch; the last validation, at step 4, is not another half epoch away
+
+
+def test_features_are_measured_where_the_size_of_a_micro_batch_is_tried(pretrained, tmp_path):
+    automatic = ["task.micro_batch_size=auto", "task.max_steps=2"]
+    assert run_here(tmp_path / "pretrain", *TINY_PRETRAIN, *automatic, "task.knn_every_epochs=0.2") == 0
+    assert any("val/knn_20" in line for line in lines(tmp_path / "pretrain"))
+    cached = [*TINY_LINPROBE, f"init={pretrained}", "task.cached_features=true", "task.micro_batch_size=auto"]
+    assert run_here(tmp_path / "cached", *cached) == 0
+
+
+def test_a_skipped_step_leaves_the_running_statistics_of_a_probe(pretrained, tmp_path, monkeypatch):
+    features, calls = Linprobe.features, itertools.count()
+
+    def overflowing(self, batch):
+        inf_once = torch.where(torch.tensor(next(calls) == 1), float("inf"), 1.0)
+        return features(self, batch) * inf_once
+
+    monkeypatch.setattr(Linprobe, "features", overflowing)
+    assert run_here(tmp_path, *TINY_LINPROBE, f"init={pretrained}", "task.log_every_steps=1") == 0
+    head = weights(tmp_path)
+    assert head["head.0.running_mean"].isfinite().all() and head["head.0.running_var"].isfinite().all()
+    assert head["head.0.num_batches_tracked"] == 2  # of 3 steps
+    assert "skipped 1 steps" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_pretraining_takes_its_validation_loss_at_further_ratios(pretrained):

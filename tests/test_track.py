@@ -26,6 +26,7 @@ from mae.runs import files
 from mae.tracking import norms
 from mae.tracking import wandb as track_wandb
 from mae.tracking.base import Tracker
+from mae.tracking.tensorboard import TensorBoard
 from mae.tracking.wandb import wandb_tracker
 
 OFFLINE = ["wandb=offline", "wandb.group=g", "wandb.tags=[a,b]", "wandb.notes=hello"]
@@ -353,6 +354,34 @@ def test_tensorboard_gets_the_same(tmp_path):
     ours = [row["loss"] for row in lines(run) if "loss" in row]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(ours)
     assert "reconstruction" in tags["images"] and "val/loss" in tags["scalars"]
+
+
+def test_tensorboard_forgets_a_start_that_left_no_checkpoint_and_events_have_the_last_step(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (5, 3):
+        tracker = TensorBoard(tmp_path)
+        tracker.start(0, 9)
+        for step in range(1, steps + 1):
+            tracker.log({"step": step, "loss": 10.0 * steps + step})
+        tracker.event("interrupted", None)
+        tracker.finish({}, True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(row.step, row.value) for row in events.Scalars("loss")] == [(1, 31.0), (2, 32.0), (3, 33.0)]
+    assert [row.step for row in events.Tensors("events/text_summary")] == [5, 3]  # the reader purges no texts
+
+
+def test_a_validation_that_is_repeated_at_the_end_has_one_line(tmp_path):
+    command = [*TINY_PRETRAIN, "task.max_steps=2"]
+    assert run_here(tmp_path, *command) == 0
+    validations = [row for row in lines(tmp_path) if "val/loss" in row]
+    results = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").unlink()
+    assert run_here(tmp_path, *command) == 0
+    assert [row for row in lines(tmp_path) if "val/loss" in row] == validations
+    assert json.loads((tmp_path / "summary.json").read_text())["val_loss"] == results["val_loss"]
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_once(tmp_path, monkeypatch):

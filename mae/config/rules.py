@@ -80,6 +80,8 @@ def _lists(cfg: Mapping[str, Any]) -> Iterator[str]:
     task, optimizer = cfg["task"], cfg["optimizer"]
     if len(optimizer.get("betas", [0, 0])) != 2:
         yield f"optimizer.betas must be two numbers, got {optimizer['betas']}."
+    if optimizer.get("nesterov") and not optimizer["momentum"]:
+        yield "optimizer.nesterov=true needs optimizer.momentum above 0: set it, or leave nesterov out."
     if task.get("learning_rates") and not task["cached_features"]:
         yield "task.learning_rates needs task.cached_features=true: otherwise set optimizer.base_lr."
     if task.get("k") == []:

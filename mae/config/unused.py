@@ -12,6 +12,11 @@ from mae.config.saved import stored_config
 from mae.errors import UserError
 from mae.tasks.registry import TASKS
 
+# keys of training that probes of cached features have no part in
+UNCACHED = (
+    *("augmentation", "optimizer.layer_decay", "data.repeats", "data.decode_device", "launcher.sharding"),
+    *("task.profile", "task.checkpointing", "task.residual_dtype", "task.max_bad_steps"),
+)
 OF_STAGES = ("optimizer", "augmentation", "checkpoint", "recipe", "experiment")  # sections that only stages have
 
 
@@ -40,6 +45,11 @@ def refuse_unused(cfg: DictConfig, overrides: Iterable[str]) -> None:
             raise UserError(
                 f"{override} does nothing with task={task} init={cfg.init}: what that run predicts is drawn. Leave it "
                 "out."
+            )
+        if cfg.task.get("cached_features") and f"{key_of(override)}.".startswith(tuple(f"{key}." for key in UNCACHED)):
+            raise UserError(
+                f"{override} does nothing with task.cached_features=true, which trains on features of centre crops, "
+                "computed once. Leave it out, or set task.cached_features=false."
             )
         if key_of(override) == "target.images" and cfg.target.get("fitted") is not None:
             raise UserError(

@@ -242,3 +242,20 @@ def check_heads(prefix: str, width: int, num_heads: int) -> None:
     """Raises UserError where the heads of an encoder (`prefix` "") or decoder ("decoder_") do not divide its width."""
     if num_heads < 1 or width % num_heads:
         raise UserError(f"model.{prefix}num_heads {num_heads} does not divide model.{prefix}embed_dim {width}.")
+
+
+class RunningStatistics:
+    """Those of a model's batch norms. A forward pass adds to them, and a skipped step takes that back."""
+
+    NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, model: nn.Module):
+        buffers = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in self.NAMES]
+        self.pairs = [(buffer, buffer.clone()) for buffer in buffers]  # current, and those after the last step
+
+    @torch.no_grad()
+    def after_step(self, skipped: Tensor) -> None:
+        """`skipped` () on the device is above 0 where the step was skipped."""
+        for current, last in self.pairs:
+            current.copy_(torch.where(skipped > 0, last, current))
+            last.copy_(current)

@@ -30,11 +30,14 @@ class NoProfile:
 
 
 @contextmanager
-def profiled(run: Path, main: bool, on_cuda: bool, *, profile: bool) -> Iterator[Profiler]:
-    """Records steps 6 to 10 of the main process if `profile`; call `step()` after each step.
+def profiled(run: Path, main: bool, on_cuda: bool, steps: int, *, profile: bool) -> Iterator[Profiler]:
+    """Records the 6th to the 10th of `steps` steps of the main process if `profile`; call `step()` after each step.
 
     Writes `profile/trace.json` (for https://ui.perfetto.dev or chrome://tracing) and `profile/operations.txt`.
     """
+    if profile and main and steps < (needed := SKIPPED + WARM_UP + RECORDED):
+        log.warning("task.profile=true records the 6th to the %dth step, and %d are left: no profile", needed, steps)
+        profile = False
     if not (profile and main):
         yield NoProfile()
         return

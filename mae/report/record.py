@@ -17,6 +17,7 @@ from mae.config.saved import stored_overrides
 from mae.program import program
 from mae.runs.failure import FAILURE
 from mae.runs.files import read_json, read_json_lines
+from mae.runs.layout import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def read_record(run: Path) -> Record:
 
 def starts(run: Path) -> list[dict[str, Any]]:
     """Where and when the run was started, each time."""
-    return read_json_lines(run / "environment.jsonl")
+    return read_json_lines(run / ENVIRONMENT)
 
 
 def compared(cfg: DictConfig, overrides: list[str]) -> list[list[str]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mae.runs.files import write_text
+from mae.runs.layout import ENVIRONMENT
 
-FILE = "environment.jsonl"  # a line each time the run was started
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "wandb")
 
 
@@ -53,13 +53,15 @@ def version(package: str) -> str | None:
 
 def keep(run: Path, device: str, cuda: str | None, world: int) -> None:
     """Adds this start to the run's record."""
-    with (run / FILE).open("a") as file:
-        file.write(json.dumps(environment(device, cuda, world)) + "\n")
+    path, record = run / ENVIRONMENT, json.dumps(environment(device, cuda, world))
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")  # else a kill cut the last line short
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + record + "\n")
 
 
 def add(run: Path, **facts: str) -> None:
     """Adds facts to the record of this start, which are known once the model is built."""
-    path = run / FILE
+    path = run / ENVIRONMENT
     if path.exists():
         *earlier, last = path.read_text().splitlines()
         write_text(path, "\n".join([*earlier, json.dumps(json.loads(last) | facts)]) + "\n")

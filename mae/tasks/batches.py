@@ -23,6 +23,12 @@ def both_sets(cfg: DictConfig) -> tuple[Source, Source]:
     return train_set, matched(train_set, val_set)
 
 
+def eval_batch_size(task: DictConfig) -> int:
+    """Images that a trained task encodes at a time where it measures features: no more than a device holds."""
+    micro = task.micro_batch_size
+    return min(256, micro if isinstance(micro, int) else task.batch_size)  # `auto` is of a step with gradients
+
+
 def eval_loader(
     cfg: DictConfig,
     ranks: Ranks,

@@ -20,7 +20,7 @@ from mae.distributed.ranks import Ranks
 from mae.errors import UserError
 from mae.runs.summary import VAL_IMAGES, Summary, rate
 from mae.tasks.base import Autocast
-from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, sent
+from mae.tasks.batches import bad_files_csv, both_sets, eval_batch_size, eval_loader, sent
 from mae.tasks.features import Encode, Encoder, Features, extract
 from mae.tasks.init_weights import same_weights
 from mae.tasks.labels import check_classes
@@ -106,7 +106,7 @@ class KnnMonitor:
         if periods <= self.periods:
             return {}
         self.periods = periods
-        size = min(256, self.cfg.task.micro_batch_size or self.cfg.task.batch_size)
+        size = eval_batch_size(self.cfg.task)
         loader, val_loader = (eval_loader(self.cfg, ranks, source, size) for source in (self.bank, self.val_set))
         bank = extract(encode, sent(loader, ranks), ranks, autocast)
         neighbours = Neighbours(bank, len(self.bank.classes), [self.k], TEMPERATURE, ranks.device)

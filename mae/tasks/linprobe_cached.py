@@ -25,10 +25,10 @@ from mae.metrics import Collector, Results
 from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.runs.summary import LAYERS, VAL_IMAGES, Summary
 from mae.tasks.base import check_exemptions, training_summary
-from mae.tasks.batches import bad_files_csv, both_sets, eval_loader, sent
+from mae.tasks.batches import bad_files_csv, both_sets, eval_batch_size, eval_loader, sent
 from mae.tasks.features import Features, extract
 from mae.tasks.init_weights import same_weights
-from mae.tasks.linprobe import Linprobe, probe_head
+from mae.tasks.linprobe import Linprobe, RanksBatchNorm, probe_head
 from mae.tasks.linprobe_layers import LayersProbe, linprobe
 from mae.tracking.base import Tracker
 
@@ -141,10 +141,13 @@ class Outcome(NamedTuple):
 
 
 def initial_probes(task: Linprobe, rates: list[float]) -> Probes | AttentiveProbes:
-    """A probe a rate, with initial weights."""
-    if task.model.reads_patches:
-        return AttentiveProbes(task.head, rates)
-    return Probes(task.model.embed_dim, len(task.classes), rates)
+    """A probe a rate, with initial weights. Every rank has all features, so that norms need no other rank's."""
+    attentive = task.model.reads_patches
+    probes = AttentiveProbes(task.head, rates) if attentive else Probes(task.model.embed_dim, len(task.classes), rates)
+    for module in probes.modules():
+        if isinstance(module, RanksBatchNorm):
+            module.alone = True
+    return probes
 
 
 def _probe_layer(
@@ -175,8 +178,7 @@ def _features(
     if task.model.reads_patches:
         size = len(source) * task.model.patch_embed.num_patches * task.model.embed_dim * 4 * len(task.layer_heads)
         log.info("the tokens of %d images take %.2f GiB of each rank's memory", len(source), size / 2**30)
-    size = cfg.task.micro_batch_size or min(256, cfg.task.batch_size)
-    loader = eval_loader(cfg, ranks, source, size, bad_csv=bad_files_csv(run, ranks), split=split)
+    loader = eval_loader(cfg, ranks, source, eval_batch_size(cfg.task), bad_csv=bad_files_csv(run, ranks), split=split)
     features = extract(task.features, sent(loader, ranks), ranks, partial(device.autocast, dtype, ranks.device))
     loader.close()
     return Features(*(column.to(ranks.device) for column in features))

@@ -56,7 +56,7 @@ class Segment(TrainedTask[Segmenter]):
         self.dice_weight, self.stride = dice_weight, eval_stride
         # with no classes, `check_data` says what is wrong
         self.model = call(segmenter, cfg.model, num_classes=max(1, len(self.classes)), drop_path=drop_path, head=head)
-        self.model.decode_head = synchronised(self.model.decode_head, head)
+        self.model.decode_head = synchronised(self.model.decode_head, head, cfg.device)
         if frozen:
             self.model.requires_grad_(False)
             self.model.decode_head.requires_grad_(True)
@@ -158,11 +158,11 @@ class Segment(TrainedTask[Segmenter]):
         return super().summary(metrics) | {"best_miou": self.best}
 
 
-def synchronised(head: DecodeHead, name: str) -> DecodeHead:
+def synchronised(head: DecodeHead, name: str, device: str) -> DecodeHead:
     """A head whose batch norms take statistics over all ranks. Raises UserError where torch cannot do so."""
     if not head.batch_norm or not dist.is_initialized() or dist.get_world_size() == 1:
         return head
-    if not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         raise UserError(
             f"task.head={name} normalises over a batch, whose statistics torch shares between GPUs alone: set "
             "launcher.processes=1, or task.head=linear."

@@ -19,6 +19,7 @@ class JsonLines(Tracker):
 
     def __init__(self, run: Path):
         self.run, self.step = run, 0
+        self.validated: set[int] = set()  # steps whose validation an earlier start has logged
 
     def start(self, step: int, steps: int) -> None:
         self.step = step
@@ -29,10 +30,13 @@ class JsonLines(Tracker):
                     row for row in read_json_lines(path) if isinstance(row.get("step"), int) and row["step"] <= step
                 ]
                 write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+                self.validated |= {row["step"] for row in rows if _validates(row)}
 
     def log(self, metrics: Mapping[str, object]) -> None:
-        self._append("metrics.jsonl", metrics)
+        """A line, but for a validation that is repeated because the run was stopped between its end and its summary."""
         self.step = step_of(metrics)
+        if not (_validates(metrics) and self.step in self.validated):
+            self._append("metrics.jsonl", metrics)
 
     def event(self, text: str, step: int | None) -> None:
         row = {"step": self.step if step is None else step, "event": text, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -45,6 +49,10 @@ class JsonLines(Tracker):
         attempt.check(self.run)
         with (self.run / name).open("a") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+
+
+def _validates(metrics: Mapping[str, object]) -> bool:
+    return any(name.startswith("val/") for name in metrics)
 
 
 def _finite(value: object) -> object:
