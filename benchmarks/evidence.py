@@ -24,11 +24,12 @@ from typing import Any
 
 from evidence_page import write_evidence_page
 from evidence_plan import SECTIONS, Job, Plan
+from machine import machine
 
 from mae import limits
 from mae.config.overrides import key_of
 from mae.report.members import read_sweep
-from mae.runs.environment import revision, version
+from mae.runs.environment import revision
 from mae.runs.files import read_json, write_json
 from mae.runs.layout import SUMMARY
 from mae.tools.search_trial import end_with_parent
@@ -180,14 +181,6 @@ def result_of(job: Job, runs: Path) -> dict[str, Any] | None:
     if job.words[0] == "run.py":
         return read_json(runs / job.name / SUMMARY) or None
     return {"rows": json.loads((runs / job.name / "rows.json").read_text())}
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
-    return f"{model}, {limits.cpus()} cores, torch {version('torch')}"
 
 
 def write_digits(directory: Path) -> Path:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 from torchvision.transforms.functional import pil_to_tensor
@@ -45,6 +46,7 @@ from mae.data.sources.listing import scan
 from mae.data.subsets import Subset
 from mae.data.transforms import RandomResizedCrop
 from mae.models.masking import random_masking
+from mae.runs.environment import revision
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MAX_PIXELS = 178956970
@@ -159,7 +161,7 @@ def report(speeds: Speeds) -> list[dict[str, object]]:
         print(f"{name:34}{medians[name]:18.0f}{top:9.0f}{ratio:8.2f}{goal:>6}{busy[name]:15.2f}{saved:8.2f}")
         if row in GOALS:
             entry = {"row": row, "name": name, "ours": medians[name], "peer": medians["peer"], "ratio": ratio}
-            rows.append(entry | {"goal": GOALS[row]})
+            rows.append(entry | {"goal": GOALS[row], "commit": revision(), "machine": machine()})
     return rows
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from cards import card_called
+from machine import machine
 from torch import nn
 
 from mae.device import keep_freed_memory, number_format, pick, return_freed_memory
 from mae.perf.graphs import compile_blocks, compile_whole
+from mae.runs.environment import revision
 from mae.tools.cost import matrix_rate
 
 A_GPU = 256  # images that fill one
@@ -38,6 +40,8 @@ class Row:
     ratio: float
     goal: float
     cap: float | None = None
+    commit: str | None = None
+    machine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,4 +192,5 @@ def report(rows: list[Row], path: Path | None) -> None:
         cap = f"{r.cap:5.2f}" if r.cap else "    -"
         print(f"{r.row:>3}  {r.name:<66} {r.ours:9.4g} {r.peer:9.4g} {r.ratio:6.3f} {r.goal:6.3f} {cap}")
     if path:
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        origin = {"commit": revision(), "machine": machine()}
+        path.write_text(json.dumps([asdict(row) | origin for row in rows], indent=1))

@@ -18,12 +18,14 @@ from omegaconf import OmegaConf
 from mae.config.check import check_config, resolve
 from mae.config.compose import composed
 from mae.config.from_run import with_groups, with_run_values
+from mae.runs.environment import revision
 from mae.tools.search import first_trial, spaces
 
 sys.path.append(str(ROOT / "benchmarks"))
 from evidence import Runner, with_paths  # noqa: E402
 from evidence_page import write_evidence_page  # noqa: E402
 from evidence_plan import MEMBERS, SECTIONS, TRIALS, Job, Plan  # noqa: E402
+from protocol import Row, report  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "evidence.py"
 PUBLISHED = ROOT / "docs" / "results.json"
@@ -166,6 +168,13 @@ def test_the_page_of_records_of_all_sections(tmp_path):
     assert "- fine-tuned: shows `block`, `grid`, `pca`; reversed `pixels_normalised`; worse `hog`, `cross`" in text
     timed = len(results)  # an hour each
     assert f"Its timed runs took {timed} hours in all." in text and "in part" not in text
+
+
+def test_a_row_of_a_benchmark_names_its_commit_and_machine(tmp_path, capsys):
+    report([Row(9, "optimizer step", 1.0, 2.0, 2.0, 1.5)], tmp_path / "rows.json")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["row"], row["ratio"], row["goal"]) == (9, 2.0, 1.5) and "optimizer step" in capsys.readouterr().out
+    assert row["commit"] == revision() and re.search(r", \d+ cores, torch \d", row["machine"])
 
 
 def test_the_page_of_sections_that_have_begun_shows_what_has_run(tmp_path):
