@@ -15,13 +15,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY_PRETRAIN, composed, run_cli, run_here
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from mae import checkpoint
+from mae.errors import UserError
 from mae.launch import launch
 from mae.runs import checkpoints
 from mae.tools import cost, dry_run
 from mae.tools.cost import forward_flops
-from mae.tools.planned_model import model_on_meta, parameters
+from mae.tools.planned_model import model_on_meta, operations, parameters
 
 # ---------------------------------------------------------------- good command lines
 
@@ -148,6 +150,48 @@ def test_dry_run_knows_what_ways_of_training_save_and_cost():
     assert "(auto: the largest that fits)" in planned("task.micro_batch_size=auto")["effective batch"]
 
 
+def test_dry_run_counts_the_head_of_a_segmenter_and_no_backward_pass_of_a_frozen_encoder():
+    scenes = ["data=ade20k", "task=segment", "model=vit_tiny", "model.img_size=64"]
+    flops = {}
+    for name, more in {"linear": [], "upernet": ["task.head=upernet"], "frozen": ["task.frozen=true"]}.items():
+        cfg = composed(*scenes, *more, "init=unused", "dry_run=true", "device=cpu", "estimate.tflops=1")
+        forward, flops[name] = operations(cfg, model_on_meta(cfg))
+        model = model_on_meta(cfg).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, 64, 64, device="meta"))
+        assert forward.total == counter.get_total_flops() and forward.decoder > 0
+        backward = forward.decoder if name == "frozen" else forward.total
+        assert flops[name] == forward.total + 2 * backward
+    assert flops["frozen"] < flops["linear"] < flops["upernet"] / 2
+
+
+def test_dry_run_of_cached_features_encodes_each_image_once():
+    probe = ["task=linprobe", "init=unused", "model=vit_tiny"]
+    cached = planned(*probe, "task.cached_features=true")
+    assert "9.56 days" in planned(*probe)["time"] and "2.55 hours" in cached["time"]  # 90 epochs and one
+    assert cached["checkpoints"].strip().startswith("one at the end") and "for 256 images" in cached["memory a device"]
+
+
+def test_dry_run_has_the_memory_of_the_costliest_size_and_number_format():
+    def activations(*overrides: str) -> float:
+        memory = planned("model=vit_tiny", "task.micro_batch_size=64", *overrides)["memory a device"]
+        return float(re.findall(r"activations ([\d.]+)", memory)[0])
+
+    plain = activations("task.precision=fp32")
+    assert activations("task.precision=fp64") == pytest.approx(2 * plain, rel=0.05)
+    early = activations("task.precision=fp32", "task.img_size_schedule=[[0,224,0.25],[9,224]]")
+    assert early == activations("task.precision=fp32", "task.mask_ratio=0.25") > plain
+    frozen = activations("task=linprobe", "init=unused", "task.precision=fp32")
+    assert frozen > 64 * 3 * 224 * 224 * 4 / 1e9  # the images alone
+
+
+def test_dry_run_without_the_data_asks_for_the_number_of_classes():
+    absent = ["data=folder", "data.root=/absent", "data.train_images=1000", "data.per_class=5"]
+    with pytest.raises(UserError, match="not here needs their data.num_classes: set it too"):
+        planned(*absent)
+    assert "of 50 images" in planned(*absent, "data.num_classes=10", "task.drop_last=false")["steps"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
 def test_dry_run_plans_for_a_gpu_that_is_elsewhere():
     rows = planned("device=cuda")
@@ -165,8 +209,6 @@ def test_dry_run_does_not_count_a_machine_twice_that_processes_share(monkeypatch
 
 
 def test_dry_run_agrees_with_the_model_and_with_measured_flops():
-    from torch.utils.flop_counter import FlopCounterMode
-
     cfg = composed("model=vit_huge", "data=imagenet", "dry_run=true")
     model = model_on_meta(cfg)
     assert sum(parameters(model)) == 657_074_508

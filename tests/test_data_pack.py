@@ -41,6 +41,12 @@ def fails(monkeypatch, error, where):
     return lambda: monkeypatch.setattr(folder, "read", plain)
 
 
+def test_the_part_of_the_training_images_that_is_asked_for_is_packed(root, tmp_path, capsys):
+    assert pack.main([*command(root, tmp_path / "out"), "data.per_class=4"]) == 0
+    text = capsys.readouterr().out
+    assert "train: 8 images" in text and "val: 20 images" in text
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_packing_that_stopped_in_val_goes_on_there(root, tmp_path, capsys, monkeypatch, kind):
     given = command(root, tmp_path / "out", "--workers", "1", "--format", kind)

@@ -110,6 +110,12 @@ def test_a_page_keeps_markup_in_data_harmless():
     assert "<title>&lt;t&gt;</title>" in made and "</script><script>alert" not in made
 
 
+def test_a_pipeline_s_figures_have_the_best_of_k_neighbours():
+    stages = {"pretrain": {"val_loss": 0.4}, "knn": {"knn": {"10": 40.0, "20": 41.5}}}
+    figures = dict(report.main_figures({"stages": stages, "seconds": 9}))
+    assert figures == {"pretrain validation loss": 0.4, "knn k-NN accuracy (%)": 41.5, "seconds": 9}
+
+
 def test_long_curves_are_thinned_but_keep_their_end():
     rows = [{"step": k, "images_seen": k, "epoch": 0.0, "loss": float(k)} for k in range(10001)]
     thin = report.series(rows)["loss"]

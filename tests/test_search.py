@@ -187,6 +187,13 @@ search.open_study(Path(sys.argv[1]), "val_loss")
 """
 
 
+def test_a_search_by_another_metric_in_the_same_directory_is_refused(tmp_path):
+    search.open_study(tmp_path, "top1")
+    search.open_study(tmp_path, "top1")
+    with pytest.raises(UserError, match="is a search by top1, not loss: name another directory"):
+        search.open_study(tmp_path, "loss")
+
+
 def test_workers_that_begin_at_the_same_moment_open_one_study(tmp_path):
     ready, go = [tmp_path / name for name in "abc"], tmp_path / "go"
     words = [sys.executable, "-c", OPEN, str(tmp_path / "search")]

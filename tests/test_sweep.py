@@ -22,7 +22,7 @@ from mae.errors import UserError
 from mae.launch.pipeline import pretraining
 from mae.report import sweep, sweep_figure
 from mae.report.flops import pretraining_flops, relative_flops
-from mae.report.members import Member, Sweep, read_sweep
+from mae.report.members import Member, Sweep, lower_is_better, read_sweep
 from mae.report.record import Record, read_record
 from mae.report.sweep_figure import Curve
 from mae.tools.planned_model import model_on_meta, operations
@@ -267,6 +267,34 @@ def test_a_range_of_mask_ratios_is_a_bar_among_numbers():
     axes = Figure().subplots()
     sweep_figure.draw_panel(axes, [alone], composed())
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["[0.6, 0.9]"]
+
+
+def test_published_epochs_of_pretraining_are_not_drawn_beside_those_of_finetuning():
+    curve = Curve("top1", "finetune", "task.epochs", "", {10: [80.0], 20: [84.0]})
+    theirs = {}
+    for task in ("finetune", "pipeline"):
+        axes = Figure().subplots()
+        sweep_figure.draw_panel(axes, [curve], composed(f"task={task}", *["init=unused"][: task == "finetune"]))
+        theirs[task] = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert theirs == {"finetune": ["10", "20"], "pipeline": ["10", "20", "5"]}
+
+
+def test_losses_of_other_tasks_are_said_not_to_compare():
+    words = "A validation loss is of the member's own masks and target: it does not compare"
+    for key, values in {"task.mask_ratio": (0.25, 0.75), "optimizer.base_lr": (1e-3, 2e-3)}.items():
+        members = [member(str(value), f"{key}={value}", val_loss=value) for value in values]
+        for each, value in zip(members, values, strict=True):
+            each.values = {key: value}
+        text = sweep.sweep_result(Sweep(Path(), "s", [key], members))
+        assert (words in text) is (key == "task.mask_ratio") and "Best member" in text
+    named = [member(name, f"masking={name}", val_loss=0.1) for name in ("random", "grid")]
+    assert words in sweep.sweep_result(Sweep(Path(), "s", ["member"], named))
+
+
+def test_which_results_are_better_where_they_are_lower():
+    assert [key for key in ("mce", "ece", "loss", "seconds", "top1", "miou") if lower_is_better(key)] == [
+        "mce", "ece", "loss", "seconds"
+    ]  # fmt: skip
 
 
 def test_paths_on_an_axis_are_shown_by_what_differs():

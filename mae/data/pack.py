@@ -10,6 +10,7 @@ are missing. The index comes last, and only then is the packing complete.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from mae.data.shards.packing import Complete, done, finish, note_of, prepare
 from mae.data.shards.splits import INDEX
 from mae.data.shards.write import WRITERS, Form, write_file
 from mae.data.source import Source, fingerprint, reason
+from mae.data.subsets import reduced
 from mae.errors import UserError
 from mae.program import usage_name
 
@@ -104,8 +106,8 @@ def pack(
     return finish(source, out, paths, max_bad_fraction)
 
 
-def data_group(overrides: list[str]) -> dict[str, object]:
-    """The `data` group of the configuration, as `run.py` would compose it."""
+def data_group(overrides: list[str]) -> tuple[dict[str, Any], int]:
+    """The `data` group of the configuration, as `run.py` would compose it, and its seed."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -113,11 +115,12 @@ def data_group(overrides: list[str]) -> dict[str, object]:
     from mae.config.compose import composed
 
     try:
-        data = OmegaConf.to_container(composed(overrides).data, resolve=True)
+        cfg = composed(overrides)
+        data = OmegaConf.to_container(cfg.data, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error).split("\n")[0]) from error
     assert isinstance(data, dict)
-    return {str(k): v for k, v in data.items()}
+    return {str(k): v for k, v in data.items()}, cfg.seed
 
 
 def positive(text: str) -> int:
@@ -146,11 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive, default=limits.cpus(), help="processes")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
-        data = data_group(options.overrides)
+        data, seed = data_group(options.overrides)
         if data["name"] == "scientific":
             raise UserError("data=scientific cannot be packed: shards hold images of 1, 3 or 4 channels of 8 bits.")
         for split in ("train", "val"):
             source, out = build(SOURCES, data, split), options.out / split
+            if split == "train":
+                source = reduced(source, data["fraction"], data["per_class"], seed)
             form, limit = Form(options.size, options.quality), call(LoaderSettings, data).max_bad_fraction
             try:
                 counts = pack(source, out, form, options.per_shard, options.workers, 0, options.format, limit)

@@ -64,8 +64,9 @@ class Trial:
             """About as many values as the blocks leave: of visible patches in the encoder, of all in the decoder."""
             patches = math.prod(phases[number].grid)
             visible = count_visible(patches, phases[number].mask_ratio)
-            decoder = patches * model.decoder_depth * model.decoder_embed_dim
-            return visible * model.depth * model.embed_dim + decoder
+            encoded = patches if model.mask_tokens == "encoder" else visible
+            decoder = 0 if model.decoder == "linear" else patches * model.decoder_depth * model.decoder_embed_dim
+            return encoded * model.depth * model.embed_dim + decoder
 
         return max(self.ratios(), key=activations) if phases else 0
 

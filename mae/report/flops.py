@@ -15,7 +15,7 @@ def pretraining_flops(cfg: Mapping[str, Any]) -> int | None:
     """Matrix products of an image's forward pass, two operations a multiply-add; None of what has no formula here.
 
     That is another task, another decoder than `self`, another target than `pixels` and `pca`, and mask ratios from a
-    range. Of images that grow it is the last size's.
+    range. Of images that grow it is that of `model.img_size`.
     """
     task, model, target = cfg["task"], cfg["model"], cfg["target"]
     ratio = task["mask_ratio"] if task["name"] == "pretrain" else None

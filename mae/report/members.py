@@ -22,6 +22,11 @@ from mae.runs.layout import SWEEP_RECORD
 from mae.runs.summary import VAL_IMAGES
 from mae.tasks.registry import METRICS, TASKS
 
+LOSS_GROUPS = ("masking", "target", "table1")
+LOSS_KEYS = ("task.mask_ratio", "task.norm_pix_loss", "task.predict_ratio", "model.patch_size", "model.img_size")
+LOSS_KEYS += ("data", "data.name", "data.img_size")
+LOWER = ("ece", "mce", "bad", "seconds")  # numbers of summaries that are better where they are lower
+
 SEARCHED = "search.yaml"  # the keys of a search by Optuna
 NEUTRAL = ("output_dir", "init")  # keys that differ between members and are not swept
 
@@ -88,7 +93,12 @@ def best_number(value: object) -> float | None:
 def lower_is_better(metric: str) -> bool:
     """Whether a result such as `top1`, or `finetune top1` of a pipeline, is better where it is lower."""
     key = metric.split(" ")[-1]
-    return METRICS[key].lower_is_better if key in METRICS else key == "ece" or key.endswith("loss")
+    return METRICS[key].lower_is_better if key in METRICS else key in LOWER or key.endswith("loss")
+
+
+def changes_loss(key: str) -> bool:
+    """Whether a key decides what the validation loss of pre-training is of: losses of its values do not compare."""
+    return key.split(".")[0] in LOSS_GROUPS or key in LOSS_KEYS
 
 
 def results_of(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from mae.config.saved import read_config
 from mae.errors import UserError
 from mae.program import usage_name
 from mae.report.html import data_url, page
+from mae.report.members import best_number
 from mae.report.record import compared, read_record, starts
 from mae.report.trend import still_learning
 from mae.runs.files import read_json_lines, write_text
@@ -82,7 +83,9 @@ def main_figures(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(title, number) of a summary's results; of a pipeline, the main ones of its stages."""
     stages, knn = summary.get("stages"), summary.get("knn")
     if isinstance(stages, dict):
-        figures = [(f"{stage} {TITLES[key]}", row.get(key)) for stage, row in stages.items() for key in METRICS]
+        figures = [
+            (f"{stage} {TITLES[key]}", best_number(row.get(key))) for stage, row in stages.items() for key in METRICS
+        ]
         figures.append(("seconds", summary.get("seconds")))
     else:
         figures = [(title, summary.get(key)) for key, title in TITLES.items()]

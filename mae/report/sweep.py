@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from mae.config.identity import leaves
+from mae.config.sweep_members import MEMBER
 from mae.config.sweep_names import short
 from mae.errors import UserError
 from mae.program import usage_name
@@ -15,14 +17,13 @@ from mae.report import sweep_figure, table1
 from mae.report.flops import COLUMN, member_flops, relative_flops
 from mae.report.html import data_url, page
 from mae.report.intervals import verdict
-from mae.report.members import Sweep, Value, lower_is_better, read_sweep
+from mae.report.members import Sweep, Value, changes_loss, lower_is_better, read_sweep
 from mae.report.run import PAGE, curves
 from mae.report.sweep_figure import Curve
 from mae.report.table1 import paper_tables
 from mae.runs.files import write_text
 
 FILES = ("sweep.csv", "sweep.png", "sweep.svg", PAGE)
-LOSS_KEYS = ("task.mask_ratio", "task.norm_pix_loss", "task.predict_ratio")  # what the loss is of
 NOT_STARTED = "not started"
 CURVES = 24  # members whose curves are in the page
 
@@ -101,10 +102,18 @@ def write_page(sweep: Sweep, figure: Path | None) -> None:
 
 def loss_note(sweep: Sweep) -> str | None:
     """A sentence where the validation losses of pre-training are of different tasks; else None."""
-    differ = any(key.split(".")[0] in ("masking", "target", "table1") or key in LOSS_KEYS for key in sweep.keys)
-    if not differ or not any(metric.endswith("val_loss") for metric in sweep.metrics):
+    has_loss = any(metric.endswith("val_loss") for metric in sweep.metrics)
+    if not has_loss or not any(map(changes_loss, swept_keys(sweep))):
         return None
     return "A validation loss is of the member's own masks and target: it does not compare one member with another."
+
+
+def swept_keys(sweep: Sweep) -> Iterable[str]:
+    """The keys in which members differ; those of named members are in their configs alone."""
+    if MEMBER not in sweep.keys:
+        return sweep.keys
+    configs = [leaves(member.cfg) for member in sweep.members]
+    return [key for key in {*configs[0]} if any(cfg.get(key) != configs[0][key] for cfg in configs)]
 
 
 def figure_curves(sweep: Sweep) -> Iterable[Curve]:
@@ -181,6 +190,8 @@ def sweep_result(sweep: Sweep) -> str:
     written = [name for name in FILES if (sweep.directory / name).exists()]
     lines.append(f"{' '.join(written)} are in {sweep.directory}")
     if sentence := verdict(sweep):
+        lines.append(sentence)
+    if (sentence := loss_note(sweep)) and metric == "val_loss":
         lines.append(sentence)
     if sentence := flops_sentence(sweep):
         lines.append(sentence)

@@ -88,6 +88,8 @@ def draw_panel(axes: Axes, curves: list[Curve], cfg: DictConfig) -> None:
         axes.minorticks_off()
     stage = TASKS[first.stage].title if first.stage in TASKS else first.stage
     published = PUBLISHED.get(first.key, {}).get(first.stage)
+    if first.key == "task.epochs" and cfg.task.name != "pipeline":  # the published epochs are of pre-training
+        published = None
     at = {} if published is None else published_positions(published, positions, numeric, cfg)
     if not numeric or not first.scatter:
         texts = differing_parts([NAMES.get((first.key, written(x)), written(x)) for x in values])

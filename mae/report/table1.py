@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from mae.report.flops import relative_flops
+from mae.report.flops import member_flops
 from mae.report.intervals import interval
 from mae.report.members import Member, Sweep
 from mae.report.paper_results import PUBLISHED
@@ -138,8 +138,11 @@ def flops_text(table: PaperTable, name: str, members: Mapping[str, list[Member]]
     """The column FLOPs of table 1c as a part of the row: ours over the default's, and the paper's."""
     if table.letter != "c" or name not in members or DEFAULT not in members:
         return ""
-    default = members[DEFAULT][0]
-    factor = relative_flops([default, members[name][0]], default).get(members[name][0].name, 1.0)
+    default, member = members[DEFAULT][0], members[name][0]
+    counts = member_flops([default, member])
+    if not {default.name, member.name} <= counts.keys():
+        return ""
+    factor = counts[member.name] / counts[default.name]
     return f", {factor:.1f}x FLOPs" + ("" if name == DEFAULT else f" (the paper's {PAPER_FLOPS:.1f}x)")
 
 

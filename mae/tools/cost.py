@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae.models.mae import MaskedAutoencoder
 from mae.models.masking import count_visible
+from mae.models.segmenter import Segmenter
 from mae.models.target import ShapesOnly
 from mae.models.vit import Classifier, encoder_sizes
 from mae.plan import Plan
@@ -41,9 +42,13 @@ class Flops(NamedTuple):
 def forward_flops(
     model: MaskedAutoencoder | VisionTransformer, mask_ratio: float | None, predict_ratio: float | None = None
 ) -> Flops:
-    """Matrix products of a model on the meta device: of an autoencoder, or of a classifier without its head."""
+    """Matrix products of a model on the meta device: of an autoencoder, of a classifier without its head, or of a
+    segmenter, whose head is counted as a decoder."""
     sizes = encoder_sizes(model)
     images = torch.empty(1, sizes.in_chans, *sizes.img_size, device="meta")
+    if isinstance(model, Segmenter):
+        of_encoder = _count(lambda: model.features(images))
+        return Flops(of_encoder, _count(lambda: model(images)) - of_encoder)
     if not isinstance(model, MaskedAutoencoder):
         tokens = model.head_tokens if isinstance(model, Classifier) else model.forward_features
         return Flops(_count(lambda: tokens(images)), 0)

@@ -1,6 +1,7 @@
 """`dry_run=true`: the plan of a config, computed without data, memory or a file on disk."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from mae.plan import Plan, check_batches, make_plan, steps_in_epoch
 from mae.tasks.registry import TASKS
 from mae.tools.bottlenecks import host_work
 from mae.tools.cost import Cost, cost_text, duration_text, estimate_cost
-from mae.tools.planned_model import activation_bytes, mean_operations, model_on_meta, operations, parameters
+from mae.tools.planned_model import images_at_once, mean_operations, model_on_meta, operations, parameters, peak_bytes
 
 
 def count_images(cfg: DictConfig) -> int:
@@ -35,7 +36,13 @@ def count_images(cfg: DictConfig) -> int:
         if known is None:
             raise
         known = max(1, round(known * cfg.data.fraction))
-        return known if cfg.data.per_class is None else min(known, cfg.data.per_class * cfg.data.num_classes)
+        if cfg.data.per_class is None:
+            return known
+        if cfg.data.num_classes is None:
+            raise UserError(
+                "data.per_class of data that are not here needs their data.num_classes: set it too."
+            ) from None
+        return min(known, cfg.data.per_class * cfg.data.num_classes)
     return len(reduced(source, cfg.data.fraction, cfg.data.per_class, cfg.seed))
 
 
@@ -119,6 +126,8 @@ def cost_of(cfg: DictConfig, plan: Plan, model: MaskedAutoencoder | VisionTransf
     """The time of a training run whose images of the largest size take so many operations each."""
     here, dtype = planned_device(cfg)
     host = host_work(cfg, len(blocks_of(model)), plan.devices, plan.micro_batch_size)
+    if cfg.task.get("cached_features"):  # images are encoded once, and training on features takes no time beside it
+        plan = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     machines, mean = cfg.launcher.get("nodes", 1), mean_operations(cfg, plan, of_largest)
     return call(estimate_cost, cfg.estimate, plan, mean, machines, here, dtype, host)
 
@@ -130,13 +139,14 @@ def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
     forward, in_training = operations(cfg, model)
     here, dtype = planned_device(cfg)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    average = 4 * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
-    size = 4 * (encoder + decoder) + 4 * trained * states_per_weight(cfg) + average
-    state = size + 4 * trained  # gradients
+    weight = 8 if dtype is torch.float64 else 4  # bytes
+    average = weight * (encoder + decoder) if cfg.task.get("ema_decay") is not None else 0
+    size = weight * (encoder + decoder) + weight * trained * states_per_weight(cfg) + average
+    state = size + weight * trained  # gradients
     state //= {"none": 1, "full": plan.devices, "hybrid": plan.devices // cfg.launcher.get("nodes", 1)}[
         cfg.launcher.sharding
     ]
-    activations = activation_bytes(cfg, model, dtype, here, plan.micro_batch_size)
+    activations = peak_bytes(cfg, plan, model, dtype, here)
     peak = call(optim.Schedule, cfg.optimizer, plan.batch_size, plan.epochs, cfg.task.warmup_epochs).peak
     count, auto = kept_checkpoints(cfg, plan), cfg.task.micro_batch_size == "auto"
     cost = cost_of(cfg, plan, model, in_training)
@@ -150,7 +160,7 @@ def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
         + (f", target {forward.target / 1e9:.3f}" if forward.target else "")
         + f"), {in_training / 1e9:.3f} in training",
         "memory a device": f"about {(state + activations) / 1e9:.2f} GB (weights, gradients and optimizer "
-        f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {plan.micro_batch_size} images)",
+        f"{state / 1e9:.2f}, activations {activations / 1e9:.2f} for {images_at_once(cfg, plan)} images)",
         "effective batch": f"{plan.batch_size} = micro batch {plan.micro_batch_size} x accumulation "
         f"{plan.accumulation} x devices {plan.devices}" + " (auto: the largest that fits)" * auto,
         "peak lr": f"{peak:.4g} = {cfg.optimizer.base_lr:g} x {plan.batch_size} / 256",
@@ -159,7 +169,9 @@ def training_plan(cfg: DictConfig) -> tuple[dict[str, str], float]:
         **phase_rows(cfg, model),
         "number format": str(dtype).removeprefix("torch."),
         **cost.rows,
-        "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept",
+        "checkpoints": f"every {cfg.checkpoint.every_epochs:g} epochs, {size / 1e9:.3f} GB each, up to {count} kept"
+        if not cfg.task.get("cached_features")
+        else "one at the end; the time is that of features, which are computed once",
         "runs on": launcher_text(cfg),
         "writes to": str(run_directory(cfg)),
     }
@@ -171,7 +183,7 @@ def phase_rows(cfg: DictConfig, model: nn.Module) -> dict[str, str]:
     if not isinstance(model, MaskedAutoencoder) or cfg.task.img_size_schedule is None:
         return {}
     phases = phases_of(cfg.task.img_size_schedule, model.patch_size, middle_ratio(cfg.task.mask_ratio))
-    largest = "; operations and memory here are those of model.img_size, time is that of all sizes"
+    largest = "; operations here are those of model.img_size, memory is that of the costliest, time that of all sizes"
     return {"image sizes": ", ".join(map(str, phases)) + largest}
 
 

@@ -18,6 +18,7 @@ from mae.models.target import ShapesOnly
 from mae.perf.activations import saved_for_backward
 from mae.plan import Plan
 from mae.tasks.base import build_task
+from mae.tasks.batches import eval_batch_size
 from mae.tasks.linprobe_layers import LayersProbe
 from mae.tools.cost import Flops, forward_flops
 
@@ -36,7 +37,7 @@ def model_on_meta(cfg: DictConfig) -> MaskedAutoencoder | VisionTransformer:
     if isinstance(model, MaskedAutoencoder):
         model.target.to("meta")  # a teacher is read into memory
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):  # of a linear probe: one image has no statistics
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):  # one image has no statistics
             module.eval()
     return model
 
@@ -57,8 +58,8 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
     mask_ratio = middle_ratio(cfg.task.mask_ratio) if "mask_ratio" in cfg.task else None
     ratios = mask_ratio, cfg.task.get("predict_ratio")
     forward = forward_flops(copy.deepcopy(model).eval(), *ratios)
-    if cfg.task.name == "linprobe":
-        return forward, forward.total
+    if is_frozen(cfg):
+        return forward, forward.encoder + 3 * forward.decoder
     trained = cfg.task.get("finetune_blocks")
     share = 1.0 if trained is None else trained / cfg.model.depth
     again = share if cfg.task.checkpointing == "blocks" else 0.0  # whose forward pass is computed a second time
@@ -66,22 +67,54 @@ def operations(cfg: DictConfig, model: MaskedAutoencoder | VisionTransformer) ->
     return forward, round((once.total - once.target) * (1 + 2 * share + again)) + once.target
 
 
-def mean_operations(cfg: DictConfig, plan: Plan, of_largest: int) -> int:
-    """Operations of a training image, averaged over the images of a run whose sizes grow."""
-    schedule = cfg.task.get("img_size_schedule")
+def is_frozen(cfg: DictConfig) -> bool:
+    """Whether a task trains a head on an encoder that stays as it is."""
+    return cfg.task.name == "linprobe" or bool(cfg.task.get("frozen"))
+
+
+def phase_configs(cfg: DictConfig, plan: Plan) -> list[tuple[DictConfig, float]]:
+    """A config and its epochs for each size of a run whose images grow; the run's own where they do not."""
+    schedule, end = cfg.task.get("img_size_schedule"), plan.steps / plan.steps_per_epoch
     if schedule is None:
-        return of_largest
-    end = plan.steps / plan.steps_per_epoch
+        return [(cfg, end)]
     phases = phases_of(schedule, rules.pair(cfg.model.patch_size), middle_ratio(cfg.task.mask_ratio))
-    total = 0.0
+    configs = []
     for phase, last in zip(phases, [*(following.epoch for following in phases[1:]), end], strict=True):
         epochs = min(last, end) - phase.epoch
         if epochs > 0:
             values = {"mask_ratio": phase.mask_ratio, "img_size_schedule": None}
             model, task = {**cfg.model, "img_size": list(phase.size)}, {**cfg.task, **values}
-            sized = with_values(cfg, model=model, task=task)
-            total += epochs * operations(sized, model_on_meta(sized))[1]
-    return round(total / end)
+            configs.append((with_values(cfg, model=model, task=task), epochs))
+    return configs
+
+
+def mean_operations(cfg: DictConfig, plan: Plan, of_largest: int) -> int:
+    """Operations of a training image, averaged over the images of a run whose sizes grow."""
+    if cfg.task.get("img_size_schedule") is None:
+        return of_largest
+    configs = phase_configs(cfg, plan)
+    total = sum(epochs * operations(sized, model_on_meta(sized))[1] for sized, epochs in configs)
+    return round(total / sum(epochs for _, epochs in configs))
+
+
+def peak_bytes(cfg: DictConfig, plan: Plan, model: nn.Module, dtype: torch.dtype, target: torch.device) -> int:
+    """Bytes that a device holds beside weights and optimizer: what the costliest size saves for the backward pass, and
+    of a frozen encoder, which saves nothing, the images and the largest layer."""
+    models = [(sized, model if sized is cfg else model_on_meta(sized)) for sized, _ in phase_configs(cfg, plan)]
+    saved = max(activation_bytes(sized, each, dtype, target, plan.micro_batch_size) for sized, each in models)
+    if not is_frozen(cfg):
+        return saved
+    height, width = rules.pair(cfg.model.img_size)
+    down, across = rules.pair(cfg.model.patch_size)
+    tokens, images = 1 + height // down * (width // across), cfg.model.in_chans * height * width * 4
+    # the residual stream and the hidden values of an MLP, each as input and output
+    layer = tokens * cfg.model.embed_dim * 2 * (4 + cfg.model.mlp_ratio * dtype.itemsize)
+    return saved + round(images_at_once(cfg, plan) * (images + layer))
+
+
+def images_at_once(cfg: DictConfig, plan: Plan) -> int:
+    """Images that a device encodes at a time."""
+    return eval_batch_size(cfg.task) if cfg.task.get("cached_features") else plan.micro_batch_size
 
 
 def activation_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: torch.device, images: int) -> int:
@@ -104,9 +137,11 @@ def saved_bytes(cfg: DictConfig, model: nn.Module, dtype: torch.dtype, target: t
     elsewhere = cfg.task.attention_kernel == "auto" and target.type != "cpu"
     fused = elsewhere or cfg.task.attention_kernel in ON_GPU_ONLY
     set_attention_kernel(model, "fused" if fused else cfg.task.attention_kernel)
+    weight = torch.float64 if dtype is torch.float64 else torch.float32
+    model.to(weight)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # a GPU's autocast, of which there may be none here, casts the same products
-        images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size))
+        images = torch.empty(count, cfg.model.in_chans, *rules.pair(cfg.model.img_size), dtype=weight)
         with saved_for_backward(model.parameters()) as saved, torch.autocast("cpu", dtype, dtype.itemsize == 2):
             if isinstance(model, MaskedAutoencoder):
                 ratios = ratios_of(cfg.task.mask_ratio, model.num_patches) or (cfg.task.mask_ratio,)

@@ -36,12 +36,12 @@ from mae.launch.errors import explain
 from mae.launch.launch import launch
 from mae.launch.pipeline import pretraining
 from mae.program import usage_name
-from mae.report.members import SEARCHED, lower_is_better
+from mae.report.members import SEARCHED, changes_loss, lower_is_better
 from mae.report.sweep import finish_sweep
 from mae.runs.files import write_text
 from mae.runs.locks import file_lock
 from mae.runs.summary import is_finished
-from mae.tasks.registry import TASKS
+from mae.tasks.registry import TASKS, VAL_LOSS
 from mae.tools import search_trial
 from mae.tools.search_trial import SearchSettings
 
@@ -132,13 +132,18 @@ def open_study(directory: Path, metric: str) -> "Study":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = "minimize" if lower_is_better(metric) else "maximize"
     with search_lock(directory):  # two that create its tables at once fail
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name="search",
             storage=f"sqlite:///{(directory / STORAGE).absolute()}",
             direction=direction,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
             load_if_exists=True,
         )
+        known = study.user_attrs.get("metric", metric)  # a search of an earlier version has noted none
+        if known != metric:
+            raise UserError(f"{directory} is a search by {known}, not {metric}: name another directory.")
+        study.set_user_attr("metric", metric)
+        return study
 
 
 def search_lock(directory: Path) -> BaseFileLock:
@@ -192,6 +197,8 @@ def search(directory: Path, settings: SearchSettings, overrides: list[str]) -> s
     else:
         refuse_unused(cfg, fixed)
     study = open_study(directory, settings.metric)
+    if settings.metric == VAL_LOSS.key and (keys := [key for key in searched if changes_loss(key)]):
+        log.warning("the search is by val_loss, which %s itself changes: losses do not compare", " and ".join(keys))
     write_text(directory / SEARCHED, "".join(f"- {key}\n" for key in searched))
     while True:
         if following := next_trial(study, directory, settings, first):
