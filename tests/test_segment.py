@@ -28,7 +28,7 @@ from mae.tasks.segment import dice_loss, pixel_loss
 from mae.tasks.segment_inference import SegmentationModel
 from mae.tasks.segment_maps import predict_maps
 from mae.tasks.segment_predict import map_names
-from mae.tools import dry_run
+from mae.tools import dry_run, planned_model
 
 TINY_SCENES = [
     *[override for override in TINY if not override.startswith("data.")],
@@ -429,7 +429,7 @@ def test_a_head_with_batch_norm_is_planned_by_dry_run():
     pytest.importorskip("segmentation_models_pytorch")
     cfg = composed(*TINY_SEGMENT, "task.head=upernet", "model.depth=4", "model.img_size=32", "data.img_size=32")
     model = dry_run.model_on_meta(cfg)
-    few, many = (dry_run.activation_bytes(cfg, model, torch.float32, torch.device("cpu"), k) for k in (2, 8))
+    few, many = (planned_model.activation_bytes(cfg, model, torch.float32, torch.device("cpu"), k) for k in (2, 8))
     assert few > 0 and many == pytest.approx(4 * few, rel=0.2)
 
 

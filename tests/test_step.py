@@ -29,7 +29,7 @@ from mae.progress import Progress
 from mae.runs import files
 from mae.tasks.base import build_task
 from mae.tasks.finetune import Finetune
-from mae.tools import dry_run
+from mae.tools import dry_run, planned_model
 
 CLASSIFY = ["task.batch_size=32", "task.epochs=1", "task.warmup_epochs=0"]
 
@@ -304,8 +304,8 @@ def test_the_plan_s_activations_are_those_of_the_model(task):
         for what in ("none", "light", "blocks"):
             cfg = composed(*TINY, f"task={task}", *CLASSIFY, f"task.checkpointing={what}")
             model = dry_run.model_on_meta(cfg)
-            found[dtype, what] = dry_run.activation_bytes(cfg, model, dtype, torch.device("cpu"), 8)
-            on_gpu = dry_run.activation_bytes(cfg, model, dtype, torch.device("cuda"), 8)
+            found[dtype, what] = planned_model.activation_bytes(cfg, model, dtype, torch.device("cpu"), 8)
+            on_gpu = planned_model.activation_bytes(cfg, model, dtype, torch.device("cuda"), 8)
             assert on_gpu <= found[dtype, what]  # which keeps no scores of attention
             real = dry_run.model_on_meta(cfg).to_empty(device="cpu")
             set_checkpointing(real, what)
