@@ -265,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rows = [f"{'step':>10} {'epoch':>9} {'MB':>9}  {'valid':<5}  sha256 of the weights"]
     for path in checkpoints_of(Path(arguments[0])):
+        size = 0.0
         try:
             size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
             manifest = verify(path)
