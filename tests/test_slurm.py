@@ -114,7 +114,8 @@ def test_a_job_that_slurm_has_taken_into_its_hands_is_left_to_it(monkeypatch, tm
     """B3: preempted without grace, it is requeued already; cancelled, it must not be."""
     for now in ("COMPLETING", "PENDING", "CANCELLED"):
         assert conclusion(monkeypatch, tmp_path, now)[2] == []
-    assert conclusion(monkeypatch, tmp_path, "RUNNING")[2] == ["7"]
+    for now in ("RUNNING", "SIGNALING"):  # the second for a moment, while a signal is on its way
+        assert conclusion(monkeypatch, tmp_path, now)[2] == ["7"] and Job(now).alive
     monkeypatch.undo()
     monkeypatch.setattr(queue, "command", lambda *_, **__: (1, "", "Job is pending execution for job 7"))
     assert queue.requeue("7") == ""

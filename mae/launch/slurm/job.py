@@ -163,7 +163,7 @@ def act_on(run: Path, job: str, number: int, verdict: Verdict) -> int:
         write_line("a newer attempt has taken over")
         return 1
     if verdict.action == "requeue":
-        if queue.field(job, "JobState") != "RUNNING":  # SLURM has decided already
+        if queue.field(job, "JobState") not in queue.RUNNING:  # SLURM has decided already
             stopped = Verdict("stopped", "SLURM ended it: cancelled, or requeued by SLURM itself")
             write_verdict(run, job, number, stopped)
             return 1

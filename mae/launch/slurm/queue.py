@@ -5,8 +5,10 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
-ALIVE += ("RESIZING",)
+# A job whose program runs: SLURM shows the last two for a moment while it sends a signal or changes the size
+RUNNING = ("RUNNING", "SIGNALING", "RESIZING")
+ALIVE = (*RUNNING, "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT")
+ALIVE += ("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 # A user's variables that change what these commands print or ask
 USER_VARIABLES = ("SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
 # SLURM shows these for a moment before it requeues the job by itself
