@@ -30,7 +30,7 @@ from mae import checkpoint, engine, step, training
 from mae.config.build import call
 from mae.distributed import fsdp
 from mae.distributed.fsdp import gathered, local_shard, on_host, shard, whole
-from mae.distributed.ranks import assert_same, start
+from mae.distributed.ranks import Ranks, assert_same, start
 from mae.distributed.rendezvous import lost_peer
 from mae.errors import UserError
 from mae.launch import launch
@@ -186,15 +186,20 @@ def test_a_rank_that_runs_out_of_memory_blames_no_other():
     assert lost_peer(dist.DistBackendError("NCCL error: remote process exited or there was a network error"))
 
 
-def different(rank: int, folder: Path) -> str:
+def refusal(error: type[Exception], work: Callable[[Ranks], object]) -> str:
+    """The message of the error that a rank's work ends in; empty where it ends in none."""
     ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     try:
-        assert_same(ranks, f"digest of {rank}", "weights")
-    except RuntimeError as error:
-        return str(error)
+        work(ranks)
+    except error as raised:
+        return str(raised)
     finally:
         ranks.close()
     return ""
+
+
+def different(rank: int, folder: Path) -> str:
+    return refusal(RuntimeError, lambda ranks: assert_same(ranks, f"digest of {rank}", "weights"))
 
 
 @pytest.mark.slow
@@ -203,16 +208,11 @@ def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
 
 
 def of_another_teacher(rank: int, folder: Path) -> str:
-    ranks = start("cpu", timeout_s=100, rendezvous_timeout_s=100, sharding="none")
     steps = checkpoint.checkpoints_of(folder / "teacher")
     cfg = composed(*TINY_PRETRAIN, "target=features", f"target.teacher={steps[-1 - rank]}")
-    try:
-        engine.call(training.set_up, cfg.task, folder / "run", cfg, ranks, Tracker())
-    except UserError as error:
-        return str(error)
-    finally:
-        ranks.close()
-    return ""
+    return refusal(
+        UserError, lambda ranks: engine.call(training.set_up, cfg.task, folder / "run", cfg, ranks, Tracker())
+    )
 
 
 @pytest.mark.slow
