@@ -161,20 +161,21 @@ def with_run_values(cfg: DictConfig, arguments: Sequence[str]) -> DictConfig:
 
 def chosen_by_member(arguments: Sequence[str], keys: set[str]) -> list[str]:
     """A command line in which the sections among `keys`, that a member of a sweep chooses, are not the run's."""
-    words = []
-    for word in arguments:
-        if overrides.key_of(word) == MARK:
-            sections = [name for name in word.partition("=")[2].split("-") if name not in keys]
-            word = f"+{MARK}={'-'.join(sections)}" if sections else None
-        words += [] if word is None else [word]
-    return words
+    sections = [name for name in _taken_sections(arguments) if name not in keys]
+    mark = [f"+{MARK}={'-'.join(sections)}"] if sections else []
+    return [*(word for word in arguments if overrides.key_of(word) != MARK), *mark]
 
 
 def without_taken(arguments: Sequence[str]) -> list[str]:
     """A command line without what `with_groups` put into it, so that it takes the run's values again."""
-    marks = [word.partition("=")[2].split("-") for word in arguments if overrides.key_of(word) == MARK]
-    taken = {MARK, *(section for sections in marks for section in sections)}
+    taken = {MARK, *_taken_sections(arguments)}
     return [word for word in arguments if overrides.key_of(word) not in taken]
+
+
+def _taken_sections(arguments: Sequence[str]) -> list[str]:
+    """The sections whose group `with_groups` has put into a command line."""
+    marks = [word.partition("=")[2] for word in arguments if overrides.key_of(word) == MARK]
+    return [section for mark in marks for section in mark.split("-")]
 
 
 def _follows_data(section: str, key: str, value: object, data: Mapping[str, object]) -> bool:

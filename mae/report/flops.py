@@ -54,10 +54,9 @@ def _pretraining_config(member: Member) -> Mapping[str, Any]:
     return read_config(stage) if (stage / CONFIG).is_file() else member.cfg
 
 
-def relative_flops(members: Sequence[Member], default: Member | None = None) -> dict[str, float]:
-    """Member -> its operations over those of the default, or of the cheapest; empty where all have as many."""
+def relative_flops(members: Sequence[Member]) -> dict[str, float]:
+    """Member -> its operations over those of the cheapest; empty where all have as many."""
     counts = member_flops(members)
     if len(set(counts.values())) < 2:
         return {}
-    least = counts.get(default.name) if default is not None else min(counts.values())
-    return {} if least is None else {name: count / least for name, count in counts.items()}
+    return {name: count / min(counts.values()) for name, count in counts.items()}
