@@ -288,7 +288,10 @@ def test_losses_of_other_tasks_are_said_not_to_compare():
         text = sweep.sweep_result(Sweep(Path(), "s", [key], members))
         assert (words in text) is (key == "task.mask_ratio") and "Best member" in text
     named = [member(name, f"masking={name}", val_loss=0.1) for name in ("random", "grid")]
-    assert words in sweep.sweep_result(Sweep(Path(), "s", ["member"], named))
+    for axis in ("member", "mine"):  # "mine" is the name of a sweep's file
+        assert words in sweep.sweep_result(Sweep(Path(), "s", [axis], named))
+    named = [member(name, f"seed={number}", val_loss=0.1) for number, name in enumerate("ab")]
+    assert words not in sweep.sweep_result(Sweep(Path(), "s", ["mine"], named))
 
 
 def test_which_results_are_better_where_they_are_lower():

@@ -22,7 +22,7 @@ from mae.runs.layout import SWEEP_RECORD
 from mae.runs.summary import VAL_IMAGES
 from mae.tasks.registry import METRICS, TASKS
 
-LOSS_GROUPS = ("masking", "target", "table1")
+LOSS_GROUPS = ("masking", "target")
 LOSS_KEYS = ("task.mask_ratio", "task.norm_pix_loss", "task.predict_ratio", "model.patch_size", "model.img_size")
 LOSS_KEYS += ("data", "data.name", "data.img_size")
 LOWER = ("ece", "mce", "bad", "seconds")  # numbers of summaries that are better where they are lower

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mae.config.identity import leaves
-from mae.config.sweep_members import MEMBER
 from mae.config.sweep_names import short
 from mae.errors import UserError
 from mae.program import usage_name
@@ -109,11 +108,11 @@ def loss_note(sweep: Sweep) -> str | None:
 
 
 def swept_keys(sweep: Sweep) -> Iterable[str]:
-    """The keys in which members differ; those of named members are in their configs alone."""
-    if MEMBER not in sweep.keys:
-        return sweep.keys
+    """The keys that are swept, and those in which the configs of named members differ."""
     configs = [leaves(member.cfg) for member in sweep.members]
-    return [key for key in {*configs[0]} if any(cfg.get(key) != configs[0][key] for cfg in configs)]
+    named = bool(configs) and any(key not in configs[0] for key in sweep.keys)
+    differing = {key for cfg in configs for key in cfg if cfg[key] != configs[0].get(key)} if named else ()
+    return [*sweep.keys, *differing]
 
 
 def figure_curves(sweep: Sweep) -> Iterable[Curve]:
